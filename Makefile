@@ -1,0 +1,47 @@
+# make demo       fine-tune four arms from the embedded base, evaluate each, and write a report
+# make test       fast tests            make test-slow   the long ones
+# make lint       ruff and mypy         make clean       environment and caches, never checkpoints
+
+PYTHON ?= python3
+VENV ?= .venv
+# Installed first: a plain `torch` may bring a build of several GB for CUDA. On a GPU machine any torch >= 2.4 will do.
+TORCH ?= torch==2.13.0
+# A file of pinned versions for pip, such as .ci/constraints.txt; empty takes the newest that pyproject.toml admits.
+CONSTRAINTS ?=
+DEMO_CONFIG ?= recipes/configs/phantom/tradeoff_quick.yaml
+DEMO_ARGS ?=
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
+# accelerate gives a process one thread unless told, and warns of each value that it was not told.
+THREADS := $(or $(OMP_NUM_THREADS),$(shell getconf _NPROCESSORS_ONLN))
+LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
+	--dynamo_backend no --num_cpu_threads_per_process $(THREADS)
+
+.PHONY: demo test test-slow lint clean
+
+demo: $(VENV)/.installed
+	$(LAUNCH) recipes/tradeoff.py --config $(DEMO_CONFIG) $(DEMO_ARGS)
+
+test: $(VENV)/.installed
+	$(BIN)/python -m pytest
+
+test-slow: $(VENV)/.installed
+	$(BIN)/python -m pytest -m slow
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy distill
+
+$(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "error: Python 3.10 or newer is needed, and '$(PYTHON)' is not; try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) "$(TORCH)"
+	$(INSTALL) -e ".[test]"
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find distill recipes tests -name __pycache__ -type d -prune -exec rm -rf {} +

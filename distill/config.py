@@ -1,0 +1,457 @@
+"""Configuration of every recipe: frozen dataclasses, whose comments are the command line's help."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from distill.errors import raise_all
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """The model that is fine-tuned or evaluated."""
+
+    name: str = "phantom"
+    """`phantom` (the embedded base), a diffusers pipeline folder, or a hub id."""
+    revision: str | None = None
+    """Hub revision (branch, tag or commit)."""
+    variant: str | None = None
+    """File variant of the weights, such as `fp16`."""
+    frozen_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Type of the weights that are not trained; trained weights are always fp32."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Images, captions and ground truth."""
+
+    kind: Literal["phantom", "folder"] = "phantom"
+    """`phantom` is drawn from a seed; `folder` reads images and a metadata file."""
+    resolution: int = 128
+    """Side of the square training image, in pixels."""
+    seed: int = 0
+    """phantom: which infinite data set is drawn."""
+    train_size: int = 4000
+    """phantom: images of the training split."""
+    validation_size: int = 500
+    """phantom: images of the validation split."""
+    test_size: int = 500
+    """phantom: images of the test split."""
+    root: str | None = None
+    """folder: the folder that holds the metadata file and the images."""
+    metadata_file: str = "metadata.csv"
+    """folder: metadata.csv or metadata.jsonl under root; one row an image, or one row a box."""
+    image_column: str = "file_name"
+    """folder: path of the image, relative to root."""
+    caption_column: str = "text"
+    """folder: the caption."""
+    split_column: str | None = None
+    """folder: column that holds the split; without it every row is in every split."""
+    train_split: str = "train"
+    """folder: value of split_column for training."""
+    test_split: str = "test"
+    """folder: value of split_column for evaluation."""
+    finding_column: str | None = None
+    """folder: finding (class) of the row's box, or a list of one finding for each box."""
+    phrase_column: str | None = None
+    """folder: short phrase that describes the row's box."""
+    box_column: str | None = None
+    """folder: box as `x,y,w,h` in pixels of the image file, or a list of such boxes."""
+    mask_column: str | None = None
+    """folder: path of a mask image (non-zero is inside), relative to root; it goes before the box."""
+    label_column: str | None = None
+    """folder: findings of the whole image, joined by `|`; without it the findings of its boxes."""
+    findings: tuple[str, ...] = ()
+    """folder: findings to keep and evaluate; empty keeps all that the metadata names."""
+    query_words: dict[str, list[str]] = field(default_factory=dict)
+    """Words that name a finding in a caption; default: the published lists for MS-CXR findings, else its own words."""
+    allow_empty_captions: bool = False
+    """Accept rows with an empty caption."""
+    truncate_captions: bool = False
+    """Accept captions of more tokens than the text encoder takes, and cut them."""
+    horizontal_flip: bool = False
+    """Mirror images at random in training, only those whose caption names no side."""
+    cache_dir: str | None = None
+    """Where latents and text embeddings are cached; default: checkpoints/.cache."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021), by peft."""
+
+    rank: int = 8
+    """Rank of the update."""
+    alpha: float = 8.0
+    """Scale of the update is alpha / rank."""
+    dropout: float = 0.0
+    """Dropout on the adapter's input."""
+    unet_targets: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    """Module names of the U-Net that get an adapter (matched at the end of the name)."""
+    text_encoder_targets: tuple[str, ...] = ("q_proj", "k_proj", "v_proj", "out_proj")
+    """Module names of the text encoder(s) that get an adapter."""
+
+
+@dataclass(frozen=True)
+class DenoisingConfig:
+    """The diffusion loss."""
+
+    min_snr_gamma: float | None = None
+    """Weight of Hang et al. 2023 (5.0 is usual); none weighs all timesteps alike."""
+    caption_dropout: float = 0.1
+    """Probability that a caption is replaced by the empty one, for classifier-free guidance."""
+    caption_dropout_label: str | None = None
+    """Drop captions only of images with this label (the paper: `No Finding`); none drops any caption."""
+
+
+@dataclass(frozen=True)
+class AttentionDistillationConfig:
+    """Match of the student's cross-attention to the teacher's, on the same noisy latents and timesteps."""
+
+    teacher: str | None = None
+    """Run folder, pipeline folder or hub id of the teacher; tradeoff.py uses its own frozen arm."""
+    token_kl_weight: float = 1.0
+    """(a) KL over tokens at each place."""
+    place_kl_weight: float = 1.0
+    """(b) KL over places for each word token."""
+    mass_weight: float = 1.0
+    """(c) squared difference of the attention mass of the BOS, word, EOS and padding groups."""
+    layers: tuple[str, ...] = ()
+    """Prefixes of cross-attention layer names; empty takes all."""
+    min_timestep: int = 0
+    """Distill only at timesteps of at least this."""
+    max_timestep: int = 999
+    """Distill only at timesteps of at most this."""
+
+
+@dataclass(frozen=True)
+class TrainerConfig:
+    """The one training loop."""
+
+    max_steps: int = 1000
+    """Optimizer steps."""
+    batch_size: int = 16
+    """Images a step on each device."""
+    gradient_accumulation_steps: int = 1
+    """Batches for one optimizer step."""
+    learning_rate: float = 1e-4
+    """Learning rate of the U-Net (and of the text encoder, unless it has its own)."""
+    text_encoder_learning_rate: float | None = None
+    """None uses learning_rate."""
+    optimizer: Literal["adamw", "adamw8bit"] = "adamw"
+    """adamw8bit is bitsandbytes'."""
+    weight_decay: float = 1e-2
+    """Decoupled weight decay of AdamW."""
+    adam_beta1: float = 0.9
+    """Decay of the first moment."""
+    adam_beta2: float = 0.999
+    """Decay of the second moment."""
+    max_grad_norm: float = 1.0
+    """Gradients of a larger norm are scaled down to it."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up."""
+    warmup_steps: int = 0
+    """Steps of linear warm-up from 0."""
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Type that autocast computes in."""
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass: less memory, about a third more time."""
+    ema_decay: float | None = None
+    """Exponential moving average of the trained weights, exported instead of them; none keeps none."""
+    cache_latents: bool = True
+    """Encode each image by the VAE once, and keep the latents on disk."""
+    cache_text_embeddings: bool = False
+    """Only with a frozen text encoder."""
+    num_workers: int = 0
+    """Data loader processes."""
+    log_every_steps: int = 10
+    """Steps between two lines of train_log.jsonl."""
+    tracker: Literal["none", "tensorboard", "wandb"] = "tensorboard"
+    """Where the log goes besides train_log.jsonl."""
+    checkpoint_every_steps: int | None = None
+    """Steps between two checkpoints; none writes no checkpoint before the end."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept, the newest."""
+    sample_every_steps: int | None = None
+    """Steps between two sets of sample images; none draws none."""
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """Quality and localization of one model, on held-out images."""
+
+    localization_images: int = 200
+    """Held-out images whose attention maps are scored."""
+    timesteps: tuple[int, ...] = (100, 250, 400, 550, 700)
+    """Timesteps at which the real latents are re-noised; maps are averaged over them."""
+    layers: tuple[str, ...] = ()
+    """Prefixes of cross-attention layers whose maps are averaged; empty takes all."""
+    iou_threshold: float = 0.5
+    """The min-max normalized map above this is the predicted region."""
+    localization_text: Literal["caption", "phrase"] = "caption"
+    """Text that the maps are of."""
+    generated_images: int = 200
+    """Images generated from held-out captions."""
+    diversity_captions: int = 10
+    """Captions of which several images are generated."""
+    diversity_samples: int = 4
+    """Images a caption for the diversity."""
+    num_inference_steps: int = 20
+    """Denoising steps of an image."""
+    guidance_scale: float = 4.0
+    """Classifier-free guidance."""
+    batch_size: int = 16
+    """Images at a time; it changes the speed, not the images."""
+    features: str = "auto"
+    """For FID and findings: `auto` (phantom on phantom data, else none), `phantom`, `inception`, `xrv`, `none`."""
+    bootstrap_samples: int = 1000
+    """Resamples behind each 95 % interval."""
+    seed: int = 1234
+    """Seed of evaluation noise; image k uses seed + k."""
+    examples: int = 6
+    """Held-out images shown in the report."""
+
+
+@dataclass(frozen=True)
+class FinetuneConfig:
+    """recipes/finetune.py: fine-tune a text-to-image model on captioned images."""
+
+    base: BaseConfig = field(default_factory=BaseConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: Literal["lora", "full"] = "lora"
+    """How the U-Net is trained."""
+    text_encoder: Literal["frozen", "lora", "full"] = "frozen"
+    """How the text encoder(s) are trained."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output_dir: str = "checkpoints/finetune"
+    """Run folder."""
+    seed: int = 0
+    """Seed of weights, order of data, noise and timesteps."""
+    dry_run: bool = False
+    """Check everything, take one real step, print sizes and estimates, and stop."""
+
+
+@dataclass(frozen=True)
+class DistillAttentionConfig:
+    """recipes/distill_attention.py: fine-tune with the text encoder trained, and keep the teacher's attention."""
+
+    base: BaseConfig = field(default_factory=BaseConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: Literal["lora", "full"] = "lora"
+    """How the U-Net is trained."""
+    text_encoder: Literal["frozen", "lora", "full"] = "lora"
+    """How the text encoder(s) are trained."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
+    distillation: AttentionDistillationConfig = field(default_factory=AttentionDistillationConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output_dir: str = "checkpoints/distill_attention"
+    """Run folder."""
+    seed: int = 0
+    """Seed of weights, order of data, noise and timesteps."""
+    dry_run: bool = False
+    """Check everything, take one real step, print sizes and estimates, and stop."""
+
+
+@dataclass(frozen=True)
+class TradeoffConfig:
+    """recipes/tradeoff.py: four arms from one base, evaluated alike, and one report."""
+
+    base: BaseConfig = field(default_factory=BaseConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    arms: tuple[Literal["frozen", "learnable", "distilled", "lora"], ...] = ("frozen", "learnable", "distilled", "lora")
+    """Arms to train; `frozen` is the teacher of `distilled` and `lora`."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    lora_learning_rate: float = 1e-3
+    """Learning rate of the lora arm; the others use trainer.learning_rate."""
+    denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
+    distillation: AttentionDistillationConfig = field(default_factory=AttentionDistillationConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output_dir: str = "checkpoints/tradeoff"
+    """Run folder; each arm gets a folder of its own in it."""
+    seed: int = 0
+    """Seed of weights, order of data, noise and timesteps."""
+    dry_run: bool = False
+    """Check everything, take one real step, print sizes and estimates, and stop."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """recipes/evaluate.py: quality and localization of a base, with or without a trained run on it."""
+
+    base: BaseConfig = field(default_factory=BaseConfig)
+    run: str | None = None
+    """Run folder whose adapters or full weights are put on the base; none evaluates the base itself."""
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output_dir: str = "checkpoints/evaluate"
+    """Where metrics.json, samples, maps and the report are written."""
+    dry_run: bool = False
+    """Check everything, take one real step, print sizes and estimates, and stop."""
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """recipes/pretrain_phantom.py: the embedded base, from nothing, on generic captioned pictures."""
+
+    stages: tuple[Literal["pictures", "tokenizer", "text_encoder", "vae", "unet", "classifier"], ...] = (
+        "pictures",
+        "tokenizer",
+        "text_encoder",
+        "vae",
+        "unet",
+        "classifier",
+    )
+    """What to run, in this order; a stage whose result exists is skipped, a stage that was cut off continues."""
+    pictures: int = 30000
+    """Training pictures."""
+    resolution: int = 128
+    """Side of a picture, in pixels."""
+    vocabulary_size: int = 2500
+    """Tokens of the byte-level BPE, the 512 bytes and the two special ones included."""
+    text_encoder: TrainerConfig = field(default_factory=TrainerConfig)
+    """Contrastive training."""
+    vae: TrainerConfig = field(default_factory=TrainerConfig)
+    """Autoencoder."""
+    unet: TrainerConfig = field(default_factory=TrainerConfig)
+    """U-Net, with the text encoder frozen."""
+    classifier: TrainerConfig = field(default_factory=TrainerConfig)
+    """Finding classifier, on real phantoms."""
+    classifier_images: int = 6000
+    """Phantoms that the classifier is trained on."""
+    kl_weight: float = 1e-6
+    """Weight of the VAE's KL term."""
+    caption_dropout: float = 0.1
+    """Probability that a caption is replaced by the empty one."""
+    work_dir: str = "checkpoints/pretrain_phantom"
+    """Rendered pictures, logs and states."""
+    output_dir: str = "checkpoints/phantom-base"
+    """The pipeline folder."""
+    classifier_dir: str = "checkpoints/phantom-classifier"
+    """The classifier's folder."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """Of the base in its own domain."""
+    seed: int = 0
+    """Seed of pictures, weights, order of data, noise and timesteps."""
+    dry_run: bool = False
+    """Check everything, print sizes and estimates, and stop."""
+
+
+Rule = tuple[Callable[[Any], bool], str]
+
+_POSITIVE: Rule = (lambda value: value > 0, "a number above 0")
+_COUNT: Rule = (lambda value: value >= 1, "at least 1")
+_NOT_NEGATIVE: Rule = (lambda value: value >= 0, "at least 0")
+_PROBABILITY: Rule = (lambda value: 0 <= value <= 1, "a number from 0 to 1")
+_BELOW_ONE: Rule = (lambda value: 0 <= value < 1, "at least 0 and below 1")
+_INSIDE: Rule = (lambda value: 0 < value < 1, "above 0 and below 1")
+_NOT_EMPTY: Rule = (lambda value: len(value) > 0, "something, not an empty value")
+_TIMESTEPS: Rule = (lambda value: len(value) > 0 and all(step >= 0 for step in value), "timesteps of at least 0")
+_DISTINCT: Rule = (lambda value: 0 < len(value) == len(set(value)), "at least one, and each only once")
+
+RULES: Mapping[type, Mapping[str, Rule]] = {
+    BaseConfig: {"name": _NOT_EMPTY},
+    DataConfig: {
+        "resolution": _COUNT,
+        "seed": _NOT_NEGATIVE,
+        "train_size": _COUNT,
+        "validation_size": _NOT_NEGATIVE,
+        "test_size": _COUNT,
+    },
+    LoraConfig: {"rank": _COUNT, "alpha": _POSITIVE, "dropout": _BELOW_ONE},
+    DenoisingConfig: {"min_snr_gamma": _POSITIVE, "caption_dropout": _PROBABILITY},
+    AttentionDistillationConfig: {
+        "token_kl_weight": _NOT_NEGATIVE,
+        "place_kl_weight": _NOT_NEGATIVE,
+        "mass_weight": _NOT_NEGATIVE,
+        "min_timestep": _NOT_NEGATIVE,
+        "max_timestep": _NOT_NEGATIVE,
+    },
+    TrainerConfig: {
+        "max_steps": _COUNT,
+        "batch_size": _COUNT,
+        "gradient_accumulation_steps": _COUNT,
+        "learning_rate": _POSITIVE,
+        "text_encoder_learning_rate": _POSITIVE,
+        "weight_decay": _NOT_NEGATIVE,
+        "adam_beta1": _BELOW_ONE,
+        "adam_beta2": _BELOW_ONE,
+        "max_grad_norm": _POSITIVE,
+        "warmup_steps": _NOT_NEGATIVE,
+        "ema_decay": _INSIDE,
+        "num_workers": _NOT_NEGATIVE,
+        "log_every_steps": _COUNT,
+        "checkpoint_every_steps": _COUNT,
+        "keep_checkpoints": _COUNT,
+        "sample_every_steps": _COUNT,
+    },
+    EvaluationConfig: {
+        "localization_images": _COUNT,
+        "timesteps": _TIMESTEPS,
+        "iou_threshold": _INSIDE,
+        "generated_images": _COUNT,
+        "diversity_captions": _COUNT,
+        "diversity_samples": (lambda value: value >= 2, "at least 2"),
+        "num_inference_steps": _COUNT,
+        "guidance_scale": _NOT_NEGATIVE,
+        "batch_size": _COUNT,
+        "bootstrap_samples": _COUNT,
+        "seed": _NOT_NEGATIVE,
+        "examples": _COUNT,
+    },
+    FinetuneConfig: {"output_dir": _NOT_EMPTY, "seed": _NOT_NEGATIVE},
+    DistillAttentionConfig: {"output_dir": _NOT_EMPTY, "seed": _NOT_NEGATIVE},
+    TradeoffConfig: {
+        "arms": _DISTINCT,
+        "lora_learning_rate": _POSITIVE,
+        "output_dir": _NOT_EMPTY,
+        "seed": _NOT_NEGATIVE,
+    },
+    EvaluateConfig: {"output_dir": _NOT_EMPTY},
+    PretrainConfig: {
+        "stages": _DISTINCT,
+        "pictures": _COUNT,
+        "resolution": _COUNT,
+        "vocabulary_size": (lambda value: value >= 514, "at least 514 (512 bytes and two special tokens)"),
+        "kl_weight": _NOT_NEGATIVE,
+        "caption_dropout": _PROBABILITY,
+        "work_dir": _NOT_EMPTY,
+        "output_dir": _NOT_EMPTY,
+        "classifier_dir": _NOT_EMPTY,
+        "seed": _NOT_NEGATIVE,
+    },
+}
+"""What a value of each field must be, beyond its type; a value of None is always legal."""
+
+
+def value_faults(config: Any, prefix: str = "") -> dict[str, str]:
+    """Dotted key -> what is wrong with its value, over all nested dataclasses of `config`."""
+    faults: dict[str, str] = {}
+    rules = RULES.get(type(config), {})
+    for item in fields(config):
+        key, value = f"{prefix}{item.name}", getattr(config, item.name)
+        if is_dataclass(value):
+            faults |= value_faults(value, f"{key}.")
+        elif value is not None and item.name in rules:
+            is_legal, expected = rules[item.name]
+            if (isinstance(value, float) and not math.isfinite(value)) or not is_legal(value):
+                faults[key] = f"{key}: expected {expected}, got {value!r}"
+    if isinstance(config, AttentionDistillationConfig) and config.min_timestep > config.max_timestep:
+        faults.setdefault(
+            f"{prefix}min_timestep",
+            f"{prefix}min_timestep: expected at most {prefix}max_timestep ({config.max_timestep}), "
+            f"got {config.min_timestep}",
+        )
+    return faults
+
+
+def check_values(config: Any) -> None:
+    """Raise one UserError that lists every value out of its range; for configs that are built in Python."""
+    raise_all("the configuration is not valid", list(value_faults(config).values()))

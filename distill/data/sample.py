@@ -1,0 +1,61 @@
+"""What every data source yields, whatever its files look like."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+
+@dataclass(frozen=True)
+class Region:
+    """Ground truth of one finding in one image, at the data set's resolution.
+
+    mask: (height, width) bool, the union of the finding's masks, or of its boxes where there is no mask.
+    boxes: (x, y, width, height) in pixels of the resized image, one for each annotated box.
+    """
+
+    finding: str
+    mask: torch.Tensor
+    boxes: tuple[tuple[float, float, float, float], ...] = ()
+    phrase: str | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image with its text.
+
+    pixel_values: (3, height, width) float32 in [-1, 1].
+    labels: the findings that the image is said to have, with or without a region.
+    original_size, crop_top_left: (height, width) of the file and the crop's corner, in pixels (SDXL's time ids).
+    """
+
+    id: str
+    pixel_values: torch.Tensor
+    caption: str
+    regions: tuple[Region, ...] = ()
+    labels: tuple[str, ...] = ()
+    original_size: tuple[int, int] = (0, 0)
+    crop_top_left: tuple[int, int] = (0, 0)
+    meta: Mapping[str, str] = field(default_factory=dict)
+
+
+class ImageCaptionDataset(Protocol):
+    """Map-style data set; captions, labels and fingerprints are known without decoding an image."""
+
+    findings: Sequence[str]
+    query_words: Mapping[str, Sequence[str]]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def caption(self, index: int) -> str: ...
+
+    def labels(self, index: int) -> tuple[str, ...]: ...
+
+    def fingerprint(self, index: int) -> str:
+        """Hash of everything that decides `pixel_values` of this row; changes when the file's bytes change."""
+        ...

@@ -1,0 +1,69 @@
+"""Rows of a captioned data set as the objectives want them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from distill.components import Components
+from distill.data.cache import LatentCache, TextEmbeddingCache
+from distill.data.captions import names_side, token_groups
+from distill.data.sample import ImageCaptionDataset
+
+
+class TrainingRows(Dataset[dict[str, Any]]):
+    """Row i: latents_mean and latents_std (or pixel_values), input_ids_k (or prompt_embeds and pooled), groups, droppable.
+
+    groups: (tokens,) codes of the token groups. droppable: whether caption dropout may take this caption.
+    With `flip`, rows also have flippable (the caption names no side) and, with cached latents, latents_mean_flipped and
+    latents_std_flipped; the objective mirrors half of the flippable ones.
+    """
+
+    def __init__(
+        self,
+        dataset: ImageCaptionDataset,
+        components: Components,
+        *,
+        latents: LatentCache | None = None,
+        text: TextEmbeddingCache | None = None,
+        drop_only_label: str | None = None,
+        flip: bool = False,
+    ) -> None:
+        self.dataset, self.components, self.latents, self.text = dataset, components, latents, text
+        self.drop_only_label, self.flip = drop_only_label, flip
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        caption = self.dataset.caption(index)
+        row: dict[str, Any] = {}
+        flippable = self.flip and not names_side(caption)
+        if self.flip:
+            row["flippable"] = torch.tensor(flippable)
+        if self.latents is not None:
+            row["latents_mean"], row["latents_std"] = self.latents[index]
+            if self.flip:
+                mirrored = self.latents.flipped(index) or self.latents[index]
+                row["latents_mean_flipped"], row["latents_std_flipped"] = mirrored
+        else:
+            row["pixel_values"] = self.dataset[index].pixel_values
+        if self.text is not None:
+            embeds = self.text[caption]
+            row |= {"prompt_embeds": embeds} if torch.is_tensor(embeds) else dict(zip(("prompt_embeds", "pooled"), embeds))
+        else:
+            for i, ids in enumerate(self.components.tokenize([caption])):
+                row[f"input_ids_{i}"] = ids[0]
+        row["groups"] = token_groups(self.components.tokenizers[0], caption, self.components.max_tokens)
+        labels = self.dataset.labels(index)
+        row["droppable"] = torch.tensor(self.drop_only_label is None or self.drop_only_label in labels)
+        if self.components.is_sdxl:
+            row["time_ids"] = torch.tensor(self._time_ids(index), dtype=torch.float32)
+        return row
+
+    def _time_ids(self, index: int) -> tuple[int, ...]:
+        sample = self.dataset[index]
+        return (*sample.original_size, *sample.crop_top_left, *sample.pixel_values.shape[-2:])
+

@@ -1,0 +1,18 @@
+"""The one exception that recipes turn into a message without a traceback."""
+
+
+class UserError(Exception):
+    """Something a user can cause and mend: the message names the file, row or value, and what would be right."""
+
+
+MAX_LISTED = 20
+
+
+def raise_all(title: str, faults: list[str]) -> None:
+    """Raise one UserError that lists the first 20 faults; do nothing when there is none."""
+    if not faults:
+        return
+    listed = "\n".join(f"  - {fault}" for fault in faults[:MAX_LISTED])
+    more = len(faults) - MAX_LISTED
+    tail = f"\n  ... and {more} more" if more > 0 else ""
+    raise UserError(f"{title} ({len(faults)}):\n{listed}{tail}")

@@ -1,0 +1,76 @@
+"""Losses: tensors in, scalar out. Attention maps are (batch, places, tokens) probabilities that sum to 1 over tokens."""
+
+from __future__ import annotations
+
+import torch
+
+GROUPS = ("bos", "words", "eos", "padding")
+"""Token groups, in the order of their codes 0..3."""
+
+TINY = 1e-8  # attention probabilities below this count as this; keeps logarithms finite in fp32
+
+
+def min_snr_weights(
+    alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, gamma: float, prediction_type: str
+) -> torch.Tensor:
+    """Weights of the loss at `timesteps`, (batch,). min(SNR, gamma) / SNR for epsilon, / (SNR + 1) for v-prediction.
+
+    Source: Hang et al. 2023, "Efficient diffusion training via Min-SNR weighting strategy", section 3.4.
+    """
+    alpha = alphas_cumprod.to(timesteps.device)[timesteps]
+    snr = alpha / (1 - alpha)
+    return snr.clamp(max=gamma) / (snr + (prediction_type == "v_prediction"))
+
+
+def denoising_loss(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
+    """Mean squared error, each image weighted by `weights` (batch,) if given. Source: Ho et al. 2020, equation 14."""
+    per_image = (prediction.float() - target.float()).pow(2).flatten(1).mean(dim=1)
+    return (per_image if weights is None else weights * per_image).mean()
+
+
+def token_attention_kl(teacher: torch.Tensor, student: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    """KL(teacher || student) over tokens, averaged over places and over the images of `rows` (batch,) bool.
+
+    teacher, student: (batch, places, tokens), sum to 1 over tokens. 0 on equal maps. In nats.
+    """
+    p, q = teacher.clamp(min=TINY), student.clamp(min=TINY)
+    per_image = (p * (p.log() - q.log())).sum(dim=2).mean(dim=1)
+    return _masked_mean(per_image, rows)
+
+
+def place_attention_kl(
+    teacher: torch.Tensor, student: torch.Tensor, words: torch.Tensor, rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    """KL over places of each word token's map, averaged over the tokens of `words` in the images of `rows`.
+
+    teacher, student: (batch, places, tokens); each token's column is normalized to sum to 1 over places.
+    words: (batch, tokens) bool. 0 on maps that are equal up to a factor for each token. In nats.
+    """
+    p, q = teacher.clamp(min=TINY), student.clamp(min=TINY)
+    p, q = p / p.sum(dim=1, keepdim=True), q / q.sum(dim=1, keepdim=True)
+    per_token = (p * (p.log() - q.log())).sum(dim=1)
+    return _masked_mean(per_token, words if rows is None else words & rows[:, None])
+
+
+def attention_mass(maps: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """(batch, 4): share of the attention on BOS, words, EOS and padding, averaged over places; sums to 1.
+
+    maps: (batch, places, tokens); groups: (batch, tokens) codes 0..3 in the order of GROUPS.
+    """
+    members = torch.nn.functional.one_hot(groups, len(GROUPS)).to(maps.dtype)
+    return torch.einsum("bt,btg->bg", maps.mean(dim=1), members)
+
+
+def attention_mass_loss(
+    teacher: torch.Tensor, student: torch.Tensor, groups: torch.Tensor, rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Squared difference of the attention mass of the four token groups, summed over groups, averaged over images."""
+    difference = attention_mass(student, groups) - attention_mass(teacher, groups)
+    return _masked_mean(difference.pow(2).sum(dim=1), rows)
+
+
+def _masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """Mean of `values` where `mask`; 0 (with a gradient of 0) where nothing is selected."""
+    if mask is None:
+        return values.mean()
+    return (values * mask).sum() / mask.sum().clamp(min=1)

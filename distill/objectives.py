@@ -1,0 +1,269 @@
+"""Objectives: nn.Modules that map (batch, generator) to {"loss": ..., every other term by name}."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from distill.attention import AttentionMaps
+from distill.components import Components, encode_text
+from distill.config import AttentionDistillationConfig, DenoisingConfig
+from distill.data.captions import WORD, token_groups
+from distill.errors import UserError
+from distill.losses import (
+    attention_mass_loss,
+    denoising_loss,
+    min_snr_weights,
+    place_attention_kl,
+    token_attention_kl,
+)
+
+Terms = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Noised:
+    """One noised batch, the same for student and teacher. groups: (batch, tokens) codes of the token groups."""
+
+    noisy_latents: torch.Tensor
+    timesteps: torch.Tensor
+    target: torch.Tensor
+    input_ids: list[torch.Tensor]
+    prompt_embeds: tuple[torch.Tensor, torch.Tensor | None] | None
+    groups: torch.Tensor
+    time_ids: torch.Tensor | None
+
+
+class DenoisingObjective(nn.Module):
+    """The diffusion loss: L = mean w(t) (target - prediction)^2, target epsilon or v. Source: Ho et al. 2020, eq. 14.
+
+    The U-Net and the text encoders are part of the module; which of them train was decided before
+    (components.prepare_training). The VAE is not: it is frozen and never in a checkpoint. `batch` is of
+    data.training.TrainingRows: latents (or pixels), input_ids (or text embeddings), groups, droppable, time_ids for SDXL.
+    """
+
+    def __init__(self, components: Components, config: DenoisingConfig) -> None:
+        super().__init__()
+        self.unet = components.unet
+        self.text_encoders = nn.ModuleList(components.text_encoders)
+        self.trains_text = any(p.requires_grad for p in self.text_encoders.parameters())
+        self.config, self.is_sdxl = config, components.is_sdxl
+        self.noise_scheduler, self.prediction_type = components.noise_scheduler, components.prediction_type
+        if self.prediction_type not in ("epsilon", "v_prediction"):
+            raise UserError(f"the base predicts {self.prediction_type!r}; epsilon and v_prediction are supported")
+        self._vae = (components.vae,)
+        self._empty_ids = components.tokenize([""])
+        self._empty_groups = token_groups(components.tokenizers[0], "", components.max_tokens)
+        self._empty_embeds: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def train(self, mode: bool = True) -> DenoisingObjective:
+        """A text encoder without a trainable parameter stays in eval mode."""
+        super().train(mode)
+        self.text_encoders.train(mode and self.trains_text)
+        return self
+
+    def noised(self, batch: dict[str, Any], generator: torch.Generator) -> Noised:
+        """Flips, latents of the posterior, noise, timesteps and caption dropout, all drawn from the CPU `generator`."""
+        flip = torch.zeros_like(batch["droppable"])
+        if "flippable" in batch:
+            coin = torch.rand(len(flip), generator=generator) < 0.5
+            flip = coin.to(flip.device) & batch["flippable"]
+        flip = flip[:, None, None, None]
+        if "latents_mean" in batch:
+            mean = torch.where(flip, batch.get("latents_mean_flipped", batch["latents_mean"]), batch["latents_mean"])
+            std = torch.where(flip, batch.get("latents_std_flipped", batch["latents_std"]), batch["latents_std"])
+        else:
+            pixels = torch.where(flip, batch["pixel_values"].flip(-1), batch["pixel_values"])
+            with torch.no_grad():
+                vae = self._vae[0]
+                posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+            mean, std = posterior.mean, posterior.std
+        mean, std = mean.float(), std.float()
+        device, count = mean.device, len(mean)
+        vae_noise = torch.randn(mean.shape, generator=generator).to(device)
+        noise = torch.randn(mean.shape, generator=generator).to(device)
+        steps = int(self.noise_scheduler.config.num_train_timesteps)
+        timesteps = torch.randint(steps, (count,), generator=generator).to(device)
+        drop = (torch.rand(count, generator=generator) < self.config.caption_dropout).to(device) & batch["droppable"]
+        latents = (mean + std * vae_noise) * self._vae[0].config.scaling_factor
+        if self.prediction_type == "epsilon":
+            target = noise
+        else:
+            target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
+        input_ids = [
+            torch.where(drop[:, None], empty.to(device), batch[f"input_ids_{i}"])
+            for i, empty in enumerate(self._empty_ids)
+            if f"input_ids_{i}" in batch
+        ]
+        embeds = None
+        if "prompt_embeds" in batch:
+            embeds = self._with_empty(batch["prompt_embeds"].float(), batch.get("pooled"), drop)
+        return Noised(
+            self.noise_scheduler.add_noise(latents, noise, timesteps),
+            timesteps,
+            target,
+            input_ids,
+            embeds,
+            torch.where(drop[:, None], self._empty_groups.to(device), batch["groups"]),
+            batch.get("time_ids"),
+        )
+
+    def _with_empty(
+        self, embeds: torch.Tensor, pooled: torch.Tensor | None, drop: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if self._empty_embeds is None:
+            with torch.no_grad():
+                empty_ids = [ids.to(embeds.device) for ids in self._empty_ids]
+                self._empty_embeds = encode_text(list(self.text_encoders), empty_ids)
+        empty, empty_pooled = self._empty_embeds
+        embeds = torch.where(drop[:, None, None], empty.float(), embeds)
+        if pooled is not None and empty_pooled is not None:
+            pooled = torch.where(drop[:, None], empty_pooled.float(), pooled.float())
+        return embeds, pooled
+
+    def predict(self, unet: nn.Module, text_encoders: list[nn.Module], x: Noised) -> torch.Tensor:
+        """The U-Net's output, (batch, channels, height, width)."""
+        embeds, pooled = x.prompt_embeds or encode_text(text_encoders, x.input_ids)
+        added = {"text_embeds": pooled, "time_ids": x.time_ids} if self.is_sdxl else None
+        return unet(x.noisy_latents, x.timesteps, embeds, added_cond_kwargs=added, return_dict=False)[0]
+
+    def denoising(self, x: Noised) -> torch.Tensor:
+        prediction = self.predict(self.unet, list(self.text_encoders), x)
+        weights = None
+        if self.config.min_snr_gamma is not None:
+            weights = min_snr_weights(
+                self.noise_scheduler.alphas_cumprod, x.timesteps, self.config.min_snr_gamma, self.prediction_type
+            )
+        return denoising_loss(prediction, x.target, weights)
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Terms:
+        loss = self.denoising(self.noised(batch, generator))
+        return {"loss": loss, "denoising": loss}
+
+
+class AttentionDistillationObjective(DenoisingObjective):
+    """Denoising plus a match of the student's cross-attention to a frozen teacher's, on the same noisy latents.
+
+    L = L_denoising + mean over layers of
+        token_kl_weight * KL over tokens at each place                                   (which token a place looks at)
+      + place_kl_weight * KL over places for each word token                             (where a word looks)
+      + mass_weight * squared difference of the mass of the BOS, word, EOS and padding groups.
+    Only at timesteps within [min_timestep, max_timestep]. The finding that a trained encoder moves localization from the
+    words to EOS and padding: Dombrowski et al., AAAI 2024 (arXiv 2303.17908).
+
+    The caller records both U-Nets (attention.record_attention) for as long as the objective is used.
+    Raises UserError if teacher and student differ in cross-attention layers, heads or tokens.
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        config: DenoisingConfig,
+        distillation: AttentionDistillationConfig,
+        teacher: Components,
+        student_maps: AttentionMaps,
+        teacher_maps: AttentionMaps,
+    ) -> None:
+        super().__init__(components, config)
+        check_same_shape(teacher, components)
+        self.distillation = distillation
+        self._teacher = (teacher.freeze(),)
+        self._maps = (student_maps, teacher_maps)
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Terms:
+        x = self.noised(batch, generator)
+        student_maps, teacher_maps = self._maps
+        student_maps.start()
+        denoising = self.denoising(x)
+        student = student_maps.take()
+        teacher_maps.start()
+        with torch.no_grad():
+            self.predict(self._teacher[0].unet, self._teacher[0].text_encoders, x)
+        teacher = teacher_maps.take()
+
+        c = self.distillation
+        rows = (x.timesteps >= c.min_timestep) & (x.timesteps <= c.max_timestep)
+        words = x.groups == WORD
+        layers = len(student)
+        token_kl = sum(token_attention_kl(teacher[n], student[n], rows) for n in student) / layers
+        place_kl = sum(place_attention_kl(teacher[n], student[n], words, rows) for n in student) / layers
+        mass = sum(attention_mass_loss(teacher[n], student[n], x.groups, rows) for n in student) / layers
+        loss = denoising + c.token_kl_weight * token_kl + c.place_kl_weight * place_kl + c.mass_weight * mass
+        return {"loss": loss, "denoising": denoising, "token_kl": token_kl, "place_kl": place_kl, "mass": mass}
+
+
+def check_same_shape(teacher: Components, student: Components) -> None:
+    """UserError where the attention maps of the two cannot be compared."""
+    faults = []
+    for name in ("cross_attention_dim", "attention_head_dim", "block_out_channels", "down_block_types", "in_channels"):
+        theirs, ours = teacher.unet.config[name], student.unet.config[name]
+        if theirs != ours:
+            faults.append(f"{name}: teacher {theirs}, student {ours}")
+    texts = ("a b", "pleural effusion")
+    if any(not torch.equal(a, b) for a, b in zip(teacher.tokenize(texts), student.tokenize(texts), strict=False)):
+        faults.append("the tokenizers give other tokens")
+    if faults:
+        raise UserError(f"teacher and student are of different shape: {'; '.join(faults)}")
+
+
+class ContrastiveObjective(nn.Module):
+    """Match of captions and pictures, as CLIP: symmetric cross-entropy of the cosine similarities of a batch.
+
+    Source: Radford et al. 2021, figure 3. `text_encoder` is a CLIPTextModelWithProjection, `image_encoder` maps
+    (batch, 3, height, width) to (batch, projection_dim).
+    """
+
+    def __init__(self, text_encoder: nn.Module, image_encoder: nn.Module) -> None:
+        super().__init__()
+        self.text_encoder, self.image_encoder = text_encoder, image_encoder
+        self.logit_scale = nn.Parameter(torch.tensor(2.66))
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Terms:
+        text = F.normalize(self.text_encoder(batch["input_ids"]).text_embeds, dim=-1)
+        image = F.normalize(self.image_encoder(batch["pixel_values"]), dim=-1)
+        logits = self.logit_scale.clamp(max=4.6).exp() * text @ image.T
+        target = torch.arange(len(text), device=text.device)
+        loss = (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)) / 2
+        accuracy = (logits.argmax(dim=1) == target).float().mean()
+        return {"loss": loss, "accuracy": accuracy}
+
+
+class AutoencoderObjective(nn.Module):
+    """Reconstruction of pictures with a small KL to the unit Gaussian, as the VAE of latent diffusion (Rombach et al. 2022).
+
+    L = mean |x - y| + mean (x - y)^2 + kl_weight * KL(q(z|x) || N(0, 1)) / number of pixels, on random square crops.
+    """
+
+    def __init__(self, vae: nn.Module, kl_weight: float, crop_px: int) -> None:
+        super().__init__()
+        self.vae, self.kl_weight, self.crop_px = vae, kl_weight, crop_px
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Terms:
+        pixels = batch["pixel_values"]
+        span = pixels.shape[-1] - self.crop_px + 1
+        top, left = (int(v) for v in torch.randint(span, (2,), generator=generator))
+        pixels = pixels[..., top : top + self.crop_px, left : left + self.crop_px]
+        posterior = self.vae.encode(pixels).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(pixels.device)
+        reconstruction = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        l1, mse = F.l1_loss(reconstruction, pixels), F.mse_loss(reconstruction, pixels)
+        kl = posterior.kl().sum() / pixels.numel()
+        psnr = 10 * torch.log10(4 / mse)
+        return {"loss": l1 + mse + self.kl_weight * kl, "mse": mse, "kl": kl, "psnr_db": psnr}
+
+
+class ClassificationObjective(nn.Module):
+    """Binary cross-entropy of each finding. `classifier`: (batch, 3, height, width) -> .logits (batch, findings)."""
+
+    def __init__(self, classifier: nn.Module) -> None:
+        super().__init__()
+        self.classifier = classifier
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Terms:
+        logits = self.classifier(batch["pixel_values"]).logits
+        loss = F.binary_cross_entropy_with_logits(logits, batch["labels"])
+        return {"loss": loss, "accuracy": ((logits > 0) == batch["labels"].bool()).float().mean()}

@@ -1,0 +1,583 @@
+"""Numbers of metrics.json as tables, and the sentences that follow from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from rich import box
+from rich.table import Table as RichTable
+from rich.text import Text as RichText
+
+from distill.report.document import Cell, Table
+
+Comparison = Literal["better", "worse", "overlap"]
+
+
+@dataclass(frozen=True)
+class Metric:
+    """One column of the headline table.
+
+    path: keys from an arm's entry to the value; its interval is at the same place with `_ci` added.
+    direction: +1 when higher is better, -1 when lower is better, 0 when neither.
+    unit: the value lies in [0, 1] (or is of order 1), and is shown with three decimals.
+    """
+
+    path: tuple[str, ...]
+    name: str
+    short: str
+    direction: int
+    unit: bool
+    meaning: str
+
+    @property
+    def arrow(self) -> str:
+        return {1: "↑", -1: "↓", 0: ""}[self.direction]
+
+    @property
+    def label(self) -> str:
+        return f"{self.name} {self.arrow}".strip()
+
+
+WORD_AUC = Metric(
+    ("localization", "word", "auc"),
+    "word AUC",
+    "word\nAUC",
+    1,
+    True,
+    "Area under the ROC curve of the attention map of a finding's words, pixel by pixel, against the finding's region: "
+    "the chance that a pixel inside gets more attention than one outside. .5 is chance, 1 is perfect. Mean over the "
+    "findings of the mean over the images of each, as for the next three.",
+)
+CNR = Metric(
+    ("localization", "word", "cnr"),
+    "CNR",
+    "CNR",
+    1,
+    False,
+    "Contrast-to-noise ratio of the same map, (mean inside − mean outside) / √(variance inside + variance outside); "
+    "signed: below 0 the attention avoids the region.",
+)
+TOP1 = Metric(
+    ("localization", "word", "top1"),
+    "Top-1",
+    "Top-1\n",
+    1,
+    True,
+    "Pointing game: how often the map's highest pixel lies inside the region.",
+)
+IOU = Metric(
+    ("localization", "word", "iou"),
+    "IoU",
+    "IoU",
+    1,
+    True,
+    "Intersection over union of the region and the map above a fixed threshold.",
+)
+EOS_AUC = Metric(
+    ("localization", "eos", "auc"),
+    "EOS AUC",
+    "EOS\nAUC",
+    0,
+    True,
+    "The same AUC for the map of the end-of-text token. Above the word AUC it says that localization has leaked from "
+    "the words into this token. Neither high nor low is better in itself.",
+)
+PADDING_AUC = Metric(
+    ("localization", "padding", "auc"),
+    "padding AUC",
+    "pad\nAUC",
+    0,
+    True,
+    "The same AUC for the map of the padding tokens after the end-of-text token: a second place to leak to.",
+)
+FID = Metric(
+    ("quality", "fid"),
+    "FID",
+    "FID",
+    -1,
+    False,
+    "Fréchet distance between the features of generated and of real held-out images. It depends on the number of "
+    "images and on the feature extractor: compare only rows of one table. The row of real images is the distance "
+    "between two halves of them, a floor for all others.",
+)
+FINDING_AUC = Metric(
+    ("quality", "finding_auc"),
+    "finding AUC",
+    "find\nAUC",
+    1,
+    True,
+    "A classifier of real images looks at each generated image: AUC of its answers against the findings in the "
+    "caption. It says whether the image shows what the caption asks for.",
+)
+DIVERSITY = Metric(
+    ("quality", "diversity"),
+    "diversity",
+    "diver-\nsity",
+    1,
+    True,
+    "1 − MS-SSIM between several images of one caption, mean over captions: how much they differ. Random pictures "
+    "differ most, so read it together with FID.",
+)
+METRICS = (WORD_AUC, CNR, TOP1, IOU, EOS_AUC, PADDING_AUC, FID, FINDING_AUC, DIVERSITY)
+# Those in which one arm can be better than another.
+COMPARED = (WORD_AUC, CNR, TOP1, IOU, FID, FINDING_AUC)
+REFERENCES = ("base", "frozen", "learnable")
+_SUBJECTS = {
+    WORD_AUC: "localization (word AUC)",
+    FID: "image quality (FID)",
+    FINDING_AUC: "faithfulness to the caption (finding AUC)",
+}
+
+
+class Estimate(NamedTuple):
+    """A value and its 95 % bootstrap interval, either of which may be unknown."""
+
+    value: float | None
+    low: float | None
+    high: float | None
+
+
+def lookup(entry: Any, *path: str) -> Any:
+    """Value at `path`, or None where any part of the way is missing or null."""
+    for key in path:
+        if not isinstance(entry, Mapping):
+            return None
+        entry = entry.get(key)
+    return entry
+
+
+def estimate(entry: Mapping[str, Any], metric: Metric) -> Estimate:
+    """`metric` of one arm's entry in metrics.json."""
+    interval = lookup(entry, *metric.path[:-1], f"{metric.path[-1]}_ci") or (None, None)
+    return Estimate(lookup(entry, *metric.path), *interval)
+
+
+def ordered_arms(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    """Entries of all arms, the base first, else in the order of metrics.json."""
+    arms = metrics["arms"]
+    return {name: arms[name] for name in sorted(arms, key=lambda name: name != "base")}
+
+
+# -------------------------------------------------------------------------------------------------------------- format
+
+
+def _decimals(value: float, unit: bool) -> int:
+    if unit:
+        return 3
+    size = abs(value)
+    return 0 if size >= 1000 else 1 if size >= 10 else 2
+
+
+def format_number(value: float, decimals: int) -> str:
+    """Fixed decimals without a zero before the point: `.842`, `-.23`, `12.3`."""
+    text = f"{value:.{decimals}f}"
+    sign, digits = ("-", text[1:]) if text.startswith("-") else ("", text)
+    return sign + (digits[1:] if digits.startswith("0.") else digits)
+
+
+def format_estimate(estimated: Estimate, unit: bool) -> tuple[str, str]:
+    """(value, interval) such as (`.842`, `[.830, .853]`); `–` and an empty string where unknown."""
+    if estimated.value is None:
+        return "–", ""
+    decimals = _decimals(estimated.value, unit)
+    value = format_number(estimated.value, decimals)
+    if estimated.low is None or estimated.high is None:
+        return value, ""
+    return value, f"[{format_number(estimated.low, decimals)}, {format_number(estimated.high, decimals)}]"
+
+
+def format_seconds(seconds: float | None) -> str:
+    """`8.2s`, `4m12s`, `1h03m`; `–` where unknown."""
+    if seconds is None:
+        return "–"
+    if seconds < 10:
+        return f"{seconds:.1f}s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+
+
+def format_count(count: int | None) -> str:
+    """`1,234`; `–` where unknown."""
+    return "–" if count is None else f"{count:,}"
+
+
+def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(dotted key, text) of every leaf of nested objects; lists of plain values are one leaf."""
+    if isinstance(value, Mapping) and value:
+        for key, item in value.items():
+            yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
+    elif isinstance(value, (list, tuple)) and any(isinstance(item, (Mapping, list, tuple)) for item in value):
+        for index, item in enumerate(value):
+            yield from flatten(item, f"{prefix}[{index}]")
+    elif isinstance(value, (list, tuple)):
+        yield prefix, ", ".join(map(str, value)) or "(none)"
+    elif isinstance(value, Mapping):
+        yield prefix, "(none)"
+    else:
+        yield prefix, "–" if value is None else str(value)
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+def _rows(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
+    rows = ordered_arms(metrics)
+    return {**rows, "real": metrics["real"]} if metrics.get("real") else rows
+
+
+def _best(metrics: Mapping[str, Any], metric: Metric) -> float | None:
+    values = [estimate(entry, metric).value for name, entry in metrics["arms"].items() if name != "base"]
+    known = [value for value in values if value is not None]
+    if len(known) < 2 or not metric.direction:
+        return None
+    return max(known, key=lambda value: metric.direction * value)
+
+
+def headline_table(metrics: Mapping[str, Any]) -> Table:
+    """One row for the base, each arm and the real images; the best value of the trained arms is strong."""
+    best = {metric: _best(metrics, metric) for metric in METRICS}
+    rows: list[list[str | Cell]] = []
+    for name, entry in _rows(metrics).items():
+        row: list[str | Cell] = [name]
+        for metric in METRICS:
+            estimated = estimate(entry, metric)
+            value, interval = format_estimate(estimated, metric.unit)
+            strong = name not in ("base", "real") and value != "–" and estimated.value == best[metric]
+            row.append(Cell(value, interval, strong=strong))
+        row.append(format_count(lookup(entry, "cost", "steps")))
+        row.append(format_seconds(lookup(entry, "cost", "train_seconds")))
+        rows.append(row)
+    return Table(["arm", *(metric.label for metric in METRICS), "steps", "train time"], rows, "numbers")
+
+
+def _terminal_estimate(estimated: Estimate, unit: bool) -> str:
+    if estimated.value is None:
+        return "-"
+    decimals = _decimals(estimated.value, unit)
+    value = format_number(estimated.value, decimals)
+    if estimated.low is None or estimated.high is None:
+        return value
+    # The longer side, so that value ± half holds the whole interval however lopsided it is.
+    half = max(estimated.high - estimated.value, estimated.value - estimated.low, 0.0)
+    return f"{value} ±{format_number(half, decimals)}"
+
+
+def terminal_table(metrics: Mapping[str, Any]) -> RichTable:
+    """The headline table for a terminal; `-` where a value is unknown.
+
+    A row takes one line in about 118 columns; in fewer, down to 80, the interval goes under its value.
+    """
+    table = RichTable(
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        caption="± is the longer side of the 95 % bootstrap interval; ↑ higher is better, ↓ lower is better",
+        caption_justify="left",
+    )
+    table.add_column("arm", no_wrap=True, max_width=20)
+    for metric in METRICS:
+        table.add_column(f"{metric.short} {metric.arrow}".strip().replace("\n ", "\n"), justify="right", overflow="fold")
+    table.add_column("steps", justify="right", no_wrap=True)
+    table.add_column("train\ntime", justify="right", no_wrap=True)
+    for name, entry in _rows(metrics).items():
+        cells = [_terminal_estimate(estimate(entry, metric), metric.unit) for metric in METRICS]
+        cells += [
+            format_count(lookup(entry, "cost", "steps")),
+            format_seconds(lookup(entry, "cost", "train_seconds")),
+        ]
+        # Text, not str: rich would read [brackets] in a name as markup.
+        table.add_row(RichText(name), *("-" if cell == "–" else cell for cell in cells))
+    return table
+
+
+def finding_table(metrics: Mapping[str, Any]) -> Table | None:
+    """Word AUC of every finding (rows) in every arm (columns); None where no arm has any."""
+    per_arm = {
+        name: lookup(entry, "localization", "word", "per_finding") or {}
+        for name, entry in ordered_arms(metrics).items()
+    }
+    findings = list(dict.fromkeys(finding for per_finding in per_arm.values() for finding in per_finding))
+    if not findings:
+        return None
+    rows: list[list[str | Cell]] = []
+    for finding in findings:
+        pairs = [lookup(per_finding, finding, "pairs") for per_finding in per_arm.values()]
+        row: list[str | Cell] = [finding, format_count(max((count for count in pairs if count is not None), default=None))]
+        for per_finding in per_arm.values():
+            auc = lookup(per_finding, finding, "auc")
+            # Tint from chance (.5, none) to perfect (1, half of the accent colour).
+            row.append("–" if auc is None else Cell(format_number(auc, 3), shade=max(0.0, auc - 0.5)))
+        rows.append(row)
+    return Table(["finding", "pairs", *per_arm], rows, "numbers")
+
+
+def cost_table(metrics: Mapping[str, Any]) -> Table:
+    """Time and memory of each arm's training and evaluation."""
+    rows = []
+    for name, entry in ordered_arms(metrics).items():
+        seconds, steps = lookup(entry, "cost", "train_seconds"), lookup(entry, "cost", "steps")
+        memory = lookup(entry, "cost", "peak_memory_gb")
+        rows.append(
+            [
+                name,
+                format_count(lookup(entry, "cost", "trainable_parameters")),
+                format_count(steps),
+                format_seconds(seconds),
+                f"{1000 * seconds / steps:,.0f} ms" if seconds is not None and steps else "–",
+                format_seconds(lookup(entry, "cost", "evaluation_seconds")),
+                "–" if memory is None else f"{memory:.2f} GB",
+            ]
+        )
+    head = ["arm", "trained parameters", "steps", "training", "a step", "evaluation", "peak memory"]
+    return Table(head, rows, "numbers")
+
+
+def stage_table(metrics: Mapping[str, Any]) -> Table | None:
+    """Time and memory of every stage in provenance.stages; None where it is not recorded."""
+    stages = lookup(metrics, "provenance", "stages")
+    if not isinstance(stages, Mapping) or not stages:
+        return None
+    rows = []
+    for name, stage in stages.items():
+        seconds, memory = lookup(stage, "seconds"), lookup(stage, "peak_memory_gb")
+        rows.append([name, format_seconds(seconds), "–" if memory is None else f"{memory:.2f} GB"])
+    return Table(["stage", "time", "peak memory"], rows, "numbers")
+
+
+def meaning_table(metrics: Mapping[str, Any]) -> Table:
+    """One line a metric, with the direction that is better."""
+    directions = {1: "↑ higher is better", -1: "↓ lower is better", 0: "neither"}
+    threshold = next(
+        (text for key, text in flatten(metrics["provenance"]) if key.split(".")[-1] == "iou_threshold"), None
+    )
+    rows = []
+    for metric in METRICS:
+        meaning = metric.meaning
+        if metric is IOU and threshold is not None:
+            meaning += f" Threshold here: {threshold} of the map's range."
+        rows.append([metric.name, directions[metric.direction], meaning])
+    rows += [
+        [
+            "attention mass",
+            "neither",
+            "Part of all cross-attention that goes to the begin-of-text token (BOS), the caption's words, the "
+            "end-of-text token (EOS) and the padding after it; the four add up to 1.",
+        ],
+        [
+            "[low, high]",
+            "narrower is surer",
+            "95 % bootstrap interval over held-out images (localization) or generated images (quality). It covers the "
+            "choice of images, not the choice of training seed.",
+        ],
+        ["steps, train time", "", "Optimizer steps, and the seconds they took, without evaluation."],
+    ]
+    return Table(["number", "better", "what it is"], rows)
+
+
+# ------------------------------------------------------------------------------------------------------------ verdicts
+
+
+def compare(entry: Mapping[str, Any], other: Mapping[str, Any], metric: Metric) -> Comparison | None:
+    """Whether `entry` is better than `other`, by intervals: None where one of the intervals is unknown."""
+    ours, theirs = estimate(entry, metric), estimate(other, metric)
+    if ours.low is None or ours.high is None or theirs.low is None or theirs.high is None:
+        return None
+    if ours.low <= theirs.high and theirs.low <= ours.high:
+        return "overlap"
+    return "better" if (ours.low > theirs.high) == (metric.direction >= 0) else "worse"
+
+
+def comparison_table(metrics: Mapping[str, Any]) -> Table | None:
+    """Every arm against base, frozen and learnable, metric by metric; None where there is no pair."""
+    arms = ordered_arms(metrics)
+    rows: list[list[str | Cell]] = []
+    for position, reference in enumerate(REFERENCES):
+        if reference not in arms:
+            continue
+        for name, entry in arms.items():
+            if name in REFERENCES[: position + 1]:
+                continue
+            row: list[str | Cell] = [f"{name} against {reference}"]
+            for metric in COMPARED:
+                row.append(
+                    {
+                        "better": Cell("▲ better", tone="good"),
+                        "worse": Cell("▼ worse", tone="bad"),
+                        "overlap": Cell("≈ overlap", tone="even"),
+                        None: Cell("–"),
+                    }[compare(entry, arms[reference], metric)]
+                )
+            rows.append(row)
+    return Table(["", *(metric.label for metric in COMPARED)], rows, "numbers") if rows else None
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A question, its answer, and the numbers that it follows from.
+
+    holds: whether what one hopes for is shown; None where the numbers cannot tell, or nothing was hoped for.
+    """
+
+    arm: str
+    question: str
+    answer: str
+    tone: Literal["good", "bad", "even", "muted"]
+    evidence: str
+    holds: bool | None
+
+
+def _show(name: str, entry: Mapping[str, Any], metric: Metric) -> str:
+    return f"{name} {' '.join(format_estimate(estimate(entry, metric), metric.unit)).strip()}"
+
+
+def _ask(arms: Mapping[str, Mapping[str, Any]], arm: str, other: str, metric: Metric, kind: str) -> Verdict:
+    """kind: `gain` (hope: better), `keep` (hope: not worse), `price` (an expected loss, no hope)."""
+    result = compare(arms[arm], arms[other], metric)
+    subject = _SUBJECTS[metric]
+    evidence = f"{_show(arm, arms[arm], metric)}, {_show(other, arms[other], metric)}"
+    question = {
+        "gain": f"Is {subject} of {arm} better than of {other}?",
+        "keep": f"Does {arm} keep the {subject} of {other}?",
+        "price": f"Does {arm} pay with {subject}, against {other}?",
+    }[kind]
+    answers: dict[tuple[str, Comparison], tuple[str, Literal["good", "bad", "even"], bool | None]] = {
+        ("gain", "better"): ("yes", "good", True),
+        ("gain", "worse"): ("no, it is worse", "bad", False),
+        ("gain", "overlap"): ("not shown: intervals overlap", "even", False),
+        ("keep", "better"): ("yes, and gains", "good", True),
+        ("keep", "worse"): ("no", "bad", False),
+        ("keep", "overlap"): ("no loss seen: intervals overlap", "good", True),
+        ("price", "better"): ("no, it gains", "good", None),
+        ("price", "worse"): ("yes", "bad", None),
+        ("price", "overlap"): ("not shown: intervals overlap", "even", None),
+    }
+    if result is None:
+        return Verdict(arm, question, "cannot be told: not measured", "muted", evidence, None)
+    answer, tone, holds = answers[kind, result]
+    return Verdict(arm, question, answer, tone, evidence, holds)
+
+
+def verdicts(metrics: Mapping[str, Any]) -> list[Verdict]:
+    """What the comparison is about, answered from the intervals.
+
+    The trade-off: learnable against frozen. Its cure: every other arm localizes better than learnable and draws better
+    than frozen, and keeps the localization of frozen and the quality of learnable. Without these two arms: every
+    arm against the base.
+    """
+    arms = ordered_arms(metrics)
+    found = []
+    if "frozen" in arms and "learnable" in arms:
+        found += [_ask(arms, "learnable", "frozen", metric, "gain") for metric in (FID, FINDING_AUC)]
+        found.append(_ask(arms, "learnable", "frozen", WORD_AUC, "price"))
+    for arm in arms:
+        if arm in REFERENCES:
+            continue
+        if "learnable" in arms:
+            found.append(_ask(arms, arm, "learnable", WORD_AUC, "gain"))
+        if "frozen" in arms:
+            found.append(_ask(arms, arm, "frozen", WORD_AUC, "keep"))
+            found.append(_ask(arms, arm, "frozen", FID, "gain"))
+        if "learnable" in arms:
+            found.append(_ask(arms, arm, "learnable", FID, "keep"))
+            found.append(_ask(arms, arm, "learnable", FINDING_AUC, "keep"))
+    if not found and "base" in arms:
+        found = [
+            _ask(arms, arm, "base", metric, "gain")
+            for arm in arms
+            if arm != "base"
+            for metric in (WORD_AUC, FID, FINDING_AUC)
+        ]
+    return found
+
+
+def verdict_table(found: list[Verdict]) -> Table:
+    """One row a question."""
+    rows = [[verdict.question, Cell(verdict.answer, tone=verdict.tone), verdict.evidence] for verdict in found]
+    return Table(["question", "answer", "numbers"], rows)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One sentence of the verdict, with what it is about and its answer in a word or two."""
+
+    subject: str
+    answer: str
+    tone: Literal["good", "bad", "even", "muted"]
+    sentence: str
+
+
+def outcomes(metrics: Mapping[str, Any], found: list[Verdict]) -> list[Outcome]:
+    """Whether the trade-off shows, which arms do what is hoped for, and where attention leaks; from the numbers alone."""
+    arms = ordered_arms(metrics)
+    said = []
+    if "frozen" in arms and "learnable" in arms:
+        said.append(_tradeoff(arms["frozen"], arms["learnable"]))
+    for arm in dict.fromkeys(verdict.arm for verdict in found if verdict.arm not in REFERENCES):
+        said.append(_hopes(arm, [verdict for verdict in found if verdict.arm == arm]))
+    said += _leaks(arms)
+    if len(arms) == 1:
+        said.append(Outcome("comparison", "none", "muted", "There is one model and no other to compare it with."))
+    return said
+
+
+def outcome_table(said: list[Outcome]) -> Table:
+    """One row an outcome."""
+    return Table(["", "", ""], [[o.subject, Cell(o.answer, tone=o.tone), o.sentence] for o in said])
+
+
+def _tradeoff(frozen: Mapping[str, Any], learnable: Mapping[str, Any]) -> Outcome:
+    quality, localization = compare(learnable, frozen, FID), compare(learnable, frozen, WORD_AUC)
+    if quality is None or localization is None:
+        return Outcome("trade-off", "cannot be told", "muted", "FID or word AUC was not measured.")
+    words = {"better": "better", "worse": "worse", "overlap": "not clearly different"}
+    shows = quality == "better" and localization == "worse"
+    numbers = "; ".join(
+        f"{metric.name} {words[result]}: {_show('learnable', learnable, metric)}, {_show('frozen', frozen, metric)}"
+        for metric, result in ((FID, quality), (WORD_AUC, localization))
+    )
+    return Outcome(
+        "trade-off",
+        "shows" if shows else "does not show",
+        "good" if shows else "even",
+        f"With a trained text encoder, compared with a frozen one, {numbers}.",
+    )
+
+
+def _hopes(arm: str, asked: list[Verdict]) -> Outcome:
+    missed = [verdict for verdict in asked if verdict.holds is False]
+    known = [verdict for verdict in asked if verdict.holds is not None]
+    if not known:
+        return Outcome(arm, "cannot be told", "muted", "Nothing that this arm is asked was measured.")
+    untold = f" {len(asked) - len(known)} more could not be told." if len(known) < len(asked) else ""
+    if missed:
+        details = " ".join(
+            f"{verdict.question} {verdict.answer[:1].upper()}{verdict.answer[1:]} ({verdict.evidence})."
+            for verdict in missed
+        )
+        answer = f"{len(known) - len(missed)} of {len(known)} hopes hold"
+        return Outcome(arm, answer, "bad", f"It does not show all that one hopes for. {details}{untold}")
+    overlaps = sum("overlap" in verdict.answer for verdict in known)
+    careful = f" In {overlaps} of them the intervals overlap: no loss is seen, none is ruled out." if overlaps else ""
+    return Outcome(
+        arm, f"{len(known)} of {len(known)} hopes hold", "good", f"It shows all that one hopes for.{careful}{untold}"
+    )
+
+
+def _leaks(arms: Mapping[str, Mapping[str, Any]]) -> list[Outcome]:
+    said = []
+    for name, entry in arms.items():
+        word = estimate(entry, WORD_AUC)
+        for metric, place in ((EOS_AUC, "EOS token"), (PADDING_AUC, "padding")):
+            tail = estimate(entry, metric)
+            if word.high is not None and tail.low is not None and tail.low > word.high:
+                sentence = (
+                    f"The {place} localizes better than the finding's own words: "
+                    f"{_show(metric.name, entry, metric)}, {_show(WORD_AUC.name, entry, WORD_AUC)}."
+                )
+                said.append(Outcome(name, "leaks", "bad", sentence))
+    return said

@@ -1,0 +1,116 @@
+"""Imports go one way, the library never imports recipes, and nothing optional is imported at import time."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+LAYERS = (
+    ("errors",),
+    ("config",),
+    ("losses", "metrics"),
+    ("components",),
+    ("data",),
+    ("attention",),
+    ("objectives",),
+    ("trainer",),
+    ("export",),
+    ("evaluate",),
+    ("report",),
+)
+ONLY = {"cli": {"errors", "config"}}
+OPTIONAL = {"torchvision", "torchxrayvision", "torch_fidelity", "wandb"}
+
+
+def imported(node: ast.AST, package: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Dotted names, as tuples, that one statement imports; `package` resolves relative imports."""
+    if isinstance(node, ast.Import):
+        return [tuple(alias.name.split(".")) for alias in node.names]
+    if isinstance(node, ast.ImportFrom):
+        base = package[: len(package) - node.level + 1] if node.level else ()
+        base += tuple(node.module.split(".")) if node.module else ()
+        return [(*base, alias.name) for alias in node.names]
+    return []
+
+
+def walk(node: ast.AST, *, into_functions: bool) -> Iterator[ast.AST]:
+    for child in ast.iter_child_nodes(node):
+        if into_functions or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield child
+            yield from walk(child, into_functions=into_functions)
+
+
+def imports_of(path: Path, root: Path, *, into_functions: bool = True) -> Iterator[tuple[str, ...]]:
+    package = path.relative_to(root).parent.parts
+    for node in walk(ast.parse(path.read_text(encoding="utf-8"), str(path)), into_functions=into_functions):
+        yield from imported(node, package)
+
+
+def layer_faults(root: Path) -> list[str]:
+    """Imports inside root/distill that go against LAYERS, and modules that have no layer."""
+    rank = {name: index for index, names in enumerate(LAYERS) for name in names}
+    faults = []
+    for path in sorted((root / "distill").rglob("*.py")):
+        place = path.relative_to(root)
+        own = place.parts[1].removesuffix(".py")
+        if own != "__init__" and own not in rank and own not in ONLY:
+            faults.append(f"{place}: {own} has no place in LAYERS")
+            continue
+        for name in imports_of(path, root):
+            if name[0] != "distill" or len(name) < 2 or name[1] in (own, "__version__"):
+                continue
+            other = name[1]
+            allowed = other in ONLY[own] if own in ONLY else rank.get(other, len(LAYERS)) < rank.get(own, 0)
+            if not allowed:
+                faults.append(f"{place} imports distill.{other}")
+    return faults
+
+
+def test_library_imports_go_one_way() -> None:
+    assert layer_faults(ROOT) == []
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "is_legal"),
+    [
+        ("distill/losses.py", "from distill.errors import UserError", True),
+        ("distill/losses.py", "from distill import metrics", False),
+        ("distill/trainer.py", "from .losses import attention_kl", True),
+        ("distill/data/folder.py", "from ..components import Components", True),
+        ("distill/data/folder.py", "from .sample import Sample", True),
+        ("distill/data/folder.py", "from ..trainer import fit", False),
+        ("distill/data/folder.py", "def late():\n    import distill.trainer", False),
+        ("distill/config.py", "import distill.trainer", False),
+        ("distill/cli.py", "import distill.config", True),
+        ("distill/cli.py", "import distill.losses", False),
+        ("distill/report/page.py", "from distill.cli import parse", False),
+        ("distill/novelty.py", "import torch", False),
+    ],
+)
+def test_the_check_sees_a_wrong_import(tmp_path: Path, path: str, line: str, is_legal: bool) -> None:
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(line)
+    assert (layer_faults(tmp_path) == []) is is_legal
+
+
+def test_library_never_imports_recipes_and_recipes_never_each_other() -> None:
+    recipes = {path.stem for path in (ROOT / "recipes").glob("*.py")}
+    faults = []
+    for path in sorted([*(ROOT / "distill").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]):
+        # `recipes/evaluate.py` and the library's `distill.evaluate` share a name, so the first part decides.
+        wrong = {name[0] for name in imports_of(path, ROOT)} & (recipes | {"recipes", "tests"}) - {"datasets"}
+        faults += [f"{path.relative_to(ROOT)} imports {name}" for name in sorted(wrong)]
+    assert faults == []
+
+
+def test_optional_packages_are_not_needed_to_import_anything() -> None:
+    faults = []
+    for folder in ("distill", "recipes"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            wrong = {name[0] for name in imports_of(path, ROOT, into_functions=False)} & OPTIONAL
+            faults += [f"{path.relative_to(ROOT)} imports {name} at import time" for name in sorted(wrong)]
+    assert faults == []
