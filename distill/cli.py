@@ -12,13 +12,11 @@ import re
 import sys
 import types
 import typing
-from argparse import SUPPRESS
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
-from jsonargparse import ArgumentParser, set_parsing_settings
 
 from distill.config import value_faults
 from distill.errors import UserError, raise_all
@@ -286,11 +284,26 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 80 else f"{text[:77]}..."
 
 
-@functools.cache
-def _parser(config_class: type) -> ArgumentParser:
+def _built(value: Any, hint: Any) -> Any:
+    """Value of the config for a legal value as YAML gives it: dataclasses from mappings, tuples from lists."""
+    if dataclasses.is_dataclass(hint):
+        hints = typing.get_type_hints(hint)
+        return hint(**{name: _built(item, hints[name]) for name, item in value.items()})  # type: ignore[operator]
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        return _built(value, next(argument for argument in arguments if _matches(value, argument)))
+    if origin is tuple:
+        return tuple(_built(item, arguments[0]) for item in value)
+    return float(value) if hint is float else value
+
+
+def _print_help(config_class: type, schema: _Schema) -> None:
+    """Help of every key, from the docstrings under the fields."""
+    # Here, since it takes longer than all else that a recipe does before its first step.
+    from jsonargparse import SUPPRESS, ArgumentParser, set_parsing_settings
+
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = ArgumentParser(
-        exit_on_error=False,
         print_config=None,
         description=config_class.__doc__,
         usage="%(prog)s [--config FILE.yaml ...] [--KEY VALUE ...] [--print_config] [--help]",
@@ -304,9 +317,9 @@ def _parser(config_class: type) -> ArgumentParser:
     )
     parser.add_class_arguments(config_class)
     for action in parser._actions:
-        if action.dest in _Schema(config_class).groups:
+        if action.dest in schema.groups:
             action.help = SUPPRESS
-    return parser
+    parser.print_help()
 
 
 def _differs(config: Any, key: str) -> tuple[Any, Any] | None:
@@ -346,13 +359,11 @@ def parse(
     schema = _Schema(config_class)
     faults: list[str] = []
     files, overrides, flags = _arguments(sys.argv[1:] if argv is None else argv, schema, faults)
-    parser = _parser(config_class)
     if "help" in flags:
-        parser.print_help()
+        _print_help(config_class, schema)
         raise SystemExit(0)
     assignments = [assignment for file in files for assignment in _read_yaml(file, schema, faults)] + overrides
-    parsed = parser.instantiate(parser.parse_object(_merge(assignments, schema, faults)))
-    config = config_class(**{item.name: parsed[item.name] for item in dataclasses.fields(config_class)})  # type: ignore[arg-type]
+    config: T = _built(_merge(assignments, schema, faults), config_class)
     origins = {assignment.key: assignment.origin for assignment in assignments}
     faults += [
         f"{fault} (from {origins[key]})" if key in origins else fault for key, fault in value_faults(config).items()

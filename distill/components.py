@@ -98,7 +98,7 @@ def load_components(base: BaseConfig, run: str | Path | None = None) -> Componen
             f"the embedded base is not at {PHANTOM_BASE}; install the project from its repository (pip install -e .) "
             "or make the base with recipes/pretrain_phantom.py"
         )
-    options: dict[str, Any] = {"use_safetensors": True, "torch_dtype": torch.float32}
+    options: dict[str, Any] = {"use_safetensors": True}
     if not Path(name).is_dir():
         if name.startswith((".", "/", "~")) or name.count("/") > 1:
             raise UserError(f"base.name: no folder {name}; give a diffusers pipeline folder, a hub id, or `phantom`")
@@ -120,6 +120,7 @@ def load_components(base: BaseConfig, run: str | Path | None = None) -> Componen
         ) from error
     if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
         raise UserError(f"base.name: {name} is a {type(pipeline).__name__}; SD 1.x, SD 2.x and SDXL are supported")
+    pipeline.to(torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     components = components_of(pipeline)
     if run is not None:
@@ -153,7 +154,9 @@ def load_run(components: Components, run: Path) -> None:
         new = type(old).from_pretrained(run / name)
         shapes = {k: tuple(v.shape) for k, v in new.state_dict().items()}
         if shapes != {k: tuple(v.shape) for k, v in old.state_dict().items()}:
-            raise UserError(f"{run / name} does not fit the base: it has other layers or shapes; give the base it was trained on")
+            raise UserError(
+                f"{run / name} does not fit the base: it has other layers or shapes; give the base it was trained on"
+            )
         old.load_state_dict(new.state_dict())
     if (run / LORA_FILE).exists():
         found = True
@@ -174,7 +177,20 @@ def _check_adapter_keys(components: Components, path: Path) -> None:
         wanted = len(file.keys())
     loaded = sum("lora_" in name for module in components.modules() for name in module.state_dict())
     if loaded != wanted:
-        raise UserError(f"{path}: {wanted} tensors in the file, {loaded} found a place in the base; it is for another base")
+        raise UserError(
+            f"{path}: {wanted} tensors in the file, {loaded} found a place in the base; it is for another base"
+        )
+
+
+def check_lora_targets(module: nn.Module, targets: Sequence[str], which: str) -> None:
+    """Raise UserError if a target matches no layer of `module`, with the names that would."""
+    layers = [n for n, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    unmatched = [t for t in targets if not any(n == t or n.endswith("." + t) for n in layers)]
+    if unmatched:
+        ends = sorted({n.split(".")[-1] if not n[-1].isdigit() else ".".join(n.split(".")[-2:]) for n in layers})
+        raise UserError(
+            f"lora.{which}_targets: {', '.join(unmatched)} match no layer; layers end in: {', '.join(ends)}"
+        )
 
 
 def add_lora(module: nn.Module, lora: LoraConfig, targets: Sequence[str], which: str) -> None:
@@ -182,11 +198,7 @@ def add_lora(module: nn.Module, lora: LoraConfig, targets: Sequence[str], which:
 
     Raises UserError if a target matches no layer.
     """
-    layers = [n for n, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
-    unmatched = [t for t in targets if not any(n == t or n.endswith("." + t) for n in layers)]
-    if unmatched:
-        ends = sorted({n.split(".")[-1] if not n[-1].isdigit() else ".".join(n.split(".")[-2:]) for n in layers})
-        raise UserError(f"lora.{which}_targets: {', '.join(unmatched)} match no layer; layers end in: {', '.join(ends)}")
+    check_lora_targets(module, targets, which)
     config = PeftLoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
@@ -209,9 +221,9 @@ def prepare_training(
     frozen_dtype: str = "fp32",
     gradient_checkpointing: bool = False,
 ) -> None:
-    """Freeze everything, cast it to `frozen_dtype`, then make trainable (float32) what the method asks for."""
+    """Freeze everything, cast all but the VAE to `frozen_dtype`, then make trainable (float32) what the method asks for."""
     components.freeze()
-    for module in components.modules():
+    for module in (components.unet, *components.text_encoders):
         module.to(DTYPES[frozen_dtype])
     for module, how, targets, which in (
         (components.unet, method, lora.unet_targets, "unet"),

@@ -125,11 +125,15 @@ class DenoisingObjective(nn.Module):
             pooled = torch.where(drop[:, None], empty_pooled.float(), pooled.float())
         return embeds, pooled
 
-    def predict(self, unet: nn.Module, text_encoders: list[nn.Module], x: Noised) -> torch.Tensor:
+    def predict(self, unet: Any, text_encoders: list[nn.Module], x: Noised) -> torch.Tensor:
         """The U-Net's output, (batch, channels, height, width)."""
         embeds, pooled = x.prompt_embeds or encode_text(text_encoders, x.input_ids)
-        added = {"text_embeds": pooled, "time_ids": x.time_ids} if self.is_sdxl else None
-        return unet(x.noisy_latents, x.timesteps, embeds, added_cond_kwargs=added, return_dict=False)[0]
+        dtype = unet.dtype
+        added = None
+        if self.is_sdxl and pooled is not None and x.time_ids is not None:
+            added = {"text_embeds": pooled.to(dtype), "time_ids": x.time_ids.to(dtype)}
+        latents = x.noisy_latents.to(dtype)
+        return unet(latents, x.timesteps, embeds.to(dtype), added_cond_kwargs=added, return_dict=False)[0]
 
     def denoising(self, x: Noised) -> torch.Tensor:
         prediction = self.predict(self.unet, list(self.text_encoders), x)

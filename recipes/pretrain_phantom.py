@@ -83,7 +83,9 @@ def train_tokenizer(config: PretrainConfig, captions: list[str]) -> CLIPTokenize
     learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    learner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(SPLIT), "removed", invert=True), byte_level])
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT), "removed", invert=True), byte_level]
+    )
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
         vocab_size=config.vocabulary_size - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
@@ -91,7 +93,13 @@ def train_tokenizer(config: PretrainConfig, captions: list[str]) -> CLIPTokenize
     learner.train_from_iterator([*captions, *UNRELATED * 20, *VOCABULARY * 20], trainer)
     merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
     merges = merges[: config.vocabulary_size - 2 - 2 * len(alphabet)]
-    pieces = [*alphabet, *(a + "</w>" for a in alphabet), *("".join(m) for m in merges), "<|startoftext|>", "<|endoftext|>"]
+    pieces = [
+        *alphabet,
+        *(a + "</w>" for a in alphabet),
+        *("".join(m) for m in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
     return CLIPTokenizer(
         vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges=merges, model_max_length=77
     )
@@ -113,7 +121,9 @@ class ImageTower(nn.Module):
         return self.head(nn.functional.adaptive_avg_pool2d(features, 2).flatten(1))
 
 
-def train_text_encoder(config: PretrainConfig, pictures: RenderedPictures, tokenizer: CLIPTokenizer, work: Path) -> None:
+def train_text_encoder(
+    config: PretrainConfig, pictures: RenderedPictures, tokenizer: CLIPTokenizer, work: Path
+) -> None:
     torch.manual_seed(config.seed)
     text_encoder = CLIPTextModelWithProjection(
         CLIPTextConfig(
@@ -170,7 +180,9 @@ def train_vae(config: PretrainConfig, pictures: RenderedPictures, work: Path) ->
 
 def assemble(config: PretrainConfig, work: Path) -> StableDiffusionPipeline:
     """Stock pipeline of the stages' results and a fresh U-Net."""
-    with_projection = CLIPTextModelWithProjection.from_pretrained(work / "text_encoder" / "text_encoder_with_projection")
+    with_projection = CLIPTextModelWithProjection.from_pretrained(
+        work / "text_encoder" / "text_encoder_with_projection"
+    )
     text_encoder = CLIPTextModel(with_projection.config)
     flat = hasattr(text_encoder, "embeddings")  # transformers >= 5.6
     state = with_projection.text_model.state_dict()
@@ -206,7 +218,9 @@ def train_unet(config: PretrainConfig, work: Path, output_dir: Path) -> None:
     accelerator = make_accelerator(config.unet, work)
     components.to(accelerator.device)
     pictures = PicturesDataset("train", config.pictures, config.seed, config.resolution)
-    latents = cache_latents(pictures, components.vae, work / "latents", batch_size=32, flip=False, device=accelerator.device)
+    latents = cache_latents(
+        pictures, components.vae, work / "latents", batch_size=32, flip=False, device=accelerator.device
+    )
     rows = TrainingRows(pictures, components, latents=latents)
     objective = DenoisingObjective(components, DenoisingConfig(caption_dropout=config.caption_dropout))
     fit(objective, rows, config.unet, accelerator=accelerator, output_dir=work, seed=config.seed, label="unet")

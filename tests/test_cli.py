@@ -163,12 +163,10 @@ def test_overrides_go_before_files_and_later_files_before_earlier(yaml_file: Cal
 
 
 def test_command_line_values_need_no_quotes() -> None:
-    config = parse(
-        TradeoffConfig,
-        """--arms frozen,lora --evaluation.timesteps [10,20] --base.name 123 --base.revision none --trainer.ema_decay 0.99
-        --trainer.learning_rate 1e-4 --trainer.mixed_precision no --dry_run --trainer.cache_latents false
-        --data.query_words.edema edema,fluid --evaluation.layers down_blocks.1""".split(),
-    )
+    values = """--arms frozen,lora --evaluation.timesteps [10,20] --base.name 123 --base.revision none --dry_run
+        --trainer.ema_decay 0.99 --trainer.learning_rate 1e-4 --trainer.mixed_precision no --trainer.cache_latents false
+        --data.query_words.edema edema,fluid --evaluation.layers down_blocks.1"""
+    config = parse(TradeoffConfig, values.split())
     assert config.arms == ("frozen", "lora") and config.evaluation.timesteps == (10, 20)
     assert config.base.name == "123" and config.base.revision is None
     assert config.trainer.ema_decay == 0.99 and config.trainer.learning_rate == 1e-4

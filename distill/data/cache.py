@@ -1,8 +1,8 @@
 """Latents and text embeddings computed once, in safetensors files whose names are hashes of all that decides them.
 
-A changed image, caption or model therefore looks for a file that is not there; a stale one is never met. Each file holds
-up to SHARD_ROWS rows, so that a killed run keeps what it had finished. Files are written under a temporary name and
-renamed, carry a checksum, and are mapped into memory when read.
+A changed image, caption or model therefore looks for a file that is not there; a stale one is never met. Each file
+holds up to SHARD_ROWS rows, so that a killed run keeps what it had finished. Files are written under a temporary name
+and renamed, carry a checksum, and are mapped into memory when read.
 """
 
 from __future__ import annotations
@@ -130,29 +130,27 @@ def cache_latents(
         cast("Dataset[Sample]", dataset), batch_sampler=batches, collate_fn=_collate, num_workers=num_workers
     )
     vae.to(device)
-    batched = zip(batches, loader, strict=True)
+    parts: dict[str, list[torch.Tensor]] = {}
     with _progress("encoding images", sum(map(len, batches)), "image") as bar, torch.no_grad():
-        for shard in missing:
-            parts: dict[str, list[torch.Tensor]] = {}
-            end = _shard_range(shard, len(rows)).stop
-            for indices, (pixel_values, ids) in batched:
-                views = {"": pixel_values}
-                mirrored = [place for place, index in enumerate(indices) if flips[index]]
-                if mirrored:
-                    views["flipped_"] = pixel_values[mirrored].flip(-1)
-                for prefix, view in views.items():
-                    latent_dist = vae.encode(view.to(device, vae.dtype)).latent_dist
-                    for name, value in (("mean", latent_dist.mean), ("std", latent_dist.std)):
-                        if not torch.isfinite(value).all():
-                            raise UserError(
-                                f"the VAE in {vae.dtype} gives latents that are not finite, for an image of "
-                                f"{', '.join(ids)}; use base.frozen_dtype fp32"
-                            )
-                        parts.setdefault(prefix + name, []).append(value.cpu())
-                bar.update(len(indices))
-                if indices[-1] == end - 1:
-                    break
-            _write(paths[shard], parts)
+        for indices, (pixel_values, ids) in zip(batches, loader, strict=True):
+            views = {"": pixel_values}
+            mirrored = [place for place, index in enumerate(indices) if flips[index]]
+            if mirrored:
+                views["flipped_"] = pixel_values[mirrored].flip(-1)
+            for prefix, view in views.items():
+                latent_dist = vae.encode(view.to(device, vae.dtype)).latent_dist
+                for name, value in (("mean", latent_dist.mean), ("std", latent_dist.std)):
+                    if not torch.isfinite(value).all():
+                        raise UserError(
+                            f"the VAE in {vae.dtype} gives latents that are not finite, for an image of "
+                            f"{', '.join(ids)}; use base.frozen_dtype fp32"
+                        )
+                    parts.setdefault(prefix + name, []).append(value.cpu())
+            bar.update(len(indices))
+            shard = indices[0] // SHARD_ROWS
+            if indices[-1] + 1 == _shard_range(shard, len(rows)).stop:
+                _write(paths[shard], parts)
+                parts = {}
     return LatentCache(paths, flips)
 
 
@@ -178,11 +176,11 @@ def cache_text_embeddings(
             for indices in _split(_shard_range(shard, len(distinct)), batch_size):
                 batch = [distinct[index] for index in indices]
                 encoded = encode(batch)
-                named = {_SINGLE: encoded} if isinstance(encoded, torch.Tensor) else dict(zip("0123456789", encoded))
-                for name, value in named.items():
+                single = isinstance(encoded, torch.Tensor)
+                for place, value in enumerate((encoded,) if single else encoded):
                     if not torch.isfinite(value).all():
                         raise UserError(f"the text encoder gives embeddings that are not finite, for one of {batch}")
-                    parts.setdefault(name, []).append(value.cpu())
+                    parts.setdefault(_SINGLE if single else str(place), []).append(value.cpu())
                 bar.update(len(batch))
             _write(paths[shard], parts)
     return TextEmbeddingCache(paths, distinct)
@@ -254,15 +252,16 @@ def _write(path: Path, parts: Mapping[str, list[torch.Tensor]]) -> None:
             temporary.unlink(missing_ok=True)
     except (OSError, SafetensorError) as error:
         raise UserError(
-            f"the cache file '{path}' cannot be written: {error}; free some space, point data.cache_dir to a folder that "
-            "can be written, or set trainer.cache_latents and trainer.cache_text_embeddings false"
+            f"the cache file '{path}' cannot be written: {error}; free some space, point data.cache_dir to a folder "
+            "that can be written, or set trainer.cache_latents and trainer.cache_text_embeddings false"
         ) from error
 
 
 def _is_intact(path: Path) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}
+            names = list(file.keys())
+            tensors = {name: file.get_tensor(name) for name in names}
             return (file.metadata() or {}).get("crc32") == _checksum(tensors)
     except (OSError, SafetensorError):
         return False

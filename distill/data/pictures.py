@@ -250,14 +250,18 @@ class PicturesDataset:
         phrases = []
         for o in (objects[i] for i in rng.permutation(len(objects))):
             word = str(rng.choice(WORDS[o.kind], p=[0.75, 0.25] if len(WORDS[o.kind]) == 2 else None))
-            size = "small" if o.radius < 0.16 else "large" if o.radius > 0.23 else str(rng.choice(["moderate", "medium"]))
+            size = (
+                "small" if o.radius < 0.16 else "large" if o.radius > 0.23 else str(rng.choice(["moderate", "medium"]))
+            )
             shade = "dark" if o.value < level else str(rng.choice(["bright", "white", "light"]))
             adjectives = " ".join(a for a in (size, shade) if rng.random() < 0.4)
             phrase = f"{adjectives} {word}".strip()
             if rng.random() < 0.6:
                 row, column = min(int(o.y * 3), 2), min(int(o.x * 3), 2)
                 place = POSITIONS[row][column]
-                phrase += f" {rng.choice(['at the', 'in the', 'on the'])} {place}" + (" zone" if rng.random() < 0.2 else "")
+                phrase += f" {rng.choice(['at the', 'in the', 'on the'])} {place}" + (
+                    " zone" if rng.random() < 0.2 else ""
+                )
             phrases.append(phrase)
         form = rng.integers(4)
         if form == 0:
@@ -292,7 +296,9 @@ class PicturesDataset:
             return level + 0.08 * field.astype(np.float32)
         if kind == "grainy":
             half = self.resolution // 2
-            field = zoom(rng.normal(0, 1, (half, half)), self.resolution / half, order=1, grid_mode=True, mode="nearest")
+            field = zoom(
+                rng.normal(0, 1, (half, half)), self.resolution / half, order=1, grid_mode=True, mode="nearest"
+            )
             return level + rng.uniform(0.01, 0.05) * field.astype(np.float32)
         a, frequency = rng.uniform(0, np.pi), rng.uniform(3, 12)
         u, v = x * np.cos(a) + y * np.sin(a), -x * np.sin(a) + y * np.cos(a)
@@ -300,7 +306,9 @@ class PicturesDataset:
         if kind == "striped":
             return level + amplitude * np.sin(2 * np.pi * frequency * u)
         if kind == "dotted":
-            return level + 2 * amplitude * np.clip(np.sin(2 * np.pi * frequency * u) * np.sin(2 * np.pi * frequency * v) - 0.3, 0, 1)
+            return level + 2 * amplitude * np.clip(
+                np.sin(2 * np.pi * frequency * u) * np.sin(2 * np.pi * frequency * v) - 0.3, 0, 1
+            )
         return level + amplitude * np.sign(np.sin(np.pi * frequency * u) * np.sin(np.pi * frequency * v))
 
     def _relief(self, rng: np.random.Generator) -> np.ndarray:
@@ -308,7 +316,9 @@ class PicturesDataset:
         field = np.zeros_like(self._x)
         amplitude = rng.uniform(0.02, 0.08)
         for cells in (4, 9, 18, 32):
-            octave = zoom(rng.normal(0, 1, (cells, cells)), self.resolution / cells, order=3, grid_mode=True, mode="nearest")
+            octave = zoom(
+                rng.normal(0, 1, (cells, cells)), self.resolution / cells, order=3, grid_mode=True, mode="nearest"
+            )
             field += (amplitude * rng.uniform(0.2, 1) * (4 / cells) ** 0.7 * octave).astype(np.float32)
         if rng.random() < 0.6:
             x, y = rng.uniform(-0.5, 1.5, size=2)

@@ -52,7 +52,9 @@ class TrainingRows(Dataset[dict[str, Any]]):
             row["pixel_values"] = self.dataset[index].pixel_values
         if self.text is not None:
             embeds = self.text[caption]
-            row |= {"prompt_embeds": embeds} if torch.is_tensor(embeds) else dict(zip(("prompt_embeds", "pooled"), embeds))
+            row |= (
+                {"prompt_embeds": embeds} if torch.is_tensor(embeds) else dict(zip(("prompt_embeds", "pooled"), embeds))
+            )
         else:
             for i, ids in enumerate(self.components.tokenize([caption])):
                 row[f"input_ids_{i}"] = ids[0]
@@ -66,4 +68,3 @@ class TrainingRows(Dataset[dict[str, Any]]):
     def _time_ids(self, index: int) -> tuple[int, ...]:
         sample = self.dataset[index]
         return (*sample.original_size, *sample.crop_top_left, *sample.pixel_values.shape[-2:])
-

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.report.document import Cell, Table, escape_markdown, markdown_table, write_atomic
+from distill.report.document import UNKNOWN, Cell, Table, escape_markdown, markdown_table, write_atomic
 from distill.report.tables import METRICS, estimate, flatten, format_count, format_estimate, format_seconds, lookup
 
 _PARTS = {
@@ -141,13 +141,13 @@ def write_model_card(
         parts.append(markdown_table(Table(["setting", "value"], settings)))
     parts += ["## How to load it", f"```python\n{loading_code(base_name, export)}\n```"]
     parts += ["## How it was measured", markdown_table(_metrics_table(metrics_for_arm))]
-    pairs, images = lookup(metrics_for_arm, "localization", "word", "pairs"), lookup(
-        metrics_for_arm, "localization", "word", "images"
-    )
-    generated, features = lookup(metrics_for_arm, "quality", "images"), lookup(metrics_for_arm, "quality", "features")
+    word = lookup(metrics_for_arm, "localization", "word") or {}
+    quality = lookup(metrics_for_arm, "quality") or {}
     parts.append(
-        f"Localization: {format_count(images)} held-out images, {format_count(pairs)} pairs of image and finding. "
-        f"Quality: {format_count(generated)} generated images, features: {escape_markdown(features or '–')}. "
+        f"Localization: {format_count(word.get('images'))} held-out images, "
+        f"{format_count(word.get('pairs'))} pairs of image and finding. "
+        f"Quality: {format_count(quality.get('images'))} generated images, "
+        f"features: {escape_markdown(quality.get('features') or UNKNOWN)}. "
         "Intervals are by bootstrap over images; they do not cover the choice of training seed. FID depends on the "
         "number of images and on the features: compare it only with numbers made in the same way."
     )
@@ -155,7 +155,8 @@ def write_model_card(
         "## Limits",
         "- Not for clinical use: no diagnosis, no treatment, no triage. Generated images show no real patient and must "
         "not be passed off as real.\n"
-        "- The numbers hold for the held-out images of this run; other data, scanners or caption styles may give others.\n"
+        "- The numbers hold for the held-out images of this run; other data, scanners or caption styles may give "
+        "others.\n"
         "- An attention map says where the model looks, not why; a good map is no proof that a finding is drawn "
         "correctly.\n"
         "- The licence and the limits of the base and of the training data hold for this model too.",

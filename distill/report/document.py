@@ -9,7 +9,11 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, Union
+from typing import Literal
+
+
+UNKNOWN = "\u2013"
+"""Shown for a value that is null: an en dash."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +48,7 @@ class Table:
     """The first column of each row is its header."""
 
     head: Sequence[str]
-    rows: Sequence[Sequence[Union[str, Cell, Picture]]]
+    rows: Sequence[Sequence[str | Cell | Picture]]
     kind: Literal["numbers", "text", "pictures"] = "text"
 
 
@@ -53,10 +57,10 @@ class Fold:
     """Shown on demand."""
 
     title: str
-    blocks: Sequence[Union[Text, Table, Picture]]
+    blocks: Sequence[Text | Table | Picture]
 
 
-Block = Union[Text, Table, Picture, Fold]
+Block = Text | Table | Picture | Fold
 
 
 @dataclass(frozen=True)
@@ -170,12 +174,14 @@ thead:not(:has(th:not(:empty))) { display: none; }
 .good { color: var(--good); background: var(--good-bg); } .bad { color: var(--bad); background: var(--bad-bg); }
 .even { color: var(--even); background: var(--even-bg); } .muted { color: var(--soft); background: var(--muted-bg); }
 .none { color: var(--soft); }
-figure { margin: .6rem 0; overflow-x: auto; } figure svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+figure { margin: .6rem 0; overflow-x: auto; }
+figure svg { display: block; max-width: 100%; height: auto; margin: 0 auto; }
 figure svg text { font-family: inherit !important; }
 details { border-top: 1px solid var(--line); padding: .5rem 0; margin-top: .6rem; }
 details + details { margin-top: 0; } summary { cursor: pointer; font-weight: 600;
   font-size: .9rem; }
-@media print { body { background: #fff; } section { break-inside: avoid; border: 0; padding: 0; } nav { display: none; } }
+@media print { body { background: #fff; } section { break-inside: avoid; border: 0; padding: 0; }
+  nav { display: none; } }
 """
 
 
@@ -194,8 +200,8 @@ def _html_cell(cell: str | Cell | Picture, tag: str = "td") -> str:
     content = html.escape(cell.text)
     if cell.tone:
         content = f'<span class="tone {cell.tone}">{content}</span>'
-    elif cell.text == "–":
-        content = '<span class="none">–</span>'
+    elif cell.text == UNKNOWN:
+        content = f'<span class="none">{UNKNOWN}</span>'
     if cell.strong:
         content = f"<strong>{content}</strong>"
     if cell.note:

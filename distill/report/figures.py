@@ -41,7 +41,7 @@ _ARM_COLOURS = {
 _MORE_COLOURS = ("#d1495b", "#2aa5b0", "#b59a1d", "#7a6ff0")
 _MASS_COLOURS = {"bos": "#8a8f98", "words": "#2fa36b", "eos": "#e0862b", "padding": "#b069c4"}
 _MASS_NAMES = {"bos": "BOS", "words": "words", "eos": "EOS", "padding": "padding"}
-_STYLE: dict[str, Any] = {
+_STYLE: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
     "axes.titlesize": 10.5,
@@ -99,6 +99,10 @@ class _Point:
     y: tuple[float, float, float]
 
 
+# (left, low, right, high) in pixels.
+_Box = tuple[float, float, float, float]
+
+
 def _spread(entry: Mapping[str, Any], metric: Metric) -> tuple[float, float, float] | None:
     value, low, high = estimate(entry, metric)
     if value is None:
@@ -115,6 +119,10 @@ def _points(arms: Mapping[str, Mapping[str, Any]], metric: Metric) -> dict[str, 
     return points
 
 
+def _overlap(box: _Box, other: _Box) -> bool:
+    return box[0] < other[2] and other[0] < box[2] and box[1] < other[3] and other[1] < box[3]
+
+
 def _label_points(axes: Axes, points: Mapping[str, _Point], colours: Mapping[str, str]) -> None:
     """Write each name beside its point, on the side where it covers the fewest other names, points and bars."""
     # Places in pixels are known only when the layout is.
@@ -122,7 +130,7 @@ def _label_points(axes: Axes, points: Mapping[str, _Point], colours: Mapping[str
     unit = axes.figure.dpi / 72
     reach, gap, height = 3 * unit, 5 * unit, 11 * unit
     pixels = {name: axes.transData.transform(np.array([point.x, point.y]).T) for name, point in points.items()}
-    taken = []
+    taken: list[_Box] = []
     for ends in pixels.values():
         (x, y), (left, low), (right, high) = ends[0], ends.min(axis=0), ends.max(axis=0)
         taken += [(left, y - reach, right, y + reach), (x - reach, low, x + reach, high)]
@@ -133,8 +141,7 @@ def _label_points(axes: Axes, points: Mapping[str, _Point], colours: Mapping[str
             for dy in (gap, -gap - height)
             for dx in (gap, -gap - width)
         ]
-        covered = [sum(a < r and l < c and b < t and d > u for l, u, r, t in taken) for a, b, c, d in boxes]
-        box = boxes[int(np.argmin(covered))]
+        box = min(boxes, key=lambda box: sum(_overlap(box, other) for other in taken))
         taken.append(box)
         right_of = box[0] > ends[0, 0]
         axes.annotate(
@@ -152,8 +159,8 @@ def _label_points(axes: Axes, points: Mapping[str, _Point], colours: Mapping[str
 def _draw_scatter(axes: Axes, points: Mapping[str, _Point], metric: Metric, colours: Mapping[str, str]) -> None:
     for name, point in points.items():
         (x, left, right), (y, low, high) = point.x, point.y
-        bars = {"xerr": [[x - left], [right - x]], "yerr": [[y - low], [high - y]]}
-        axes.errorbar([x], [y], **bars, fmt="o", color=colours[name], ms=8, elinewidth=1.8)
+        xerr, yerr = [[x - left], [right - x]], [[y - low], [high - y]]
+        axes.errorbar([x], [y], yerr=yerr, xerr=xerr, fmt="o", color=colours[name], ms=8, elinewidth=1.8)
     lowest = min(point.y[1] for point in points.values())
     values = [point.y[0] for point in points.values()]
     if metric is FID and lowest > 0 and max(values) > 4 * min(values):
@@ -178,7 +185,8 @@ def tradeoff_chart(metrics: Mapping[str, Any]) -> Picture | None:
         return None
 
     def draw(figure: Figure) -> None:
-        for axes, (metric, points) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items()):
+        row = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (metric, points) in zip(row, panels.items(), strict=True):
             _draw_scatter(axes, points, metric, arm_colours(list(arms)))
 
     width = 10.6 if len(panels) == 2 else 6.4
@@ -238,7 +246,7 @@ def loss_chart(logs: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) ->
     def draw(figure: Figure) -> None:
         panels = figure.subplots(rows, columns, squeeze=False).ravel()
         lines: dict[str, Any] = {}
-        for axes, term in zip(panels, terms):
+        for axes, term in zip(panels, terms, strict=False):
             positive: list[float] = []
             for arm, log in logs.items():
                 if not log.get(term):

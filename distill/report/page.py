@@ -17,6 +17,7 @@ from safetensors.numpy import load_file
 from distill.errors import UserError
 from distill.report import figures, tables
 from distill.report.document import (
+    UNKNOWN,
     Block,
     Document,
     Fold,
@@ -59,7 +60,8 @@ def _read_image(path: Path | None) -> Image.Image | None:
         return None
     try:
         with Image.open(path) as image:
-            return image.convert("RGB")
+            converted: Image.Image = image.convert("RGB")
+            return converted
     except (OSError, ValueError, Image.DecompressionBombError):
         return None
 
@@ -86,7 +88,7 @@ def _read_jsonl(path: Path, missing: list[str]) -> list[dict[str, Any]]:
 def _read_metrics(run_dir: Path) -> dict[str, Any]:
     path = run_dir / "metrics.json"
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"no {path}: evaluate the run first, the report is made from this file") from None
     except ValueError as error:
@@ -138,7 +140,7 @@ def _read_maps(run_dir: Path, arm: str, missing: list[str]) -> dict[str, np.ndar
         return {}
     maps = {key: value for key, value in stored.items() if value.ndim == 2 and value.size and np.isfinite(value).all()}
     if len(maps) < len(stored):
-        missing.append(f"{len(stored) - len(maps)} attention map(s) of {arm} are not (height, width) of finite numbers.")
+        missing.append(f"{len(stored) - len(maps)} map(s) of {arm} are not (height, width) of finite numbers.")
     return maps
 
 
@@ -173,7 +175,7 @@ def _counts(metrics: Mapping[str, Any]) -> str:
     def spread(*path: str) -> str | None:
         counts = [tables.lookup(entry, *path) for entry in metrics["arms"].values()]
         known = sorted({count for count in counts if count})
-        return "–".join(f"{count:,}" for count in dict.fromkeys((known[0], known[-1]))) if known else None
+        return UNKNOWN.join(f"{count:,}" for count in dict.fromkeys((known[0], known[-1]))) if known else None
 
     parts = []
     if images := spread("localization", "word", "images"):
@@ -191,8 +193,8 @@ def _headline(metrics: Mapping[str, Any]) -> Section:
     blocks: list[Block] = [tables.headline_table(metrics)]
     blocks.append(
         Text(
-            "Under each value its 95 % bootstrap interval. ↑ higher is better, ↓ lower is better. Bold is the best value "
-            f"of the trained arms; whether it is clearly the best, the intervals say. {_counts(metrics)}"
+            "Under each value its 95 % bootstrap interval. ↑ higher is better, ↓ lower is better. Bold is the best "
+            f"value of the trained arms; whether it is clearly the best, the intervals say. {_counts(metrics)}"
         )
     )
     for metric in (tables.WORD_AUC, tables.FID, tables.FINDING_AUC):
@@ -211,8 +213,8 @@ def _verdict(metrics: Mapping[str, Any]) -> Section:
         blocks.append(
             Text(
                 "“Better” and “worse” are said only where the two 95 % intervals do not overlap. All arms are measured "
-                "on the same held-out images, so this is a careful rule: overlap does not prove that two arms are equal. "
-                "One training seed an arm: what another seed would give is not in the intervals."
+                "on the same held-out images, so this is a careful rule: overlap does not prove that two arms are "
+                "equal. One training seed an arm: what another seed would give is not in the intervals."
             )
         )
     if found:
@@ -245,7 +247,7 @@ def _maps(run_dir: Path, arms: Sequence[str], examples: Sequence[Example], notes
             for position, arm in enumerate(arms):
                 attention = maps[arm].get(f"{example.id}/{finding}")
                 if attention is None:
-                    row.append("–")
+                    row.append(UNKNOWN)
                     continue
                 alt = f"attention of {arm}, {finding}"
                 row.append(figures.region_tile(f"{stem}_arm{position}", alt, example.image, boxes, attention))
@@ -258,7 +260,7 @@ def _maps(run_dir: Path, arms: Sequence[str], examples: Sequence[Example], notes
     if blocks:
         intro = (
             "Where each model looks for the finding's words in a real held-out image; bright is much attention, each "
-            "map scaled from 0 to 1. The frame is the true box. “–”: no map of this finding."
+            f"map scaled from 0 to 1. The frame is the true box. “{UNKNOWN}”: no map of this finding."
         )
         blocks.insert(0, Text(intro))
     return Section("maps", "Attention maps", "Attention maps of the finding words", [*blocks, *_missing(missing)])
@@ -269,14 +271,15 @@ def _samples(run_dir: Path, arms: Sequence[str], examples: Sequence[Example], no
     rows: list[list[str | Picture]] = [["real"]]
     for number, example in enumerate(examples):
         image = example.image
-        rows[0].append("–" if image is None else figures.image_tile(f"real_{number:04d}", "real image", image))
+        rows[0].append(UNKNOWN if image is None else figures.image_tile(f"real_{number:04d}", "real image", image))
     for position, arm in enumerate(arms):
         row: list[str | Picture] = [arm]
         for number in range(len(examples)):
             image = _read_image(_inside(run_dir, arm, "samples", f"{number:04d}.png"))
             alt = f"generated by {arm}"
-            row.append("–" if image is None else figures.image_tile(f"sample_{number:04d}_arm{position}", alt, image))
-        if all(cell == "–" for cell in row[1:]) and examples:
+            name = f"sample_{number:04d}_arm{position}"
+            row.append(UNKNOWN if image is None else figures.image_tile(name, alt, image))
+        if all(cell == UNKNOWN for cell in row[1:]) and examples:
             missing.append(f"{arm} has no generated images (samples/).")
         else:
             rows.append(row)
@@ -295,7 +298,7 @@ def _mass(metrics: Mapping[str, Any]) -> Section:
     chart = figures.mass_chart(metrics)
     if chart is None:
         return Section("mass", "Attention mass", "Attention mass", _missing(["No arm has an attention mass."]))
-    text = "A text encoder that is free to train can move what it knows of the caption from the words to EOS and padding."
+    text = "A text encoder that is free to train can move what it knows from the words to EOS and padding."
     return Section("mass", "Attention mass", "Where the attention goes", [chart, Text(text)])
 
 
@@ -305,7 +308,7 @@ def _findings(metrics: Mapping[str, Any]) -> Section:
     if table is None:
         blocks = _missing(["No arm has localization numbers of single findings."])
     else:
-        blocks = [table, Text("Pairs is the number of images with a region of the finding; few pairs, little certainty.")]
+        blocks = [table, Text("Pairs: images with a region of the finding; few pairs, little certainty.")]
     return Section("findings", "Findings", "Word AUC of each finding", blocks)
 
 

@@ -10,7 +10,7 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
-from distill.report.document import Cell, Table
+from distill.report.document import UNKNOWN, Cell, Table
 
 Comparison = Literal["better", "worse", "overlap"]
 
@@ -56,7 +56,7 @@ CNR = Metric(
     "CNR",
     1,
     False,
-    "Contrast-to-noise ratio of the same map, (mean inside − mean outside) / √(variance inside + variance outside); "
+    "Contrast-to-noise ratio of the same map, (mean inside - mean outside) / √(variance inside + variance outside); "
     "signed: below 0 the attention avoids the region.",
 )
 TOP1 = Metric(
@@ -117,7 +117,7 @@ DIVERSITY = Metric(
     "diver-\nsity",
     1,
     True,
-    "1 − MS-SSIM between several images of one caption, mean over captions: how much they differ. Random pictures "
+    "1 - MS-SSIM between several images of one caption, mean over captions: how much they differ. Random pictures "
     "differ most, so read it together with FID.",
 )
 METRICS = (WORD_AUC, CNR, TOP1, IOU, EOS_AUC, PADDING_AUC, FID, FINDING_AUC, DIVERSITY)
@@ -178,9 +178,9 @@ def format_number(value: float, decimals: int) -> str:
 
 
 def format_estimate(estimated: Estimate, unit: bool) -> tuple[str, str]:
-    """(value, interval) such as (`.842`, `[.830, .853]`); `–` and an empty string where unknown."""
+    """(value, interval) such as (`.842`, `[.830, .853]`); a dash and an empty string where unknown."""
     if estimated.value is None:
-        return "–", ""
+        return UNKNOWN, ""
     decimals = _decimals(estimated.value, unit)
     value = format_number(estimated.value, decimals)
     if estimated.low is None or estimated.high is None:
@@ -189,9 +189,9 @@ def format_estimate(estimated: Estimate, unit: bool) -> tuple[str, str]:
 
 
 def format_seconds(seconds: float | None) -> str:
-    """`8.2s`, `4m12s`, `1h03m`; `–` where unknown."""
+    """`8.2s`, `4m12s`, `1h03m`; a dash where unknown."""
     if seconds is None:
-        return "–"
+        return UNKNOWN
     if seconds < 10:
         return f"{seconds:.1f}s"
     whole = round(seconds)
@@ -203,8 +203,8 @@ def format_seconds(seconds: float | None) -> str:
 
 
 def format_count(count: int | None) -> str:
-    """`1,234`; `–` where unknown."""
-    return "–" if count is None else f"{count:,}"
+    """`1,234`; a dash where unknown."""
+    return UNKNOWN if count is None else f"{count:,}"
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -220,7 +220,7 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, Mapping):
         yield prefix, "(none)"
     else:
-        yield prefix, "–" if value is None else str(value)
+        yield prefix, UNKNOWN if value is None else str(value)
 
 
 # -------------------------------------------------------------------------------------------------------------- tables
@@ -248,7 +248,7 @@ def headline_table(metrics: Mapping[str, Any]) -> Table:
         for metric in METRICS:
             estimated = estimate(entry, metric)
             value, interval = format_estimate(estimated, metric.unit)
-            strong = name not in ("base", "real") and value != "–" and estimated.value == best[metric]
+            strong = name not in ("base", "real") and value != UNKNOWN and estimated.value == best[metric]
             row.append(Cell(value, interval, strong=strong))
         row.append(format_count(lookup(entry, "cost", "steps")))
         row.append(format_seconds(lookup(entry, "cost", "train_seconds")))
@@ -281,7 +281,8 @@ def terminal_table(metrics: Mapping[str, Any]) -> RichTable:
     )
     table.add_column("arm", no_wrap=True, max_width=20)
     for metric in METRICS:
-        table.add_column(f"{metric.short} {metric.arrow}".strip().replace("\n ", "\n"), justify="right", overflow="fold")
+        head = f"{metric.short} {metric.arrow}".strip().replace("\n ", "\n")
+        table.add_column(head, justify="right", overflow="fold")
     table.add_column("steps", justify="right", no_wrap=True)
     table.add_column("train\ntime", justify="right", no_wrap=True)
     for name, entry in _rows(metrics).items():
@@ -291,7 +292,7 @@ def terminal_table(metrics: Mapping[str, Any]) -> RichTable:
             format_seconds(lookup(entry, "cost", "train_seconds")),
         ]
         # Text, not str: rich would read [brackets] in a name as markup.
-        table.add_row(RichText(name), *("-" if cell == "–" else cell for cell in cells))
+        table.add_row(RichText(name), *("-" if cell == UNKNOWN else cell for cell in cells))
     return table
 
 
@@ -307,11 +308,12 @@ def finding_table(metrics: Mapping[str, Any]) -> Table | None:
     rows: list[list[str | Cell]] = []
     for finding in findings:
         pairs = [lookup(per_finding, finding, "pairs") for per_finding in per_arm.values()]
-        row: list[str | Cell] = [finding, format_count(max((count for count in pairs if count is not None), default=None))]
+        most = max((count for count in pairs if count is not None), default=None)
+        row: list[str | Cell] = [finding, format_count(most)]
         for per_finding in per_arm.values():
             auc = lookup(per_finding, finding, "auc")
             # Tint from chance (.5, none) to perfect (1, half of the accent colour).
-            row.append("–" if auc is None else Cell(format_number(auc, 3), shade=max(0.0, auc - 0.5)))
+            row.append(UNKNOWN if auc is None else Cell(format_number(auc, 3), shade=max(0.0, auc - 0.5)))
         rows.append(row)
     return Table(["finding", "pairs", *per_arm], rows, "numbers")
 
@@ -328,9 +330,9 @@ def cost_table(metrics: Mapping[str, Any]) -> Table:
                 format_count(lookup(entry, "cost", "trainable_parameters")),
                 format_count(steps),
                 format_seconds(seconds),
-                f"{1000 * seconds / steps:,.0f} ms" if seconds is not None and steps else "–",
+                f"{1000 * seconds / steps:,.0f} ms" if seconds is not None and steps else UNKNOWN,
                 format_seconds(lookup(entry, "cost", "evaluation_seconds")),
-                "–" if memory is None else f"{memory:.2f} GB",
+                UNKNOWN if memory is None else f"{memory:.2f} GB",
             ]
         )
     head = ["arm", "trained parameters", "steps", "training", "a step", "evaluation", "peak memory"]
@@ -345,7 +347,7 @@ def stage_table(metrics: Mapping[str, Any]) -> Table | None:
     rows = []
     for name, stage in stages.items():
         seconds, memory = lookup(stage, "seconds"), lookup(stage, "peak_memory_gb")
-        rows.append([name, format_seconds(seconds), "–" if memory is None else f"{memory:.2f} GB"])
+        rows.append([name, format_seconds(seconds), UNKNOWN if memory is None else f"{memory:.2f} GB"])
     return Table(["stage", "time", "peak memory"], rows, "numbers")
 
 
@@ -409,7 +411,7 @@ def comparison_table(metrics: Mapping[str, Any]) -> Table | None:
                         "better": Cell("▲ better", tone="good"),
                         "worse": Cell("▼ worse", tone="bad"),
                         "overlap": Cell("≈ overlap", tone="even"),
-                        None: Cell("–"),
+                        None: Cell(UNKNOWN),
                     }[compare(entry, arms[reference], metric)]
                 )
             rows.append(row)
@@ -497,7 +499,9 @@ def verdicts(metrics: Mapping[str, Any]) -> list[Verdict]:
 
 def verdict_table(found: list[Verdict]) -> Table:
     """One row a question."""
-    rows = [[verdict.question, Cell(verdict.answer, tone=verdict.tone), verdict.evidence] for verdict in found]
+    rows: list[list[str | Cell]] = [
+        [verdict.question, Cell(verdict.answer, tone=verdict.tone), verdict.evidence] for verdict in found
+    ]
     return Table(["question", "answer", "numbers"], rows)
 
 
@@ -527,7 +531,10 @@ def outcomes(metrics: Mapping[str, Any], found: list[Verdict]) -> list[Outcome]:
 
 def outcome_table(said: list[Outcome]) -> Table:
     """One row an outcome."""
-    return Table(["", "", ""], [[o.subject, Cell(o.answer, tone=o.tone), o.sentence] for o in said])
+    rows: list[list[str | Cell]] = [
+        [outcome.subject, Cell(outcome.answer, tone=outcome.tone), outcome.sentence] for outcome in said
+    ]
+    return Table(["", "", ""], rows)
 
 
 def _tradeoff(frozen: Mapping[str, Any], learnable: Mapping[str, Any]) -> Outcome:

@@ -1,0 +1,456 @@
+"""What the training recipes share: open a run folder, train an arm, evaluate what it exported, write the results.
+
+Stages meet through files only. The same command again continues: a trained arm is not trained twice.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, cast
+
+import diffusers
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+
+from distill.attention import cross_attention_layers, record_attention
+from distill.cli import to_yaml
+from distill.components import (
+    LORA_FILE,
+    PHANTOM_BASE,
+    Components,
+    check_lora_targets,
+    encode_text,
+    load_components,
+    parameter_counts,
+    prepare_training,
+    read_json,
+)
+from distill.config import (
+    BaseConfig,
+    DistillAttentionConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    TradeoffConfig,
+)
+from distill.data import FolderDataset, PhantomDataset, load_dataset
+from distill.data.cache import cache_latents, cache_text_embeddings, model_fingerprint
+from distill.data.training import TrainingRows
+from distill.errors import UserError, raise_all
+from distill.evaluate import HeldOut, evaluate, generate, held_out, localization, quality, save_png
+from distill.export import export, prove_parity
+from distill.metrics.features import load_features
+from distill.objectives import AttentionDistillationObjective, DenoisingObjective, check_same_shape
+from distill.provenance import provenance
+from distill.report import terminal_table, validate_metrics, write_model_card, write_report
+from distill.trainer import FitResult, fit, make_accelerator, peak_memory_gb
+
+TrainingConfig = FinetuneConfig | DistillAttentionConfig | TradeoffConfig
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train the base. folder: where its files go. distilled: with attention distillation from a teacher."""
+
+    name: str
+    folder: Path
+    method: Literal["lora", "full"]
+    text_encoder: Literal["frozen", "lora", "full"]
+    learning_rate: float
+    text_encoder_learning_rate: float
+    distilled: bool = False
+
+
+@dataclass
+class Run:
+    """An open run folder with its data, all checked."""
+
+    config: Any
+    folder: Path
+    accelerator: Accelerator
+    train: PhantomDataset | FolderDataset | None
+    test: PhantomDataset | FolderDataset
+    console: Console
+    seconds: dict[str, float]
+    against: HeldOut | None = None
+
+    def say(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+
+def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run:
+    """Check the whole configuration, base and data, and open (or continue) the run folder.
+
+    Raises UserError, before anything is written, with all faults of the data or the first of the rest.
+    """
+    quiet_libraries()
+    folder = Path(config.output_dir)
+    if not config.dry_run:
+        _claim(folder, config)
+    began = time.perf_counter()
+    training = None if isinstance(config, EvaluateConfig) else config.trainer
+    accelerator = make_accelerator(training, folder) if training else Accelerator()
+    set_seed(getattr(config, "seed", 0))
+    components = load_components(config.base, getattr(config, "run", None))
+    faults = []
+    if config.data.resolution % components.vae_factor or config.data.resolution < 4 * components.vae_factor:
+        faults.append(
+            f"data.resolution is {config.data.resolution}; the VAE of {config.base.name} needs a multiple of {components.vae_factor}"
+        )
+    steps = int(components.noise_scheduler.config.num_train_timesteps)
+    if not all(0 <= t < steps for t in config.evaluation.timesteps) or not config.evaluation.timesteps:
+        faults.append(f"evaluation.timesteps must be in 0 .. {steps - 1}; got {list(config.evaluation.timesteps)}")
+    if training and training.cache_text_embeddings and any(arm.text_encoder != "frozen" for arm in arms):
+        trained = ", ".join(arm.name for arm in arms if arm.text_encoder != "frozen")
+        faults.append(
+            f"trainer.cache_text_embeddings is true, but {trained} trains the text encoder, whose embeddings change at "
+            "every step; set it to false"
+        )
+    if training and training.cache_text_embeddings and any(arm.distilled for arm in arms):
+        faults.append("trainer.cache_text_embeddings: distillation needs the tokens for the teacher; set it to false")
+    raise_all("the configuration does not fit the base", faults)
+    cross_attention_layers(components.unet, config.evaluation.layers)
+    if any(arm.distilled for arm in arms):
+        cross_attention_layers(components.unet, config.distillation.layers)
+        if teacher is not None:
+            check_same_shape(load_teacher(config.base, teacher), components)
+    for arm in arms:
+        if arm.method == "lora":
+            check_lora_targets(components.unet, config.lora.unet_targets, "unet")
+        if arm.text_encoder == "lora":
+            for encoder in components.text_encoders:
+                check_lora_targets(encoder, config.lora.text_encoder_targets, "text_encoder")
+    with accelerator.main_process_first():
+        test = load_dataset(config.data, "test")
+        train = load_dataset(config.data, "train") if arms else None
+    for dataset in (train, test):
+        if isinstance(dataset, FolderDataset):
+            dataset.check_captions(components.tokenizers, components.max_tokens)
+    if isinstance(test, FolderDataset) and config.evaluation.localization_text == "caption":
+        test.check_queries()
+    run = Run(config, folder, accelerator, train, test, Console(), {})
+    features = load_features(config.evaluation.features, phantom_data=config.data.kind == "phantom")
+    sizes = f"{len(train):,} training and {len(test):,} held-out images" if train else f"{len(test):,} held-out images"
+    total = parameter_counts(components.unet)[0] + sum(parameter_counts(t)[0] for t in components.text_encoders)
+    run.say(
+        f"{config.base.name}: {total / 1e6:,.1f} M parameters in U-Net and text encoder; {sizes} at "
+        f"{config.data.resolution} px; {accelerator.num_processes} process(es) on {accelerator.device.type}"
+    )
+    if not config.dry_run:
+        if accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        accelerator.wait_for_everyone()
+        components.to(accelerator.device)
+        run.against = held_out(test, components, config.evaluation, features, accelerator=accelerator, run_dir=folder)
+    run.seconds["checks and real images"] = time.perf_counter() - began
+    return run
+
+
+def quiet_libraries() -> None:
+    """Only errors of diffusers and transformers: their notes on every load and every long caption hide our own."""
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def _claim(folder: Path, config: Any) -> None:
+    """Refuse a folder that holds a run with another configuration."""
+    path = folder / "config.yaml"
+    if path.exists() and path.read_text(encoding="utf-8") != to_yaml(config):
+        old, new = path.read_text(encoding="utf-8").splitlines(), to_yaml(config).splitlines()
+        first = next(
+            (f"{a.strip()!r} there, {b.strip()!r} now" for a, b in zip(old, new, strict=False) if a != b), "length"
+        )
+        raise UserError(
+            f"{folder} holds a run with another configuration ({first}); choose another --output_dir, or delete the folder"
+        )
+
+
+def load_teacher(base: BaseConfig, teacher: str) -> Components:
+    """A run folder on the base, a pipeline folder, or a hub id."""
+    folder = Path(teacher)
+    if folder.is_dir() and not (folder / "model_index.json").exists():
+        return load_components(base, run=folder)
+    return load_components(replace(base, name=teacher, revision=None))
+
+
+def train_arm(run: Run, arm: Arm, teacher: str | None = None) -> dict[str, Any]:
+    """Train, export to arm.folder, and prove that the files give the trained model's outputs; returns `cost`.
+
+    The losses are in distill/objectives.py: DenoisingObjective, and AttentionDistillationObjective for a distilled arm.
+    """
+    config, accelerator = run.config, run.accelerator
+    done = arm.folder / "cost.json"
+    if done.exists():
+        run.say(f"{arm.name}: already trained, {arm.folder}; delete the folder to train again")
+        return cast(dict[str, Any], read_json(done))
+    run.say(
+        f"{arm.name}: U-Net {arm.method}, text encoder {arm.text_encoder}" + (f", teacher {teacher}" if teacher else "")
+    )
+    log_dir = run.folder / arm.name
+    components, result = _fit(run, arm, teacher, config.trainer.max_steps, log_dir)
+    cost = {
+        "train_seconds": result.seconds,
+        "steps": result.steps,
+        "peak_memory_gb": result.peak_memory_gb,
+        "trainable_parameters": result.trainable_parameters,
+    }
+    if accelerator.is_main_process:
+        written = export(components, arm.folder)
+        loaded = load_components(config.base, run=arm.folder)
+        difference = prove_parity(components, loaded, accelerator.device)
+        run.say(
+            f"{arm.name}: exported {', '.join(written.values())} to {arm.folder}; loaded back, difference {difference:.1e}"
+        )
+        done.write_text(json.dumps(cost), encoding="utf-8")
+        shutil.rmtree(log_dir / "state", ignore_errors=True)
+    accelerator.wait_for_everyone()
+    return cost
+
+
+def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> tuple[Components, FitResult]:
+    config, accelerator = run.config, run.accelerator
+    trainer = replace(config.trainer, max_steps=steps)
+    set_seed(config.seed)  # the same fresh adapters on every process
+    components = load_components(config.base)
+    prepare_training(
+        components,
+        method=arm.method,
+        text_encoder=arm.text_encoder,
+        lora=config.lora,
+        frozen_dtype=config.base.frozen_dtype,
+        gradient_checkpointing=trainer.gradient_checkpointing,
+    )
+    components.to(accelerator.device)
+    rows = training_rows(run, components, trainer)
+    with ExitStack() as stack:
+        if arm.distilled:
+            if teacher is None:
+                raise UserError("distillation.teacher is missing: a run folder, a pipeline folder or a hub id")
+            frozen = load_teacher(config.base, teacher)
+            prepare_training(
+                frozen, method="frozen", text_encoder="frozen", lora=config.lora, frozen_dtype=config.base.frozen_dtype
+            )
+            frozen.to(accelerator.device)
+            layers = config.distillation.layers
+            student_maps = stack.enter_context(record_attention(components.unet, layers))
+            teacher_maps = stack.enter_context(record_attention(frozen.unet, layers))
+            objective: DenoisingObjective = AttentionDistillationObjective(
+                components, config.denoising, config.distillation, frozen, student_maps, teacher_maps
+            )
+        else:
+            objective = DenoisingObjective(components, config.denoising)
+        groups = [
+            {"params": [p for p in module.parameters() if p.requires_grad], "lr": rate}
+            for module, rate in (
+                (objective.unet, arm.learning_rate),
+                (objective.text_encoders, arm.text_encoder_learning_rate),
+            )
+        ]
+        result = fit(
+            objective,
+            rows,
+            trainer,
+            accelerator=accelerator,
+            output_dir=log_dir,
+            seed=config.seed,
+            parameter_groups=[group for group in groups if group["params"]],
+            on_sample=lambda step: _sample(run, components, log_dir / "progress" / f"step-{step:06d}.png"),
+            label=arm.name,
+        )
+    return components, result
+
+
+def training_rows(run: Run, components: Components, trainer: Any) -> TrainingRows:
+    """Rows of the training split, with the caches that the configuration asks for."""
+    config, accelerator = run.config, run.accelerator
+    assert run.train is not None
+    folder = Path(config.data.cache_dir or "checkpoints/.cache")
+    latents = text = None
+    with accelerator.main_process_first():
+        if trainer.cache_latents:
+            latents = cache_latents(
+                run.train,
+                components.vae,
+                folder,
+                batch_size=min(trainer.batch_size, 32),
+                flip=config.data.horizontal_flip,
+                device=accelerator.device,
+                num_workers=trainer.num_workers,
+            )
+        if trainer.cache_text_embeddings:
+
+            def encode(captions: list[str]) -> torch.Tensor | tuple[torch.Tensor, ...]:
+                ids = [x.to(accelerator.device) for x in components.tokenize(captions)]
+                embeds, pooled = encode_text(components.text_encoders, ids)
+                return embeds if pooled is None else (embeds, pooled)
+
+            captions = [run.train.caption(i) for i in range(len(run.train))]
+            hashes = [model_fingerprint(encoder) for encoder in components.text_encoders]
+            hashes += [str(ids.tolist()) for ids in components.tokenize(captions[:8])]
+            text = cache_text_embeddings(captions, encode, folder, "-".join(hashes), trainer.batch_size)
+    return TrainingRows(
+        run.train,
+        components,
+        latents=latents,
+        text=text,
+        drop_only_label=config.denoising.caption_dropout_label,
+        flip=config.data.horizontal_flip,
+    )
+
+
+@torch.no_grad()
+def _sample(run: Run, components: Components, path: Path) -> None:
+    """A strip of images of held-out captions, to watch a training."""
+    if run.against is None or not run.accelerator.is_main_process:
+        return
+    examples = run.against.examples[:4]
+    captions = [run.test.caption(i) for i in examples]
+    images = generate(
+        components,
+        captions,
+        [run.config.evaluation.seed + i for i in examples],
+        run.config.data.resolution,
+        run.config.evaluation,
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(torch.cat(list(images), dim=-1), path)
+
+
+def evaluate_arm(run: Run, name: str, folder: Path | None, cost: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Load base and run folder as a user would, evaluate, and write <run>/<arm>/metrics.json; returns its entry."""
+    assert run.against is not None
+    config = run.config
+    path = run.folder / name / "metrics.json"
+    if path.exists():
+        run.say(f"{name}: already evaluated, {path}")
+        return cast(dict[str, Any], read_json(path)["arms"][name])
+    components = load_components(config.base, run=folder)
+    result = evaluate(
+        components,
+        run.against,
+        config.evaluation,
+        resolution=config.data.resolution,
+        accelerator=run.accelerator,
+        arm_dir=run.folder / name,
+        label=name,
+    )
+    seconds = result.pop("evaluation_seconds")
+    empty = {"train_seconds": None, "steps": None, "peak_memory_gb": peak_memory_gb(), "trainable_parameters": None}
+    entry = result | {"cost": (cost or empty) | {"evaluation_seconds": seconds}}
+    if run.accelerator.is_main_process:
+        write_json(path, {"arms": {name: entry}, "provenance": provenance()})
+        if folder is not None and cost is not None:
+            found = {part: part for part in ("unet", "text_encoder", "text_encoder_2") if (folder / part).is_dir()}
+            if (folder / LORA_FILE).exists():
+                found["lora"] = LORA_FILE
+            write_model_card(folder, entry, asdict(config), provenance(), base_name=config.base.name, export=found)
+    run.accelerator.wait_for_everyone()
+    return entry
+
+
+def finish(run: Run, arms: dict[str, dict[str, Any]], next_command: str) -> None:
+    """metrics.json of all arms, the report, the table in the terminal, paths, and the next command."""
+    assert run.against is not None
+    if not run.accelerator.is_main_process:
+        return
+    config = run.config
+    for name, entry in arms.items():
+        if entry["cost"]["train_seconds"] is not None:
+            run.seconds[f"{name}: training"] = entry["cost"]["train_seconds"]
+        run.seconds[f"{name}: evaluation"] = entry["cost"]["evaluation_seconds"]
+    counts = {
+        "training_images": len(run.train) if run.train is not None else None,
+        "held_out_images": len(run.test),
+        "localization_images": max((e["localization"]["word"]["images"] for e in arms.values()), default=0),
+        "generated_images": min(config.evaluation.generated_images, len(run.test)),
+        "bootstrap_samples": config.evaluation.bootstrap_samples,
+    }
+    seeds = {"training": getattr(config, "seed", None), "evaluation": config.evaluation.seed, "data": config.data.seed}
+    origin = provenance() | {
+        "seeds": seeds,
+        "counts": counts,
+        "seconds": {k: round(v, 1) for k, v in run.seconds.items()},
+        "peak_memory_gb": round(peak_memory_gb(), 3),
+        "processes": run.accelerator.num_processes,
+        "config": asdict(config),
+    }
+    metrics = {"arms": arms, "real": {"quality": run.against.quality}, "provenance": origin}
+    validate_metrics(metrics)
+    write_json(run.folder / "metrics.json", metrics)
+    html, markdown = write_report(run.folder)
+    run.console.print(terminal_table(metrics))
+    for name in arms:
+        exported = [p for p in (run.folder / name, run.folder) if (p / "cost.json").exists()]
+        if exported:
+            run.say(f"{name}: {exported[0]}")
+    run.say(f"report: {html}\n        {markdown}\nnumbers: {run.folder / 'metrics.json'}\nnext: {next_command}")
+
+
+def dry_run(run: Run, arms: list[Arm], teacher: str | None) -> None:
+    """Resolved configuration, parameter counts, and estimates from one real step of each arm. Writes nothing that stays."""
+    run.say(to_yaml(run.config))
+    steps = run.config.trainer.max_steps
+    for arm in arms:
+        with tempfile.TemporaryDirectory() as scratch:
+            # A teacher that this run would train is as large as the base, so the base stands in for it.
+            path = teacher or _pipeline_name(run.config.base)
+            components, one = _fit(run, arm, path if arm.distilled else None, 1, Path(scratch))
+        _, trainable = parameter_counts(components.unet)
+        trainable_text = sum(parameter_counts(encoder)[1] for encoder in components.text_encoders)
+        run.say(
+            f"{arm.name}: U-Net {parameter_counts(components.unet)[0]:,} parameters ({trainable:,} trainable), text encoder "
+            f"{sum(parameter_counts(e)[0] for e in components.text_encoders):,} ({trainable_text:,} trainable); one step "
+            f"{one.seconds:.2f} s, so {steps:,} steps take about {one.seconds * steps / 60:.1f} min; peak memory {one.peak_memory_gb:.2f} GB"
+        )
+    run.say("dry run: the data and the base are fine; nothing was written")
+
+
+def dry_run_evaluation(run: Run) -> None:
+    """Resolved configuration, and estimates from one batch of maps and one of images. Writes nothing that stays."""
+    config, accelerator = run.config, run.accelerator
+    run.say(to_yaml(config))
+    c = config.evaluation
+    few = replace(c, localization_images=c.batch_size, generated_images=c.batch_size, diversity_samples=0, examples=1)
+    components = load_components(config.base, config.run).to(accelerator.device).freeze()
+    with tempfile.TemporaryDirectory() as scratch:
+        against = held_out(run.test, components, few, None, accelerator=accelerator, run_dir=Path(scratch))
+        shared: dict[str, Any] = {"accelerator": accelerator, "arm_dir": Path(scratch), "label": "dry run"}
+        began = time.perf_counter()
+        localization(components, run.test, few, **shared)
+        maps = (time.perf_counter() - began) / min(c.batch_size, len(run.test))
+        began = time.perf_counter()
+        quality(
+            components, run.test, few, resolution=config.data.resolution, features=None, real=against.real, **shared
+        )
+        images = (time.perf_counter() - began) / min(c.batch_size, len(run.test))
+    count = min(c.generated_images, len(run.test)) + c.diversity_captions * c.diversity_samples
+    total = maps * min(c.localization_images, len(run.test)) + images * count
+    unet, text = parameter_counts(components.unet)[0], sum(parameter_counts(e)[0] for e in components.text_encoders)
+    run.say(
+        f"U-Net {unet:,} parameters, text encoder {text:,}, none trainable; maps {maps:.2f} s an image, generation "
+        f"{images:.2f} s an image, so about {total / 60:.1f} min a model; peak memory {peak_memory_gb():.2f} GB\n"
+        "dry run: the data and the base are fine; nothing was written"
+    )
+
+
+def _pipeline_name(base: BaseConfig) -> str:
+    return str(PHANTOM_BASE) if base.name == "phantom" else base.name
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")
+    os.replace(partial, path)

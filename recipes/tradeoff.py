@@ -1,0 +1,54 @@
+"""The trade-off in one run: four arms from one base, evaluated alike, and one report.
+
+    accelerate launch recipes/tradeoff.py --config recipes/configs/phantom/tradeoff_quick.yaml
+
+    frozen     U-Net trained, text encoder frozen; it is also the teacher
+    learnable  U-Net and text encoder trained
+    distilled  like learnable, with the attention held to the frozen arm's
+    lora       LoRA on U-Net and text encoder, with the same distillation
+
+The losses are in distill/objectives.py; the loop is `fit` in distill/trainer.py.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from distill.cli import main
+from distill.config import TradeoffConfig
+from distill.errors import UserError
+from distill.runs import Arm, dry_run, evaluate_arm, finish, open_run, train_arm
+
+
+def arms_of(config: TradeoffConfig) -> list[Arm]:
+    folder, rate = Path(config.output_dir), config.trainer.learning_rate
+    text_rate, lora_rate = config.trainer.text_encoder_learning_rate or rate, config.lora_learning_rate
+    arms = {
+        "frozen": Arm("frozen", folder / "frozen", "full", "frozen", rate, text_rate),
+        "learnable": Arm("learnable", folder / "learnable", "full", "full", rate, text_rate),
+        "distilled": Arm("distilled", folder / "distilled", "full", "full", rate, text_rate, distilled=True),
+        "lora": Arm("lora", folder / "lora", "lora", "lora", lora_rate, lora_rate, distilled=True),
+    }
+    chosen = [arm for name, arm in arms.items() if name in config.arms]
+    if any(arm.distilled for arm in chosen) and "frozen" not in config.arms and config.distillation.teacher is None:
+        raise UserError("arms: distilled and lora need the arm frozen as their teacher, or distillation.teacher")
+    return chosen
+
+
+def tradeoff(config: TradeoffConfig) -> None:
+    arms = arms_of(config)
+    teacher = config.distillation.teacher
+    run = open_run(config, arms=arms, teacher=teacher)
+    if config.dry_run:
+        return dry_run(run, arms, teacher)
+    results = {"base": evaluate_arm(run, "base", None)}
+    for arm in arms:
+        source = (teacher or str(Path(config.output_dir) / "frozen")) if arm.distilled else None
+        cost = train_arm(run, arm, source)
+        results[arm.name] = evaluate_arm(run, arm.name, arm.folder, cost)
+    longer = "accelerate launch recipes/tradeoff.py --config recipes/configs/phantom/tradeoff.yaml"
+    finish(run, results, next_command=longer)
+
+
+if __name__ == "__main__":
+    main(tradeoff, TradeoffConfig)
