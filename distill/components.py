@@ -29,8 +29,8 @@ class Components:
     vae: Any
     text_encoders: list[Any]
     tokenizers: list[Any]
-    noise_scheduler: DDPMScheduler
-    pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline
+    noise_scheduler: Any
+    pipeline: Any
     """Stock pipeline around the same modules."""
 
     @property

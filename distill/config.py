@@ -301,13 +301,14 @@ class EvaluateConfig:
 class PretrainConfig:
     """recipes/pretrain_phantom.py: the embedded base, from nothing, on generic captioned pictures."""
 
-    stages: tuple[Literal["pictures", "tokenizer", "text_encoder", "vae", "unet", "classifier"], ...] = (
+    stages: tuple[Literal["pictures", "tokenizer", "text_encoder", "vae", "unet", "classifier", "record"], ...] = (
         "pictures",
         "tokenizer",
         "text_encoder",
         "vae",
         "unet",
         "classifier",
+        "record",
     )
     """What to run, in this order; a stage whose result exists is skipped, a stage that was cut off continues."""
     pictures: int = 30000
@@ -420,6 +421,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "pictures": _COUNT,
         "resolution": _COUNT,
         "vocabulary_size": (lambda value: value >= 514, "at least 514 (512 bytes and two special tokens)"),
+        "classifier_images": _COUNT,
         "kl_weight": _NOT_NEGATIVE,
         "caption_dropout": _PROBABILITY,
         "work_dir": _NOT_EMPTY,

@@ -192,10 +192,10 @@ class AttentionDistillationObjective(DenoisingObjective):
         c = self.distillation
         rows = (x.timesteps >= c.min_timestep) & (x.timesteps <= c.max_timestep)
         words = x.groups == WORD
-        layers = len(student)
-        token_kl = sum(token_attention_kl(teacher[n], student[n], rows) for n in student) / layers
-        place_kl = sum(place_attention_kl(teacher[n], student[n], words, rows) for n in student) / layers
-        mass = sum(attention_mass_loss(teacher[n], student[n], x.groups, rows) for n in student) / layers
+        names = list(student)
+        token_kl = torch.stack([token_attention_kl(teacher[n], student[n], rows) for n in names]).mean()
+        place_kl = torch.stack([place_attention_kl(teacher[n], student[n], words, rows) for n in names]).mean()
+        mass = torch.stack([attention_mass_loss(teacher[n], student[n], x.groups, rows) for n in names]).mean()
         loss = denoising + c.token_kl_weight * token_kl + c.place_kl_weight * place_kl + c.mass_weight * mass
         return {"loss": loss, "denoising": denoising, "token_kl": token_kl, "place_kl": place_kl, "mass": mass}
 
@@ -242,7 +242,7 @@ class AutoencoderObjective(nn.Module):
     L = mean |x - y| + mean (x - y)^2 + kl_weight * KL(q(z|x) || N(0, 1)) / number of pixels, on random square crops.
     """
 
-    def __init__(self, vae: nn.Module, kl_weight: float, crop_px: int) -> None:
+    def __init__(self, vae: Any, kl_weight: float, crop_px: int) -> None:
         super().__init__()
         self.vae, self.kl_weight, self.crop_px = vae, kl_weight, crop_px
 

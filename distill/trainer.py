@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
@@ -82,6 +83,8 @@ class StepSampler(Sampler[list[int]]):
 def make_accelerator(config: TrainerConfig, output_dir: Path) -> Accelerator:
     """One Accelerator a process, from the trainer's settings; devices and processes come from `accelerate launch`."""
     tracker = None if config.tracker == "none" else config.tracker
+    # accelerate keeps the precision of the first Accelerator of a process; recipes with several stages have several.
+    AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=config.mixed_precision,
         gradient_accumulation_steps=config.gradient_accumulation_steps,

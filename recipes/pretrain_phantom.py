@@ -2,144 +2,77 @@
 
     accelerate launch recipes/pretrain_phantom.py --config recipes/configs/phantom/pretrain.yaml
 
-Text encoder by contrastive training with a small image tower, VAE on pictures, U-Net with the text encoder frozen; all on
-generic captioned pictures, never on phantoms. A stage whose result exists is skipped; one that was cut off continues.
+Text encoder by contrastive training with a small image tower, VAE on pictures, U-Net with the text encoder frozen; all
+on generic captioned pictures (distill/data/pictures.py), never on phantoms. Architectures: distill/embedded.py; losses:
+distill/objectives.py. A stage whose result exists is skipped; one that was cut off continues.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from accelerate import Accelerator
+from diffusers import AutoencoderKL
 from torch import nn
-from torch.utils.data import Dataset
 from tqdm.auto import tqdm
-from transformers import (
-    CLIPTextConfig,
-    CLIPTextModel,
-    CLIPTextModelWithProjection,
-    CLIPTokenizer,
-    ResNetConfig,
-    ResNetForImageClassification,
-    ResNetModel,
-)
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from distill.cli import main
-from distill.components import components_of, prepare_training
-from distill.config import DenoisingConfig, LoraConfig, PretrainConfig
+from distill.cli import main, to_yaml
+from distill.components import components_of, load_components, parameter_counts, prepare_training, read_json
+from distill.config import BaseConfig, DenoisingConfig, LoraConfig, PretrainConfig, TrainerConfig
+from distill.data import PhantomDataset
 from distill.data.cache import cache_latents
-from distill.data.phantom import PhantomDataset
-from distill.data.pictures import UNRELATED, VOCABULARY, PicturesDataset
+from distill.data.pictures import VOCABULARY, PicturesDataset
 from distill.data.training import TrainingRows
+from distill.embedded import (
+    ImageTower,
+    RenderedPictures,
+    new_classifier,
+    new_pipeline,
+    new_text_encoder,
+    new_vae,
+    render,
+    train_tokenizer,
+)
+from distill.evaluate import generate, localization, save_png
+from distill.metrics import finding_auroc
+from distill.metrics.features import PhantomFeatures
 from distill.objectives import AutoencoderObjective, ClassificationObjective, ContrastiveObjective, DenoisingObjective
+from distill.provenance import provenance
+from distill.runs import quiet_libraries, write_json
 from distill.trainer import fit, make_accelerator
 
-SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""  # CLIP's
+Row = dict[str, Any]
 
 
-class RenderedPictures(Dataset[dict[str, Any]]):
-    """Pictures drawn once: uint8 (count, height, width) on disk, and their captions."""
+def train(objective: nn.Module, rows: Any, trainer: TrainerConfig, work: Path, seed: int, collate: Any = None) -> None:
+    """Fit, and record what it took in cost.json."""
+    accelerator = make_accelerator(trainer, work)
+    result = fit(
+        objective, rows, trainer, accelerator=accelerator, output_dir=work, seed=seed, collate=collate, label=work.name
+    )
+    total, trainable = parameter_counts(objective)
+    print(f"{work.name}: {total:,} parameters, {trainable:,} trained, {result.steps} steps, {result.seconds:.1f} s")
+    objective.to("cpu")
+    write_json(
+        work / "cost.json", {"steps": result.steps, "seconds": round(result.seconds, 1), "parameters": trainable}
+    )
 
-    def __init__(self, folder: Path) -> None:
-        self.pixels = np.load(folder / "pixels.npy", mmap_mode="r")
-        self.captions: list[str] = json.loads((folder / "captions.json").read_text())
 
-    def __len__(self) -> int:
-        return len(self.captions)
-
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        pixels = torch.from_numpy(self.pixels[index].astype(np.float32) / 127.5 - 1)
-        return {"pixel_values": pixels.expand(3, -1, -1), "caption": self.captions[index]}
-
-
-def stack_pixels(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def stack_pixels(rows: list[Row]) -> Row:
     return {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
 
 
-def render(config: PretrainConfig, folder: Path) -> None:
-    pictures = PicturesDataset("train", config.pictures, config.seed, config.resolution)
-    folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "pixels.npy.partial"
-    shape = (len(pictures), config.resolution, config.resolution)
-    pixels = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
-    captions = []
-    for i in tqdm(range(len(pictures)), desc="pictures", unit="picture"):
-        sample = pictures[i]
-        pixels[i] = ((sample.pixel_values[0] + 1) * 127.5).round().to(torch.uint8).numpy()
-        captions.append(sample.caption)
-    pixels.flush()
-    (folder / "captions.json").write_text(json.dumps(captions))
-    os.replace(partial, folder / "pixels.npy")
+def train_text_encoder(config: PretrainConfig, pictures: RenderedPictures, work: Path) -> None:
+    tokenizer = CLIPTokenizer.from_pretrained(work.parent / "tokenizer")
 
-
-def train_tokenizer(config: PretrainConfig, captions: list[str]) -> CLIPTokenizer:
-    """CLIP's byte-level BPE: 256 bytes, 256 bytes that end a word, merges learned from captions, two special tokens."""
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    learner.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(SPLIT), "removed", invert=True), byte_level]
-    )
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(
-        vocab_size=config.vocabulary_size - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
-    )
-    learner.train_from_iterator([*captions, *UNRELATED * 20, *VOCABULARY * 20], trainer)
-    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
-    merges = merges[: config.vocabulary_size - 2 - 2 * len(alphabet)]
-    pieces = [
-        *alphabet,
-        *(a + "</w>" for a in alphabet),
-        *("".join(m) for m in merges),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    return CLIPTokenizer(
-        vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges=merges, model_max_length=77
-    )
-
-
-class ImageTower(nn.Module):
-    """(batch, 3, height, width) -> (batch, projection_dim), at half the resolution."""
-
-    def __init__(self, projection_dim: int) -> None:
-        super().__init__()
-        sizes = [32, 64, 128]
-        self.body = ResNetModel(
-            ResNetConfig(embedding_size=32, hidden_sizes=sizes, depths=[1, 1, 1], layer_type="basic", hidden_act="relu")
-        )
-        self.head = nn.Linear(sizes[-1] * 4, projection_dim)
-
-    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
-        features = self.body(nn.functional.avg_pool2d(pixel_values, 2)).last_hidden_state
-        return self.head(nn.functional.adaptive_avg_pool2d(features, 2).flatten(1))
-
-
-def train_text_encoder(
-    config: PretrainConfig, pictures: RenderedPictures, tokenizer: CLIPTokenizer, work: Path
-) -> None:
-    torch.manual_seed(config.seed)
-    text_encoder = CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=128,
-            intermediate_size=512,
-            num_hidden_layers=4,
-            num_attention_heads=4,
-            projection_dim=128,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
-
-    def collate(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    def collate(rows: list[Row]) -> Row:
         captions = [row["caption"] for row in rows]
         # One batch in eight has unrelated words before the captions, so that all 77 positions are trained; the others
         # stay short, which is three times as fast.
@@ -148,82 +81,40 @@ def train_text_encoder(
         ids = tokenizer(captions, padding="longest", truncation=True, max_length=77, return_tensors="pt").input_ids
         return {"input_ids": ids, **stack_pixels(rows)}
 
+    torch.manual_seed(config.seed)
+    text_encoder = new_text_encoder(tokenizer)
     objective = ContrastiveObjective(text_encoder, ImageTower(128))
-    accelerator = make_accelerator(config.text_encoder, work)
-    fit(objective, pictures, config.text_encoder, accelerator=accelerator, output_dir=work, seed=config.seed,
-        collate=collate, label="text encoder")  # fmt: skip
+    train(objective, pictures, config.text_encoder, work, config.seed, collate)
     text_encoder.save_pretrained(work / "text_encoder_with_projection")
 
 
 def train_vae(config: PretrainConfig, pictures: RenderedPictures, work: Path) -> None:
     torch.manual_seed(config.seed)
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 4,
-        up_block_types=("UpDecoderBlock2D",) * 4,
-        block_out_channels=(16, 32, 64, 64),
-        layers_per_block=1,
-        latent_channels=8,
-        norm_num_groups=8,
-        sample_size=config.resolution,
-        mid_block_add_attention=False,
-    )
+    vae = new_vae(config.resolution)
     objective = AutoencoderObjective(vae, config.kl_weight, crop_px=config.resolution // 2)
-    accelerator = make_accelerator(config.vae, work)
-    fit(objective, pictures, config.vae, accelerator=accelerator, output_dir=work, seed=config.seed,
-        collate=stack_pixels, label="vae")  # fmt: skip
+    train(objective, pictures, config.vae, work, config.seed, stack_pixels)
     with torch.no_grad():
-        batch = stack_pixels([pictures[i] for i in range(512)])["pixel_values"].to(accelerator.device)
-        means = torch.cat([vae.encode(part).latent_dist.mean for part in batch.split(32)])
+        some = stack_pixels([pictures[i] for i in range(min(512, len(pictures)))])["pixel_values"]
+        means = torch.cat([vae.encode(part).latent_dist.mean for part in some.split(32)])
     vae.register_to_config(scaling_factor=round(1 / float(means.std()), 4))
     vae.save_pretrained(work / "vae")
 
 
-def assemble(config: PretrainConfig, work: Path) -> StableDiffusionPipeline:
-    """Stock pipeline of the stages' results and a fresh U-Net."""
-    with_projection = CLIPTextModelWithProjection.from_pretrained(
-        work / "text_encoder" / "text_encoder_with_projection"
-    )
-    text_encoder = CLIPTextModel(with_projection.config)
-    flat = hasattr(text_encoder, "embeddings")  # transformers >= 5.6
-    state = with_projection.text_model.state_dict()
-    text_encoder.load_state_dict(state if flat else {f"text_model.{key}": value for key, value in state.items()})
-    vae = AutoencoderKL.from_pretrained(work / "vae" / "vae")
-    torch.manual_seed(config.seed)
-    unet = UNet2DConditionModel(
-        sample_size=config.resolution // 8,
-        in_channels=vae.config.latent_channels,
-        out_channels=vae.config.latent_channels,
-        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(64, 96),
-        layers_per_block=1,
-        cross_attention_dim=text_encoder.config.hidden_size,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
-    scheduler = DDIMScheduler(
-        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
-        steps_offset=1,
-    )  # fmt: skip
-    return StableDiffusionPipeline(
-        vae, text_encoder, CLIPTokenizer.from_pretrained(work / "tokenizer"), unet, scheduler,
-        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
-    )  # fmt: skip
-
-
 def train_unet(config: PretrainConfig, work: Path, output_dir: Path) -> None:
-    pipeline = assemble(config, work.parent)
+    torch.manual_seed(config.seed)
+    pipeline = new_pipeline(
+        CLIPTokenizer.from_pretrained(work.parent / "tokenizer"),
+        CLIPTextModelWithProjection.from_pretrained(work.parent / "text_encoder" / "text_encoder_with_projection"),
+        AutoencoderKL.from_pretrained(work.parent / "vae" / "vae"),
+    )
     components = components_of(pipeline)
     prepare_training(components, method="full", text_encoder="frozen", lora=LoraConfig())
-    accelerator = make_accelerator(config.unet, work)
-    components.to(accelerator.device)
+    device = make_accelerator(config.unet, work).device
+    components.to(device)
     pictures = PicturesDataset("train", config.pictures, config.seed, config.resolution)
-    latents = cache_latents(
-        pictures, components.vae, work / "latents", batch_size=32, flip=False, device=accelerator.device
-    )
-    rows = TrainingRows(pictures, components, latents=latents)
+    latents = cache_latents(pictures, components.vae, work / "latents", batch_size=32, flip=False, device=device)
     objective = DenoisingObjective(components, DenoisingConfig(caption_dropout=config.caption_dropout))
-    fit(objective, rows, config.unet, accelerator=accelerator, output_dir=work, seed=config.seed, label="unet")
+    train(objective, TrainingRows(pictures, components, latents=latents), config.unet, work, config.seed)
     pipeline.to("cpu", torch.float16)
     partial = output_dir.with_suffix(".partial")
     pipeline.save_pretrained(partial)
@@ -231,50 +122,113 @@ def train_unet(config: PretrainConfig, work: Path, output_dir: Path) -> None:
 
 
 def train_classifier(config: PretrainConfig, work: Path, output_dir: Path) -> None:
-    """Multi-label finding classifier on real phantoms; its features serve the phantom's FID."""
+    """On real phantoms; its features serve the phantom's FID, its scores the faithfulness to captions."""
     phantoms = PhantomDataset("train", config.classifier_images, config.seed, config.resolution)
-    names = dict(enumerate(phantoms.findings))
+    rows = []
+    for i in tqdm(range(len(phantoms)), desc="phantoms", unit="image"):
+        sample = phantoms[i]
+        labels = torch.tensor([name in sample.labels for name in phantoms.findings], dtype=torch.float32)
+        rows.append({"pixel_values": sample.pixel_values.half(), "labels": labels})
 
-    def row(index: int) -> dict[str, torch.Tensor]:
-        labels = torch.tensor([name in phantoms.labels(index) for name in phantoms.findings], dtype=torch.float32)
-        return {"pixel_values": phantoms[index].pixel_values.half(), "labels": labels}
-
-    rows = [row(i) for i in tqdm(range(len(phantoms)), desc="phantoms", unit="image")]
-    torch.manual_seed(config.seed)
-    classifier = ResNetForImageClassification(
-        ResNetConfig(
-            embedding_size=16, hidden_sizes=[32, 64, 96, 64], depths=[1, 1, 1, 1], layer_type="basic",
-            problem_type="multi_label_classification", id2label=names, label2id={v: k for k, v in names.items()},
-        )
-    )  # fmt: skip
-
-    def collate(batch: list[dict[str, torch.Tensor]]) -> dict[str, Any]:
+    def collate(batch: list[Row]) -> Row:
         return {key: torch.stack([row[key] for row in batch]).float() for key in batch[0]}
 
-    accelerator = make_accelerator(config.classifier, work)
-    fit(ClassificationObjective(classifier), rows, config.classifier, accelerator=accelerator, output_dir=work,
-        seed=config.seed, collate=collate, label="classifier")  # fmt: skip
+    torch.manual_seed(config.seed)
+    classifier = new_classifier(phantoms.findings)
+    train(ClassificationObjective(classifier), rows, config.classifier, work, config.seed, collate)
     partial = output_dir.with_suffix(".partial")
     classifier.half().save_pretrained(partial)
     os.replace(partial, output_dir)
 
 
+@torch.no_grad()
+def record(config: PretrainConfig, work: Path) -> None:
+    """pretraining.json and samples.png beside the base: what each stage took, and what the result can do, held out."""
+    accelerator, output_dir = Accelerator(), Path(config.output_dir)
+    components = load_components(BaseConfig(name=str(output_dir))).to(accelerator.device).freeze()
+    pictures = PicturesDataset("test", 200, config.seed, config.resolution)
+    phantoms = PhantomDataset("test", 500, config.seed, config.resolution)
+
+    def psnr_db(dataset: Any) -> float:
+        pixels = torch.stack([dataset[i].pixel_values for i in range(200)]).to(accelerator.device)
+        drawn = torch.cat(
+            [components.vae.decode(components.vae.encode(x).latent_dist.mean).sample for x in pixels.split(20)]
+        )
+        return float((10 * torch.log10(4 / (drawn.clamp(-1, 1) - pixels).square().mean(dim=(1, 2, 3)))).mean())
+
+    located = localization(
+        components, pictures, config.evaluation, accelerator=accelerator, arm_dir=work / "maps", label="pictures"
+    )
+    captions = [pictures.caption(i) for i in range(16)]
+    images = generate(components, captions, list(range(16)), config.resolution, config.evaluation)
+    save_png(torch.cat([torch.cat(list(row), dim=-1) for row in images.split(8)], dim=-2), output_dir / "samples.png")
+    features = PhantomFeatures(Path(config.classifier_dir))
+    scores = torch.cat([features(phantoms[i].pixel_values[None])[1] for i in range(len(phantoms))])
+    labels = torch.tensor([[name in phantoms.labels(i) for name in features.findings] for i in range(len(phantoms))])
+    stages = {
+        name: read_json(work / name / "cost.json") | {"last": _last_losses(work / name)}
+        for name in ("text_encoder", "vae", "unet", "classifier")
+        if (work / name / "cost.json").exists()
+    }
+    result = {
+        "stages": stages,
+        "vae_psnr_db": {"pictures": psnr_db(pictures), "phantoms": psnr_db(phantoms)},
+        "pictures": {"localization": located, "captions_of_samples": captions},
+        "classifier": finding_auroc(scores, labels) | {"images": len(phantoms)},
+        "seed": config.seed,
+        "provenance": provenance(),
+    }
+    write_json(output_dir / "pretraining.json", result)
+    words = located["word"]
+    print(
+        f"VAE {result['vae_psnr_db']} dB; word AUC on held-out pictures {words['auc']:.3f} {words['auc_ci']}; "
+        f"classifier AUC {result['classifier']['auc']:.3f}\nrecorded in {output_dir / 'pretraining.json'}\n"
+        "next: accelerate launch recipes/tradeoff.py --config recipes/configs/phantom/tradeoff_quick.yaml"
+    )
+
+
+def _last_losses(work: Path) -> Row:
+    lines = (work / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+    return {k: v for k, v in json.loads(lines[-1]).items() if k not in ("lr", "seconds")}
+
+
+def rehearse(config: PretrainConfig) -> PretrainConfig:
+    """One step of every stage on a few pictures, in a scratch folder."""
+    one = {
+        name: replace(getattr(config, name), max_steps=1, warmup_steps=0, checkpoint_every_steps=None)
+        for name in ("text_encoder", "vae", "unet", "classifier")
+    }
+    return replace(
+        config, stages=tuple(s for s in config.stages if s != "record"), pictures=256, classifier_images=64, **one
+    )
+
+
 def pretrain(config: PretrainConfig) -> None:
+    quiet_libraries()
+    if config.dry_run:
+        print(to_yaml(config))
+        with tempfile.TemporaryDirectory() as scratch:
+            folders = {name: str(Path(scratch) / name) for name in ("work_dir", "output_dir", "classifier_dir")}
+            pretrain(replace(rehearse(config), **folders, dry_run=False))
+        print("dry run: every stage took one step; multiply its seconds by its max_steps. Nothing was written")
+        return
     work = Path(config.work_dir)
+    base, classifier = Path(config.output_dir), Path(config.classifier_dir)
     if "pictures" in config.stages and not (work / "pictures" / "pixels.npy").exists():
-        render(config, work / "pictures")
-    pictures = RenderedPictures(work / "pictures")
+        render(PicturesDataset("train", config.pictures, config.seed, config.resolution), work / "pictures")
     if "tokenizer" in config.stages and not (work / "tokenizer").exists():
-        train_tokenizer(config, pictures.captions).save_pretrained(work / "tokenizer")
+        captions = RenderedPictures(work / "pictures").captions
+        train_tokenizer(captions, config.vocabulary_size).save_pretrained(work / "tokenizer")
     if "text_encoder" in config.stages and not (work / "text_encoder" / "text_encoder_with_projection").exists():
-        tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
-        train_text_encoder(config, pictures, tokenizer, work / "text_encoder")
+        train_text_encoder(config, RenderedPictures(work / "pictures"), work / "text_encoder")
     if "vae" in config.stages and not (work / "vae" / "vae").exists():
-        train_vae(config, pictures, work / "vae")
-    if "unet" in config.stages and not Path(config.output_dir).exists():
-        train_unet(config, work / "unet", Path(config.output_dir))
-    if "classifier" in config.stages and not Path(config.classifier_dir).exists():
-        train_classifier(config, work / "classifier", Path(config.classifier_dir))
+        train_vae(config, RenderedPictures(work / "pictures"), work / "vae")
+    if "unet" in config.stages and not base.exists():
+        train_unet(config, work / "unet", base)
+    if "classifier" in config.stages and not classifier.exists():
+        train_classifier(config, work / "classifier", classifier)
+    if "record" in config.stages:
+        record(config, work)
 
 
 if __name__ == "__main__":

@@ -546,9 +546,17 @@ def test_card_front_matter_is_yaml_for_any_base_name(tmp_path: Path) -> None:
 def test_card_holds_numbers_limits_and_seeds(tmp_path: Path) -> None:
     card = _card(tmp_path / "lora", {"lora": "/somewhere/else/pytorch_lora_weights.safetensors"})
     for shown in (
-        ".830", "\\[.810, .855\\]", "pytorch\\_lora\\_weights.safetensors", "Not for clinical use", "2,345,678", "0123abc",
-        "lora.alpha", "16.0", "100 held-out images, 123 pairs", "200 generated images",
-    ):  # fmt: skip
+        ".830",
+        "\\[.810, .855\\]",
+        "pytorch\\_lora\\_weights.safetensors",
+        "Not for clinical use",
+        "2,345,678",
+        "0123abc",
+        "lora.alpha",
+        "16.0",
+        "100 held-out images, 123 pairs",
+        "200 generated images",
+    ):
         assert shown in card, shown
     assert "/somewhere" not in card
     assert (tmp_path / "lora" / "README.md").is_file()

@@ -55,7 +55,6 @@ _SCENE, _TEXTURE, _CAPTION = 0, 1, 2
 _SIZES: tuple[Size, ...] = ("small", "moderate", "large")
 _ZONES: tuple[Zone, ...] = ("upper", "mid", "lower")
 _ZONE_Y: dict[Zone, float] = {"upper": -0.40, "mid": -0.08, "lower": 0.22}
-_DIRECTION = {"right": -1.0, "left": 1.0}
 _MASK_THRESHOLD = 0.3
 
 
@@ -277,17 +276,24 @@ class _Lung:
         )
 
 
-def draw(scene: Scene, resolution: int) -> Drawing:
-    """Pixels and masks of a scene. The same scene without a finding differs only by what that finding does."""
+def _place(scene: Scene, resolution: int) -> tuple[Array, Array, dict[str, _Lung]]:
+    """The patient's coordinates of all pixels, x (resolution, resolution) and y (resolution, 1), and both lungs."""
     u, v = _grid(resolution)
     y = (v - scene.center[1]) / scene.scale[1]
     x = (u - scene.center[0] - scene.lean * v) / scene.scale[0]
+    lungs = {
+        side: _Lung(direction * x, y, scene.lung_apex, scene.lung_width[k], scene.dome[k])
+        for k, (side, direction) in enumerate((("right", -1.0), ("left", 1.0)))
+    }
+    return x, y, lungs
+
+
+def draw(scene: Scene, resolution: int) -> Drawing:
+    """Pixels and masks of a scene. The same scene without a finding differs only by what that finding does."""
+    u, v = _grid(resolution)
+    x, y, lungs = _place(scene, resolution)
     ax = np.abs(x)
     rng = np.random.default_rng(scene.texture_seed)
-    lungs = {
-        side: _Lung(_DIRECTION[side] * x, y, scene.lung_apex, scene.lung_width[k], scene.dome[k])
-        for k, side in enumerate(("right", "left"))
-    }
     outline = {side: lung.shape() for side, lung in lungs.items()}
     diaphragm = np.where(x < 0, lungs["right"].diaphragm(), lungs["left"].diaphragm())
     chest_edge = np.where(x < 0, lungs["right"].edge(), lungs["left"].edge())

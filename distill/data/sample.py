@@ -45,8 +45,11 @@ class Sample:
 class ImageCaptionDataset(Protocol):
     """Map-style data set; captions, labels and fingerprints are known without decoding an image."""
 
-    findings: Sequence[str]
-    query_words: Mapping[str, Sequence[str]]
+    @property
+    def findings(self) -> Sequence[str]: ...
+
+    @property
+    def query_words(self) -> Mapping[str, Sequence[str]]: ...
 
     def __len__(self) -> int: ...
 

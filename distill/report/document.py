@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-
 UNKNOWN = "\u2013"
 """Shown for a value that is null: an en dash."""
 

@@ -516,7 +516,7 @@ class Outcome:
 
 
 def outcomes(metrics: Mapping[str, Any], found: list[Verdict]) -> list[Outcome]:
-    """Whether the trade-off shows, which arms do what is hoped for, and where attention leaks; from the numbers alone."""
+    """Whether the trade-off shows, which arms do what is hoped for, and where attention leaks."""
     arms = ordered_arms(metrics)
     said = []
     if "frozen" in arms and "learnable" in arms:

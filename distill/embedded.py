@@ -1,0 +1,175 @@
+"""The embedded base's parts: rendered pictures, tokenizer, architectures. recipes/pretrain_phantom.py trains them."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+from torch import nn
+from torch.utils.data import Dataset
+from tqdm.auto import tqdm
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ResNetModel,
+)
+
+from distill.data.pictures import UNRELATED, VOCABULARY, PicturesDataset
+
+SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""  # CLIP's
+
+
+class RenderedPictures(Dataset[dict[str, Any]]):
+    """Pictures drawn once: uint8 (count, height, width) on disk, and their captions."""
+
+    def __init__(self, folder: Path) -> None:
+        self.pixels = np.load(folder / "pixels.npy", mmap_mode="r")
+        self.captions: list[str] = json.loads((folder / "captions.json").read_text())
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        pixels = torch.from_numpy(self.pixels[index].astype(np.float32) / 127.5 - 1)
+        return {"pixel_values": pixels.expand(3, -1, -1), "caption": self.captions[index]}
+
+
+def render(pictures: PicturesDataset, folder: Path) -> None:
+    """Draw all pictures once: pixels.npy and captions.json in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "pixels.npy.partial"
+    shape = (len(pictures), pictures.resolution, pictures.resolution)
+    pixels = np.lib.format.open_memmap(partial, mode="w+", dtype=np.uint8, shape=shape)
+    captions = []
+    for i in tqdm(range(len(pictures)), desc="pictures", unit="picture"):
+        sample = pictures[i]
+        pixels[i] = ((sample.pixel_values[0] + 1) * 127.5).round().to(torch.uint8).numpy()
+        captions.append(sample.caption)
+    pixels.flush()
+    (folder / "captions.json").write_text(json.dumps(captions))
+    os.replace(partial, folder / "pixels.npy")
+
+
+def train_tokenizer(captions: Sequence[str], vocabulary_size: int) -> CLIPTokenizer:
+    """CLIP's byte-level BPE: 256 bytes, 256 bytes that end a word, merges learned from captions, two special tokens."""
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    learner.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(SPLIT), "removed", invert=True), byte_level]
+    )
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary_size - 2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
+    )
+    learner.train_from_iterator([*captions, *UNRELATED * 20, *VOCABULARY * 20], trainer)
+    merges = [tuple(merge) for merge in json.loads(learner.to_str())["model"]["merges"]]
+    merges = merges[: vocabulary_size - 2 - 2 * len(alphabet)]
+    pieces = [
+        *alphabet,
+        *(a + "</w>" for a in alphabet),
+        *("".join(m) for m in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    return CLIPTokenizer(
+        vocab={piece: i for i, piece in enumerate(dict.fromkeys(pieces))}, merges=merges, model_max_length=77
+    )
+
+
+class ImageTower(nn.Module):
+    """(batch, 3, height, width) -> (batch, projection_dim), at half the resolution."""
+
+    def __init__(self, projection_dim: int) -> None:
+        super().__init__()
+        sizes = [32, 64, 128]
+        self.body = ResNetModel(
+            ResNetConfig(embedding_size=32, hidden_sizes=sizes, depths=[1, 1, 1], layer_type="basic", hidden_act="relu")
+        )
+        self.head = nn.Linear(sizes[-1] * 4, projection_dim)
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        features = self.body(nn.functional.avg_pool2d(pixel_values, 2)).last_hidden_state
+        return self.head(nn.functional.adaptive_avg_pool2d(features, 2).flatten(1))
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:
+    return CLIPTextModelWithProjection(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=512,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            projection_dim=128,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def new_vae(resolution: int) -> AutoencoderKL:
+    """Eight times down in each direction, to eight channels: four cannot hold a phantom at 30 dB."""
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(16, 32, 64, 64),
+        layers_per_block=1,
+        latent_channels=8,
+        norm_num_groups=8,
+        sample_size=resolution,
+        mid_block_add_attention=False,
+    )
+
+
+def new_pipeline(
+    tokenizer: CLIPTokenizer, with_projection: CLIPTextModelWithProjection, vae: AutoencoderKL
+) -> StableDiffusionPipeline:
+    """Stock pipeline of trained parts and a fresh U-Net with cross-attention at 16 x 16 and 8 x 8."""
+    text_encoder = CLIPTextModel(with_projection.config)
+    flat = hasattr(text_encoder, "embeddings")  # transformers >= 5.6
+    state = with_projection.text_model.state_dict()
+    text_encoder.load_state_dict(state if flat else {f"text_model.{key}": value for key, value in state.items()})
+    unet = UNet2DConditionModel(
+        sample_size=vae.config.sample_size // 8,
+        in_channels=vae.config.latent_channels,
+        out_channels=vae.config.latent_channels,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
+        block_out_channels=(64, 96),
+        layers_per_block=1,
+        cross_attention_dim=text_encoder.config.hidden_size,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    scheduler = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
+        steps_offset=1,
+    )  # fmt: skip
+    return StableDiffusionPipeline(
+        vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+
+
+def new_classifier(findings: Sequence[str]) -> ResNetForImageClassification:
+    """Multi-label; 64 pooled features."""
+    names = dict(enumerate(findings))
+    return ResNetForImageClassification(
+        ResNetConfig(
+            embedding_size=16, hidden_sizes=[32, 64, 96, 64], depths=[1, 1, 1, 1], layer_type="basic",
+            problem_type="multi_label_classification", id2label=names, label2id={v: k for k, v in names.items()},
+        )
+    )  # fmt: skip
