@@ -6,6 +6,7 @@ import dataclasses
 import difflib
 import errno
 import functools
+import logging
 import math
 import os
 import re
@@ -22,6 +23,10 @@ from distill.config import value_faults
 from distill.errors import UserError, raise_all
 
 T = TypeVar("T")
+
+# At import these tell of optional packages (torchvision, GPU kernels) that nothing here needs.
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 COMMAND_LINE = "the command line"
 USAGE_STATUS = 2

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -23,7 +23,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 
 from distill.attention import cross_attention_layers, record_attention
-from distill.cli import to_yaml
+from distill.cli import refuse_unused, to_yaml
 from distill.components import (
     LORA_FILE,
     PHANTOM_BASE,
@@ -94,6 +94,7 @@ def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run
     Raises UserError, before anything is written, with all faults of the data or the first of the rest.
     """
     quiet_libraries()
+    refuse_unused(config, unused_options(config, arms))
     folder = Path(config.output_dir)
     if not config.dry_run:
         _claim(folder, config)
@@ -162,6 +163,53 @@ def quiet_libraries() -> None:
     for logging in (diffusers.utils.logging, transformers.utils.logging):
         logging.set_verbosity_error()
         logging.disable_progress_bar()
+
+
+FOLDER_OPTIONS = (
+    "root", "metadata_file", "image_column", "caption_column", "split_column", "train_split", "test_split",
+    "finding_column", "phrase_column", "box_column", "mask_column", "label_column", "findings", "query_words",
+    "allow_empty_captions", "truncate_captions", "horizontal_flip",
+)  # fmt: skip
+PHANTOM_OPTIONS = ("seed", "train_size", "validation_size", "test_size")
+
+
+def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
+    """Dotted key -> why this run never reads it, so that setting it is a mistake."""
+    unused: dict[str, str] = {}
+
+    def never(reason: str, *keys: str) -> None:
+        unused.update(dict.fromkeys(keys, reason))
+
+    if config.data.kind == "phantom":
+        never("data.kind is phantom", *(f"data.{name}" for name in FOLDER_OPTIONS))
+    else:
+        never("data.kind is folder", *(f"data.{name}" for name in PHANTOM_OPTIONS))
+    never("this recipe has no validation split", "data.validation_size")
+    if config.base.name == "phantom" or Path(config.base.name).is_dir():
+        never("base.name is not a hub id", "base.revision")
+    if isinstance(config, EvaluateConfig):
+        never("evaluate.py does not train", "data.train_size", "data.train_split", "data.horizontal_flip", "data.cache_dir")
+        never("evaluation runs in fp32", "base.frozen_dtype")
+        return unused
+    if not any("lora" in (arm.method, arm.text_encoder) for arm in arms):
+        never("nothing is trained by LoRA", "lora.rank", "lora.alpha", "lora.dropout")
+    if not any(arm.method == "lora" for arm in arms):
+        never("the U-Net is not trained by LoRA", "lora.unet_targets")
+    if not any(arm.text_encoder == "lora" for arm in arms):
+        never("no text encoder is trained by LoRA", "lora.text_encoder_targets")
+    if all(arm.text_encoder == "frozen" for arm in arms):
+        never("the text encoder is frozen", "trainer.text_encoder_learning_rate")
+    if isinstance(config, TradeoffConfig) and "lora" not in config.arms:
+        never("arms has no lora", "lora_learning_rate")
+    if isinstance(config, TradeoffConfig) and not any(arm.distilled for arm in arms):
+        never("no arm is distilled", *(f"distillation.{item.name}" for item in fields(config.distillation)))
+    if config.trainer.checkpoint_every_steps is None:
+        never("trainer.checkpoint_every_steps is not set", "trainer.keep_checkpoints")
+    if not config.trainer.cache_latents and not config.trainer.cache_text_embeddings:
+        never("nothing is cached", "data.cache_dir")
+    if config.denoising.caption_dropout == 0:
+        never("denoising.caption_dropout is 0", "denoising.caption_dropout_label")
+    return unused
 
 
 def _claim(folder: Path, config: Any) -> None:

@@ -162,7 +162,7 @@ def fit(
         pin_memory=accelerator.device.type == "cuda",
     )
     if accelerator.log_with:
-        accelerator.init_trackers("tracker", config={k: v for k, v in asdict(config).items() if v is not None})
+        accelerator.init_trackers(label, config={k: v for k, v in asdict(config).items() if v is not None})
     bar = tqdm(
         total=config.max_steps, initial=start, desc=label, unit="step", disable=not accelerator.is_main_process,
         dynamic_ncols=True, mininterval=1.0, smoothing=0.05,

@@ -33,10 +33,9 @@ def build_vae(seed: int = 0) -> AutoencoderKL:
 class Rows:
     """Images whose content is a function of their seed; every third caption names a side."""
 
-    findings = ()
-    query_words: dict[str, tuple[str, ...]] = {}
-
     def __init__(self, seeds: list[int]) -> None:
+        self.findings: tuple[str, ...] = ()
+        self.query_words: dict[str, tuple[str, ...]] = {}
         self.seeds = seeds
         self.reads = 0
 

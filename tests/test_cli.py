@@ -23,8 +23,10 @@ from distill.cli import main, parse, refuse_unused, to_yaml
 from distill.config import (
     RULES,
     AttentionDistillationConfig,
+    DistillAttentionConfig,
     EvaluateConfig,
     FinetuneConfig,
+    PretrainConfig,
     TradeoffConfig,
     TrainerConfig,
     check_values,
@@ -152,6 +154,19 @@ def test_config_holds_plain_tuples_and_numbers(config: Any, tmp_path: Path) -> N
             assert type(value) is hint, key
         if get_origin(hint) is tuple:
             assert type(value) is tuple, key
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
+def test_every_shipped_config_is_legal(path: Path) -> None:
+    classes = {
+        "distill_attention": DistillAttentionConfig,
+        "evaluate": EvaluateConfig,
+        "finetune": FinetuneConfig,
+        "pretrain": PretrainConfig,
+        "tradeoff": TradeoffConfig,
+    }
+    recipe = next(name for name in classes if path.stem == name or path.stem.startswith(f"{name}_"))
+    assert parse(classes[recipe], ["--config", str(path)]) != classes[recipe]()
 
 
 def test_overrides_go_before_files_and_later_files_before_earlier(yaml_file: Callable[..., str]) -> None:

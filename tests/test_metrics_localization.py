@@ -206,7 +206,12 @@ def test_a_collection_does_not_merge_metrics_that_agree_on_its_first_batch() -> 
     for maps in (perfect, other):
         collection.update(maps=maps, masks=masks, findings=[0], images=[0])
     result = collection.compute()
-    for name, metric in (("auc", PixelAUROC()), ("low", IoUAtThreshold(0.1)), ("high", IoUAtThreshold(0.9))):
+    for name, metric in (
+        ("auc", PixelAUROC()),
+        ("top1", PointingGame()),
+        ("low", IoUAtThreshold(0.1)),
+        ("high", IoUAtThreshold(0.9)),
+    ):
         expected = (1.0 + pair_values(metric, other, masks)[0]) / 2
         assert float(result[name]) == pytest.approx(expected)
 

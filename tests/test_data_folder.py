@@ -1,0 +1,585 @@
+from __future__ import annotations
+
+import csv
+import io
+import json
+import pickle
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import CLIPTokenizer
+
+from distill.config import DataConfig
+from distill.data.folder import FolderDataset, _boxes
+from distill.errors import UserError
+
+SHARED = Path(__file__).parents[1].parent / "shared" / "data"
+COLUMNS = {"caption_column": "text", "finding_column": "finding", "box_column": "box", "mask_column": "mask"}
+ORIENTATION_TAG = 0x0112
+
+
+def write_csv(path: Path, rows: list[dict[str, str]]) -> None:
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_image(path: Path, size: tuple[int, int] = (40, 30), mode: str = "L", **save: object) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    ramp = np.linspace(0, 255, size[0] * size[1]).reshape(size[1], size[0]).astype(np.uint8)
+    Image.fromarray(ramp).convert(mode).save(path, **save)
+
+
+def row(name: str = "a.png", text: str = "small effusion", finding: str = "", box: str = "", mask: str = "") -> dict:
+    return {"file_name": name, "text": text, "finding": finding, "box": box, "mask": mask}
+
+
+def load(
+    root: Path, rows: list[dict[str, str]] | None = None, split: str = "train", **options: object
+) -> FolderDataset:
+    if rows is not None:
+        write_csv(root / "metadata.csv", rows)
+    settings: dict = {"root": str(root), "kind": "folder", "resolution": 32, **COLUMNS, **options}
+    return FolderDataset(DataConfig(**settings), split)
+
+
+def fault(root: Path, rows: list[dict[str, str]] | None = None, split: str = "train", **options: object) -> str:
+    with pytest.raises(UserError) as caught:
+        load(root, rows, split, **options)
+    return str(caught.value)
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "data"
+    write_image(folder / "a.png")
+    write_image(folder / "b.png")
+    return folder
+
+
+# --- what a row becomes -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("orientation", [1, 2, 3, 4, 5, 6, 7, 8])
+@pytest.mark.parametrize("file_type", ["jpg", "png"])
+def test_a_box_lands_on_what_it_surrounds_whatever_the_exif_orientation(
+    root: Path, orientation: int, file_type: str
+) -> None:
+    shown = np.zeros((90, 140), np.uint8)
+    x, y, width, height = 50, 20, 30, 45
+    shown[y : y + height, x : x + width] = 255
+    undo = {2: 0, 3: 3, 4: 1, 5: 5, 6: 2, 7: 6, 8: 4}  # PIL's transpositions that lead back to the stored pixels
+    stored = Image.fromarray(shown)
+    if orientation in undo:
+        stored = stored.transpose(Image.Transpose(undo[orientation]))
+    exif = Image.Exif()
+    exif[ORIENTATION_TAG] = orientation
+    stored.save(root / f"a.{file_type}", exif=exif)
+
+    sample = load(root, [row(f"a.{file_type}", finding="effusion", box=f"{x},{y},{width},{height}")], resolution=60)[0]
+    bright = sample.pixel_values[0] > 0
+    (region,) = sample.regions
+    assert sample.original_size == (90, 140)
+    assert sample.pixel_values.shape == (3, 60, 60)
+    assert (bright ^ region.mask).sum() <= 2 * (20 + 30), "they differ by a pixel of the edge at most"
+    scale = 60 / 90
+    assert region.boxes[0] == pytest.approx(((x - 25) * scale, y * scale, width * scale, height * scale))
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(data=st.data(), width=st.integers(8, 90), height=st.integers(8, 90), resolution=st.sampled_from([16, 32, 61]))
+def test_boxes_and_masks_follow_the_pixels(root: Path, data, width: int, height: int, resolution: int) -> None:
+    x, y = data.draw(st.integers(0, width - 4)), data.draw(st.integers(0, height - 4))
+    w, h = data.draw(st.integers(4, width - x)), data.draw(st.integers(4, height - y))
+    drawn = np.zeros((height, width), np.uint8)
+    drawn[y : y + h, x : x + w] = 255
+    Image.fromarray(drawn).save(root / "a.png")
+    Image.fromarray(drawn).save(root / "mask.png")
+    by_box = load(root, [row(finding="f", box=f"{x},{y},{w},{h}")], resolution=resolution)
+    by_mask = load(root, [row(finding="f", mask="mask.png")], resolution=resolution)
+    for dataset in (by_box, by_mask):
+        sample = dataset[0]
+        assert sample.pixel_values.min() >= -1 and sample.pixel_values.max() <= 1
+        assert len(sample.regions) + dataset.dropped_regions == 1
+        bright = sample.pixel_values[0] > 0
+        mask = sample.regions[0].mask if sample.regions else torch.zeros(resolution, resolution, dtype=torch.bool)
+        assert mask.shape == (resolution, resolution)
+        assert (bright ^ mask).sum() <= 4 * resolution
+        # What is well inside or outside agrees.
+        inner = bright.float()[None, None]
+        eroded = -torch.nn.functional.max_pool2d(-inner, 3, 1, 1)[0, 0] > 0
+        dilated = torch.nn.functional.max_pool2d(inner, 3, 1, 1)[0, 0] > 0
+        assert (mask[eroded]).all() and not mask[~dilated].any()
+    for box_x, box_y, box_w, box_h in (box for region in by_box[0].regions for box in region.boxes):
+        assert box_x >= 0 and box_y >= 0 and box_w > 0 and box_h > 0
+        assert box_x + box_w <= resolution and box_y + box_h <= resolution
+
+
+def test_rows_of_an_image_are_brought_together(root: Path) -> None:
+    write_image(root / "m.png")
+    rows = [
+        row(finding="effusion", box="5,0,10,10"),
+        row("b.png", text="normal"),
+        row(finding="Effusion", box="25,20,10,10"),
+        row(finding="edema", mask="m.png"),
+        row("./a.png", finding="nodule"),
+    ]
+    dataset = load(root, rows, resolution=30)
+    assert len(dataset) == 2
+    assert dataset.findings == ("edema", "effusion", "nodule")
+    sample = dataset[0]
+    assert sample.id == "a.png"
+    assert [region.finding for region in sample.regions] == ["edema", "effusion"]
+    assert sample.regions[1].boxes == ((0, 0, 10, 10), (20, 20, 10, 10))
+    assert sample.regions[1].mask.sum() == 200
+    assert sample.labels == dataset.labels(0) == ("effusion", "edema", "nodule")
+    assert dataset[1].regions == () and dataset.caption(1) == "normal"
+    assert pickle.loads(pickle.dumps(dataset))[0].regions[1].boxes == sample.regions[1].boxes
+
+
+def test_lists_in_csv_and_jsonl_are_the_same(root: Path) -> None:
+    listed = [
+        row(finding="effusion|edema|effusion", box="5,0,10,10|5,5,10,10|25,20,10,10"),
+        row("b.png", finding="edema", box="5,0,10,10|25,20,10,10"),
+    ]
+    expected = load(root, [{**r, "phrase": "small" if r["file_name"] == "a.png" else ""} for r in listed])
+    lines = [
+        {
+            " file_name ": "a.png",
+            "text": "small effusion",
+            "finding": ["effusion", "edema", "effusion"],
+            "box": [[5, 0, 10, 10], [5, 5, 10, 10], ["25", 20.0, 10, 10]],
+        },
+        {"file_name": "b.png", "text": "small effusion", "finding": "edema", "box": ["5,0,10,10", "25,20,10,10"]},
+    ]
+    (root / "metadata.jsonl").write_text("\ufeff" + "\n\n".join(map(json.dumps, lines)), encoding="utf-8")
+    dataset = load(root, metadata_file="metadata.jsonl", mask_column=None)
+    for index in range(2):
+        for ours, theirs in zip(dataset[index].regions, expected[index].regions, strict=True):
+            assert ours.finding == theirs.finding and ours.boxes == theirs.boxes
+            assert torch.equal(ours.mask, theirs.mask)
+
+
+def test_a_mask_goes_before_its_box_and_phrases_are_kept(root: Path) -> None:
+    Image.new("1", (40, 30), 0).save(root / "none.png")
+    corner = Image.new("P", (40, 30), 0)
+    corner.paste(3, (5, 0, 15, 10))
+    corner.save(root / "corner.png")
+    rows = [
+        {**row(finding="effusion", box="0,0,40,30", mask="corner.png"), "phrase": "small one"},
+        {**row(finding="effusion", box="0,0,40,30", mask="corner.png"), "phrase": "another"},
+        {**row(finding="edema", box="5,0,10,10", mask="none.png"), "phrase": ""},
+    ]
+    dataset = load(root, rows, resolution=30, phrase_column="phrase")
+    (region,) = dataset[0].regions
+    assert region.mask.sum() == 100 and region.mask[:10, :10].all()
+    assert region.boxes == ((0, 0, 30, 30), (0, 0, 30, 30))
+    assert region.phrase == "small one. another"
+    assert dataset.dropped_regions == 1
+
+
+def test_regions_outside_the_centre_square_are_dropped_and_counted(root: Path) -> None:
+    write_image(root / "wide.png", (200, 20))
+    rows = [row("wide.png", finding="edema", box="0,0,20,20"), row("wide.png", finding="effusion", box="80,0,20,20")]
+    dataset = load(root, rows, resolution=20)
+    assert dataset.dropped_regions == 1
+    (region,) = dataset[0].regions
+    assert region.finding == "effusion" and region.boxes == ((0, 0, 10, 20),)
+    assert dataset[0].crop_top_left == (0, 90)
+
+
+def test_findings_are_kept_and_named_as_the_config_says(root: Path) -> None:
+    rows = [row(finding="left lung", box="5,0,10,10"), row(finding="EDEMA", box="5,0,10,10")]
+    dataset = load(root, rows, findings=("edema",), query_words={"Edema": ["oedema"]})
+    assert dataset.findings == ("edema",) and dataset.query_words == {"edema": ("oedema",)}
+    assert [region.finding for region in dataset[0].regions] == ["edema"] and dataset[0].labels == ("edema",)
+
+
+def test_labels_of_the_image_go_before_findings_of_boxes(root: Path) -> None:
+    rows = [{**row(finding="edema", box="5,0,10,10"), "label": "No Finding| edema |"}, {**row("b.png"), "label": ""}]
+    dataset = load(root, rows, label_column="label")
+    assert dataset.labels(0) == ("No Finding", "edema") and dataset.labels(1) == ()
+
+
+def test_splits(root: Path) -> None:
+    write_image(root / "c.png")
+    rows = [{**row(name), "split": split} for name, split in (("a.png", "train"), ("b.png", " val"), ("c.png", "3"))]
+    for split, name in (("train", "a.png"), ("validation", "b.png"), ("test", "c.png")):
+        dataset = load(root, rows, split, split_column="split", test_split="3")
+        assert [sample.id for sample in (dataset[0],)] == [name] and len(dataset) == 1
+        assert len(load(root, rows, split)) == 3
+    message = fault(root, rows, "test", split_column="split")
+    assert "no row has split = test" in message and "'train' (1 rows)" in message and "'3' (1 rows)" in message
+
+
+def test_fingerprint_follows_bytes_and_resolution(root: Path) -> None:
+    rows = [row(), row("b.png")]
+    before = load(root, rows)
+    assert before.fingerprint(0) == before.fingerprint(1), "the same bytes"
+    assert load(root, resolution=16).fingerprint(0) != before.fingerprint(0)
+    write_image(root / "a.png", (41, 30))
+    after = load(root)
+    assert after.fingerprint(0) != before.fingerprint(0) and after.fingerprint(1) == before.fingerprint(1)
+
+
+def test_nothing_is_written_to_the_data_folder(root: Path) -> None:
+    write_csv(root / "metadata.csv", [row(finding="edema", box="1,1,9,9")])
+    before = sorted(root.rglob("*"))
+    load(root)[0]
+    assert sorted(root.rglob("*")) == before
+
+
+# --- image types --------------------------------------------------------------------------------------------------
+
+
+def gray_16_bit(path: Path, values: np.ndarray) -> None:
+    Image.fromarray(values.astype(np.uint16)).save(path)
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK"])
+def test_every_mode_is_read(root: Path, mode: str) -> None:
+    name = "a.tif" if mode == "CMYK" else "a.png"
+    write_image(root / name, mode=mode)
+    pixels = load(root, [row(name)])[0].pixel_values
+    assert pixels.shape == (3, 32, 32) and pixels.dtype == torch.float32 and torch.isfinite(pixels).all()
+    assert pixels[0, 0, 0] < -0.8 and pixels[0, -1, -1] > 0.8, "the ramp runs from black to white"
+
+
+def test_sixteen_bits_are_scaled_and_not_clipped(root: Path, caplog: pytest.LogCaptureFixture) -> None:
+    gray_16_bit(root / "a.png", np.tile(np.linspace(0, 65535, 32), (32, 1)))
+    pixels = load(root, [row()])[0].pixel_values
+    assert torch.allclose(pixels[0, 0], torch.linspace(-1, 1, 32), atol=0.01)
+    assert "16-bit" not in caplog.text
+    gray_16_bit(root / "a.png", np.full((32, 32), 4095))
+    load(root, [row()])
+    assert "1 16-bit images have no value above 4095" in caplog.text
+
+
+def test_transparent_pixels_are_white(root: Path) -> None:
+    Image.new("RGBA", (40, 30), (0, 0, 0, 0)).save(root / "a.png")
+    assert (load(root, [row()])[0].pixel_values == 1).all()
+
+
+def test_floating_point_pixels_are_refused(root: Path) -> None:
+    Image.fromarray(np.zeros((30, 40), np.float32)).save(root / "a.tif")
+    assert "floating point" in fault(root, [row("a.tif")])
+    Image.fromarray(np.full((30, 40), 70000, np.int32)).save(root / "b.tif")
+    assert "do not fit 16 bits" in fault(root, [row("b.tif")])
+
+
+# --- faults -------------------------------------------------------------------------------------------------------
+
+
+def test_all_faults_are_listed_at_once(root: Path) -> None:
+    rows = [
+        row("missing.png"),
+        row("b.png", text="  "),
+        row(finding="edema", box="30,0,12,10"),
+        row(finding="edema", box="1,2,3"),
+        row("../a.png"),
+    ]
+    message = fault(root, rows, findings=("effusoin", "edema"))
+    for part in (
+        "(6)",
+        "row 2: image 'missing.png' cannot be opened: No such file",
+        "row 3: text is empty",
+        "row 4: box 30,0,12,10 is outside the image 'a.png' of 40 x 30 px",
+        "row 5: box '1,2,3' is not a box; right is x,y,width,height",
+        "row 6: file_name '../a.png' leaves the data folder",
+        "'effusoin' is in no row",
+    ):
+        assert part in message
+    assert "row 3" not in fault(root, rows, allow_empty_captions=True)
+
+
+@pytest.mark.parametrize(
+    "box",
+    [
+        "a,b,c,d",
+        "1,2,3,4,5",
+        "nan,0,1,1",
+        "0,0,inf,1",
+        "0,0,1e999,1",
+        "0,0,0,5",
+        "0,0,5,-1",
+        "-3,0,5,5",
+        "0,0,5,40",
+        ";",
+    ],
+)
+def test_boxes_that_are_refused(root: Path, box: str) -> None:
+    assert "row 2: " in fault(root, [row(finding="edema", box=box)])
+
+
+def test_a_box_may_leave_the_image_by_a_pixel(root: Path) -> None:
+    (region,) = load(root, [row(finding="edema", box="-0.5,-1,41.4,32")], resolution=30)[0].regions
+    assert region.boxes == ((0, 0, 30, 30),)
+
+
+@pytest.mark.parametrize(
+    ("rows", "part"),
+    [
+        ([row(), row(text="other")], "two values of caption"),
+        ([row(finding="", box="1,1,2,2")], "there is a box or mask and finding is empty"),
+        ([row(finding="a|b|c", box="1,1,2,2|1,1,2,2")], "3 values of finding for 2 boxes"),
+        ([row(finding="edema", mask="none.png")], "mask 'none.png' cannot be opened"),
+        ([row(finding="edema", mask="small.png")], "mask 'small.png' has 10 x 10 px and its image 40 x 30"),
+        ([row(finding="edema", mask="m.jpg")], "is a JPEG"),
+        ([row("folder")], "is not a file"),
+        ([row("a" * 5000)], "cannot be opened"),
+        ([row("")], "file_name is empty"),
+        ([row("/a.png")], "leaves the data folder"),
+        ([row("link.png")], "leaves the data folder"),
+        ([row("broken.png")], "cannot be decoded"),
+        ([row("text.png")], "is no image that can be read"),
+        ([row("cut.jpg")], "cannot be decoded"),
+        ([row("bomb.png")], "px are more than"),
+    ],
+)
+def test_faults_of_rows_and_files(root: Path, rows: list[dict[str, str]], part: str) -> None:
+    write_image(root / "small.png", (10, 10))
+    write_image(root / "m.jpg")
+    (root / "folder").mkdir()
+    write_image(root.parent / "outside.png")
+    (root / "link.png").symlink_to(root.parent / "outside.png")
+    png = (root / "a.png").read_bytes()
+    (root / "broken.png").write_bytes(png[:60] + b"\x00" * 40 + png[100:])
+    (root / "text.png").write_text("not a picture")
+    write_image(root / "whole.jpg", (400, 300))
+    (root / "cut.jpg").write_bytes((root / "whole.jpg").read_bytes()[:900])
+    (root / "bomb.png").write_bytes(png_header(10_000, 9_999))
+    assert part in fault(root, rows)
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims to be large, without the pixels."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def test_splits_of_one_image_must_agree(root: Path) -> None:
+    rows = [{**row(), "split": "train"}, {**row(), "split": "test"}]
+    assert "two values of split: 'test' and 'train' (row 2)" in fault(root, rows, split_column="split")
+
+
+@pytest.mark.parametrize(
+    ("data", "part"),
+    [
+        (b"file_name,text\na.png,\xe9panchement\n", "not UTF-8: byte 0xe9 at 21 (line 2)"),
+        ("file_name,text\na.png,x\n".encode("utf-16"), "UTF-16"),
+        (b"file_name,text\na.png,x\0y\n", "NUL at byte 22 (line 2)"),
+        (b"", "has no rows"),
+        (b"file_name,text\n", "has no rows"),
+        (b"file_name,text\na.png,x,y\n", "row 2 has 3 fields and the header 2"),
+        (b'file_name,text\na.png,"x\nb.png,y\n', "is a quote left open?"),
+        (b"file_name,text,text\na.png,x,y\n", "column 'text' 2 times"),
+        (b"file;text\na.png;x\n", "data.image_column 'file_name' is not a column"),
+    ],
+)
+def test_metadata_that_cannot_be_read(root: Path, data: bytes, part: str) -> None:
+    (root / "metadata.csv").write_bytes(data)
+    assert part in fault(root, finding_column=None, box_column=None, mask_column=None)
+
+
+@pytest.mark.parametrize(
+    ("line", "part"),
+    [
+        ("{", "row 1 is not JSON"),
+        ("[" * 100_000, "row 1 is not JSON"),
+        ("[1]", "row 1 is not a JSON object"),
+        ('{"file_name": ["a.png"], "text": "x"}', "file_name must be text"),
+        ('{"file_name": "a.png\\u0000", "text": "x"}', "has a character that is no text"),
+        ('{"file_name": "a.png", "text": "\\ud800"}', "has a character that is no text"),
+        ('{"file_name": "a.png", "text": null}', "text is empty"),
+        ('{"file_name": "a.png", "text": "x", "finding": "f", "box": [NaN, 0, 1, 1]}', "is not finite"),
+        ('{"file_name": "a.png", "text": "x", "finding": "f", "box": [true, 0, 1, 1]}', "is not a box"),
+        ('{"file_name": "a.png", "text": "x", "finding": "f", "box": {"x": 1}}', "is not a box"),
+        ('{"file_name": "a.png", "text": "x", "finding": "f", "box": 5}', "is not a box"),
+    ],
+)
+def test_json_that_cannot_be_used(root: Path, line: str, part: str) -> None:
+    other = {"file_name": "b.png", "text": "x", "finding": "f", "box": [0, 0, 5, 5]}
+    (root / "metadata.jsonl").write_text(line + "\n" + json.dumps(other) + "\n")
+    assert part in fault(root, metadata_file="metadata.jsonl", mask_column=None)
+
+
+def test_what_the_config_gets_wrong(root: Path) -> None:
+    message = fault(root, [row()], caption_column="txt", box_column="bbox")
+    assert "data.caption_column 'txt' is not a column; did you mean 'text'?" in message
+    assert "data.box_column 'bbox' is not a column; did you mean 'box'?" in message and "file_name, text" in message
+    assert "needs data.finding_column" in fault(root, finding_column=None)
+    assert "'edem' is not a finding; did you mean 'edema'" in fault(
+        root, [row(finding="edema", box="1,1,9,9")], query_words={"edem": ["oedema"]}
+    )
+    assert "has no words" in fault(root, query_words={"edema": [" "]})
+    assert "data.metadata_file could be: metadata.csv" in fault(root, metadata_file="meta.csv")
+    assert "must end in .csv or .jsonl" in fault(root, metadata_file="metadata.parquet")
+    assert "is not a folder" in fault(root / "elsewhere")
+    with pytest.raises(UserError, match=r"data\.root is missing"):
+        FolderDataset(DataConfig(kind="folder"), "train")
+
+
+def test_a_file_that_vanishes_later_is_said(root: Path) -> None:
+    dataset = load(root, [row()])
+    (root / "a.png").unlink()
+    with pytest.raises(UserError, match="no longer"):
+        dataset[0]
+
+
+JSON_LIKE = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("1,2,3,4"),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
+    max_leaves=8,
+)
+
+
+@settings(max_examples=300)
+@given(JSON_LIKE)
+def test_any_box_value_is_finite_boxes_or_a_fault(value: object) -> None:
+    try:
+        boxes = _boxes(value, "box")
+    except ValueError as error:
+        assert "box" in str(error)
+    else:
+        assert all(np.isfinite(box).all() and box[2] > 0 and box[3] > 0 for box in boxes)
+
+
+HOSTILE = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+CELL = st.sampled_from(["a.png", "b.png", "edema", "1,1,5,5", "", "|", ".", "..", "~", "text"]) | st.text(max_size=6)
+
+
+@HOSTILE
+@given(rows=st.lists(st.lists(CELL, min_size=5, max_size=5), min_size=1, max_size=4), quote=st.booleans())
+def test_hostile_rows_are_read_or_refused(root: Path, rows: list[list[str]], quote: bool) -> None:
+    text = io.StringIO()
+    writer = csv.writer(text, quoting=csv.QUOTE_ALL if quote else csv.QUOTE_MINIMAL, escapechar="\\")
+    writer.writerow(["file_name", "text", "finding", "box", "mask"])
+    writer.writerows(rows)
+    (root / "metadata.csv").write_bytes(text.getvalue().encode("utf-8", "surrogatepass"))
+    read_or_refuse(root, "metadata.csv")
+
+
+@HOSTILE
+@given(data=st.binary(max_size=60), with_header=st.booleans(), json_lines=st.booleans())
+def test_hostile_bytes_are_read_or_refused(root: Path, data: bytes, with_header: bool, json_lines: bool) -> None:
+    name = "metadata.jsonl" if json_lines else "metadata.csv"
+    head = (
+        b"" if not with_header else b'{"file_name": "a.png", ' if json_lines else b"file_name,text,finding,box,mask\n"
+    )
+    (root / name).write_bytes(head + data)
+    read_or_refuse(root, name)
+
+
+@HOSTILE
+@given(
+    lines=st.lists(
+        st.dictionaries(st.sampled_from(["file_name", "text", "finding", "box", "mask"]), JSON_LIKE), max_size=3
+    )
+)
+def test_hostile_json_is_read_or_refused(root: Path, lines: list[dict[str, object]]) -> None:
+    usual = {"file_name": "a.png", "text": "x", "finding": "edema", "box": "1,1,9,9", "mask": ""}
+    (root / "metadata.jsonl").write_text("\n".join(json.dumps({**usual, **line}) for line in [{}, *lines]))
+    read_or_refuse(root, "metadata.jsonl")
+
+
+def read_or_refuse(root: Path, name: str) -> None:
+    try:
+        dataset = load(root, metadata_file=name)
+    except UserError:
+        return
+    for index in range(len(dataset)):
+        assert dataset[index].caption
+
+
+@HOSTILE
+@given(data=st.data(), file_type=st.sampled_from(["PNG", "JPEG", "TIFF", "GIF", "BMP", "WEBP"]))
+def test_damaged_images_are_read_or_refused(root: Path, data, file_type: str) -> None:
+    file = io.BytesIO()
+    Image.open(root / "b.png").save(file, file_type)
+    damaged = bytearray(file.getvalue())
+    for _ in range(data.draw(st.integers(1, 4))):
+        damaged[data.draw(st.integers(0, len(damaged) - 1))] = data.draw(st.integers(0, 255))
+    (root / "a.png").write_bytes(damaged[: data.draw(st.integers(0, len(damaged)))])
+    write_csv(root / "metadata.csv", [row()])
+    read_or_refuse(root, "metadata.csv")
+
+
+# --- captions -----------------------------------------------------------------------------------------------------
+
+
+def byte_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer without merges: each letter is a token."""
+    letters = sorted(ByteLevel.alphabet())
+    tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
+    return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=20)
+
+
+def test_captions_that_are_too_long_are_counted(root: Path) -> None:
+    rows = [row(text="a" * 18), row("b.png", text="a" * 19)]
+    tokenizer = byte_tokenizer()
+    dataset = load(root, rows)
+    dataset.check_captions([tokenizer], 21)
+    with pytest.raises(UserError) as caught:
+        dataset.check_captions([tokenizer, tokenizer], 20)
+    message = str(caught.value)
+    assert message.startswith("1 of 2 captions") and "the longest has 21" in message and "a" * 19 in message
+    load(root, rows, truncate_captions=True).check_captions([tokenizer], 20)
+
+
+def test_a_finding_that_no_caption_names_is_refused(root: Path) -> None:
+    rows = [row(text="Pleural fluid", finding="pleural effusion", box="5,5,9,9"), row("b.png", finding="edema")]
+    load(root, rows).check_queries()
+    rows[1]["box"] = "5,5,9,9"
+    with pytest.raises(UserError, match=r"'edema' \(1 images\): no caption has any of edema; a caption is 'Pleural"):
+        load(root, rows).check_queries()
+    load(root, rows, query_words={"edema": ["fluid"]}).check_queries()
+    load(root, rows, findings=("pleural effusion",)).check_queries()
+
+
+# --- real data ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real samples of ../shared/data are not here")
+def test_real_chest_radiographs() -> None:
+    findings = ("ground glass opacity", "consolidation")
+    options = {"caption_column": "caption", "finding_column": "bbox_label", "box_column": "bbox_xywh"}
+    for split, images in (("train", 141), ("test", 8), ("validation", 14)):
+        dataset = load(
+            SHARED / "cxr", split=split, mask_column="mask_file", split_column="split", findings=findings, **options
+        )
+        assert len(dataset) == images and dataset.dropped_regions == 0
+    dataset = load(
+        SHARED / "cxr", split="test", mask_column="mask_file", split_column="split", findings=findings, **options
+    )
+    dataset.check_queries()
+    by_mask, by_box = (
+        dataset,
+        load(SHARED / "cxr", split="test", split_column="split", findings=findings, mask_column=None, **options),
+    )
+    for index in range(len(dataset)):
+        for ours, theirs in zip(by_mask[index].regions, by_box[index].regions, strict=True):
+            assert ours.finding == theirs.finding
+            inside = (ours.mask & theirs.mask).sum() / ours.mask.sum()
+            assert inside > 0.85, "masks lie in their boxes, but for small parts that have none"
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="the real samples of ../shared/data are not here")
+def test_real_photographs() -> None:
+    options = {"finding_column": "bbox_label", "box_column": "bbox_xywh", "mask_column": "mask_file"}
+    dataset = load(SHARED / "natural", split="train", caption_column="captions", split_column="split", **options)
+    assert len(dataset) == 32 and {"person", "dining table"} <= set(dataset.findings)
+    assert dataset[0].pixel_values.std(0).max() > 0.1, "in colour"
+    assert "two values of caption" in fault(SHARED / "natural", caption_column="caption", **options)

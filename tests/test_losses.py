@@ -1,0 +1,174 @@
+"""Losses: what is zero, what is invariant, and agreement with torch.distributions and diffusers."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import compute_snr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.distributions import Categorical, kl_divergence
+
+from distill.losses import (
+    GROUPS,
+    attention_mass,
+    attention_mass_loss,
+    denoising_loss,
+    min_snr_weights,
+    place_attention_kl,
+    token_attention_kl,
+)
+
+BATCH, PLACES, TOKENS = 3, 6, 7
+SEEDS = st.integers(0, 2**32 - 1)
+few = settings(max_examples=25, deadline=None)
+
+
+def maps(seed: int, sharpness: float = 1.0, dtype: torch.dtype = torch.float64) -> torch.Tensor:
+    """(batch, places, tokens) probabilities; at a sharpness of 100 most of them underflow to 0 in float32."""
+    scores = sharpness * torch.randn(BATCH, PLACES, TOKENS, generator=torch.Generator().manual_seed(seed)).to(dtype)
+    return scores.softmax(dim=-1)
+
+
+def words() -> torch.Tensor:
+    return (torch.arange(TOKENS) % 3 != 0).expand(BATCH, TOKENS)
+
+
+def groups() -> torch.Tensor:
+    """BOS, words, EOS, padding, of another length in each row."""
+    codes = torch.full((BATCH, TOKENS), 3)
+    for row, eos in enumerate((2, 4, 6)):
+        codes[row, :eos], codes[row, eos], codes[row, 0] = 1, 2, 0
+    return codes
+
+
+@given(SEEDS, st.sampled_from([0.0, 1.0, 10.0, 100.0]))
+@few
+def test_equal_maps_cost_nothing(seed: int, sharpness: float) -> None:
+    p = maps(seed, sharpness, torch.float32)
+    assert token_attention_kl(p, p.clone()) == 0
+    assert place_attention_kl(p, p.clone(), words()) == 0
+    assert attention_mass_loss(p, p.clone(), groups()) == 0
+
+
+@given(SEEDS, st.sampled_from([0.1, 1.0, 10.0]))
+@few
+def test_different_maps_cost_something(seed: int, sharpness: float) -> None:
+    p, q = maps(seed, sharpness), maps(seed + 1, sharpness)
+    assert token_attention_kl(p, q) > 0
+    assert place_attention_kl(p, q, words()) > 0
+    assert attention_mass_loss(p, q, groups()) > 0
+
+
+@given(SEEDS, st.sampled_from([0.5, 2.0]))
+@few
+def test_kl_terms_are_those_of_torch_distributions(seed: int, sharpness: float) -> None:
+    p, q = maps(seed, sharpness), maps(seed + 1, sharpness)
+    token = kl_divergence(Categorical(p), Categorical(q))  # (batch, places)
+    torch.testing.assert_close(token_attention_kl(p, q), token.mean())
+    place = kl_divergence(Categorical(p.transpose(1, 2)), Categorical(q.transpose(1, 2)))  # (batch, tokens)
+    torch.testing.assert_close(place_attention_kl(p, q, words()), place[words()].mean())
+
+
+@given(SEEDS)
+@few
+def test_place_kl_does_not_see_the_scale_of_a_token(seed: int) -> None:
+    p, q = maps(seed), maps(seed + 1)
+    scale = torch.rand(BATCH, 1, TOKENS, generator=torch.Generator().manual_seed(seed)).double() + 0.01
+    torch.testing.assert_close(place_attention_kl(p, q * scale, words()), place_attention_kl(p, q, words()))
+    assert place_attention_kl(p, p * scale, words()).abs() < 1e-12
+    assert token_attention_kl(p, p * scale / (p * scale).sum(dim=2, keepdim=True)) > 0
+
+
+@given(SEEDS, st.sampled_from([1.0, 100.0]))
+@few
+def test_attention_mass_is_a_share(seed: int, sharpness: float) -> None:
+    p = maps(seed, sharpness)
+    mass = attention_mass(p, groups())
+    assert mass.shape == (BATCH, len(GROUPS))
+    torch.testing.assert_close(mass.sum(dim=1), torch.ones(BATCH, dtype=torch.float64))
+    for code in range(len(GROUPS)):
+        expected = torch.stack([row[:, codes == code].sum(dim=1).mean() for row, codes in zip(p, groups(), strict=True)])
+        torch.testing.assert_close(mass[:, code], expected)
+
+
+def test_attention_mass_loss_by_hand() -> None:
+    teacher = torch.tensor([[[0.1, 0.5, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2]]])
+    student = torch.tensor([[[0.5, 0.1, 0.2, 0.2], [0.3, 0.3, 0.2, 0.2]]])
+    codes = torch.tensor([[0, 1, 2, 3]])
+    torch.testing.assert_close(attention_mass_loss(teacher, student, codes), torch.tensor(0.2**2 + 0.2**2))
+
+
+@given(SEEDS, st.lists(st.booleans(), min_size=BATCH, max_size=BATCH))
+@few
+def test_rows_select_images(seed: int, selected: list[bool]) -> None:
+    p, q = maps(seed), maps(seed + 1)
+    q.requires_grad_()
+    rows = torch.tensor(selected)
+    terms = (
+        (token_attention_kl(p, q, rows), lambda: token_attention_kl(p[rows], q[rows])),
+        (place_attention_kl(p, q, words(), rows), lambda: place_attention_kl(p[rows], q[rows], words()[rows])),
+        (attention_mass_loss(p, q, groups(), rows), lambda: attention_mass_loss(p[rows], q[rows], groups()[rows])),
+    )
+    for value, alone in terms:
+        (gradient,) = torch.autograd.grad(value, q)
+        assert torch.all(gradient[~rows] == 0)
+        if rows.any():
+            torch.testing.assert_close(value, alone())
+        else:
+            assert value == 0
+
+
+def test_no_word_token_costs_nothing() -> None:
+    p, q = maps(0), maps(1).requires_grad_()
+    loss = place_attention_kl(p, q, torch.zeros(BATCH, TOKENS, dtype=torch.bool))
+    loss.backward()
+    assert loss == 0
+    assert q.grad is not None and torch.all(q.grad == 0)
+
+
+def test_probabilities_of_zero_give_finite_losses_and_gradients() -> None:
+    p, q = maps(0, 100.0, torch.float32), maps(1, 100.0, torch.float32)
+    assert (p == 0).any() and (q == 0).any()
+    q.requires_grad_()
+    loss = token_attention_kl(p, q) + place_attention_kl(p, q, words()) + attention_mass_loss(p, q, groups())
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert q.grad is not None and torch.isfinite(q.grad).all()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
+@pytest.mark.parametrize("gamma", [1.0, 5.0])
+def test_min_snr_weights_follow_the_formula(prediction_type: str, gamma: float) -> None:
+    scheduler = DDPMScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
+    timesteps = torch.tensor([0, 10, 250, 600, 999])
+    snr = compute_snr(scheduler, timesteps)
+    assert (snr > gamma).any() and (snr < gamma).any()
+    expected = torch.minimum(snr, torch.full_like(snr, gamma)) / (snr + 1 if prediction_type == "v_prediction" else snr)
+    weights = min_snr_weights(scheduler.alphas_cumprod, timesteps, gamma, prediction_type)
+    torch.testing.assert_close(weights, expected)
+    # In the noise-dominated range epsilon is weighed by 1; v then counts as the same loss on epsilon: SNR / (SNR + 1).
+    low = snr < gamma
+    torch.testing.assert_close(weights[low], torch.ones(5)[low] if prediction_type == "epsilon" else (snr / (snr + 1))[low])
+
+
+def test_min_snr_weights_are_finite_at_a_signal_of_zero() -> None:
+    scheduler = DDPMScheduler(rescale_betas_zero_snr=True)
+    weights = min_snr_weights(scheduler.alphas_cumprod, torch.tensor([500, 999]), 5.0, "v_prediction")
+    assert torch.isfinite(weights).all() and weights[1] < 1e-6
+
+
+def test_denoising_loss_is_the_weighted_mean_square() -> None:
+    generator = torch.Generator().manual_seed(0)
+    prediction, target = (torch.randn(3, 4, 2, 5, generator=generator) for _ in range(2))
+    torch.testing.assert_close(denoising_loss(prediction, target), torch.nn.functional.mse_loss(prediction, target))
+    weights = torch.tensor([0.0, 1.0, 2.0])
+    images = [torch.nn.functional.mse_loss(a, b) for a, b in zip(prediction, target, strict=True)]
+    torch.testing.assert_close(denoising_loss(prediction, target, weights), (images[1] + 2 * images[2]) / 3)
+
+
+def test_denoising_loss_is_computed_in_float32() -> None:
+    """The square of 300 overflows float16."""
+    prediction = torch.full((1, 4, 2, 2), 300.0, dtype=torch.float16)
+    assert denoising_loss(prediction, torch.zeros_like(prediction)) == 90000
