@@ -55,13 +55,18 @@ def _adapter(module: nn.Module) -> Any:
     return getattr(module, "peft_config", {}).get("default")
 
 
-def _adapter_arguments(name: str, module: nn.Module) -> dict[str, Any]:
-    """Arguments of save_lora_weights for one module. Without the metadata, diffusers forgets alpha (and assumes rank)."""
+def adapter_state(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
+    """The adapter of a module (`unet`, `text_encoder` or `text_encoder_2`) under the keys that other tools read."""
     state = convert_state_dict_to_diffusers(get_peft_model_state_dict(module))
     if name != "unet" and not any(key.startswith("text_model.") for key in state):
         # transformers >= 5.6 dropped this level from CLIPTextModel; every other tool and the files in the wild have it.
         state = {f"text_model.{key}": value for key, value in state.items()}
-    state = {key: value.detach().cpu().contiguous() for key, value in state.items()}
+    return state
+
+
+def _adapter_arguments(name: str, module: nn.Module) -> dict[str, Any]:
+    """Arguments of save_lora_weights for one module. Without the metadata, diffusers forgets alpha (and assumes rank)."""
+    state = {key: value.detach().cpu().contiguous() for key, value in adapter_state(name, module).items()}
     return {f"{name}_lora_layers": state, f"{name}_lora_adapter_metadata": _adapter(module).to_dict()}
 
 

@@ -171,7 +171,10 @@ def test_only_the_asked_layers_are_recorded(unet: UNet2DConditionModel) -> None:
 
 def test_a_prefix_that_matches_nothing_is_answered_with_the_names(unet: UNet2DConditionModel) -> None:
     originals = unet.attn_processors
-    with pytest.raises(UserError, match="'up_blocks.9'; available: down_blocks.0"), record_attention(unet, ["up_blocks.9"]):
+    with (
+        pytest.raises(UserError, match="'up_blocks.9'; available: down_blocks.0"),
+        record_attention(unet, ["up_blocks.9"]),
+    ):
         pass
     assert unet.attn_processors == originals
 

@@ -89,7 +89,9 @@ def test_attention_mass_is_a_share(seed: int, sharpness: float) -> None:
     assert mass.shape == (BATCH, len(GROUPS))
     torch.testing.assert_close(mass.sum(dim=1), torch.ones(BATCH, dtype=torch.float64))
     for code in range(len(GROUPS)):
-        expected = torch.stack([row[:, codes == code].sum(dim=1).mean() for row, codes in zip(p, groups(), strict=True)])
+        expected = torch.stack(
+            [row[:, codes == code].sum(dim=1).mean() for row, codes in zip(p, groups(), strict=True)]
+        )
         torch.testing.assert_close(mass[:, code], expected)
 
 
@@ -150,7 +152,9 @@ def test_min_snr_weights_follow_the_formula(prediction_type: str, gamma: float) 
     torch.testing.assert_close(weights, expected)
     # In the noise-dominated range epsilon is weighed by 1; v then counts as the same loss on epsilon: SNR / (SNR + 1).
     low = snr < gamma
-    torch.testing.assert_close(weights[low], torch.ones(5)[low] if prediction_type == "epsilon" else (snr / (snr + 1))[low])
+    torch.testing.assert_close(
+        weights[low], torch.ones(5)[low] if prediction_type == "epsilon" else (snr / (snr + 1))[low]
+    )
 
 
 def test_min_snr_weights_are_finite_at_a_signal_of_zero() -> None:

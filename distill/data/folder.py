@@ -26,7 +26,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, Value
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 from tqdm.auto import tqdm
@@ -52,11 +52,11 @@ _FEATURES = Features(
     {
         "image": Value("string"),
         "caption": Value("string"),
-        "labels": List(Value("string")),
-        "findings": List(Value("string")),
-        "boxes": List(List(Value("float64"))),
-        "masks": List(Value("string")),
-        "phrases": List(Value("string")),
+        "labels": [Value("string")],
+        "findings": [Value("string")],
+        "boxes": [[Value("float64")]],
+        "masks": [Value("string")],
+        "phrases": [Value("string")],
         "width": Value("int64"),
         "height": Value("int64"),
         "sha256": Value("string"),
@@ -467,12 +467,10 @@ def _boxes(value: Any, column: str) -> list[Box]:
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         return []
     if isinstance(value, str):
-        parts: list[Any] = [part.split(",") for part in value.split("|")]
-    elif isinstance(value, list) and not any(isinstance(part, list) for part in value):
-        parts = [value]
-    else:
-        parts = value
-    return [_box(part, column) for part in parts]
+        value = value.split("|")
+    elif not isinstance(value, list) or not all(isinstance(part, list) or "," in str(part) for part in value):
+        value = [value]
+    return [_box(part.split(",") if isinstance(part, str) else part, column) for part in value]
 
 
 def _box(parts: Any, column: str) -> Box:
