@@ -66,9 +66,11 @@ class AttentionMaps:
         self.by_layer, self.active = {}, True
 
     def store(self, layer: str, probabilities: torch.Tensor) -> None:
+        # Reduced also while recording pauses: a checkpointed block, computed again, must save the same tensors.
+        reduced = self.reduce(probabilities)
         if not self.active:
             return
-        self.by_layer[layer] = self.reduce(probabilities)
+        self.by_layer[layer] = reduced
         self.sizes[layer] = self._places(probabilities.shape[2])
 
     def _places(self, count: int) -> tuple[int, int]:
@@ -124,8 +126,8 @@ def record_attention(
 ) -> Iterator[AttentionMaps]:
     """Record the cross-attention of `layers` (prefixes of names; all for none) while the context is open.
 
-    Works with LoRA attached, gradients and gradient checkpointing (see AttentionMaps.take). The output of the U-Net stays
-    what it was, to rounding. Processors are restored at the end, also after an error.
+    Works with LoRA attached, gradients and gradient checkpointing (see AttentionMaps.take). The output of the U-Net
+    stays what it was, to rounding. Processors are restored at the end, also after an error.
     """
     maps = AttentionMaps(reduce)
     names = cross_attention_layers(unet, layers)

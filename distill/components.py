@@ -12,12 +12,15 @@ import torch
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig as PeftLoraConfig
+from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from distill.config import BaseConfig, LoraConfig
 from distill.errors import UserError
 
 PHANTOM_BASE = Path(__file__).parents[1] / "checkpoints" / "phantom-base"
+UNREADABLE = (OSError, ValueError, AttributeError, SafetensorError)
+"""What stock loaders raise for files that are missing, damaged or of no class that they know."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -112,10 +115,9 @@ def load_components(base: BaseConfig, run: str | Path | None = None) -> Componen
         if "safety_checker" in index:
             options |= {"safety_checker": None, "requires_safety_checker": False}
         pipeline = DiffusionPipeline.from_pretrained(name, **options)
-    except (OSError, HfHubHTTPError, LocalEntryNotFoundError, HFValidationError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except (*UNREADABLE, HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
         raise UserError(
-            f"base.name: cannot load {name}: {reason}. Is the name right, and the hub reachable (or the model in the local "
+            f"base.name: cannot load {name}: {_first_line(error)}. Is the name right, and the hub reachable (or the model in the local "
             "cache)? A folder saved by pipeline.save_pretrained works without a hub"
         ) from error
     if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
@@ -126,6 +128,10 @@ def load_components(base: BaseConfig, run: str | Path | None = None) -> Componen
     if run is not None:
         load_run(components, Path(run))
     return components
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def components_of(pipeline: StableDiffusionPipeline | StableDiffusionXLPipeline) -> Components:
@@ -151,7 +157,10 @@ def load_run(components: Components, run: Path) -> None:
             continue
         found = True
         old = getattr(components.pipeline, name)
-        new = type(old).from_pretrained(run / name)
+        try:
+            new = type(old).from_pretrained(run / name)
+        except UNREADABLE as error:
+            raise UserError(f"cannot load {run / name}: {_first_line(error)}") from error
         shapes = {k: tuple(v.shape) for k, v in new.state_dict().items()}
         if shapes != {k: tuple(v.shape) for k, v in old.state_dict().items()}:
             raise UserError(
@@ -162,8 +171,8 @@ def load_run(components: Components, run: Path) -> None:
         found = True
         try:
             components.pipeline.load_lora_weights(run, adapter_name="default")
-        except (ValueError, RuntimeError, KeyError) as error:
-            raise UserError(f"{run / LORA_FILE} does not fit the base: {str(error).splitlines()[0]}") from error
+        except (*UNREADABLE, RuntimeError, KeyError) as error:
+            raise UserError(f"{run / LORA_FILE} does not fit the base, or is damaged: {_first_line(error)}") from error
         _check_adapter_keys(components, run / LORA_FILE)
     if not found:
         raise UserError(f"{run} holds neither {LORA_FILE} nor a folder unet, text_encoder or text_encoder_2")
@@ -171,8 +180,6 @@ def load_run(components: Components, run: Path) -> None:
 
 def _check_adapter_keys(components: Components, path: Path) -> None:
     """Stock loading only warns about keys that match nothing; refuse the file then."""
-    from safetensors import safe_open
-
     with safe_open(path, "pt") as file:
         wanted = len(file.keys())
     loaded = sum("lora_" in name for module in components.modules() for name in module.state_dict())

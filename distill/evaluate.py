@@ -67,19 +67,19 @@ def queries(dataset: ImageCaptionDataset, components: Components, config: Evalua
 
     `caption`: the image's caption; pairs whose caption names the finding by none of its words are left out.
     `phrase`: the region's phrase, or the finding's name; one text a pair.
-    Raises UserError if no pair is left.
+    Empty if no image has a region. Raises UserError if there are regions and no text names any of their findings.
     """
     tokenizer, length = components.tokenizers[0], components.max_tokens
     names = list(dataset.findings)
     found: list[Query] = []
-    images = 0
-    for index in range(len(dataset)):
+    images = regions = 0
+    for index in range(len(dataset) if dataset.findings else 0):
         if images == config.localization_images:
             break
         texts: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
-        labels = [region.finding for region in dataset[index].regions]
         phrases = {region.finding: region.phrase for region in dataset[index].regions}
-        for finding in labels:
+        regions += len(phrases)
+        for finding in phrases:
             words = dataset.query_words[finding]
             text = dataset.caption(index)
             if config.localization_text == "phrase":
@@ -93,7 +93,7 @@ def queries(dataset: ImageCaptionDataset, components: Components, config: Evalua
             groups = token_groups(tokenizer, text, length)
             found.append(Query(index, text, tuple(f for f, _ in pairs), tuple(t for _, t in pairs), groups))
         images += bool(texts)
-    if not found:
+    if regions and not found:
         raise UserError(
             "no held-out image has a region of a finding that its text names; check data.findings, data.query_words and "
             "evaluation.localization_text"
@@ -168,8 +168,11 @@ def localization(
     arm_dir: Path,
     examples: Sequence[int] = (),
     label: str = "",
-) -> dict[str, Any]:
-    """The `localization` entry of metrics.json; writes the word maps of the example images to maps.safetensors."""
+) -> dict[str, Any] | None:
+    """The `localization` entry of metrics.json, None without regions; writes the examples' word maps to maps.safetensors."""
+    all_queries = queries(dataset, components, config)
+    if not all_queries:
+        return None
     device = accelerator.device
     scores: dict[str, dict[str, LocalizationMetric]] = {
         token: {
@@ -181,7 +184,6 @@ def localization(
         for token in TOKEN_MAPS
     }
     mass = AttentionMass().to(device)
-    all_queries = queries(dataset, components, config)
     mine = all_queries[accelerator.process_index :: accelerator.num_processes]
     kept: list[tuple[str, np.ndarray]] = []
     bar = tqdm(total=len(mine), desc=f"{label} maps", unit="image", disable=not accelerator.is_main_process)
@@ -222,17 +224,20 @@ def localization(
 
 def _summary(metrics: dict[str, LocalizationMetric], names: Sequence[str], config: EvaluationConfig) -> dict[str, Any]:
     result: dict[str, Any] = {}
-    findings: dict[str, dict[str, Any]] = {}
     for key, metric in metrics.items():
-        values, finding_indices, images = metric.values()
+        values, findings, images = metric.values()
         result[key] = float(metric.compute()) if len(values) else None
-        interval = macro_mean_interval(values, finding_indices, images, config.bootstrap_samples, config.seed)
+        interval = macro_mean_interval(values, findings, images, config.bootstrap_samples, config.seed)
         result[f"{key}_ci"] = list(interval) if interval else None
-        result["images"], result["pairs"] = len(set(images.tolist())), len(values)
-        for name, entry in metric.per_finding(names).items():
-            if entry["pairs"]:
-                findings.setdefault(name, {"pairs": entry["pairs"]})[key] = entry["value"]
-    result["per_finding"] = findings
+    # Counts are those of the AUC; the CNR also leaves out maps whose contrast is infinite.
+    values, _, images = metrics["auc"].values()
+    per_metric = {key: metric.per_finding(names) for key, metric in metrics.items()}
+    result["images"], result["pairs"] = len(set(images.tolist())), len(values)
+    result["per_finding"] = {
+        name: {key: found[name]["value"] for key, found in per_metric.items()} | {"pairs": entry["pairs"]}
+        for name, entry in per_metric["auc"].items()
+        if entry["pairs"]
+    }
     return result
 
 
@@ -416,7 +421,8 @@ def held_out(
     The FID of the real row is between the real images that the arms are compared with and as many others, so that it
     shows what the distance is at this number of images when nothing is wrong.
     """
-    examples = list(dict.fromkeys(query.image for query in queries(dataset, components, config)))[: config.examples]
+    located = list(dict.fromkeys(query.image for query in queries(dataset, components, config)))
+    examples = (located or list(range(len(dataset))))[: config.examples]
     if accelerator.is_main_process:
         write_examples(dataset, examples, run_dir / "real")
     order = evaluation_order(dataset, examples, 2 * config.generated_images)

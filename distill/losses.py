@@ -1,4 +1,4 @@
-"""Losses: tensors in, scalar out. Attention maps are (batch, places, tokens) probabilities that sum to 1 over tokens."""
+"""Losses: tensors in, scalar out. Attention maps are (batch, places, tokens) probabilities, 1 in sum over tokens."""
 
 from __future__ import annotations
 

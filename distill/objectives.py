@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill.attention import AttentionMaps
+from distill.attention import AttentionMaps, cross_attention_layers
 from distill.components import Components, encode_text
 from distill.config import AttentionDistillationConfig, DenoisingConfig
 from distill.data.captions import WORD, token_groups
@@ -43,7 +43,7 @@ class DenoisingObjective(nn.Module):
 
     The U-Net and the text encoders are part of the module; which of them train was decided before
     (components.prepare_training). The VAE is not: it is frozen and never in a checkpoint. `batch` is of
-    data.training.TrainingRows: latents (or pixels), input_ids (or text embeddings), groups, droppable, time_ids for SDXL.
+    data.training.TrainingRows: latents (or pixels), input_ids (or text embeddings), groups, droppable, SDXL's time_ids.
     """
 
     def __init__(self, components: Components, config: DenoisingConfig) -> None:
@@ -78,7 +78,8 @@ class DenoisingObjective(nn.Module):
             std = torch.where(flip, batch.get("latents_std_flipped", batch["latents_std"]), batch["latents_std"])
         else:
             pixels = torch.where(flip, batch["pixel_values"].flip(-1), batch["pixel_values"])
-            with torch.no_grad():
+            # Not in half precision: the cached latents are not, and stock VAEs overflow in it.
+            with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
                 vae = self._vae[0]
                 posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
             mean, std = posterior.mean, posterior.std
@@ -156,8 +157,8 @@ class AttentionDistillationObjective(DenoisingObjective):
         token_kl_weight * KL over tokens at each place                                   (which token a place looks at)
       + place_kl_weight * KL over places for each word token                             (where a word looks)
       + mass_weight * squared difference of the mass of the BOS, word, EOS and padding groups.
-    Only at timesteps within [min_timestep, max_timestep]. The finding that a trained encoder moves localization from the
-    words to EOS and padding: Dombrowski et al., AAAI 2024 (arXiv 2303.17908).
+    Only at timesteps within [min_timestep, max_timestep]. The finding that a trained encoder moves localization from
+    the words to EOS and padding: Dombrowski et al., AAAI 2024 (arXiv 2303.17908).
 
     The caller records both U-Nets (attention.record_attention) for as long as the objective is used.
     Raises UserError if teacher and student differ in cross-attention layers, heads or tokens.
@@ -207,6 +208,9 @@ def check_same_shape(teacher: Components, student: Components) -> None:
         theirs, ours = teacher.unet.config[name], student.unet.config[name]
         if theirs != ours:
             faults.append(f"{name}: teacher {theirs}, student {ours}")
+    missing = set(cross_attention_layers(student.unet)) - set(cross_attention_layers(teacher.unet))
+    if missing:
+        faults.append(f"the teacher lacks the student's cross-attention layers {', '.join(sorted(missing))}")
     texts = ("a b", "pleural effusion")
     if any(not torch.equal(a, b) for a, b in zip(teacher.tokenize(texts), student.tokenize(texts), strict=False)):
         faults.append("the tokenizers give other tokens")
@@ -237,7 +241,7 @@ class ContrastiveObjective(nn.Module):
 
 
 class AutoencoderObjective(nn.Module):
-    """Reconstruction of pictures with a small KL to the unit Gaussian, as the VAE of latent diffusion (Rombach et al. 2022).
+    """Reconstruction of pictures with a small KL to the unit Gaussian, as in latent diffusion (Rombach et al. 2022).
 
     L = mean |x - y| + mean (x - y)^2 + kl_weight * KL(q(z|x) || N(0, 1)) / number of pixels, on random square crops.
     """

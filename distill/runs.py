@@ -100,13 +100,16 @@ def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run
         _claim(folder, config)
     began = time.perf_counter()
     training = None if isinstance(config, EvaluateConfig) else config.trainer
-    accelerator = make_accelerator(training, folder) if training else Accelerator()
+    # A tracker of a dry run would leave its files in the run folder.
+    quiet = replace(training, tracker="none") if training and config.dry_run else training
+    accelerator = make_accelerator(quiet, folder) if quiet else Accelerator()
     set_seed(getattr(config, "seed", 0))
     components = load_components(config.base, getattr(config, "run", None))
     faults = []
     if config.data.resolution % components.vae_factor or config.data.resolution < 4 * components.vae_factor:
         faults.append(
-            f"data.resolution is {config.data.resolution}; the VAE of {config.base.name} needs a multiple of {components.vae_factor}"
+            f"data.resolution is {config.data.resolution}; the VAE of {config.base.name} needs a "
+            f"multiple of {components.vae_factor}, of at least {4 * components.vae_factor}"
         )
     steps = int(components.noise_scheduler.config.num_train_timesteps)
     if not all(0 <= t < steps for t in config.evaluation.timesteps) or not config.evaluation.timesteps:
@@ -421,7 +424,7 @@ def finish(run: Run, arms: dict[str, dict[str, Any]], next_command: str) -> None
     counts = {
         "training_images": len(run.train) if run.train is not None else None,
         "held_out_images": len(run.test),
-        "localization_images": max((e["localization"]["word"]["images"] for e in arms.values()), default=0),
+        "localization_images": max((e["localization"]["word"]["images"] for e in arms.values() if e["localization"]), default=0),
         "generated_images": min(config.evaluation.generated_images, len(run.test)),
         "bootstrap_samples": config.evaluation.bootstrap_samples,
     }

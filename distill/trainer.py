@@ -135,13 +135,14 @@ def fit(
     ema = None
     if config.ema_decay is not None:
         ema = EMAModel(trainable, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-        ema.to(accelerator.device)
     model, optimizer = accelerator.prepare(objective, optimizer)
     model.train()
 
     output_dir.mkdir(parents=True, exist_ok=True)
     log_path = output_dir / "train_log.jsonl"
     start, seconds_before = _resume(output_dir, named, optimizer, scheduler, ema, seed)
+    if ema is not None:
+        ema.to(accelerator.device)
     if accelerator.is_main_process:
         _truncate_log(log_path, start)
     accumulation = config.gradient_accumulation_steps
@@ -174,7 +175,9 @@ def fit(
     for micro, batch in enumerate(loader, start=start * accumulation):
         batch = {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
         with accelerator.accumulate(model):
-            terms = model(batch, generator_at(seed, micro, accelerator.process_index))
+            generator = generator_at(seed, micro, accelerator.process_index)
+            torch.manual_seed(generator.initial_seed())  # dropout draws from the global generators
+            terms = model(batch, generator)
             if not torch.isfinite(terms["loss"]):
                 raise UserError(
                     f"{label}: the loss is {float(terms['loss'])} at step {step + 1}; log: {log_path}. "
@@ -297,7 +300,7 @@ def _resume(
 
 
 def _truncate_log(path: Path, step: int) -> None:
-    """Drop rows after `step`: they are of a run that was killed after its last checkpoint, or of an earlier run."""
+    """Drop a torn row, and rows after `step`: of a run killed after its last checkpoint, or of an earlier run."""
     if path.exists():
-        rows = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-        path.write_text("".join(row + "\n" for row in rows), encoding="utf-8")
+        whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
+        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")

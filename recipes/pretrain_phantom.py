@@ -112,7 +112,7 @@ def train_unet(config: PretrainConfig, work: Path, output_dir: Path) -> None:
     device = make_accelerator(config.unet, work).device
     components.to(device)
     pictures = PicturesDataset("train", config.pictures, config.seed, config.resolution)
-    latents = cache_latents(pictures, components.vae, work / "latents", batch_size=32, flip=False, device=device)
+    latents = cache_latents(pictures, components.vae, work / "latents", batch_size=8, flip=False, device=device)
     objective = DenoisingObjective(components, DenoisingConfig(caption_dropout=config.caption_dropout))
     train(objective, TrainingRows(pictures, components, latents=latents), config.unet, work, config.seed)
     pipeline.to("cpu", torch.float16)

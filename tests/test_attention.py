@@ -44,7 +44,7 @@ def attach_lora(unet: UNet2DConditionModel) -> None:
     generator = torch.Generator().manual_seed(2)
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
-            parameter.data = torch.randn(parameter.shape, generator=generator)
+            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
 def checkpointing(unet: UNet2DConditionModel) -> None:
@@ -67,7 +67,10 @@ def test_output_is_the_same_with_and_without(
     build: Callable[[], UNet2DConditionModel], change: Callable[[UNet2DConditionModel], None]
 ) -> None:
     unet = build()
+    base = unet(**inputs(unet)).sample
     change(unet)
+    has_adapter = change in (attach_lora, lora_with_checkpointing)
+    assert ((unet(**inputs(unet)).sample - base).abs().max() > 1e-3) == has_adapter
     for size, batch in (((8, 8), 1), ((4, 12), 3)):
         arguments = inputs(unet, size, batch)
         without = unet(**arguments).sample

@@ -558,7 +558,7 @@ def test_card_holds_numbers_limits_and_seeds(tmp_path: Path) -> None:
         "200 generated images",
     ):
         assert shown in card, shown
-    assert "/somewhere" not in card
+    assert "/somewhere" not in card and str(tmp_path) not in card
     assert (tmp_path / "lora" / "README.md").is_file()
     assert "the base's own" in _card(tmp_path / "base", {})
     with pytest.raises(ValueError, match="unknown exported part"):
@@ -578,8 +578,45 @@ def test_card_holds_numbers_limits_and_seeds(tmp_path: Path) -> None:
     ],
 )
 def test_loading_code_compiles_and_loads_each_part(parts: tuple[str, ...], lines: list[str]) -> None:
-    code = loading_code("some/base's name", {part: part for part in parts})
+    code = loading_code("some/base's name", "checkpoints/it's", {part: part for part in parts})
     compile(code, "card", "exec")
     for line in lines:
         assert line in code
     assert ("load_lora_weights" in code) == ("lora" in parts)
+
+
+def test_loading_code_gives_the_trained_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    def tiny_unet() -> UNet2DConditionModel:
+        blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
+        sizes = {"block_out_channels": (8,), "layers_per_block": 1, "cross_attention_dim": 8, "norm_num_groups": 4}
+        return UNet2DConditionModel(sample_size=4, attention_head_dim=4, **sizes, **blocks)
+
+    def tiny_text_encoder() -> CLIPTextModel:
+        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        return CLIPTextModel(CLIPTextConfig(vocab_size=16, **sizes))
+
+    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
+    parts = {"vae": vae, "unet": tiny_unet(), "text_encoder": tiny_text_encoder(), "scheduler": DDIMScheduler()}
+    pipeline = StableDiffusionPipeline(
+        **parts, tokenizer=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipeline.save_pretrained(tmp_path / "base")
+    trained = {"unet": tiny_unet(), "text_encoder": tiny_text_encoder()}
+    for part, module in trained.items():
+        module.save_pretrained(tmp_path / "run" / part)
+
+    monkeypatch.chdir(tmp_path)
+    card = _card(tmp_path / "run", {part: part for part in trained}, "base")
+    code = re.search(r"```python\n(.*?)```", card, re.DOTALL)
+    assert code is not None
+    *loading, drawing = code[1].strip().splitlines()
+    assert drawing.startswith("image = pipe(")
+    scope: dict[str, Any] = {}
+    exec("\n".join(loading), scope)
+    for part, module in trained.items():
+        loaded = getattr(scope["pipe"], part).state_dict()
+        assert all(torch.equal(loaded[name], value) for name, value in module.state_dict().items())

@@ -54,15 +54,23 @@ def _base_location(base_name: str) -> str:
     return "checkpoints/phantom-base" if base_name == "phantom" else base_name
 
 
-def loading_code(base_name: str, export: Mapping[str, str]) -> str:
-    """Python that loads the exported files into a stock diffusers pipeline, run from the folder that holds them."""
+def _folder_location(arm_dir: Path) -> str:
+    # As the run was started: relative to the same place as the base's folder, and nothing of the machine in the card.
+    path = arm_dir.resolve()
+    return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.name
+
+
+def loading_code(base_name: str, folder: str, export: Mapping[str, str]) -> str:
+    """Python that loads the parts exported to `folder` into a stock diffusers pipeline."""
     folders = [part for part in _CLASSES if part in export]
     imports: dict[str, list[str]] = {"diffusers": ["DiffusionPipeline"]}
     for part in folders:
         package, name = _CLASSES[part]
         imports.setdefault(package, []).append(name)
     lines = [f"from {package} import {', '.join(names)}" for package, names in imports.items()]
-    lines += ["", f"base = {_base_location(base_name)!r}", 'folder = "."  # the folder of this card']
+    lines += ["", f"base = {_base_location(base_name)!r}"]
+    if export:
+        lines.append(f"folder = {folder!r}  # the folder of this card")
     for part in folders:
         lines.append(f'{part} = {_CLASSES[part][1]}.from_pretrained(folder, subfolder="{part}")')
     parts = "".join(f", {part}={part}" for part in folders)
@@ -139,7 +147,7 @@ def write_model_card(
     if settings:
         parts.append("Main settings (all of them are in the run folder's `config.yaml`):")
         parts.append(markdown_table(Table(["setting", "value"], settings)))
-    parts += ["## How to load it", f"```python\n{loading_code(base_name, export)}\n```"]
+    parts += ["## How to load it", f"```python\n{loading_code(base_name, _folder_location(arm_dir), export)}\n```"]
     parts += ["## How it was measured", markdown_table(_metrics_table(metrics_for_arm))]
     word = lookup(metrics_for_arm, "localization", "word") or {}
     quality = lookup(metrics_for_arm, "quality") or {}

@@ -125,10 +125,8 @@ def _overlap(box: _Box, other: _Box) -> bool:
 
 def _label_points(axes: Axes, points: Mapping[str, _Point], colours: Mapping[str, str]) -> None:
     """Write each name beside its point, on the side where it covers the fewest other names, points and bars."""
-    # Places in pixels are known only when the layout is.
-    axes.figure.canvas.draw()
     unit = axes.figure.dpi / 72
-    reach, gap, height = 3 * unit, 5 * unit, 11 * unit
+    reach, gap, height = 3 * unit, 5 * unit, 13 * unit
     pixels = {name: axes.transData.transform(np.array([point.x, point.y]).T) for name, point in points.items()}
     taken: list[_Box] = []
     for ends in pixels.values():
@@ -174,7 +172,6 @@ def _draw_scatter(axes: Axes, points: Mapping[str, _Point], metric: Metric, colo
     axes.set_xlabel("word AUC  (localization, higher is better →)")
     towards = "higher is better →" if metric.direction > 0 else "axis turned: up is better →"
     axes.set_ylabel(f"{metric.name}  ({towards})")
-    _label_points(axes, points, colours)
 
 
 def tradeoff_chart(metrics: Mapping[str, Any]) -> Picture | None:
@@ -184,10 +181,16 @@ def tradeoff_chart(metrics: Mapping[str, Any]) -> Picture | None:
     if not panels:
         return None
 
+    colours = arm_colours(list(arms))
+
     def draw(figure: Figure) -> None:
         row = figure.subplots(1, len(panels), squeeze=False)[0]
         for axes, (metric, points) in zip(row, panels.items(), strict=True):
-            _draw_scatter(axes, points, metric, arm_colours(list(arms)))
+            _draw_scatter(axes, points, metric, colours)
+        # Places in pixels are known only when the whole figure has its layout.
+        figure.canvas.draw()
+        for axes, points in zip(row, panels.values(), strict=True):
+            _label_points(axes, points, colours)
 
     width = 10.6 if len(panels) == 2 else 6.4
     return _chart("tradeoff", "Quality against localization of each arm, with 95 % intervals", width, 4.3, draw)

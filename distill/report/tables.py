@@ -13,6 +13,7 @@ from rich.text import Text as RichText
 from distill.report.document import UNKNOWN, Cell, Table
 
 Comparison = Literal["better", "worse", "overlap"]
+Tone = Literal["good", "bad", "even", "muted"]
 
 
 @dataclass(frozen=True)
@@ -234,7 +235,7 @@ def _rows(metrics: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
 def _best(metrics: Mapping[str, Any], metric: Metric) -> float | None:
     values = [estimate(entry, metric).value for name, entry in metrics["arms"].items() if name != "base"]
     known = [value for value in values if value is not None]
-    if len(known) < 2 or not metric.direction:
+    if len(known) < 2 or metric not in COMPARED:
         return None
     return max(known, key=lambda value: metric.direction * value)
 
@@ -428,7 +429,7 @@ class Verdict:
     arm: str
     question: str
     answer: str
-    tone: Literal["good", "bad", "even", "muted"]
+    tone: Tone
     evidence: str
     holds: bool | None
 
@@ -447,7 +448,7 @@ def _ask(arms: Mapping[str, Mapping[str, Any]], arm: str, other: str, metric: Me
         "keep": f"Does {arm} keep the {subject} of {other}?",
         "price": f"Does {arm} pay with {subject}, against {other}?",
     }[kind]
-    answers: dict[tuple[str, Comparison], tuple[str, Literal["good", "bad", "even"], bool | None]] = {
+    answers: dict[tuple[str, Comparison], tuple[str, Tone, bool | None]] = {
         ("gain", "better"): ("yes", "good", True),
         ("gain", "worse"): ("no, it is worse", "bad", False),
         ("gain", "overlap"): ("not shown: intervals overlap", "even", False),
@@ -511,7 +512,7 @@ class Outcome:
 
     subject: str
     answer: str
-    tone: Literal["good", "bad", "even", "muted"]
+    tone: Tone
     sentence: str
 
 
@@ -567,7 +568,8 @@ def _hopes(arm: str, asked: list[Verdict]) -> Outcome:
             for verdict in missed
         )
         answer = f"{len(known) - len(missed)} of {len(known)} hopes hold"
-        return Outcome(arm, answer, "bad", f"It does not show all that one hopes for. {details}{untold}")
+        tone: Tone = "even" if len(missed) < len(known) else "bad"
+        return Outcome(arm, answer, tone, f"It does not show all that one hopes for. {details}{untold}")
     overlaps = sum("overlap" in verdict.answer for verdict in known)
     careful = f" In {overlaps} of them the intervals overlap: no loss is seen, none is ruled out." if overlaps else ""
     return Outcome(

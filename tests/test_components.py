@@ -1,0 +1,344 @@
+"""Loading, freezing, adapters and text encoding, on tiny pipelines and on the full-size architectures without weights."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import huggingface_hub.constants
+import pytest
+import torch
+from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from full_size import ARCHITECTURES, VAE_PARAMETERS, Architecture, full_size
+from peft.utils import get_peft_model_state_dict
+from safetensors.torch import save_file
+from tiny import save_tiny
+from torch import nn
+
+from distill.attention import cross_attention_layers
+from distill.components import (
+    LORA_FILE,
+    Components,
+    add_lora,
+    encode_text,
+    load_components,
+    parameter_counts,
+    prepare_training,
+)
+from distill.config import BaseConfig, DenoisingConfig, LoraConfig, TrainerConfig
+from distill.data import PhantomDataset
+from distill.data.training import TrainingRows
+from distill.errors import UserError
+from distill.export import adapter_state, export
+from distill.objectives import DenoisingObjective, check_same_shape
+from distill.trainer import fit, make_accelerator
+
+CAPTIONS = ["Small pleural effusion in the left lower zone.", ""]
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {kind: save_tiny(folder / kind, kind) for kind in ("sd", "v", "sdxl")}
+
+
+def load(path: Path, run: Path | None = None) -> Components:
+    return load_components(BaseConfig(name=str(path)), run=run)
+
+
+def refusal(path: str | Path, run: Path | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        load_components(BaseConfig(name=str(path)), run=run)
+    return str(caught.value)
+
+
+@dataclass(frozen=True)
+class FullSize:
+    """One architecture on the meta device, with default adapters attached after its parameters were counted."""
+
+    published: Architecture
+    components: Components
+    counts: tuple[int, int, tuple[int, ...]]
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def large(request: pytest.FixtureRequest) -> Iterator[FullSize]:
+    components = full_size(request.param)
+    counts = (
+        parameter_counts(components.unet)[0],
+        parameter_counts(components.vae)[0],
+        tuple(parameter_counts(encoder)[0] for encoder in components.text_encoders),
+    )
+    prepare_training(components, method="lora", text_encoder="lora", lora=LoraConfig(rank=8))
+    yield FullSize(ARCHITECTURES[request.param], components, counts)
+
+
+def test_full_size_has_the_published_number_of_parameters(large: FullSize) -> None:
+    assert large.counts == (large.published.unet_parameters, VAE_PARAMETERS, large.published.text_parameters)
+    assert large.components.prediction_type == large.published.prediction_type
+    assert large.components.is_sdxl == (len(large.published.text_parameters) == 2)
+    assert large.components.vae_factor == 8
+
+
+def test_full_size_cross_attention_layers_are_the_attn2_of_each_block_in_forward_order(large: FullSize) -> None:
+    names = cross_attention_layers(large.components.unet)
+    blocks = [n for n, m in large.components.unet.named_modules() if type(m).__name__ == "BasicTransformerBlock"]
+    assert len(names) == large.published.layers
+    assert sorted(names) == sorted(f"{block}.attn2" for block in blocks)
+    order = [("down_blocks", "mid_block", "up_blocks").index(name.split(".")[0]) for name in names]
+    assert order == sorted(order)
+    first = large.components.unet.get_submodule(names[0])
+    assert first.to_k.in_features == large.published.unet["cross_attention_dim"]
+
+
+def test_full_size_adapters_train_the_known_number_of_parameters(large: FullSize) -> None:
+    trainable = parameter_counts(large.components.unet)[1]
+    texts = tuple(parameter_counts(encoder)[1] for encoder in large.components.text_encoders)
+    assert (trainable, texts) == (large.published.lora_unet, large.published.lora_text_encoders)
+    assert parameter_counts(large.components.vae)[1] == 0
+
+
+def test_full_size_adapter_keys_are_those_that_other_tools_read(large: FullSize) -> None:
+    unet = set(adapter_state("unet", large.components.unet))
+    blocks = [name.removesuffix(".attn2") for name in cross_attention_layers(large.components.unet)]
+    assert unet == {
+        f"{block}.{attention}.{layer}.lora.{side}.weight"
+        for block in blocks
+        for attention in ("attn1", "attn2")
+        for layer in ("to_q", "to_k", "to_v", "to_out.0")
+        for side in ("down", "up")
+    }
+    for name, encoder, config in zip(
+        ("text_encoder", "text_encoder_2"), large.components.text_encoders, large.published.text_encoders, strict=False
+    ):
+        assert set(adapter_state(name, encoder)) == {
+            f"text_model.encoder.layers.{layer}.self_attn.{projection}.lora_linear_layer.{side}.weight"
+            for layer in range(config["num_hidden_layers"])
+            for projection in ("q_proj", "k_proj", "v_proj", "out_proj")
+            for side in ("down", "up")
+        }
+
+
+def test_adapter_parameters_follow_from_the_layers_they_sit_on(large: FullSize) -> None:
+    for module in (large.components.unet, *large.components.text_encoders):
+        state = get_peft_model_state_dict(module)
+        for name, tensor in state.items():
+            if name.endswith("lora_A.weight"):
+                layer = module.get_submodule(name.removesuffix(".lora_A.weight")).base_layer
+                other = state[name.replace("lora_A", "lora_B")]
+                assert tensor.shape == (8, layer.in_features) and other.shape == (layer.out_features, 8)
+
+
+@pytest.mark.parametrize("kind", ["sd", "v", "sdxl"])
+def test_a_pipeline_folder_loads_in_float32(bases: dict[str, Path], kind: str) -> None:
+    components = load(bases[kind])
+    assert components.is_sdxl == (kind == "sdxl")
+    assert components.prediction_type == ("v_prediction" if kind == "v" else "epsilon")
+    assert components.max_tokens == 77 and components.vae_factor == 8
+    assert {p.dtype for m in components.modules() for p in m.parameters()} == {torch.float32}
+    assert [ids.shape for ids in components.tokenize(CAPTIONS)] == [(2, 77)] * (2 if kind == "sdxl" else 1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sd", "v", "sdxl"])
+def test_text_embeddings_are_those_of_the_stock_pipeline(bases: dict[str, Path], kind: str) -> None:
+    components = load(bases[kind])
+    captions = [CAPTIONS[0], "no pneumothorax", "words " * 100]
+    embeds, pooled = encode_text(components.text_encoders, components.tokenize(captions))
+    if kind == "sdxl":
+        expected, _, expected_pooled, _ = components.pipeline.encode_prompt(
+            captions, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
+        )
+        assert torch.equal(pooled, expected_pooled)
+    else:
+        expected, _ = components.pipeline.encode_prompt(captions, "cpu", 1, False)
+        assert pooled is None
+    assert torch.equal(embeds, expected)
+    assert not torch.equal(embeds[0], embeds[1])
+
+
+def test_freeze_leaves_nothing_trainable_and_nothing_in_training_mode(bases: dict[str, Path]) -> None:
+    components = load(bases["sdxl"])
+    for module in components.modules():
+        module.requires_grad_(True).train()
+    assert components.freeze() is components
+    assert not any(p.requires_grad for m in components.modules() for p in m.parameters())
+    assert not any(part.training for m in components.modules() for part in m.modules())
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "frozen"])
+@pytest.mark.parametrize("text_encoder", ["lora", "full", "frozen"])
+def test_only_what_was_asked_for_is_trainable_and_it_is_float32(
+    bases: dict[str, Path], method: str, text_encoder: str
+) -> None:
+    components = load(bases["sdxl"])
+    prepare_training(
+        components,
+        method=method,  # type: ignore[arg-type]
+        text_encoder=text_encoder,  # type: ignore[arg-type]
+        lora=LoraConfig(rank=2),
+        frozen_dtype="bf16",
+    )
+    assert not any(p.requires_grad for p in components.vae.parameters()) and components.vae.dtype == torch.float32
+    hows = [method] + [text_encoder] * 2
+    for module, how in zip([components.unet, *components.text_encoders], hows, strict=True):
+        for name, parameter in module.named_parameters():
+            assert parameter.requires_grad == (how == "full" or (how == "lora" and "lora_" in name)), name
+            assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
+        assert any("lora_" in name for name, _ in module.named_parameters()) == (how == "lora")
+
+
+def test_a_fresh_adapter_changes_nothing_until_it_is_trained(bases: dict[str, Path]) -> None:
+    components, base = load(bases["sd"]), load(bases["sd"])
+    prepare_training(components, method="lora", text_encoder="lora", lora=LoraConfig())
+    ids = base.tokenize(CAPTIONS)
+    with torch.no_grad():
+        assert torch.equal(encode_text(components.text_encoders, ids)[0], encode_text(base.text_encoders, ids)[0])
+
+
+def test_a_lora_target_that_matches_nothing_is_answered_with_those_that_would(bases: dict[str, Path]) -> None:
+    components = load(bases["sd"])
+    with pytest.raises(UserError) as caught:
+        add_lora(components.unet, LoraConfig(), ("to_q", "to_querry", "o_q"), "unet")
+    message = str(caught.value)
+    assert message.startswith("lora.unet_targets: to_querry, o_q match no layer") and "\n" not in message
+    assert {"to_q", "to_k", "to_v", "to_out.0"} <= set(re.split(r"[ ,]+", message))
+    assert not any("lora_" in name for name, _ in components.unet.named_parameters())
+    with pytest.raises(UserError, match="lora.text_encoder_targets: to_q match no layer.*q_proj"):
+        add_lora(components.text_encoders[0], LoraConfig(), ("to_q",), "text_encoder")
+
+
+def test_a_missing_folder_and_a_folder_of_something_else_are_named(tmp_path: Path) -> None:
+    assert f"no folder {tmp_path / 'nowhere'}" in refusal(tmp_path / "nowhere")
+    assert "no folder ./nowhere" in refusal("./nowhere")
+    (tmp_path / "notes.txt").write_text("no model")
+    assert "not a diffusers pipeline folder (it has no model_index.json)" in refusal(tmp_path)
+
+
+def test_an_unreachable_hub_is_said_to_be_unreachable(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    message = refusal("someone/some-model")
+    assert "cannot load someone/some-model" in message and "hub reachable" in message
+    assert "cannot load not a name" in refusal("not a name")
+
+
+def test_another_kind_of_pipeline_is_named(tmp_path: Path) -> None:
+    unet = UNet2DModel(
+        sample_size=8, block_out_channels=(8,), down_block_types=("DownBlock2D",), up_block_types=("UpBlock2D",),
+        norm_num_groups=4, layers_per_block=1,
+    )  # fmt: skip
+    DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
+    assert "DDPMPipeline; SD 1.x, SD 2.x and SDXL are supported" in refusal(tmp_path)
+
+
+@pytest.mark.parametrize("damage", ["unet missing", "weights cut off", "index not JSON", "unknown class"])
+def test_a_damaged_pipeline_folder_is_refused_in_words(bases: dict[str, Path], tmp_path: Path, damage: str) -> None:
+    folder = Path(shutil.copytree(bases["sd"], tmp_path / "base"))
+    index = folder / "model_index.json"
+    if damage == "unet missing":
+        shutil.rmtree(folder / "unet")
+    elif damage == "weights cut off":
+        weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:1000])
+    elif damage == "index not JSON":
+        index.write_text("{")
+    else:
+        index.write_text(json.dumps(json.loads(index.read_text()) | {"_class_name": "NoSuchPipeline"}))
+    assert f"cannot load {folder}" in refusal(folder)
+
+
+def trained_run(base: Path, folder: Path, *, method: str, text_encoder: str) -> Path:
+    components = load(base)
+    prepare_training(components, method=method, text_encoder=text_encoder, lora=LoraConfig(rank=2))  # type: ignore[arg-type]
+    export(components, folder)
+    return folder
+
+
+@pytest.mark.parametrize(("base", "other"), [("sd", "sdxl"), ("sdxl", "sd")])
+def test_a_run_of_another_base_is_refused(bases: dict[str, Path], tmp_path: Path, base: str, other: str) -> None:
+    full = trained_run(bases[base], tmp_path / "full", method="full", text_encoder="frozen")
+    message = refusal(bases[other], full)
+    assert f"{full / 'unet'} does not fit the base" in message and "\n" not in message
+    lora = trained_run(bases[base], tmp_path / "lora", method="lora", text_encoder="lora")
+    message = refusal(bases[other], lora)
+    assert str(lora / LORA_FILE) in message and "base" in message and "\n" not in message
+
+
+def test_a_run_folder_that_is_missing_empty_or_damaged_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    assert refusal(bases["sd"], tmp_path / "run") == f"no run folder {tmp_path / 'run'}"
+    assert "holds neither pytorch_lora_weights.safetensors nor a folder unet" in refusal(bases["sd"], tmp_path)
+    lora = trained_run(bases["sd"], tmp_path / "lora", method="lora", text_encoder="frozen") / LORA_FILE
+    lora.write_bytes(lora.read_bytes()[:-100])
+    assert str(lora) in refusal(bases["sd"], lora.parent)
+    full = trained_run(bases["sd"], tmp_path / "full", method="full", text_encoder="frozen")
+    weights = full / "unet" / "diffusion_pytorch_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    assert str(full / "unet") in refusal(bases["sd"], full)
+
+
+def test_an_adapter_file_that_lacks_layers_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Stock loading fills them with fresh adapters and says nothing."""
+    from safetensors import safe_open
+
+    lora = trained_run(bases["sd"], tmp_path, method="lora", text_encoder="lora") / LORA_FILE
+    with safe_open(lora, "pt") as file:
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    kept = {key: value for key, value in tensors.items() if ".attn2.to_k." not in key}
+    assert len(kept) < len(tensors)
+    save_file(kept, lora, metadata)
+    assert f"{len(kept)} tensors in the file, {len(tensors)} found a place" in refusal(bases["sd"], tmp_path)
+
+
+def test_teacher_and_student_of_other_shape_are_refused_with_the_values(bases: dict[str, Path]) -> None:
+    with pytest.raises(
+        UserError, match="teacher and student are of different shape: cross_attention_dim: teacher 32, student 16"
+    ):
+        check_same_shape(load(bases["sdxl"]), load(bases["sd"]))
+    check_same_shape(load(bases["v"]), load(bases["sd"]))
+
+
+def test_a_run_folder_puts_back_what_was_trained(bases: dict[str, Path], tmp_path: Path) -> None:
+    trained = load(bases["sdxl"])
+    prepare_training(trained, method="full", text_encoder="full", lora=LoraConfig())
+    untouched = copy.deepcopy(trained.vae.state_dict())
+    with torch.no_grad():
+        for module in (trained.unet, *trained.text_encoders):
+            for parameter in module.parameters():
+                parameter += 0.01 * torch.randn_like(parameter)
+    export(trained, tmp_path)
+    loaded = load(bases["sdxl"], tmp_path)
+    for ours, theirs in zip([trained.unet, *trained.text_encoders], [loaded.unet, *loaded.text_encoders], strict=True):
+        assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items())
+    assert all(torch.equal(value, untouched[key]) for key, value in loaded.vae.state_dict().items())
+    assert loaded.pipeline.unet is loaded.unet and loaded.pipeline.text_encoder_2 is loaded.text_encoders[1]
+
+
+@pytest.mark.slow
+def test_sd15_at_full_size_takes_a_real_lora_step_on_the_cpu(tmp_path: Path) -> None:
+    """About 6 GB of memory: 4.3 GB of float32 weights, and the activations of one 64 px image."""
+    torch.manual_seed(0)
+    components = full_size("sd15", device="cpu")
+    prepare_training(components, method="lora", text_encoder="lora", lora=LoraConfig(rank=4, alpha=8.0))
+    before = {n: p.detach().clone() for m in (components.unet, *components.text_encoders) for n, p in trainable(m)}
+    frozen = {name: p.detach().clone() for name, p in list(components.unet.named_parameters())[:4]}
+    config = TrainerConfig(max_steps=1, batch_size=1, tracker="none", log_every_steps=1)
+    rows = TrainingRows(PhantomDataset("train", 2, 0, 64), components)
+    objective = DenoisingObjective(components, DenoisingConfig(caption_dropout=0.0))
+    result = fit(objective, rows, config, accelerator=make_accelerator(config, tmp_path), output_dir=tmp_path, seed=0)
+    row = json.loads((tmp_path / "train_log.jsonl").read_text())
+    assert 0 < row["loss"] < 10 and row["grad_norm"] > 0
+    assert result.trainable_parameters == 797_184 + 294_912
+    after = {n: p for m in (components.unet, *components.text_encoders) for n, p in trainable(m)}
+    # The first gradient of lora_A is exactly 0, since lora_B starts at 0.
+    assert all(not torch.equal(after[n], before[n]) for n in before if "lora_B" in n)
+    assert all(torch.equal(components.unet.get_parameter(name), value) for name, value in frozen.items())
+
+
+def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]

@@ -1,0 +1,521 @@
+"""Evaluation does not depend on batch size or chance, scores a map that is right as right, and writes what it should."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from safetensors.torch import load_file
+from tiny import save_tiny
+
+from distill import evaluate as module
+from distill.attention import AttentionMaps, record_attention
+from distill.components import Components, load_components
+from distill.config import BaseConfig, EvaluationConfig
+from distill.data import PhantomDataset
+from distill.data.captions import BOS, EOS, PADDING, WORD, token_groups
+from distill.data.sample import Region, Sample
+from distill.errors import UserError
+from distill.evaluate import (
+    Generated,
+    HeldOut,
+    Query,
+    attention_maps,
+    evaluate,
+    evaluation_order,
+    finite,
+    generate,
+    held_out,
+    localization,
+    quality,
+    queries,
+    selection,
+)
+from distill.metrics import frechet_distance
+from distill.metrics.features import Features
+from distill.report import validate_metrics
+
+CONFIG = EvaluationConfig(
+    localization_images=4,
+    timesteps=(100, 600),
+    generated_images=4,
+    diversity_captions=1,
+    diversity_samples=2,
+    num_inference_steps=2,
+    batch_size=4,
+    features="none",
+    bootstrap_samples=20,
+    examples=2,
+)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {kind: save_tiny(folder / kind, kind) for kind in ("sd", "v", "sdxl")}
+
+
+@pytest.fixture(scope="module")
+def loaded(bases: dict[str, Path]) -> dict[str, Components]:
+    return {kind: load_components(BaseConfig(name=str(path))).freeze() for kind, path in bases.items()}
+
+
+@pytest.fixture(scope="module")
+def sd(loaded: dict[str, Components]) -> Components:
+    return loaded["sd"]
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator()
+
+
+@pytest.fixture(scope="module")
+def phantoms() -> PhantomDataset:
+    return PhantomDataset("test", 8, 0, 64)
+
+
+class Listed:
+    """A data set of samples in memory."""
+
+    def __init__(self, samples: Sequence[Sample], query_words: dict[str, Sequence[str]]) -> None:
+        self.samples, self.query_words = list(samples), query_words
+        self.findings = list(query_words)
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.samples[index]
+
+    def caption(self, index: int) -> str:
+        return self.samples[index].caption
+
+    def labels(self, index: int) -> tuple[str, ...]:
+        return self.samples[index].labels
+
+    def fingerprint(self, index: int) -> str:
+        return self.samples[index].id
+
+
+def sample(name: str, caption: str, *regions: tuple[str, str | None], size: int = 64) -> Sample:
+    """An image of noise; each region covers rows 8..15 and columns 32..47 of 64."""
+    mask = torch.zeros(size, size, dtype=torch.bool)
+    mask[size // 8 : size // 4, size // 2 : 3 * size // 4] = True
+    pixels = torch.rand(3, size, size, generator=torch.Generator().manual_seed(len(caption))) * 2 - 1
+    found = tuple(Region(f, mask, ((size / 2, size / 8, size / 4, size / 8),), phrase) for f, phrase in regions)
+    return Sample(name, pixels, caption, found, tuple(f for f, _ in regions), (size, size))
+
+
+WORDS: dict[str, Sequence[str]] = {"edema": ("edema",), "pleural effusion": ("effusion", "effusions")}
+
+
+# --- batch size -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["sd", "v", "sdxl"])
+def test_an_image_depends_on_its_caption_and_seed_only(loaded: dict[str, Components], kind: str) -> None:
+    captions = ["No edema.", "Large pleural effusion on the left.", "", "Edema."]
+    together = generate(loaded[kind], captions, [5, 6, 7, 8], 64, CONFIG)
+    assert together.shape == (4, 3, 64, 64) and together.dtype == torch.float32
+    assert together.min() >= 0 and together.max() <= 1 and together.std() > 0
+    for place, caption in enumerate(captions):
+        alone = generate(loaded[kind], [caption], [5 + place], 64, CONFIG)[0]
+        torch.testing.assert_close(alone, together[place], rtol=0, atol=1e-4)
+    other_seed = generate(loaded[kind], captions[:1], [6], 64, CONFIG)[0]
+    assert (other_seed - together[0]).abs().max() > 1e-2
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kind", ["sd", "v", "sdxl"])
+def test_a_map_does_not_depend_on_the_batch(loaded: dict[str, Components], phantoms: PhantomDataset, kind: str) -> None:
+    components = loaded[kind]
+    found = queries(phantoms, components, CONFIG)[:4]
+    with record_attention(components.unet) as maps:
+
+        def of(batch: Sequence[Query]) -> torch.Tensor:
+            samples = [phantoms[query.image] for query in batch]
+            return attention_maps(components, samples, batch, CONFIG, maps, torch.device("cpu"))
+
+        together = of(found)
+        assert together.shape == (4, 4 + max(len(query.tokens) for query in found), 8, 8)
+        for query, row in zip(found, together, strict=True):
+            alone = of([query])[0]
+            torch.testing.assert_close(alone, row[: len(alone)], rtol=0, atol=1e-5)
+            assert (row[len(alone) :] == 0).all()
+            # Bilinear interpolation keeps sums of 1 at every place.
+            torch.testing.assert_close(alone[:4].sum(dim=0), torch.ones(8, 8), rtol=0, atol=1e-5)
+
+
+def test_scores_do_not_depend_on_the_batch_size(
+    sd: Components, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    results, files = [], []
+    for size in (1, 3):
+        folder = tmp_path / str(size)
+        config = replace(CONFIG, batch_size=size)
+        results.append(localization(sd, phantoms, config, accelerator=accelerator, arm_dir=folder, examples=[0, 1]))
+        files.append(load_file(folder / "maps.safetensors"))
+    assert_close(results[0], results[1], 1e-4)
+    assert files[0].keys() == files[1].keys()
+    for key, value in files[0].items():
+        torch.testing.assert_close(value, files[1][key], rtol=0, atol=1e-3)
+
+
+def assert_close(first: Any, second: Any, tolerance: float) -> None:
+    if isinstance(first, dict):
+        assert first.keys() == second.keys()
+        for key in first:
+            assert_close(first[key], second[key], tolerance)
+    elif isinstance(first, (list, tuple)):
+        assert len(first) == len(second)
+        for a, b in zip(first, second, strict=True):
+            assert_close(a, b, tolerance)
+    elif isinstance(first, float):
+        assert first == pytest.approx(second, abs=tolerance)
+    else:
+        assert first == second
+
+
+# --- chance and resolution ------------------------------------------------------------------------------------------
+
+
+def run_all(components: Components, dataset: Any, config: EvaluationConfig, folder: Path, resolution: int) -> Any:
+    accelerator = Accelerator()
+    against = held_out(dataset, components, config, None, accelerator=accelerator, run_dir=folder)
+    return evaluate(
+        components, against, config, resolution=resolution, accelerator=accelerator, arm_dir=folder / "model", label="m"
+    )
+
+
+def test_the_same_seed_gives_the_same_numbers_and_files(
+    sd: Components, phantoms: PhantomDataset, tmp_path: Path
+) -> None:
+    results = []
+    for place, name in enumerate("ab"):
+        torch.manual_seed(place)  # the global generator must not matter
+        results.append(run_all(sd, phantoms, CONFIG, tmp_path / name, 64))
+        assert results[-1].pop("evaluation_seconds") > 0
+    assert results[0] == results[1]
+    names = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
+    assert [n.as_posix() for n in names] == [
+        "model/maps.safetensors",
+        "model/samples/0000.png",
+        "model/samples/0001.png",
+        "real/0000.png",
+        "real/0001.png",
+        "real/examples.jsonl",
+    ]
+    for name in names:
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
+    other = run_all(sd, phantoms, replace(CONFIG, seed=1), tmp_path / "c", 64)
+    assert other["localization"]["mass"] != results[0]["localization"]["mass"]
+    assert (tmp_path / "c/model/samples/0000.png").read_bytes() != (tmp_path / "a/model/samples/0000.png").read_bytes()
+
+
+@pytest.mark.parametrize("resolution", [64, 72, 128])
+def test_evaluation_runs_at_the_resolution_of_the_data(sd: Components, tmp_path: Path, resolution: int) -> None:
+    """72 px gives 9 x 9 latents, and 5 x 5 places one level down."""
+    dataset = PhantomDataset("test", 4, 0, resolution)
+    config = replace(CONFIG, generated_images=2, localization_images=2)
+    result = run_all(sd, dataset, config, tmp_path, resolution)
+    validate_metrics(
+        {
+            "arms": {"m": {k: result[k] for k in ("localization", "quality")} | {"cost": cost()}},
+            "provenance": {},
+        }
+    )
+    assert Image.open(tmp_path / "model/samples/0000.png").size == (resolution, resolution)
+    assert Image.open(tmp_path / "real/0000.png").size == (resolution, resolution)
+    side = resolution // sd.vae_factor
+    maps = load_file(tmp_path / "model/maps.safetensors")
+    assert maps and all(value.shape == (side, side) and value.dtype == torch.float32 for value in maps.values())
+    examples = [json.loads(line) for line in (tmp_path / "real/examples.jsonl").read_text().splitlines()]
+    assert len(examples) == 2
+    named = {f"{e['id']}/{region['finding']}" for e in examples for region in e["regions"]}
+    assert maps.keys() <= named
+    for x, y, width, height in (box for e in examples for region in e["regions"] for box in region["boxes"]):
+        assert 0 <= x < x + width <= resolution and 0 <= y < y + height <= resolution
+
+
+def cost() -> dict[str, None]:
+    return dict.fromkeys(("train_seconds", "steps", "peak_memory_gb", "evaluation_seconds", "trainable_parameters"))
+
+
+# --- queries and their tokens ---------------------------------------------------------------------------------------
+
+
+def test_pairs_whose_words_the_caption_lacks_are_left_out(sd: Components) -> None:
+    dataset = Listed(
+        [
+            sample("a", "Edema with small effusions.", ("edema", None), ("pleural effusion", None)),
+            sample("b", "Lungs are wet.", ("edema", None)),
+            sample("c", "Clear lungs."),
+            sample("d", "Fluid and edema.", ("pleural effusion", None), ("edema", None)),
+        ],
+        WORDS,
+    )
+    found = queries(dataset, sd, CONFIG)
+    assert [(query.image, [WORDS_OF[f] for f in query.findings]) for query in found] == [
+        (0, ["edema", "pleural effusion"]),
+        (3, ["edema"]),
+    ]
+    for query in found:
+        for finding, tokens in zip(query.findings, query.tokens, strict=True):
+            ids = sd.tokenizers[0](query.text)["input_ids"]
+            word = sd.tokenizers[0].decode([ids[t] for t in tokens])
+            assert word.strip() in WORDS[WORDS_OF[finding]]
+    limited = queries(dataset, sd, replace(CONFIG, localization_images=1))
+    assert [query.image for query in limited] == [0]
+
+
+WORDS_OF = list(WORDS)
+
+
+def test_phrase_mode_has_a_text_for_each_pair(sd: Components) -> None:
+    dataset = Listed(
+        [
+            sample("a", "Nothing is said.", ("edema", "wet lungs"), ("pleural effusion", "a small effusion")),
+            sample("b", "Nothing is said.", ("edema", None)),
+        ],
+        WORDS,
+    )
+    with pytest.raises(UserError, match="no held-out image has a region of a finding that its text names"):
+        queries(dataset, sd, CONFIG)
+    found = queries(dataset, sd, replace(CONFIG, localization_text="phrase"))
+    assert [(q.image, q.text, q.findings) for q in found] == [
+        (0, "wet lungs", (0,)),
+        (0, "a small effusion", (1,)),
+        (1, "edema", (0,)),
+    ]
+    words = (token_groups(sd.tokenizers[0], "wet lungs", 77) == WORD).nonzero().flatten().tolist()
+    assert found[0].tokens == (tuple(words),), "a phrase without the finding's word counts by all its words"
+    assert len(found[1].tokens[0]) < len((found[1].groups == WORD).nonzero())
+    assert len(queries(dataset, sd, replace(CONFIG, localization_text="phrase", localization_images=1))) == 2
+
+
+@given(
+    words=st.integers(1, 60),
+    pairs=st.lists(st.sets(st.integers(1, 60), min_size=1, max_size=5), min_size=1, max_size=3),
+    spare=st.integers(0, 2),
+)
+@settings(max_examples=30, deadline=None)
+def test_selection_sums_groups_and_averages_words(words: int, pairs: list[set[int]], spare: int) -> None:
+    groups = torch.tensor([BOS] + [WORD] * words + [EOS] + [PADDING] * (75 - words))
+    tokens = tuple(tuple(sorted(pair)) for pair in pairs)
+    matrix = selection(Query(0, "", tuple(range(len(pairs))), tokens, groups), 4 + len(pairs) + spare)
+    assert matrix.shape == (77, 4 + len(pairs) + spare) and matrix.dtype == torch.float32
+    assert matrix[:, :4].sum(dim=0).tolist() == [1, words, 1, 75 - words]
+    assert (matrix[:, :4].sum(dim=1) == 1).all(), "every token is in one group"
+    torch.testing.assert_close(matrix[:, 4 : 4 + len(pairs)].sum(dim=0), torch.ones(len(pairs)))
+    assert (matrix[:, 4 + len(pairs) :] == 0).all()
+    for column, own in enumerate(tokens, start=4):
+        assert matrix[:, column].nonzero().flatten().tolist() == list(own)
+
+
+# --- attention that is known ----------------------------------------------------------------------------------------
+
+
+def force_attention(monkeypatch: pytest.MonkeyPatch, mask: torch.Tensor, inside: list[int], outside: int) -> None:
+    """Every layer looks at tokens `inside` within the mask and at token `outside` elsewhere, whatever the U-Net computes."""
+    store = AttentionMaps.store
+
+    def forced(self: AttentionMaps, layer: str, probabilities: torch.Tensor) -> None:
+        side = math.isqrt(probabilities.shape[2])
+        share = F.adaptive_avg_pool2d(mask[None].float(), side).flatten()[:, None]
+        known = torch.zeros_like(probabilities)
+        known[..., inside] = share / len(inside)
+        known[..., outside] = 1 - share[:, 0]
+        store(self, layer, known)
+
+    monkeypatch.setattr(AttentionMaps, "store", forced)
+
+
+def test_attention_within_the_mask_scores_one_through_the_whole_path(
+    sd: Components, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The mask is on no diagonal and no axis of symmetry: a map turned, mirrored or shifted would score low."""
+    dataset = Listed([sample("a", "Small effusion.", ("pleural effusion", None), size=128)], WORDS)
+    (query,) = queries(dataset, sd, CONFIG)
+    eos = int((query.groups == EOS).nonzero())
+    mask = dataset[0].regions[0].mask
+    force_attention(monkeypatch, mask, list(query.tokens[0]), eos)
+    result = localization(sd, dataset, CONFIG, accelerator=accelerator, arm_dir=tmp_path, examples=[0])
+    word, end = result["word"], result["eos"]
+    assert word["auc"] > 0.98 and word["top1"] == 1 and word["iou"] > 0.5 and word["cnr"] > 1
+    assert word["per_finding"].keys() == {"pleural effusion"}
+    assert end["auc"] < 0.02 and end["top1"] == 0 and end["cnr"] < 0
+    share = float(mask.float().mean())
+    assert result["mass"] == pytest.approx({"bos": 0, "words": share, "eos": 1 - share, "padding": 0}, abs=1e-5)
+    saved = load_file(tmp_path / "maps.safetensors")["a/pleural effusion"]
+    assert (saved.min(), saved.max()) == (0, 1)
+    assert saved.argmax() in mask.view(16, 8, 16, 8).any(dim=3).any(dim=1).flatten().nonzero()
+
+
+def test_a_map_equal_to_the_mask_is_perfect(
+    sd: Components, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = Listed([sample(n, "Edema.", ("edema", None)) for n in "ab"], WORDS)
+
+    def perfect(components: Any, samples: Sequence[Sample], batch: Sequence[Query], *rest: Any) -> torch.Tensor:
+        mask = torch.stack([s.regions[0].mask for s in samples])[:, None].float()
+        return torch.cat([1 - mask, mask, mask, 1 - mask, mask], dim=1)
+
+    monkeypatch.setattr(module, "attention_maps", perfect)
+    result = localization(sd, dataset, CONFIG, accelerator=accelerator, arm_dir=tmp_path)
+    for name in ("word", "eos"):
+        assert (result[name]["auc"], result[name]["top1"], result[name]["iou"]) == (1, 1, 1)
+        assert (result[name]["images"], result[name]["pairs"]) == (2, 2)
+        assert result[name]["auc_ci"] == [1, 1]
+    assert (result["padding"]["auc"], result["padding"]["top1"], result["padding"]["iou"]) == (0, 0, 0)
+    assert not (tmp_path / "maps.safetensors").exists(), "no example was asked for"
+
+
+def test_attention_that_is_everywhere_the_same_is_chance(
+    sd: Components, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = Listed([sample("a", "Edema.", ("edema", None))], WORDS)
+    force_attention(monkeypatch, torch.zeros(64, 64), [1], 0)
+    result = localization(sd, dataset, CONFIG, accelerator=accelerator, arm_dir=tmp_path)
+    assert result["word"]["auc"] == result["padding"]["auc"] == 0.5
+    assert result["mass"] == pytest.approx({"bos": 1, "words": 0, "eos": 0, "padding": 0})
+    assert json.loads(json.dumps(finite(result), allow_nan=False))["word"]["images"] == 1
+
+
+# --- quality --------------------------------------------------------------------------------------------------------
+
+
+class Means(Features):
+    """Features: the mean of each quarter. Score: brightness, as if edema were bright."""
+
+    name = "means"
+    findings = ("edema",)
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        quarters = F.adaptive_avg_pool2d(images[:, :1], 2).flatten(1)
+        return quarters, quarters.mean(dim=1, keepdim=True)
+
+
+def pictures(count: int) -> Listed:
+    """The odd ones have edema and are bright."""
+    made = []
+    for i in range(count):
+        base = sample(f"{i}", "Edema." if i % 2 else f"Effusion {i}.", ("edema" if i % 2 else "pleural effusion", None))
+        made.append(replace(base, pixel_values=(base.pixel_values * 0.2 + (0.5 if i % 2 else -0.5) + 0.01 * i)))
+    return Listed(made, WORDS)
+
+
+def draw_real(dataset: Listed) -> Any:
+    """In place of generate(): the real image of the caption whose seed it is, at 8 bits as no other is."""
+
+    def generated(components: Any, captions: Any, seeds: Sequence[int], *rest: Any) -> torch.Tensor:
+        return torch.stack([(dataset[seed % 1_000_003].pixel_values + 1) / 2 for seed in seeds])
+
+    return generated
+
+
+def test_real_images_in_place_of_generated_ones_have_fid_0_full_finding_auc_and_diversity_0(
+    sd: Components, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = pictures(8)
+    config = replace(CONFIG, generated_images=6, diversity_captions=2, diversity_samples=3)
+    against = held_out(dataset, sd, config, Means(), accelerator=accelerator, run_dir=tmp_path)
+    monkeypatch.setattr(module, "generate", draw_real(dataset))
+    result = quality(
+        sd, dataset, config, resolution=64, features=against.features, real=against.real, accelerator=accelerator,
+        arm_dir=tmp_path / "arm", examples=against.examples,
+    )  # fmt: skip
+    assert result["fid"] == pytest.approx(0, abs=1e-6)
+    assert result["finding_auc"] == 1 and result["finding_auc_ci"] == [1, 1]
+    # The seeds of a caption's samples are 1,000,003 apart, so that draw_real gives the same image for each of them.
+    assert result["diversity"] == pytest.approx(0, abs=1e-6)
+    assert (result["images"], result["features"]) == (6, "means")
+    assert sorted(p.name for p in (tmp_path / "arm/samples").iterdir()) == ["0000.png", "0001.png"]
+    shown = (tmp_path / "arm/samples/0001.png").read_bytes()
+    assert shown == (tmp_path / "real/0001.png").read_bytes(), "sample k is of the caption of example k"
+
+
+def test_diversity_is_above_0_for_images_that_differ(
+    sd: Components, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    config = replace(CONFIG, generated_images=1, diversity_captions=1, diversity_samples=3)
+    result = quality(
+        sd, phantoms, config, resolution=64, features=None, real=Generated([], None, None), accelerator=accelerator,
+        arm_dir=tmp_path,
+    )  # fmt: skip
+    assert 0 < result["diversity"] <= 1
+    assert result["features"] is result["fid"] is result["fid_ci"] is result["finding_auc"] is None
+
+
+def test_the_real_row_has_the_distance_between_two_sets_of_real_images(
+    sd: Components, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    dataset = pictures(8)
+    against = held_out(dataset, sd, CONFIG, Means(), accelerator=accelerator, run_dir=tmp_path)
+    assert against.examples == [0, 1]
+    order = evaluation_order(dataset, against.examples, 8)
+    with torch.no_grad():
+        features = Means()(torch.stack([dataset[i].pixel_values for i in order]))[0]
+    assert against.quality["fid"] == pytest.approx(frechet_distance(features[:4], features[4:]), rel=1e-4)
+    assert against.quality["fid"] > 0 and len(against.quality["fid_ci"]) == 2
+    assert against.quality["finding_auc"] == 1 and against.quality["diversity"] is None
+    assert against.quality["images"] == 4 == len(against.real.indices)
+    torch.testing.assert_close(against.real.features, features[:4], rtol=0, atol=1e-6)
+
+    few = held_out(pictures(6), sd, CONFIG, Means(), accelerator=accelerator, run_dir=tmp_path)
+    assert few.quality["fid"] is None and few.quality["fid_ci"] is None, "there are not as many others"
+
+
+def test_examples_come_first_in_the_order_of_captions() -> None:
+    dataset = pictures(6)
+    assert evaluation_order(dataset, [3, 5], 4) == [3, 5, 0, 1]
+    assert evaluation_order(dataset, [3, 5], 1) == [3]
+    assert evaluation_order(dataset, [], 99) == [0, 1, 2, 3, 4, 5]
+
+
+def test_captions_without_boxes_have_quality_and_no_localization(sd: Components, tmp_path: Path) -> None:
+    dataset = Listed([sample(n, f"A picture, {n}.") for n in "abcd"], {})
+    result = run_all(sd, dataset, CONFIG, tmp_path, 64)
+    assert result["localization"] is None and result["quality"]["images"] == 4
+    assert (tmp_path / "real/0001.png").exists() and (tmp_path / "model/samples/0001.png").exists()
+    assert not (tmp_path / "model/maps.safetensors").exists()
+
+
+# --- the rest -------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_leaves_the_model_as_it_was(sd: Components, phantoms: PhantomDataset, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in sd.unet.state_dict().items()}
+    processors = dict(sd.unet.attn_processors)
+    against = HeldOut(phantoms, [0], None, Generated([], None, None), {})
+    evaluate(
+        sd, against, replace(CONFIG, generated_images=1, localization_images=1), resolution=64,
+        accelerator=Accelerator(), arm_dir=tmp_path, label="",
+    )  # fmt: skip
+    assert all(torch.equal(value, before[name]) for name, value in sd.unet.state_dict().items())
+    assert sd.unet.attn_processors == processors
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (float("nan"), None),
+        ({"a": [1.0, float("inf"), -float("inf")], "b": (2, "nan", None, True)}, {"a": [1.0, None, None], "b": [2, "nan", None, True]}),
+        ({}, {}),
+        (0.0, 0.0),
+    ],
+)
+def test_finite_turns_what_json_cannot_hold_into_null(value: Any, expected: Any) -> None:
+    assert finite(value) == expected
+    json.dumps(finite(value), allow_nan=False)

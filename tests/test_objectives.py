@@ -1,0 +1,431 @@
+"""Objectives on tiny real models: what is drawn from the generator, where gradients go, and what must be zero."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import tiny_sd, tiny_sdxl
+from torch import nn
+from torch.utils.data import default_collate
+
+from distill.attention import record_attention
+from distill.components import Components, components_of, encode_text, prepare_training
+from distill.config import AttentionDistillationConfig, DenoisingConfig, LoraConfig
+from distill.data.cache import cache_latents, cache_text_embeddings
+from distill.data.captions import WORD, names_side
+from distill.data.phantom import PhantomDataset
+from distill.data.training import TrainingRows
+from distill.errors import UserError
+from distill.objectives import (
+    AttentionDistillationObjective,
+    AutoencoderObjective,
+    ContrastiveObjective,
+    DenoisingObjective,
+    Noised,
+)
+
+LABEL = "pleural effusion"
+TERMS = ("token_kl", "place_kl", "mass")
+LORA = LoraConfig(rank=2, alpha=4.0)
+NO_DROPOUT = DenoisingConfig(caption_dropout=0.0)
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def phantoms() -> PhantomDataset:
+    return PhantomDataset("train", 12, resolution=64)
+
+
+def batch_of(components: Components, rows: Sequence[int] = range(4), **options: Any) -> dict[str, Any]:
+    dataset = TrainingRows(phantoms(), components, **options)
+    return default_collate([dataset[i] for i in rows])
+
+
+def prepared(
+    build: Callable[[], Any] = tiny_sd, method: Any = "full", text_encoder: Any = "full", **options: Any
+) -> Components:
+    components = components_of(build())
+    prepare_training(components, method=method, text_encoder=text_encoder, lora=LORA, **options)
+    return components
+
+
+def distilling(
+    stack: ExitStack, student: Components, teacher: Components, **options: Any
+) -> AttentionDistillationObjective:
+    layers = options.get("layers", ())
+    maps = [stack.enter_context(record_attention(c.unet, layers)) for c in (student, teacher)]
+    return AttentionDistillationObjective(student, NO_DROPOUT, AttentionDistillationConfig(**options), teacher, *maps)
+
+
+def has_gradient(module: nn.Module) -> bool:
+    return any(p.grad is not None and bool((p.grad != 0).any()) for p in module.parameters())
+
+
+def assert_equal(a: Noised, b: Noised, exactly: bool = True) -> None:
+    tolerance = {"atol": 0.0, "rtol": 0.0} if exactly else {"atol": 1e-5, "rtol": 1e-5}
+    for name in ("noisy_latents", "timesteps", "target", "groups", "input_ids"):
+        torch.testing.assert_close(getattr(a, name), getattr(b, name), **tolerance)
+
+
+# What is drawn
+
+
+def test_noise_is_a_function_of_the_generator_only() -> None:
+    components = prepared()
+    objective = DenoisingObjective(components, DenoisingConfig(caption_dropout=0.5))
+    batch = batch_of(components, flip=True)
+    torch.manual_seed(1)
+    state = torch.get_rng_state()
+    first = objective.noised(batch, generator(7))
+    assert torch.equal(torch.get_rng_state(), state)
+    torch.manual_seed(2)
+    assert_equal(objective.noised(batch, generator(7)), first)
+    assert not torch.equal(objective.noised(batch, generator(8)).noisy_latents, first.noisy_latents)
+
+
+def test_cached_latents_and_pixels_give_the_same_batch(tmp_path: Path) -> None:
+    """Flips included: a row is mirrored only where its caption names no side."""
+    components = prepared()
+    cache = cache_latents(phantoms(), components.vae, tmp_path, batch_size=4, flip=True, device="cpu")
+    rows = range(12)
+    from_cache, from_pixels = (
+        batch_of(components, rows, latents=cache, flip=True),
+        batch_of(components, rows, flip=True),
+    )
+    assert 0 < int(from_cache["flippable"].sum()) < len(rows)
+    assert "pixel_values" not in from_cache and "latents_mean" not in from_pixels
+    objective = DenoisingObjective(components, NO_DROPOUT)
+    for seed in range(3):
+        assert_equal(
+            objective.noised(from_cache, generator(seed)), objective.noised(from_pixels, generator(seed)), False
+        )
+
+
+def test_only_flippable_rows_are_mirrored_and_those_about_half_of_the_time(tmp_path: Path) -> None:
+    components = prepared()
+    data = phantoms()
+    cache = cache_latents(data, components.vae, tmp_path, batch_size=4, flip=True, device="cpu")
+    batch = batch_of(components, range(12), latents=cache, flip=True)
+    assert batch["flippable"].tolist() == [not names_side(data.caption(i)) for i in range(12)]
+    for name in ("latents_std", "latents_std_flipped"):
+        batch[name] = torch.zeros_like(batch[name])  # then the latents are the mean, and noise can be taken off again
+    objective = DenoisingObjective(components, NO_DROPOUT)
+    scale = components.vae.config.scaling_factor
+    mirrored = torch.zeros(12)
+    for seed in range(40):
+        x = objective.noised(batch, generator(seed))
+        alpha = components.noise_scheduler.alphas_cumprod[x.timesteps][:, None, None, None]
+        latents = (x.noisy_latents - (1 - alpha).sqrt() * x.target) / alpha.sqrt() / scale
+        distance = [
+            (latents - batch[name]).flatten(1).abs().amax(dim=1) for name in ("latents_mean", "latents_mean_flipped")
+        ]
+        assert torch.minimum(*distance).max() < 1e-3
+        mirrored += (distance[1] < distance[0]).float()
+    assert torch.all(mirrored[~batch["flippable"]] == 0)
+    assert torch.all((mirrored[batch["flippable"]] > 8) & (mirrored[batch["flippable"]] < 32))
+
+
+@pytest.mark.parametrize("label", [None, LABEL])
+def test_only_captions_with_the_label_are_dropped(label: str | None) -> None:
+    components = prepared()
+    data = phantoms()
+    rows = range(12)
+    batch = batch_of(components, rows, drop_only_label=label)
+    dropped = torch.tensor([label is None or label in data.labels(i) for i in rows])
+    assert dropped.any() and (label is None or not dropped.all())
+    x = DenoisingObjective(components, DenoisingConfig(caption_dropout=1.0)).noised(batch, generator())
+    (empty,) = components.tokenize([""])
+    assert torch.equal(x.input_ids[0][dropped], empty.expand(int(dropped.sum()), -1))
+    assert not (x.groups[dropped] == WORD).any()
+    assert torch.equal(x.input_ids[0][~dropped], batch["input_ids_0"][~dropped])
+    assert torch.equal(x.groups[~dropped], batch["groups"][~dropped])
+
+    kept = DenoisingObjective(components, NO_DROPOUT).noised(batch, generator())
+    assert torch.equal(kept.input_ids[0], batch["input_ids_0"])
+    assert torch.equal(kept.noisy_latents, x.noisy_latents)
+
+
+@pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl])
+def test_cached_text_embeddings_give_the_loss_of_the_tokens(build: Callable[[], Any], tmp_path: Path) -> None:
+    components = prepared(build, text_encoder="frozen")
+    data = phantoms()
+
+    def encode(captions: list[str]) -> Any:
+        embeds, pooled = encode_text(components.text_encoders, components.tokenize(captions))
+        return embeds if pooled is None else (embeds, pooled)
+
+    cache = cache_text_embeddings([data.caption(i) for i in range(12)], encode, tmp_path, "hash", 4)
+    objective = DenoisingObjective(components, DenoisingConfig(caption_dropout=0.5))
+    cached, tokens = batch_of(components, text=cache), batch_of(components)
+    assert "input_ids_0" not in cached
+    torch.testing.assert_close(objective(cached, generator())["loss"], objective(tokens, generator())["loss"])
+
+
+def test_half_precision_does_not_reach_the_vae() -> None:
+    """Stock VAEs overflow in float16; latents made on the way are those of the cache."""
+    components = prepared()
+    objective = DenoisingObjective(components, NO_DROPOUT)
+    batch = batch_of(components)
+    full = objective.noised(batch, generator())
+    with torch.autocast("cpu", torch.bfloat16):
+        assert_equal(objective.noised(batch, generator()), full)
+
+
+def test_targets_mix_back_to_latents_and_noise() -> None:
+    epsilon, v = (prepared(lambda kind=kind: tiny_sd(kind)) for kind in ("epsilon", "v_prediction"))
+    batch = batch_of(epsilon)
+    noise, velocity = (DenoisingObjective(c, NO_DROPOUT).noised(batch, generator()) for c in (epsilon, v))
+    assert torch.equal(noise.noisy_latents, velocity.noisy_latents)
+    alpha = epsilon.noise_scheduler.alphas_cumprod[noise.timesteps][:, None, None, None]
+    # Salimans & Ho 2022, appendix D: epsilon = sigma x_t + alpha v
+    expected = (1 - alpha).sqrt() * velocity.noisy_latents + alpha.sqrt() * velocity.target
+    torch.testing.assert_close(expected, noise.target, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_min_snr_weighs_each_image(kind: str) -> None:
+    components = prepared(lambda: tiny_sd(kind))
+    batch = batch_of(components)
+    objective = DenoisingObjective(components, DenoisingConfig(min_snr_gamma=5.0, caption_dropout=0.0))
+    x = objective.noised(batch, generator())
+    prediction = objective.predict(components.unet, components.text_encoders, x)
+    snr = 1 / (1 / components.noise_scheduler.alphas_cumprod[x.timesteps] - 1)
+    weights = snr.clamp(max=5) / (snr if kind == "epsilon" else snr + 1)
+    expected = (weights * (prediction - x.target).square().mean(dim=(1, 2, 3))).mean()
+    terms = objective(batch, generator())
+    torch.testing.assert_close(terms["loss"], expected, rtol=1e-4, atol=1e-6)
+    assert terms["denoising"] is terms["loss"]
+
+
+def test_another_prediction_type_is_refused() -> None:
+    with pytest.raises(UserError, match="'sample'; epsilon and v_prediction"):
+        DenoisingObjective(components_of(tiny_sd("sample")), DenoisingConfig())
+
+
+# What trains
+
+
+def test_sdxl_predicts_what_the_stock_pipeline_would() -> None:
+    pipeline = tiny_sdxl()
+    components = components_of(pipeline)
+    objective = DenoisingObjective(components.freeze(), NO_DROPOUT)
+    rows = [0, 1, 2]
+    batch = batch_of(components, rows)
+    assert torch.equal(batch["time_ids"], torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(3, 6))
+    x = objective.noised(batch, generator())
+    captions = [phantoms().caption(i) for i in rows]
+    embeds, _, pooled, _ = pipeline.encode_prompt(captions, device="cpu", do_classifier_free_guidance=False)
+    added = {"text_embeds": pooled, "time_ids": batch["time_ids"]}
+    expected = pipeline.unet(x.noisy_latents, x.timesteps, embeds, added_cond_kwargs=added).sample
+    torch.testing.assert_close(objective.predict(components.unet, components.text_encoders, x), expected)
+
+
+@pytest.mark.parametrize("build", [tiny_sd, lambda: tiny_sd("v_prediction"), tiny_sdxl], ids=["sd", "v", "sdxl"])
+def test_gradients_reach_all_that_trains(build: Callable[[], Any]) -> None:
+    components = prepared(build)
+    objective = DenoisingObjective(components, NO_DROPOUT)
+    objective(batch_of(components), generator())["loss"].backward()
+    for module in (components.unet, *components.text_encoders):
+        assert has_gradient(module)
+    assert not has_gradient(components.vae)
+
+
+@pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl])
+@pytest.mark.parametrize("frozen_dtype", ["fp32", "bf16"])
+def test_lora_trains_adapters_only(build: Callable[[], Any], frozen_dtype: str) -> None:
+    components = prepared(build, "lora", "lora", frozen_dtype=frozen_dtype)
+    objective = DenoisingObjective(components, NO_DROPOUT)
+    trainable = {n: p for n, p in objective.named_parameters() if p.requires_grad}
+    assert trainable and all(".lora_" in name and p.dtype == torch.float32 for name, p in trainable.items())
+    for i in range(len(components.text_encoders)):
+        assert any(name.startswith(f"text_encoders.{i}.") for name in trainable)
+    assert any(name.startswith("unet.") for name in trainable)
+    loss = objective(batch_of(components), generator())["loss"]
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert all(p.grad is None for n, p in objective.named_parameters() if n not in trainable)
+    assert has_gradient(components.unet)
+    for encoder in components.text_encoders:
+        assert has_gradient(encoder)
+
+
+def test_vae_stays_outside_and_a_frozen_text_encoder_stays_in_eval_mode() -> None:
+    components = prepared(text_encoder="frozen")
+    objective = DenoisingObjective(components, NO_DROPOUT).train()
+    assert objective.unet.training and not objective.text_encoders.training
+    assert not any(module is components.vae for module in objective.modules())
+    components = prepared(text_encoder="lora")
+    assert DenoisingObjective(components, NO_DROPOUT).train().text_encoders.training
+
+
+def test_one_batch_overfits() -> None:
+    components = prepared()
+    objective = DenoisingObjective(components, NO_DROPOUT).train()
+    batch = batch_of(components)
+    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-2)
+    losses = []
+    for _ in range(100):
+        loss = objective(batch, generator(3))["loss"]
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert sum(losses[-5:]) / 5 < 0.25 * losses[0]
+
+
+# Distillation
+
+
+@pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl])
+def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it(build: Callable[[], Any]) -> None:
+    student = prepared(build)
+    teacher = copy.deepcopy(student)
+    with ExitStack() as stack:
+        objective = distilling(stack, student, teacher)
+        batch = batch_of(student)
+        terms = objective(batch, generator())
+        assert all(abs(float(terms[name])) < 1e-9 for name in TERMS)
+        torch.testing.assert_close(terms["loss"], terms["denoising"], rtol=0, atol=1e-8)
+        plain = DenoisingObjective(student, NO_DROPOUT)(batch, generator())["loss"]
+        torch.testing.assert_close(terms["denoising"], plain, rtol=0, atol=1e-6)
+
+
+def test_loss_is_the_weighted_sum_of_its_terms() -> None:
+    weights = {"token_kl_weight": 0.5, "place_kl_weight": 2.0, "mass_weight": 3.0}
+    student, teacher = prepared(), prepared(lambda: tiny_sd(seed=1))
+    with ExitStack() as stack:
+        terms = distilling(stack, student, teacher, **weights)(batch_of(student), generator())
+    assert all(float(terms[name]) > 0 for name in TERMS)
+    expected = terms["denoising"] + sum(weights[f"{name}_weight"] * terms[name] for name in TERMS)
+    torch.testing.assert_close(terms["loss"], expected)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_each_term_reaches_the_student_and_never_the_teacher(method: str) -> None:
+    student, teacher = prepared(tiny_sd, method, method), prepared(lambda: tiny_sd(seed=1))
+    before = [{k: v.clone() for k, v in m.state_dict().items()} for m in teacher.modules()]
+    with ExitStack() as stack:
+        objective = distilling(stack, student, teacher).train()
+        assert not any(module in teacher.modules() for module in objective.modules())
+        assert not any(module.training for module in teacher.modules())
+        batch = batch_of(student)
+        for name in TERMS:
+            objective.zero_grad()
+            objective(batch, generator())[name].backward()
+            assert has_gradient(student.unet) and has_gradient(student.text_encoders[0]), name
+    for module, state in zip(teacher.modules(), before, strict=True):
+        assert all(p.grad is None and not p.requires_grad for p in module.parameters())
+        assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
+
+
+def test_only_timesteps_in_range_count() -> None:
+    student, teacher = prepared(), prepared(lambda: tiny_sd(seed=1))
+    batch = batch_of(student)
+    with ExitStack() as stack:
+        timesteps = DenoisingObjective(student, NO_DROPOUT).noised(batch, generator()).timesteps
+        assert timesteps.max() > timesteps.min() + 1
+        top = int(timesteps.max())
+        one = distilling(stack, student, teacher, min_timestep=top, max_timestep=top)(batch, generator())
+        none = distilling(stack, student, teacher, min_timestep=top + 1, max_timestep=top + 1)(batch, generator())
+        all_rows = distilling(stack, student, teacher)(batch, generator())
+    for name in TERMS:
+        assert float(none[name]) == 0
+        assert float(one[name]) > 0 and not math.isclose(float(one[name]), float(all_rows[name]), rel_tol=1e-6)
+    assert float(none["loss"]) == float(none["denoising"])
+
+
+def test_only_the_asked_layers_count() -> None:
+    student, teacher = prepared(), prepared(lambda: tiny_sd(seed=1))
+    found = {}
+    for layers in ((), ("down_blocks",), ("mid_block",), ("up_blocks",)):
+        with ExitStack() as stack:
+            objective = distilling(stack, student, teacher, layers=layers)
+            found[layers] = objective(batch_of(student), generator())["token_kl"]
+    # The tiny U-Net has 1, 1 and 2 cross-attention layers there; the term is the mean over layers.
+    parts = found["down_blocks",] + found["mid_block",] + 2 * found["up_blocks",]
+    torch.testing.assert_close(found[()], parts / 4, rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_gradient_checkpointing_gives_equal_gradients_of_the_distillation(method: str) -> None:
+    found = []
+    for checkpointing in (False, True):
+        torch.manual_seed(0)
+        student = prepared(tiny_sd, method, method, gradient_checkpointing=checkpointing)
+        with ExitStack() as stack:
+            objective = distilling(stack, student, prepared(lambda: tiny_sd(seed=1))).train()
+            terms = objective(batch_of(student), generator())
+            terms["loss"].backward()
+        gradients = {n: p.grad for n, p in objective.named_parameters() if p.grad is not None}
+        found.append((terms, gradients))
+    (terms, gradients), (terms_again, gradients_again) = found
+    for name in terms:
+        torch.testing.assert_close(terms_again[name], terms[name], rtol=1e-5, atol=1e-7)
+    assert gradients.keys() == gradients_again.keys()
+    for part in ("unet.", "text_encoders."):
+        assert any(name.startswith(part) for name in gradients)
+    for name in gradients:
+        torch.testing.assert_close(gradients_again[name], gradients[name], rtol=1e-3, atol=1e-6)
+
+
+def more_layers() -> Any:
+    pipeline = tiny_sd()
+    pipeline.unet = type(pipeline.unet).from_config({**pipeline.unet.config, "layers_per_block": 2})
+    return pipeline
+
+
+@pytest.mark.parametrize(
+    ("student", "teacher", "expected"),
+    [
+        (tiny_sd, tiny_sdxl, "cross_attention_dim: teacher 32, student 16"),
+        (more_layers, tiny_sd, "the teacher lacks .*down_blocks.0.attentions.1"),
+    ],
+)
+def test_a_teacher_of_another_shape_is_refused(
+    student: Callable[[], Any], teacher: Callable[[], Any], expected: str
+) -> None:
+    with pytest.raises(UserError, match=f"different shape: .*{expected}"), ExitStack() as stack:
+        distilling(stack, prepared(student), prepared(teacher))
+
+
+# Objectives of the embedded base
+
+
+def test_contrastive_loss_is_smallest_for_the_right_pairs() -> None:
+    pipeline = tiny_sdxl()
+    captions = ["left effusion", "right effusion", "the plus"]
+    ids = pipeline.tokenizer_2(captions, padding="max_length", max_length=77, return_tensors="pt").input_ids
+    with torch.no_grad():
+        embeds = pipeline.text_encoder_2(ids).text_embeds
+    losses = []
+    for order in ([0, 1, 2], [1, 2, 0]):
+        objective = ContrastiveObjective(pipeline.text_encoder_2, nn.Flatten())
+        terms = objective({"input_ids": ids, "pixel_values": embeds[order]}, generator())
+        losses.append(float(terms["loss"].detach()))
+        assert float(terms["accuracy"]) == (1.0 if order == [0, 1, 2] else 0.0)
+    assert losses[0] < math.log(3) < losses[1]
+
+
+def test_autoencoder_loss_falls_and_crops_come_from_the_generator() -> None:
+    vae = tiny_sd().vae
+    objective = AutoencoderObjective(vae, 1e-6, crop_px=32)
+    batch = {"pixel_values": torch.stack([phantoms()[i].pixel_values for i in range(2)])}
+    first = objective(batch, generator(0))
+    torch.testing.assert_close(first["psnr_db"], 10 * torch.log10(4 / first["mse"]))
+    assert float(objective(batch, generator(0))["loss"].detach()) == float(first["loss"].detach())
+    assert float(objective(batch, generator(1))["loss"].detach()) != float(first["loss"].detach())
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=1e-2)
+    for _ in range(10):
+        optimizer.zero_grad()
+        objective(batch, generator(0))["loss"].backward()
+        optimizer.step()
+    assert float(objective(batch, generator(0))["loss"].detach()) < 0.8 * float(first["loss"].detach())

@@ -1,0 +1,411 @@
+"""The training loop: what it visits, what it changes, what it leaves behind, and that it continues bit for bit."""
+
+from __future__ import annotations
+
+import json
+import math
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny import tiny_sd
+from torch import nn
+from torch.utils.data import Dataset
+
+from distill.attention import record_attention
+from distill.components import Components, components_of, prepare_training
+from distill.config import AttentionDistillationConfig, DenoisingConfig, LoraConfig, TrainerConfig
+from distill.data.phantom import PhantomDataset
+from distill.data.training import TrainingRows
+from distill.errors import UserError
+from distill.objectives import AttentionDistillationObjective, DenoisingObjective
+from distill.trainer import FitResult, StepSampler, fit, generator_at, make_accelerator
+
+
+class LeastSquares(nn.Module):
+    """A small objective with all that the loop knows of one: parameters, a batch, noise of the generator, terms."""
+
+    def __init__(self, noise: float = 0.1, width: int = 4, dropout: float = 0.0) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.noise, self.linear, self.dropout = noise, nn.Linear(width, width), nn.Dropout(dropout)
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
+        x = batch["x"] + self.noise * torch.randn(batch["x"].shape, generator=generator)
+        loss = (self.linear(self.dropout(x)) - batch["y"]).square().mean()
+        return {"loss": loss, "squares": loss, "constant": torch.tensor(2.0)}
+
+
+def points(count: int = 8, width: int = 4) -> Any:
+    x = torch.randn(count, width, generator=torch.Generator().manual_seed(1))
+    return [{"x": row, "y": row.flip(0) + 1} for row in x]
+
+
+def settings_of(**options: Any) -> TrainerConfig:
+    defaults = {"max_steps": 4, "batch_size": 2, "learning_rate": 1e-2, "log_every_steps": 1, "tracker": "none"}
+    return TrainerConfig(**(defaults | options))
+
+
+def fresh_accelerator(config: TrainerConfig, folder: Path) -> Accelerator:
+    """As a new process would have it: accelerate keeps its state in the process."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    return make_accelerator(config, folder)
+
+
+def train(
+    objective: nn.Module, folder: Path, dataset: Dataset[Any] | None = None, *, on: Any = None, **options: Any
+) -> FitResult:
+    config = settings_of(**options)
+    accelerator = fresh_accelerator(config, folder)
+    data = points() if dataset is None else dataset
+    return fit(objective, data, config, accelerator=accelerator, output_dir=folder, seed=5, on_sample=on)
+
+
+def log_of(folder: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
+
+
+def state_of(*modules: nn.Module) -> list[torch.Tensor]:
+    return [v.clone() for module in modules for v in module.state_dict().values()]
+
+
+def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
+    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def tiny(method: Any = "full", text_encoder: Any = "full", seed: int = 0) -> Components:
+    components = components_of(tiny_sd(seed=seed))
+    torch.manual_seed(0)
+    prepare_training(components, method=method, text_encoder=text_encoder, lora=LoraConfig(rank=2, alpha=4.0))
+    return components
+
+
+def rows_of(components: Components) -> TrainingRows:
+    return TrainingRows(PhantomDataset("train", 8, resolution=64), components)
+
+
+# Order of data and noise
+
+
+@given(length=st.integers(1, 40), batch=st.integers(1, 7), world=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=50, deadline=None)
+def test_each_epoch_visits_each_index_once_whatever_the_number_of_ranks(
+    length: int, batch: int, world: int, seed: int
+) -> None:
+    steps = math.ceil(3 * length / (batch * world))
+    ranks = [list(StepSampler(length, batch, seed, rank, world, 0, steps)) for rank in range(world)]
+    assert all(len(one) == batch for rank in ranks for one in rank)
+    stream = [index for step in range(steps) for rank in ranks for index in rank[step]]
+    for epoch in range(3):
+        assert sorted(stream[epoch * length : (epoch + 1) * length]) == list(range(length))
+    # One process with the global batch, or with any other batch size, sees the same stream.
+    alone = [i for one in StepSampler(length, batch * world, seed, 0, 1, 0, steps) for i in one]
+    assert stream == alone
+    single = [i for one in StepSampler(length, 1, seed, 0, 1, 0, 3 * length) for i in one]
+    assert stream[: 3 * length] == single
+
+
+@given(first=st.integers(0, 30), seed=st.integers(0, 1000))
+@settings(max_examples=25, deadline=None)
+def test_a_sampler_that_starts_later_gives_the_rest(first: int, seed: int) -> None:
+    whole = StepSampler(11, 3, seed, 1, 2, 0, 31)
+    assert len(whole) == len(list(whole)) == 31
+    assert list(StepSampler(11, 3, seed, 1, 2, first, 31)) == list(whole)[first:]
+
+
+def test_order_differs_between_epochs_and_seeds() -> None:
+    one, other = (list(StepSampler(32, 32, seed, 0, 1, 0, 2)) for seed in (0, 1))
+    assert one[0] != one[1] and one[0] != other[0]
+
+
+def test_noise_depends_on_seed_step_and_rank() -> None:
+    places = [(seed, step, rank) for seed in (0, 1) for step in (0, 1) for rank in (0, 1)]
+    draws = [tuple(torch.randn(4, generator=generator_at(*place)).tolist()) for place in places]
+    assert len(set(draws)) == len(draws)
+    assert draws == [tuple(torch.randn(4, generator=generator_at(*place)).tolist()) for place in places]
+
+
+# What changes
+
+
+@pytest.mark.parametrize("distilled", [False, True])
+def test_frozen_means_frozen(tmp_path: Path, distilled: bool) -> None:
+    """Bit for bit, after real optimizer steps with weight decay: text encoder, VAE, and all of the teacher."""
+    components, teacher = tiny(text_encoder="frozen"), tiny(seed=1)
+    frozen = [components.vae, *components.text_encoders, *teacher.modules()]
+    before, unet = state_of(*frozen), state_of(components.unet)
+    with ExitStack() as stack:
+        objective = DenoisingObjective(components, DenoisingConfig())
+        if distilled:
+            maps = [stack.enter_context(record_attention(c.unet)) for c in (components, teacher)]
+            objective = AttentionDistillationObjective(
+                components, DenoisingConfig(), AttentionDistillationConfig(), teacher, *maps
+            )
+        result = train(objective, tmp_path, rows_of(components), weight_decay=0.1)
+    assert same(state_of(*frozen), before)
+    assert all(p.grad is None for module in frozen for p in module.parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(state_of(components.unet), unet, strict=True))
+    assert result.trainable_parameters == sum(p.numel() for p in components.unet.parameters())
+
+
+def test_lora_changes_adapters_only(tmp_path: Path) -> None:
+    components = tiny("lora", "lora")
+    teacher = tiny(seed=1)
+    modules = nn.ModuleList([components.unet, *components.text_encoders, components.vae])
+    before = {k: v.clone() for k, v in modules.state_dict().items()}
+    with record_attention(components.unet) as ours, record_attention(teacher.unet) as theirs:
+        objective = AttentionDistillationObjective(
+            components, DenoisingConfig(), AttentionDistillationConfig(), teacher, ours, theirs
+        )
+        train(objective, tmp_path, rows_of(components), weight_decay=0.1)
+    changed = {k for k, v in modules.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {k for k in before if ".lora_" in k}
+    row = log_of(tmp_path)[-1]
+    assert row.keys() == {"step", "loss", "denoising", "token_kl", "place_kl", "mass", "grad_norm", "lr", "seconds"}
+    assert all(math.isfinite(value) for value in row.values())
+
+
+def test_mixed_precision_keeps_trained_weights_in_float32(tmp_path: Path) -> None:
+    components = tiny()
+    objective = DenoisingObjective(components, DenoisingConfig())
+    before = state_of(components.unet)
+    train(objective, tmp_path, rows_of(components), max_steps=2, mixed_precision="bf16")
+    assert all(p.dtype == torch.float32 for p in objective.parameters())
+    assert not same(state_of(components.unet), before)
+
+
+def test_accumulated_batches_give_the_step_of_one_large_batch(tmp_path: Path) -> None:
+    small, large = LeastSquares(noise=0), LeastSquares(noise=0)
+    train(small, tmp_path / "small", batch_size=2, gradient_accumulation_steps=2, max_steps=5)
+    train(large, tmp_path / "large", batch_size=4, max_steps=5)
+    for a, b in zip(small.parameters(), large.parameters(), strict=True):
+        torch.testing.assert_close(a, b)
+    for a, b in zip(log_of(tmp_path / "small"), log_of(tmp_path / "large"), strict=True):
+        assert (a["step"], a["lr"]) == (b["step"], b["lr"])
+        assert math.isclose(a["loss"], b["loss"], rel_tol=1e-5)
+        assert math.isclose(a["grad_norm"], b["grad_norm"], rel_tol=1e-5)
+
+
+def test_each_parameter_group_has_its_learning_rate(tmp_path: Path) -> None:
+    objective = LeastSquares()
+    weight, bias = objective.linear.weight.clone(), objective.linear.bias.clone()
+    groups = [{"params": [objective.linear.weight], "lr": 1e-2}, {"params": [objective.linear.bias], "lr": 1e-5}]
+    config = settings_of(max_steps=1, weight_decay=0.0)
+    accelerator = fresh_accelerator(config, tmp_path)
+    arguments: dict[str, Any] = {"accelerator": accelerator, "output_dir": tmp_path, "seed": 0}
+    fit(objective, points(), config, parameter_groups=groups, **arguments)
+    # The first step of Adam is the learning rate, in the direction of the sign.
+    torch.testing.assert_close(
+        (objective.linear.weight - weight).abs(), torch.full_like(weight, 1e-2), rtol=1e-3, atol=0
+    )
+    torch.testing.assert_close((objective.linear.bias - bias).abs(), torch.full_like(bias, 1e-5), rtol=1e-2, atol=1e-7)
+    with pytest.raises(ValueError, match="cover every trainable parameter"):
+        fit(objective, points(), config, parameter_groups=groups[:1], **arguments)
+
+
+def test_clipping_bounds_the_update_and_the_norm_before_it_is_logged(tmp_path: Path) -> None:
+    """Adam divides by the gradient's size plus 1e-8, so that a norm of at most 1e-12 moves a weight by lr * 1e-4."""
+    objective = LeastSquares()
+    norms: list[float] = []
+    objective.linear.weight.register_hook(lambda gradient: norms.append(float(gradient.norm())))
+    before = state_of(objective)
+    train(objective, tmp_path, max_grad_norm=1e-12, weight_decay=0.0)
+    for a, b in zip(state_of(objective), before, strict=True):
+        assert (a - b).abs().max() <= 4 * 1e-2 * 1.1e-4 + 1e-7
+    for row, weight_norm in zip(log_of(tmp_path), norms, strict=True):
+        assert math.isfinite(row["grad_norm"]) and row["grad_norm"] >= weight_norm > 0.1
+
+    free = LeastSquares()
+    train(free, tmp_path / "free", max_grad_norm=1e6, weight_decay=0.0)
+    assert min((a - b).abs().max() for a, b in zip(state_of(free), before, strict=True)) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", [0.5, 1, 1, 1]), ("linear", [0.5, 1, 0.5, 0]), ("cosine", [0.5, 1, 0.5, 0])],
+)
+def test_learning_rate_warms_up_and_follows_the_schedule(tmp_path: Path, schedule: str, expected: list[float]) -> None:
+    """The log has the rate of the next step; the first step has rate 0 with a warm-up."""
+    train(LeastSquares(), tmp_path, lr_schedule=schedule, warmup_steps=2, gradient_accumulation_steps=2)
+    assert [row["lr"] / 1e-2 for row in log_of(tmp_path)] == pytest.approx(expected)
+
+
+def test_averaged_weights_are_what_is_left(tmp_path: Path) -> None:
+    objective = LeastSquares()
+    seen: list[list[torch.Tensor]] = []
+    on = lambda step: seen.append([p.detach().clone() for p in objective.parameters()])  # noqa: E731
+    train(objective, tmp_path, on=on, max_steps=6, sample_every_steps=1, ema_decay=0.5)
+    average = seen[0]
+    for step, weights in enumerate(seen[1:], start=1):
+        decay = min(0.5, 1 - (1 + step) ** -0.75)
+        average = [decay * a + (1 - decay) * w for a, w in zip(average, weights, strict=True)]
+    for parameter, expected, last in zip(objective.parameters(), average, seen[-1], strict=True):
+        torch.testing.assert_close(parameter.detach(), expected)
+        assert not torch.allclose(parameter, last)
+
+
+def test_adamw8bit_trains_on_the_cpu(tmp_path: Path) -> None:
+    objective = LeastSquares(noise=0, width=64)  # bitsandbytes keeps tensors below 4,096 numbers in 32 bits
+    train(objective, tmp_path, points(4, width=64), optimizer="adamw8bit", max_steps=20, batch_size=4)
+    losses = [row["loss"] for row in log_of(tmp_path)]
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_samples_are_drawn_in_eval_mode_and_do_not_change_the_training(tmp_path: Path) -> None:
+    drawing, plain = LeastSquares(dropout=0.5), LeastSquares(dropout=0.5)
+    modes: list[tuple[int, bool]] = []
+
+    def on_sample(step: int) -> None:
+        modes.append((step, drawing.training))
+        torch.randn(7)
+
+    during: list[bool] = []
+    drawing.register_forward_pre_hook(lambda module, args: during.append(module.training))
+    train(drawing, tmp_path / "a", on=on_sample, sample_every_steps=2)
+    train(plain, tmp_path / "b")
+    assert modes == [(2, False), (4, False)]
+    assert during == [True] * 4
+    assert same(state_of(drawing), state_of(plain))
+
+
+# What stops it
+
+
+def test_a_loss_that_is_not_finite_stops_with_step_and_log(tmp_path: Path) -> None:
+    objective = LeastSquares()
+
+    def poison(step: int) -> None:
+        if step == 2:
+            objective.linear.bias.data[0] = float("nan")
+
+    with pytest.raises(UserError, match="the loss is nan at step 3") as error:
+        train(objective, tmp_path, on=poison, sample_every_steps=1)
+    assert str(tmp_path / "train_log.jsonl") in str(error.value)
+    assert [row["step"] for row in log_of(tmp_path)] == [1, 2]
+
+
+def test_nothing_to_train_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no parameter is trainable"):
+        train(LeastSquares().requires_grad_(False), tmp_path)
+    with pytest.raises(UserError, match="the training split is empty"):
+        train(LeastSquares(), tmp_path, [])  # type: ignore[arg-type]
+
+
+# Checkpoints
+
+
+class Killed(Exception):
+    pass
+
+
+def kill_at(last: int) -> Any:
+    def on_sample(step: int) -> None:
+        if step == last:
+            raise Killed
+
+    return on_sample
+
+
+def without_time(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"ema_decay": 0.5, "lr_schedule": "cosine", "warmup_steps": 1},
+        {"gradient_accumulation_steps": 3, "batch_size": 3},
+        {"optimizer": "adamw8bit"},
+    ],
+    ids=["plain", "ema and schedule", "accumulation over epochs", "adamw8bit"],
+)
+def test_four_steps_equal_two_and_two_after_a_kill(tmp_path: Path, options: dict[str, Any]) -> None:
+    """Killed after step 3, whose row in the log is of no checkpoint and must not stay."""
+    options = {"checkpoint_every_steps": 2, "sample_every_steps": 1} | options
+    straight, killed, resumed = (LeastSquares(width=64, dropout=0.5) for _ in range(3))
+    data = points(7, width=64)
+    train(straight, tmp_path / "straight", data, **options)
+    with pytest.raises(Killed):
+        train(killed, tmp_path / "killed", data, on=kill_at(3), **options)
+    assert [row["step"] for row in log_of(tmp_path / "killed")] == [1, 2, 3]
+    steps: list[int] = []
+    train(resumed, tmp_path / "killed", data, on=steps.append, **options)
+    assert steps == [3, 4]
+    assert same(state_of(resumed), state_of(straight))
+    rows = log_of(tmp_path / "killed")
+    assert without_time(rows) == without_time(log_of(tmp_path / "straight"))
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_distillation_continues_bit_for_bit(tmp_path: Path, method: str) -> None:
+    def run(folder: Path, on: Any = None) -> list[torch.Tensor]:
+        components, teacher = tiny(method, method), tiny(seed=1)
+        with record_attention(components.unet) as ours, record_attention(teacher.unet) as theirs:
+            objective = AttentionDistillationObjective(
+                components, DenoisingConfig(), AttentionDistillationConfig(), teacher, ours, theirs
+            )
+            options = {"checkpoint_every_steps": 2, "sample_every_steps": 1}
+            train(objective, folder, rows_of(components), on=on, **options)
+        return state_of(objective)
+
+    straight = run(tmp_path / "straight")
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", kill_at(3))
+    assert same(run(tmp_path / "killed"), straight)
+    assert without_time(log_of(tmp_path / "killed")) == without_time(log_of(tmp_path / "straight"))
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
+    train(LeastSquares(), tmp_path, max_steps=7, checkpoint_every_steps=1, keep_checkpoints=2)
+    assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["step-00000005", "step-00000006"]
+    names = {"optimizer.pt", "state.json", "trainable.safetensors"}
+    assert {p.name for p in (tmp_path / "state" / "step-00000006").iterdir()} == names
+
+
+def test_a_half_written_checkpoint_and_a_torn_row_of_the_log_do_not_matter(tmp_path: Path) -> None:
+    options = {"checkpoint_every_steps": 2, "sample_every_steps": 1}
+    with pytest.raises(Killed):
+        train(LeastSquares(), tmp_path / "killed", on=kill_at(3), **options)
+    partial = tmp_path / "killed" / "state" / "step-00000004.partial"
+    partial.mkdir()
+    (partial / "trainable.safetensors").write_bytes(b"half")
+    with (tmp_path / "killed" / "train_log.jsonl").open("a") as log:
+        log.write('{"step": 4, "lo')
+    straight, resumed = LeastSquares(), LeastSquares()
+    train(straight, tmp_path / "straight", **options)
+    train(resumed, tmp_path / "killed", **options)
+    assert same(state_of(resumed), state_of(straight))
+    assert [row["step"] for row in log_of(tmp_path / "killed")] == [1, 2, 3, 4]
+
+
+def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
+    train(LeastSquares(), tmp_path, checkpoint_every_steps=2)
+    only_bias = LeastSquares()
+    only_bias.linear.weight.requires_grad_(False)
+    with pytest.raises(UserError, match="written by a run with other settings"):
+        train(only_bias, tmp_path, checkpoint_every_steps=2)
+    config = settings_of()
+    with pytest.raises(UserError, match="step-00000002 was written by a run with other settings"):
+        fit(
+            LeastSquares(),
+            points(),
+            config,
+            accelerator=fresh_accelerator(config, tmp_path),
+            output_dir=tmp_path,
+            seed=6,
+        )
+
+
+def test_a_run_without_a_checkpoint_starts_its_log_again(tmp_path: Path) -> None:
+    for _ in range(2):
+        train(LeastSquares(), tmp_path)
+    assert [row["step"] for row in log_of(tmp_path)] == [1, 2, 3, 4]
