@@ -304,7 +304,7 @@ def _built(value: Any, hint: Any) -> Any:
 
 def _print_help(config_class: type, schema: _Schema) -> None:
     """Help of every key, from the docstrings under the fields."""
-    # Here, since it takes longer than all else that a recipe does before its first step.
+    # Imported here: only the help needs it, and each run would wait for it.
     from jsonargparse import SUPPRESS, ArgumentParser, set_parsing_settings
 
     set_parsing_settings(docstring_parse_attribute_docstrings=True)

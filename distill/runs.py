@@ -25,6 +25,7 @@ from rich.console import Console
 from distill.attention import cross_attention_layers, record_attention
 from distill.cli import refuse_unused, to_yaml
 from distill.components import (
+    DTYPES,
     LORA_FILE,
     PHANTOM_BASE,
     Components,
@@ -151,12 +152,12 @@ def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run
         f"{config.data.resolution} px; {accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
     if not config.dry_run:
-        if accelerator.is_main_process:
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-        accelerator.wait_for_everyone()
         components.to(accelerator.device)
         run.against = held_out(test, components, config.evaluation, features, accelerator=accelerator, run_dir=folder)
+        # Last, so that a configuration that is refused does not claim the folder.
+        if accelerator.is_main_process:
+            (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+        accelerator.wait_for_everyone()
     run.seconds["checks and real images"] = time.perf_counter() - began
     return run
 
@@ -273,6 +274,9 @@ def train_arm(run: Run, arm: Arm, teacher: str | None = None) -> dict[str, Any]:
 def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> tuple[Components, FitResult]:
     config, accelerator = run.config, run.accelerator
     trainer = replace(config.trainer, max_steps=steps)
+    if config.dry_run:
+        # One step needs few images; the caches would encode them all.
+        trainer = replace(trainer, cache_latents=False, cache_text_embeddings=False)
     set_seed(config.seed)  # the same fresh adapters on every process
     components = load_components(config.base)
     prepare_training(
@@ -368,13 +372,16 @@ def _sample(run: Run, components: Components, path: Path) -> None:
         return
     examples = run.against.examples[:4]
     captions = [run.test.caption(i) for i in examples]
-    images = generate(
-        components,
-        captions,
-        [run.config.evaluation.seed + i for i in examples],
-        run.config.data.resolution,
-        run.config.evaluation,
-    )
+    frozen = DTYPES[run.config.base.frozen_dtype]
+    # Trained and frozen weights may differ in type, and the stock pipeline expects one.
+    with torch.autocast(run.accelerator.device.type, frozen, enabled=frozen != torch.float32):
+        images = generate(
+            components,
+            captions,
+            [run.config.evaluation.seed + i for i in examples],
+            run.config.data.resolution,
+            run.config.evaluation,
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(torch.cat(list(images), dim=-1), path)
 

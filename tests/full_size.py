@@ -1,7 +1,7 @@
 """Stable Diffusion at full size from its published config.json files: on the meta device it costs no memory.
 
-Sources: stable-diffusion-v1-5, stable-diffusion-2-1 and stable-diffusion-xl-base-1.0 on the Hugging Face hub. Values that
-are the default of the class are left out.
+Sources: stable-diffusion-v1-5, stable-diffusion-2-1 and stable-diffusion-xl-base-1.0 on the Hugging Face hub. Values
+that are the default of the class are left out.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ VAE_PARAMETERS = 83_653_863
 
 
 def full_size(name: str, device: str = "meta") -> Components:
-    """Components with random weights (none on the meta device) and a tiny tokenizer, whose ids are all in the vocabulary."""
+    """Components with random weights (none on the meta device) and a tiny tokenizer, whose ids the vocabulary holds."""
     architecture = ARCHITECTURES[name]
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,

@@ -44,7 +44,7 @@ def attach_lora(unet: UNet2DConditionModel) -> None:
     generator = torch.Generator().manual_seed(2)
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
-            parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator)
 
 
 def checkpointing(unet: UNet2DConditionModel) -> None:

@@ -1,4 +1,4 @@
-"""Loading, freezing, adapters and text encoding, on tiny pipelines and on the full-size architectures without weights."""
+"""Loading, freezing, adapters and text encoding, on tiny pipelines and on full-size ones without weights."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
 from full_size import ARCHITECTURES, VAE_PARAMETERS, Architecture, full_size
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import save_tiny
 from torch import nn
@@ -284,11 +285,9 @@ def test_a_run_folder_that_is_missing_empty_or_damaged_is_refused(bases: dict[st
 
 def test_an_adapter_file_that_lacks_layers_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     """Stock loading fills them with fresh adapters and says nothing."""
-    from safetensors import safe_open
-
     lora = trained_run(bases["sd"], tmp_path, method="lora", text_encoder="lora") / LORA_FILE
     with safe_open(lora, "pt") as file:
-        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+        metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in list(file.keys())}
     kept = {key: value for key, value in tensors.items() if ".attn2.to_k." not in key}
     assert len(kept) < len(tensors)
     save_file(kept, lora, metadata)

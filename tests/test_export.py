@@ -84,13 +84,13 @@ def make_trained(folder: Path, case: str) -> Components:
     }[how]
     components = load(folder, kind)
     lora = LoraConfig(rank=RANK, alpha=ALPHA)
+    torch.manual_seed(1)
     prepare_training(components, method=method, text_encoder=text, lora=lora)  # type: ignore[arg-type]
-    generator = torch.Generator().manual_seed(1)
     for module in (components.unet, *components.text_encoders):
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 scale = 0.3 if "lora_" in name else 0.05
-                parameter.data += scale * torch.randn(parameter.shape, generator=generator)
+                parameter.data += scale * torch.randn(parameter.shape)
         module.eval()
     return components
 
@@ -111,7 +111,7 @@ def outputs(components: Components, inputs: dict[str, torch.Tensor]) -> dict[str
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds the bases sd and sdxl, a run of each case, and what each trained model gave: <case>-expected.safetensors."""
+    """Holds the bases sd and sdxl, a run of each case, and what was trained gave: <case>-expected.safetensors."""
     folder = tmp_path_factory.mktemp("export")
     for kind in ("sd", "sdxl"):
         save_tiny(folder / kind, kind)
@@ -255,7 +255,8 @@ def fail_at_the_second_folder(components: Components, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize(
-    ("case", "fail"), [("sd-lora", fail_at_adapters), ("sd-full", fail_at_the_second_folder), ("sd-mixed", fail_at_adapters)]
+    ("case", "fail"),
+    [("sd-lora", fail_at_adapters), ("sd-full", fail_at_the_second_folder), ("sd-mixed", fail_at_adapters)],
 )
 def test_an_export_that_fails_leaves_the_one_before_it_whole(
     folder: Path,

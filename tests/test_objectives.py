@@ -389,6 +389,7 @@ def more_layers() -> Any:
         (tiny_sd, tiny_sdxl, "cross_attention_dim: teacher 32, student 16"),
         (more_layers, tiny_sd, "the teacher lacks .*down_blocks.0.attentions.1"),
     ],
+    ids=["width", "layers"],
 )
 def test_a_teacher_of_another_shape_is_refused(
     student: Callable[[], Any], teacher: Callable[[], Any], expected: str

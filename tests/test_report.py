@@ -12,12 +12,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from rich.console import Console
 from safetensors.numpy import save_file
+from tiny import save_tiny, tiny_sd
 
 from distill.errors import UserError
 from distill.report import terminal_table, validate_metrics, write_model_card, write_report
@@ -95,7 +97,8 @@ def make_metrics(arms: tuple[str, ...] = tuple(ARMS)) -> dict[str, Any]:
         "started": "2025-01-02T03:04:05Z",
         "versions": {"python": "3.11", "torch": "2.13"},
         "config": {"evaluation": {"iou_threshold": 0.5, "timesteps": [100, 400]}, "trainer": {"max_steps": 500}},
-        "stages": {"cache latents": {"seconds": 12.0, "peak_memory_gb": 1.1}},
+        "seconds": {"cache latents": 12.0, "frozen: training": 84.3},
+        "peak_memory_gb": 2.31,
     }
     return {"arms": entries, "real": real, "provenance": provenance}
 
@@ -195,7 +198,7 @@ def test_full_report_holds_every_row_and_picture(full_run: Path) -> None:
     assert page.rows["samples"] == 1 + 1 + 5 + 1
     assert page.pictures["samples"] == 2 * (1 + 5)
     assert page.pictures["tradeoff"] == page.pictures["mass"] == page.pictures["losses"] == 1
-    assert page.rows["cost"] == (1 + 5) + (1 + 1)
+    assert page.rows["cost"] == (1 + 5) + (1 + 2 + 1)
     assert page.rows["meaning"] == 1 + len(METRICS) + 3
     for shown in ("0123abc", "evaluation.timesteps", "100, 400", "cache latents", "Threshold here: 0.5"):
         assert shown in page.text
@@ -506,6 +509,7 @@ DELETE = object()
         ("arms.frozen.quality.extra", {"deep": [float("inf")]}, r"quality.extra.deep\[0\]: must be finite"),
         ("real.quality.fid", [1], "metrics.real.quality.fid: must be a number, is list"),
         ("provenance.seed", float("inf"), "metrics.provenance.seed: must be finite"),
+        ("provenance.seconds", {"training": "long"}, "metrics.provenance.seconds.training: must be a number, is str"),
         ("provenance.device", Path("x"), "metrics.provenance.device: is no JSON value"),
     ],
 )
@@ -586,26 +590,8 @@ def test_loading_code_compiles_and_loads_each_part(parts: tuple[str, ...], lines
 
 
 def test_loading_code_gives_the_trained_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch
-    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    def tiny_unet() -> UNet2DConditionModel:
-        blocks = {"down_block_types": ("CrossAttnDownBlock2D",), "up_block_types": ("CrossAttnUpBlock2D",)}
-        sizes = {"block_out_channels": (8,), "layers_per_block": 1, "cross_attention_dim": 8, "norm_num_groups": 4}
-        return UNet2DConditionModel(sample_size=4, attention_head_dim=4, **sizes, **blocks)
-
-    def tiny_text_encoder() -> CLIPTextModel:
-        sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-        return CLIPTextModel(CLIPTextConfig(vocab_size=16, **sizes))
-
-    vae = AutoencoderKL(block_out_channels=(8,), norm_num_groups=4)
-    parts = {"vae": vae, "unet": tiny_unet(), "text_encoder": tiny_text_encoder(), "scheduler": DDIMScheduler()}
-    pipeline = StableDiffusionPipeline(
-        **parts, tokenizer=None, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-    )
-    pipeline.save_pretrained(tmp_path / "base")
-    trained = {"unet": tiny_unet(), "text_encoder": tiny_text_encoder()}
+    save_tiny(tmp_path / "base")
+    trained = {"unet": tiny_sd(seed=1).unet, "text_encoder": tiny_sd(seed=1).text_encoder}
     for part, module in trained.items():
         module.save_pretrained(tmp_path / "run" / part)
 

@@ -14,7 +14,7 @@ from distill.data.sample import ImageCaptionDataset
 
 
 class TrainingRows(Dataset[dict[str, Any]]):
-    """Row i: latents_mean and latents_std (or pixel_values), input_ids_k (or prompt_embeds and pooled), groups, droppable.
+    """Row i: latents_mean, latents_std (or pixel_values), input_ids_k (or prompt_embeds and pooled), groups, droppable.
 
     groups: (tokens,) codes of the token groups. droppable: whether caption dropout may take this caption.
     With `flip`, rows also have flippable (the caption names no side) and, with cached latents, latents_mean_flipped and
@@ -52,9 +52,8 @@ class TrainingRows(Dataset[dict[str, Any]]):
             row["pixel_values"] = self.dataset[index].pixel_values
         if self.text is not None:
             embeds = self.text[caption]
-            row |= (
-                {"prompt_embeds": embeds} if torch.is_tensor(embeds) else dict(zip(("prompt_embeds", "pooled"), embeds))
-            )
+            pair = (embeds,) if isinstance(embeds, torch.Tensor) else embeds
+            row |= zip(("prompt_embeds", "pooled"), pair, strict=False)
         else:
             for i, ids in enumerate(self.components.tokenize([caption])):
                 row[f"input_ids_{i}"] = ids[0]

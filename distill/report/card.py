@@ -35,6 +35,7 @@ _SETTINGS = (
     "trainer.gradient_accumulation_steps",
     "trainer.learning_rate",
     "trainer.text_encoder_learning_rate",
+    "lora_learning_rate",
     "trainer.mixed_precision",
     "trainer.ema_decay",
     "denoising.caption_dropout",

@@ -101,7 +101,7 @@ FID = Metric(
     False,
     "Fréchet distance between the features of generated and of real held-out images. It depends on the number of "
     "images and on the feature extractor: compare only rows of one table. The row of real images is the distance "
-    "between two halves of them, a floor for all others.",
+    "between them and as many other real images: what it is at this number when nothing is wrong.",
 )
 FINDING_AUC = Metric(
     ("quality", "finding_auc"),
@@ -341,15 +341,15 @@ def cost_table(metrics: Mapping[str, Any]) -> Table:
 
 
 def stage_table(metrics: Mapping[str, Any]) -> Table | None:
-    """Time and memory of every stage in provenance.stages; None where it is not recorded."""
-    stages = lookup(metrics, "provenance", "stages")
+    """Time of every stage in provenance.seconds, and the peak memory of all; None where they are not recorded."""
+    stages = lookup(metrics, "provenance", "seconds")
     if not isinstance(stages, Mapping) or not stages:
         return None
-    rows = []
-    for name, stage in stages.items():
-        seconds, memory = lookup(stage, "seconds"), lookup(stage, "peak_memory_gb")
-        rows.append([name, format_seconds(seconds), UNKNOWN if memory is None else f"{memory:.2f} GB"])
-    return Table(["stage", "time", "peak memory"], rows, "numbers")
+    rows = [[name, format_seconds(seconds)] for name, seconds in stages.items()]
+    memory = lookup(metrics, "provenance", "peak_memory_gb")
+    if memory is not None:
+        rows.append(["peak memory of all stages", f"{memory:.2f} GB"])
+    return Table(["stage", "time"], rows, "numbers")
 
 
 def meaning_table(metrics: Mapping[str, Any]) -> Table:

@@ -1,0 +1,544 @@
+"""Each recipe from the command line's words to its files, on tiny pipelines; and what a user is told."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors import safe_open
+from tiny import save_tiny
+
+from distill import runs
+from distill.cli import main, parse
+from distill.components import LORA_FILE, load_components, parameter_counts
+from distill.config import BaseConfig, DistillAttentionConfig, EvaluateConfig, FinetuneConfig, TradeoffConfig
+from distill.report import validate_metrics
+
+ROOT = Path(__file__).parents[1]
+CLASSES = {
+    "finetune": FinetuneConfig,
+    "distill_attention": DistillAttentionConfig,
+    "evaluate": EvaluateConfig,
+    "tradeoff": TradeoffConfig,
+}
+PHANTOM = ["--data.resolution", "64", "--data.test_size", "6"]
+EVALUATION = [
+    "--evaluation.localization_images", "3", "--evaluation.generated_images", "3", "--evaluation.features", "none",
+    "--evaluation.num_inference_steps", "2", "--evaluation.diversity_captions", "1", "--evaluation.timesteps", "300",
+    "--evaluation.diversity_samples", "2", "--evaluation.examples", "1", "--evaluation.bootstrap_samples", "10",
+]  # fmt: skip
+TRAINER = [
+    "--trainer.max_steps", "2", "--trainer.batch_size", "2", "--trainer.tracker", "none",
+    "--trainer.log_every_steps", "1",
+]  # fmt: skip
+TRAINING = [*PHANTOM, "--data.train_size", "6", *TRAINER, *EVALUATION]
+ARM_FILES = {"maps.safetensors", "metrics.json", "samples/0000.png"}
+RUN_FILES = {"config.yaml", "metrics.json", "report.html", "report.md", "real/0000.png", "real/examples.jsonl"}
+
+
+def load_recipe(name: str) -> Callable[[Any], None]:
+    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return getattr(module, name)
+
+
+def run(name: str, argv: list[str]) -> None:
+    load_recipe(name)(parse(CLASSES[name], argv))
+
+
+def refusal(name: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(load_recipe(name), CLASSES[name], argv)
+    message = capsys.readouterr().err
+    assert caught.value.code == 2
+    assert "Traceback" not in message and message.count("error: ") == 1
+    return message[message.index("error: ") :]
+
+
+def files_of(folder: Path) -> set[str]:
+    """All but the figures, whose names belong to the report."""
+    found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return {name for name in found if not name.startswith("figures/")}
+
+
+def arm_files(arm: str, *more: str) -> set[str]:
+    return {f"{arm}/{name}" for name in (*ARM_FILES, *more)}
+
+
+def read_metrics(folder: Path) -> dict[str, Any]:
+    metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+    validate_metrics(metrics)
+    return metrics
+
+
+def log_rows(path: Path) -> list[dict[str, float]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Holds the bases sd, v and sdxl."""
+    folder = tmp_path_factory.mktemp("recipes")
+    for kind in ("sd", "v", "sdxl"):
+        save_tiny(folder / kind, kind)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def finetuned(work: Path) -> tuple[Path, list[str]]:
+    """A finished run of finetune.py, and its command line: LoRA on the v-prediction U-Net and its text encoder."""
+    argv = [
+        "--base.name", str(work / "v"), "--text_encoder", "lora", "--lora.rank", "2", "--lora.alpha", "6",
+        "--trainer.learning_rate", "1e-2", "--output_dir", str(work / "finetuned"),
+        "--data.cache_dir", str(work / "cache"), *TRAINING,
+    ]  # fmt: skip
+    run("finetune", argv)
+    return work / "finetuned", argv
+
+
+@pytest.fixture(scope="module")
+def captions_only(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_folder(tmp_path_factory.mktemp("captions") / "data", "file_name,text", lambda i: f"Picture {i}.")
+
+
+def make_folder(folder: Path, header: str, row: Callable[[int], str], count: int = 4) -> Path:
+    folder.mkdir()
+    lines = [header]
+    for i in range(count):
+        pixels = np.random.default_rng(i).integers(0, 255, (80, 64), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+        lines.append(f"{i}.png,{row(i)}")
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return folder
+
+
+# --- each recipe, end to end ----------------------------------------------------------------------------------------
+
+
+def test_finetune_leaves_exactly_these_files(finetuned: tuple[Path, list[str]]) -> None:
+    folder, _ = finetuned
+    assert files_of(folder) == (
+        RUN_FILES | {"README.md", "cost.json", LORA_FILE} | arm_files("base") | arm_files("model", "train_log.jsonl")
+    )
+    metrics = read_metrics(folder)
+    assert list(metrics["arms"]) == ["base", "model"]
+    assert metrics["arms"]["base"]["cost"]["steps"] is None and metrics["arms"]["model"]["cost"]["steps"] == 2
+    assert metrics["arms"]["base"]["localization"]["word"] != metrics["arms"]["model"]["localization"]["word"]
+    origin = metrics["provenance"]
+    assert origin["seeds"] == {"training": 0, "evaluation": 1234, "data": 0}
+    assert origin["counts"]["training_images"] == origin["counts"]["held_out_images"] == 6
+    assert origin["config"]["lora"]["alpha"] == 6 and origin["versions"]["diffusers"]
+    rows = log_rows(folder / "model" / "train_log.jsonl")
+    assert [row["step"] for row in rows] == [1, 2] and all(row["loss"] == row["denoising"] > 0 for row in rows)
+    with safe_open(folder / LORA_FILE, "pt") as file:
+        parts = {key.split(".")[0] for key in list(file.keys())}
+    assert parts == {"unet", "text_encoder"}
+
+
+def test_the_same_command_again_neither_trains_nor_evaluates(
+    finetuned: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, argv = finetuned
+    kept = [LORA_FILE, "cost.json", "model/train_log.jsonl", "model/metrics.json", "base/metrics.json", "config.yaml"]
+    before = {name: ((folder / name).read_bytes(), (folder / name).stat().st_mtime_ns) for name in kept[:-1]}
+    arms, config = read_metrics(folder)["arms"], (folder / "config.yaml").read_bytes()
+
+    def never(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("must not run again")
+
+    monkeypatch.setattr(runs, "fit", never)
+    monkeypatch.setattr(runs, "evaluate", never)
+    run("finetune", argv)
+    assert {name: ((folder / name).read_bytes(), (folder / name).stat().st_mtime_ns) for name in before} == before
+    assert read_metrics(folder)["arms"] == arms and (folder / "config.yaml").read_bytes() == config
+    assert "model: already trained" in capsys.readouterr().out
+
+
+def test_another_configuration_in_the_same_folder_is_refused(
+    finetuned: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, argv = finetuned
+    before = {name: (folder / name).read_bytes() for name in files_of(folder)}
+    message = refusal("finetune", [*argv, "--trainer.max_steps", "3"], capsys)
+    assert f"{folder} holds a run with another configuration ('max_steps: 2' there, 'max_steps: 3' now)" in message
+    assert {name: (folder / name).read_bytes() for name in files_of(folder)} == before
+
+
+def test_evaluate_gives_the_numbers_that_the_training_run_gave(finetuned: tuple[Path, list[str]], work: Path) -> None:
+    folder, _ = finetuned
+    out = work / "evaluated"
+    run(
+        "evaluate",
+        ["--base.name", str(work / "v"), "--run", str(folder), "--output_dir", str(out), *PHANTOM, *EVALUATION],
+    )
+    assert files_of(out) == RUN_FILES | arm_files("base") | arm_files("model")
+    there, here = read_metrics(folder)["arms"], read_metrics(out)["arms"]
+    for arm in ("base", "model"):
+        for part in ("localization", "quality"):
+            assert here[arm][part] == there[arm][part]
+        assert here[arm]["cost"]["train_seconds"] is None
+    for name in ("base/samples/0000.png", "model/samples/0000.png", "real/0000.png", "real/examples.jsonl"):
+        assert (out / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_distill_attention_learns_from_a_run_folder(finetuned: tuple[Path, list[str]], work: Path) -> None:
+    teacher, out = finetuned[0], work / "distilled"
+    argv = [
+        "--base.name", str(work / "v"), "--distillation.teacher", str(teacher), "--output_dir", str(out),
+        "--data.cache_dir", str(work / "cache"), *TRAINING,
+    ]  # fmt: skip
+    run("distill_attention", argv)
+    assert files_of(out) == (
+        RUN_FILES
+        | {"README.md", "cost.json", LORA_FILE}
+        | arm_files("base")
+        | arm_files("teacher")
+        | arm_files("model", "train_log.jsonl")
+    )
+    arms = read_metrics(out)["arms"]
+    assert list(arms) == ["base", "teacher", "model"]
+    assert arms["teacher"]["localization"] == read_metrics(teacher)["arms"]["model"]["localization"]
+    for row in log_rows(out / "model" / "train_log.jsonl"):
+        terms = [row[name] for name in ("denoising", "token_kl", "place_kl", "mass")]
+        assert row["loss"] == pytest.approx(sum(terms), rel=1e-5) and min(terms) > 0
+
+
+@pytest.fixture(scope="module")
+def traded(work: Path) -> tuple[Path, list[str], str]:
+    """A finished run of tradeoff.py under accelerate launch, its command line, and what it printed."""
+    argv = [
+        "--base.name", str(work / "sd"), "--arms", "frozen,lora", "--output_dir", str(work / "traded"),
+        "--data.cache_dir", str(work / "cache"), *TRAINING,
+    ]  # fmt: skip
+    launch = ["--quiet", "--num_processes", "1", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no"]
+    done = subprocess.run(
+        [sys.executable, "-m", "accelerate.commands.launch", *launch, str(ROOT / "recipes" / "tradeoff.py"), *argv],
+        cwd=work,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return work / "traded", argv, done.stdout
+
+
+def test_tradeoff_under_accelerate_launch_ends_with_the_table_the_paths_and_the_next_command(
+    traded: tuple[Path, list[str], str],
+) -> None:
+    folder, _, printed = traded
+    text_encoder_frozen = {"unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+    assert files_of(folder) == (
+        RUN_FILES
+        | arm_files("base")
+        | arm_files("frozen", "train_log.jsonl", "cost.json", "README.md", *text_encoder_frozen)
+        | arm_files("lora", "train_log.jsonl", "cost.json", "README.md", LORA_FILE)
+    )
+    metrics = read_metrics(folder)
+    assert list(metrics["arms"]) == ["base", "frozen", "lora"] and metrics["real"]["quality"]["images"] == 3
+    assert "token_kl" in log_rows(folder / "lora/train_log.jsonl")[0]
+    assert "token_kl" not in log_rows(folder / "frozen/train_log.jsonl")[0]
+    for expected in ("lora: " + str(folder / "lora"), "report: ", "next: accelerate launch", "frozen"):
+        assert expected in printed
+    html = (folder / "report.html").read_text(encoding="utf-8")
+    assert "http-equiv" not in html and 'src="http' not in html
+
+
+def test_tradeoff_continues_with_the_arm_that_is_missing(
+    traded: tuple[Path, list[str], str], work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, argv, _ = traded
+    before = {name: (folder / name).read_bytes() for name in files_of(folder) if name.startswith("frozen/")}
+    log = [{k: v for k, v in row.items() if k != "seconds"} for row in log_rows(folder / "lora/train_log.jsonl")]
+    words = read_metrics(folder)["arms"]["lora"]["localization"]["word"]
+    shutil.rmtree(folder / "lora")
+    trained = []
+    fit = runs.fit
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        trained.append(kwargs["label"])
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(runs, "fit", counted)
+    run("tradeoff", argv)
+    assert trained == ["lora"]
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    # Same seed, other process: the same training and the same numbers.
+    again = [{k: v for k, v in row.items() if k != "seconds"} for row in log_rows(folder / "lora/train_log.jsonl")]
+    assert [row.keys() for row in again] == [row.keys() for row in log]
+    for ours, theirs in zip(again, log, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-4)
+    assert read_metrics(folder)["arms"]["lora"]["localization"]["word"]["auc"] == pytest.approx(words["auc"], abs=0.02)
+
+
+def test_every_trainer_option_at_once_on_sdxl(work: Path) -> None:
+    out = work / "options"
+    argv = [
+        "--base.name", str(work / "sdxl"), "--base.frozen_dtype", "bf16", "--method", "full",
+        "--trainer.sample_every_steps", "2", "--trainer.checkpoint_every_steps", "1", "--trainer.ema_decay", "0.9",
+        "--trainer.gradient_accumulation_steps", "2", "--trainer.gradient_checkpointing", "true",
+        "--trainer.cache_text_embeddings", "true", "--trainer.warmup_steps", "1", "--trainer.lr_schedule", "cosine",
+        "--denoising.min_snr_gamma", "5", "--output_dir", str(out), "--data.cache_dir", str(work / "cache"), *TRAINING,
+    ]  # fmt: skip
+    run("finetune", argv)
+    assert files_of(out) == (
+        RUN_FILES
+        | {"README.md", "cost.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
+        | arm_files("base")
+        | arm_files("model", "train_log.jsonl", "progress/step-000002.png")
+    )
+    assert Image.open(out / "model/progress/step-000002.png").size == (64, 64)
+
+
+def test_sample_images_of_a_half_precision_base_with_adapters(work: Path) -> None:
+    out = work / "half"
+    argv = [
+        "--base.name", str(work / "sd"), "--base.frozen_dtype", "bf16", "--text_encoder", "lora",
+        "--trainer.sample_every_steps", "2", "--output_dir", str(out), "--data.cache_dir", str(work / "cache"),
+        *TRAINING,
+    ]  # fmt: skip
+    run("finetune", argv)
+    assert (out / "model/progress/step-000002.png").exists()
+
+
+def test_a_folder_of_captioned_images_without_boxes_is_enough(captions_only: Path, work: Path) -> None:
+    out = work / "captions_only"
+    argv = [
+        "--base.name", str(work / "sd"), "--data.kind", "folder", "--data.root", str(captions_only),
+        "--data.resolution", "64", "--output_dir", str(out), "--data.cache_dir", str(work / "cache"), *TRAINER,
+        *EVALUATION,
+    ]  # fmt: skip
+    run("finetune", argv)
+    metrics = read_metrics(out)
+    assert metrics["arms"]["model"]["localization"] is None
+    assert 0 < metrics["arms"]["model"]["quality"]["diversity"] <= 1
+    assert "model/samples/0000.png" in files_of(out) and "model/maps.safetensors" not in files_of(out)
+    assert (out / "report.html").exists()
+
+
+# --- dry runs -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", CLASSES)
+def test_a_dry_run_prints_counts_and_estimates_and_writes_nothing(
+    name: str, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the default tracker, which would write, and with the default cache folder, which is relative."""
+    monkeypatch.chdir(tmp_path)
+    argv = ["--base.name", str(work / "sd"), "--output_dir", "run", "--dry_run", "true", *PHANTOM, *EVALUATION]
+    if name != "evaluate":
+        argv += ["--data.train_size", "6", "--trainer.max_steps", "300", "--trainer.batch_size", "2"]
+    if name == "distill_attention":
+        argv += ["--distillation.teacher", str(work / "v")]
+    if name == "tradeoff":
+        argv += ["--arms", "frozen,distilled,lora"]
+    run(name, argv)
+    assert list(tmp_path.iterdir()) == []
+    printed = capsys.readouterr().out
+    components = load_components(BaseConfig(name=str(work / "sd")))
+    unet, text = (parameter_counts(m)[0] for m in (components.unet, components.text_encoders[0]))
+    assert f"num_inference_steps: {2}" in printed and "dry run: the data and the base are fine" in printed
+    assert "peak memory" in printed and " min" in printed
+    if name == "evaluate":
+        assert f"U-Net {unet:,} parameters, text encoder {text:,}, none trainable" in printed
+        return
+    assert "300 steps take about" in printed
+    if name == "tradeoff":
+        assert f"frozen: U-Net {unet:,} parameters ({unet:,} trainable), text encoder {text:,} (0 trainable)" in printed
+        assert f"distilled: U-Net {unet:,} parameters ({unet:,} trainable), text encoder {text:,} ({text:,}" in printed
+    arm = "lora" if name == "tradeoff" else "model"
+    # Rank 8. A transformer block of width 8 has six projections from 8 to 8 and two from the text's 16 to 8; each of
+    # the two layers of the text encoder has four from 16 to 16.
+    blocks = sum(type(m).__name__ == "BasicTransformerBlock" for m in components.unet.modules())
+    lora_unet = blocks * 8 * (6 * (8 + 8) + 2 * (16 + 8))
+    lora_text = 0 if name == "finetune" else 2 * 4 * 8 * (16 + 16)
+    assert f"{arm}: U-Net {unet + lora_unet:,} parameters ({lora_unet:,} trainable)" in printed
+    assert f"text encoder {text + lora_text:,} ({lora_text:,} trainable)" in printed
+
+
+# --- what a user is told --------------------------------------------------------------------------------------------
+
+FOLDER_COLUMNS = ["--data.finding_column", "finding", "--data.box_column", "box"]
+
+
+def no_such_base(work: Path, tmp: Path) -> list[str]:
+    return ["--base.name", str(tmp / "nowhere"), *TRAINING]
+
+
+def no_data_folder(work: Path, tmp: Path) -> list[str]:
+    return ["--data.kind", "folder", "--data.root", str(tmp / "nowhere"), "--data.resolution", "64", *TRAINER]
+
+
+def odd_resolution(work: Path, tmp: Path) -> list[str]:
+    return [*TRAINING, "--data.resolution", "100", "--evaluation.timesteps", "100,1000"]
+
+
+def lora_target(work: Path, tmp: Path) -> list[str]:
+    return [*TRAINING, "--lora.unet_targets", "to_q,to_nothing"]
+
+
+def text_lora_target(work: Path, tmp: Path) -> list[str]:
+    return [*TRAINING, "--text_encoder", "lora", "--lora.text_encoder_targets", "to_q"]
+
+
+def cached_text(work: Path, tmp: Path) -> list[str]:
+    return [*TRAINING, "--text_encoder", "full", "--trainer.cache_text_embeddings", "true"]
+
+
+def unknown_key(work: Path, tmp: Path) -> list[str]:
+    return [*TRAINING, "--trainer.max_stesp", "3", "--trainer.learning_rate", "fast"]
+
+
+def unknown_layer(work: Path, tmp: Path) -> list[str]:
+    return [*TRAINING, "--evaluation.layers", "up_blocks.9"]
+
+
+def unknown_features(work: Path, tmp: Path) -> list[str]:
+    return [*TRAINING, "--evaluation.features", "resnet"]
+
+
+def folder_argv(data: Path) -> list[str]:
+    return ["--data.kind", "folder", "--data.root", str(data), "--data.resolution", "64", *TRAINER, *EVALUATION]
+
+
+def unnamed_finding(work: Path, tmp: Path) -> list[str]:
+    data = make_folder(tmp / "data", "file_name,text,finding,box", lambda i: 'Wet lungs.,edema,"8,8,20,20"')
+    return [*folder_argv(data), *FOLDER_COLUMNS]
+
+
+def long_captions(work: Path, tmp: Path) -> list[str]:
+    data = make_folder(tmp / "data", "file_name,text", lambda i: "long " * (5 if i else 60))
+    return folder_argv(data)
+
+
+def missing_image(work: Path, tmp: Path) -> list[str]:
+    data = make_folder(tmp / "data", "file_name,text", lambda i: "Lungs.")
+    (data / "1.png").unlink()
+    (data / "2.png").write_bytes(b"no image")
+    return folder_argv(data)
+
+
+def empty_caption_and_box_outside(work: Path, tmp: Path) -> list[str]:
+    data = make_folder(
+        tmp / "data", "file_name,text,finding,box",
+        lambda i: f'{"Edema." if i else ""},edema,"{8 + 100 * (i == 3)},8,20,20"',
+    )  # fmt: skip
+    return [*folder_argv(data), *FOLDER_COLUMNS]
+
+
+@pytest.mark.parametrize(
+    ("case", "expected"),
+    [
+        (no_such_base, ["base.name: no folder", "nowhere"]),
+        (no_data_folder, ["data.root", "nowhere", "is not a folder"]),
+        (odd_resolution, ["data.resolution is 100", "multiple of 8", "evaluation.timesteps must be in 0 .. 999"]),
+        (lora_target, ["lora.unet_targets: to_nothing match no layer", "to_k", "to_out.0"]),
+        (text_lora_target, ["lora.text_encoder_targets: to_q match no layer", "q_proj"]),
+        (cached_text, ["trainer.cache_text_embeddings is true, but model trains the text encoder"]),
+        (unknown_key, ["unknown key trainer.max_stesp; did you mean trainer.max_steps?", "trainer.learning_rate"]),
+        (unknown_layer, ["no cross-attention layer starts with 'up_blocks.9'; available: down_blocks.0"]),
+        (unknown_features, ["no extractor 'resnet'; available: auto, none, phantom, inception, xrv"]),
+        (unnamed_finding, ["findings that no caption names", "'edema' (4 images): no caption has any of edema"]),
+        (long_captions, ["1 of 2 captions", "have more tokens than the text encoder takes, 77", "long long"]),
+        (missing_image, ["metadata.csv row 3: image '1.png' cannot be opened", "row 4: image '2.png' is no image"]),
+        (empty_caption_and_box_outside, ["row 2: text is empty", "row 5: box 108,8,20,20 is outside the image"]),
+    ],
+)  # fmt: skip
+def test_what_a_user_can_cause_ends_in_one_message_and_writes_nothing(
+    case: Callable[[Path, Path], list[str]],
+    expected: list[str],
+    work: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    out = tmp_path / "run"
+    argv = ["--base.name", str(work / "sd"), "--output_dir", str(out), *case(work, tmp_path)]
+    message = refusal("finetune", argv, capsys)
+    for part in expected:
+        assert part in message
+    assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("teacher", "expected"),
+    [
+        (None, "distillation.teacher is missing: a run folder of finetune.py, a pipeline folder or a hub id"),
+        ("/no/such/teacher", "no folder /no/such/teacher"),
+        ("sdxl", "teacher and student are of different shape: cross_attention_dim: teacher 32, student 16"),
+        (".", "holds neither pytorch_lora_weights.safetensors nor a folder unet"),
+    ],
+)
+def test_a_teacher_that_cannot_teach_is_refused_before_the_first_step(
+    teacher: str | None, expected: str, work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--base.name", str(work / "sd"), "--output_dir", str(tmp_path / "run"), *TRAINING]
+    if teacher is not None:
+        argv += ["--distillation.teacher", teacher if teacher.startswith("/") else str(work / teacher)]
+    assert expected in refusal("distill_attention", argv, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_tradeoff_without_a_teacher_is_refused(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        "--base.name",
+        str(work / "sd"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--arms",
+        "learnable,lora",
+        *TRAINING,
+    ]
+    assert "need the arm frozen as their teacher, or distillation.teacher" in refusal("tradeoff", argv, capsys)
+
+
+@pytest.mark.parametrize("base", ["sd", "sdxl"])
+def test_evaluate_refuses_a_run_that_is_missing_or_of_another_base(
+    base: str, finetuned: tuple[Path, list[str]], work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = tmp_path / "nowhere" if base == "sd" else finetuned[0]
+    expected = f"no run folder {source}" if base == "sd" else f"{source / LORA_FILE}"
+    argv = ["--base.name", str(work / base), "--run", str(source), "--output_dir", str(tmp_path / "run")]
+    assert expected in refusal("evaluate", [*argv, *PHANTOM, *EVALUATION], capsys)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_mistake_found_late_does_not_claim_the_folder(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One held-out image has a box, and its own caption does not name the finding, though another caption does."""
+    rows = ['Wet lungs.,edema,"8,8,20,20"', "Edema.,,"]
+    data = make_folder(tmp_path / "data", "file_name,text,finding,box", lambda i: rows[i], count=2)
+    out = tmp_path / "run"
+    argv = ["--base.name", str(work / "sd"), "--output_dir", str(out), *folder_argv(data), *FOLDER_COLUMNS]
+    assert "no held-out image has a region of a finding that its text names" in refusal("finetune", argv, capsys)
+    assert not out.exists()
+
+
+def test_a_disk_that_is_full_at_export_ends_in_one_message_and_the_run_continues(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full_disk(*args: Any, **kwargs: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    argv = ["--base.name", str(work / "sd"), "--output_dir", str(tmp_path / "run"), *TRAINING]
+    argv += ["--data.cache_dir", str(work / "cache"), "--trainer.checkpoint_every_steps", "1"]
+    with monkeypatch.context() as context:
+        context.setattr(runs, "export", full_disk)
+        assert "disk full" in refusal("finetune", argv, capsys)
+    assert not (tmp_path / "run" / "cost.json").exists()
+    run("finetune", argv)
+    assert [row["step"] for row in log_rows(tmp_path / "run/model/train_log.jsonl")] == [1, 2]
+    assert not (tmp_path / "run/model/state").exists() and (tmp_path / "run" / LORA_FILE).exists()
