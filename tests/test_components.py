@@ -283,12 +283,12 @@ def test_a_run_folder_that_is_missing_empty_or_damaged_is_refused(bases: dict[st
     assert str(full / "unet") in refusal(bases["sd"], full)
 
 
-def test_an_adapter_file_that_lacks_layers_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
-    """Stock loading fills them with fresh adapters and says nothing."""
+def test_an_adapter_file_that_lacks_tensors_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
+    """Stock loading leaves what is missing at its random start, and only logs a warning."""
     lora = trained_run(bases["sd"], tmp_path, method="lora", text_encoder="lora") / LORA_FILE
     with safe_open(lora, "pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in list(file.keys())}
-    kept = {key: value for key, value in tensors.items() if ".attn2.to_k." not in key}
+    kept = {key: value for key, value in tensors.items() if not key.endswith("attn2.to_k.lora.up.weight")}
     assert len(kept) < len(tensors)
     save_file(kept, lora, metadata)
     assert f"{len(kept)} tensors in the file, {len(tensors)} found a place" in refusal(bases["sd"], tmp_path)

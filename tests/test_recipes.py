@@ -254,7 +254,7 @@ def test_tradeoff_under_accelerate_launch_ends_with_the_table_the_paths_and_the_
     for expected in ("lora: " + str(folder / "lora"), "report: ", "next: accelerate launch", "frozen"):
         assert expected in printed
     html = (folder / "report.html").read_text(encoding="utf-8")
-    assert "http-equiv" not in html and 'src="http' not in html
+    assert 'src="http' not in html and "<link" not in html
 
 
 def test_tradeoff_continues_with_the_arm_that_is_missing(
@@ -360,10 +360,10 @@ def test_a_dry_run_prints_counts_and_estimates_and_writes_nothing(
         assert f"frozen: U-Net {unet:,} parameters ({unet:,} trainable), text encoder {text:,} (0 trainable)" in printed
         assert f"distilled: U-Net {unet:,} parameters ({unet:,} trainable), text encoder {text:,} ({text:,}" in printed
     arm = "lora" if name == "tradeoff" else "model"
-    # Rank 8. A transformer block of width 8 has six projections from 8 to 8 and two from the text's 16 to 8; each of
+    # Rank 8. A transformer block of width w has six projections from w to w and two from the text's 16 to w; each of
     # the two layers of the text encoder has four from 16 to 16.
-    blocks = sum(type(m).__name__ == "BasicTransformerBlock" for m in components.unet.modules())
-    lora_unet = blocks * 8 * (6 * (8 + 8) + 2 * (16 + 8))
+    blocks = [m for m in components.unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
+    lora_unet = sum(8 * (6 * 2 * w + 2 * (16 + w)) for w in (block.attn1.to_q.in_features for block in blocks))
     lora_text = 0 if name == "finetune" else 2 * 4 * 8 * (16 + 16)
     assert f"{arm}: U-Net {unet + lora_unet:,} parameters ({lora_unet:,} trainable)" in printed
     assert f"text encoder {text + lora_text:,} ({lora_text:,} trainable)" in printed

@@ -218,8 +218,10 @@ def _html_table(table: Table) -> str:
     for first, *cells in table.rows:
         header = _html_cell(first, 'th scope="row"')
         rows.append(f"<tr>{header}{''.join(map(_html_cell, cells))}</tr>")
+    # Few columns of pictures must not blow them up.
+    width = f' style="max-width: {7.4 + 13 * (len(table.head) - 1):g}rem"' if table.kind == "pictures" else ""
     return (
-        f'<div class="scroll"><table class="{table.kind}"><thead><tr>{head}</tr></thead>'
+        f'<div class="scroll"><table class="{table.kind}"{width}><thead><tr>{head}</tr></thead>'
         f"<tbody>\n{chr(10).join(rows)}\n</tbody></table></div>"
     )
 

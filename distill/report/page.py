@@ -190,11 +190,13 @@ def _counts(metrics: Mapping[str, Any]) -> str:
 
 def _headline(metrics: Mapping[str, Any]) -> Section:
     arms = metrics["arms"].values()
+    several = sum(name != "base" for name in metrics["arms"]) > 1
+    bold = "Bold is the best value of the trained arms; the intervals say whether it is so clearly. " if several else ""
     blocks: list[Block] = [tables.headline_table(metrics)]
     blocks.append(
         Text(
-            "Under each value its 95 % bootstrap interval. ↑ higher is better, ↓ lower is better. Bold is the best "
-            f"value of the trained arms; whether it is clearly the best, the intervals say. {_counts(metrics)}"
+            "Under each value its 95 % bootstrap interval. ↑ higher is better, ↓ lower is better. "
+            f"{bold}{_counts(metrics)}"
         )
     )
     for metric in (tables.WORD_AUC, tables.FID, tables.FINDING_AUC):
