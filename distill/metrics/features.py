@@ -36,13 +36,11 @@ class PhantomFeatures(Features):
 
     name = "phantom"
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path = PHANTOM_CLASSIFIER) -> None:
         super().__init__()
-        if not PHANTOM_CLASSIFIER.is_dir():
-            raise UserError(
-                f"the phantom classifier is not at {PHANTOM_CLASSIFIER}; recipes/pretrain_phantom.py makes it"
-            )
-        self.model = ResNetForImageClassification.from_pretrained(PHANTOM_CLASSIFIER, torch_dtype=torch.float32).eval()
+        if not folder.is_dir():
+            raise UserError(f"the phantom classifier is not at {folder}; recipes/pretrain_phantom.py makes it")
+        self.model = ResNetForImageClassification.from_pretrained(folder).float().eval()
         self.findings = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
 
     def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
