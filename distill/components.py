@@ -117,8 +117,8 @@ def load_components(base: BaseConfig, run: str | Path | None = None) -> Componen
         pipeline = DiffusionPipeline.from_pretrained(name, **options)
     except (*UNREADABLE, HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
         raise UserError(
-            f"base.name: cannot load {name}: {_first_line(error)}. Is the name right, and the hub reachable (or the model in the local "
-            "cache)? A folder saved by pipeline.save_pretrained works without a hub"
+            f"base.name: cannot load {name}: {_first_line(error)}. Is the name right, and the hub reachable (or the model "
+            "in the local cache)? A folder saved by pipeline.save_pretrained works without a hub"
         ) from error
     if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
         raise UserError(f"base.name: {name} is a {type(pipeline).__name__}; SD 1.x, SD 2.x and SDXL are supported")

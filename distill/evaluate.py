@@ -169,7 +169,7 @@ def localization(
     examples: Sequence[int] = (),
     label: str = "",
 ) -> dict[str, Any] | None:
-    """The `localization` entry of metrics.json, None without regions; writes the examples' word maps to maps.safetensors."""
+    """The `localization` entry of metrics.json, None without regions; writes the examples' maps to maps.safetensors."""
     all_queries = queries(dataset, components, config)
     if not all_queries:
         return None
@@ -352,13 +352,11 @@ def compare(
 ) -> dict[str, Any]:
     """FID of two sets of features, and the finding AUC of the first against the labels of its captions; null where none."""
     result: dict[str, Any] = {"fid": None, "fid_ci": None, "finding_auc": None, "finding_auc_ci": None}
-    if features is not None and generated.features is not None and real.features is not None:
-        if min(len(generated.features), len(real.features)) >= 2:
-            result["fid"] = frechet_distance(real.features, generated.features)
-            interval = frechet_interval(
-                real.features, generated.features, min(config.bootstrap_samples, 200), config.seed
-            )
-            result["fid_ci"] = list(interval) if interval else None
+    ours, theirs = generated.features, real.features
+    if features is not None and ours is not None and theirs is not None and min(len(ours), len(theirs)) >= 2:
+        result["fid"] = frechet_distance(theirs, ours)
+        interval = frechet_interval(theirs, ours, min(config.bootstrap_samples, 200), config.seed)
+        result["fid_ci"] = list(interval) if interval else None
     if features is not None and generated.scores is not None:
         columns = [i for i, name in enumerate(features.findings) if name in {f.lower() for f in dataset.findings}]
         labels = torch.tensor(

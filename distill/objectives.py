@@ -91,9 +91,8 @@ class DenoisingObjective(nn.Module):
         timesteps = torch.randint(steps, (count,), generator=generator).to(device)
         drop = (torch.rand(count, generator=generator) < self.config.caption_dropout).to(device) & batch["droppable"]
         latents = (mean + std * vae_noise) * self._vae[0].config.scaling_factor
-        if self.prediction_type == "epsilon":
-            target = noise
-        else:
+        target = noise
+        if self.prediction_type == "v_prediction":
             target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
         input_ids = [
             torch.where(drop[:, None], empty.to(device), batch[f"input_ids_{i}"])

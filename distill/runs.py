@@ -192,7 +192,13 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
     if config.base.name == "phantom" or Path(config.base.name).is_dir():
         never("base.name is not a hub id", "base.revision")
     if isinstance(config, EvaluateConfig):
-        never("evaluate.py does not train", "data.train_size", "data.train_split", "data.horizontal_flip", "data.cache_dir")
+        never(
+            "evaluate.py does not train",
+            "data.train_size",
+            "data.train_split",
+            "data.horizontal_flip",
+            "data.cache_dir",
+        )
         never("evaluation runs in fp32", "base.frozen_dtype")
         return unused
     if not any("lora" in (arm.method, arm.text_encoder) for arm in arms):
@@ -431,7 +437,9 @@ def finish(run: Run, arms: dict[str, dict[str, Any]], next_command: str) -> None
     counts = {
         "training_images": len(run.train) if run.train is not None else None,
         "held_out_images": len(run.test),
-        "localization_images": max((e["localization"]["word"]["images"] for e in arms.values() if e["localization"]), default=0),
+        "localization_images": max(
+            (e["localization"]["word"]["images"] for e in arms.values() if e["localization"]), default=0
+        ),
         "generated_images": min(config.evaluation.generated_images, len(run.test)),
         "bootstrap_samples": config.evaluation.bootstrap_samples,
     }
@@ -470,7 +478,8 @@ def dry_run(run: Run, arms: list[Arm], teacher: str | None) -> None:
         run.say(
             f"{arm.name}: U-Net {parameter_counts(components.unet)[0]:,} parameters ({trainable:,} trainable), text encoder "
             f"{sum(parameter_counts(e)[0] for e in components.text_encoders):,} ({trainable_text:,} trainable); one step "
-            f"{one.seconds:.2f} s, so {steps:,} steps take about {one.seconds * steps / 60:.1f} min; peak memory {one.peak_memory_gb:.2f} GB"
+            f"{one.seconds:.2f} s, so {steps:,} steps take about {one.seconds * steps / 60:.1f} min; "
+            f"peak memory {one.peak_memory_gb:.2f} GB"
         )
     run.say("dry run: the data and the base are fine; nothing was written")
 

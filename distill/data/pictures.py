@@ -8,7 +8,7 @@ not the chest. Picture i is a function of (seed, split, i, resolution) only.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -197,7 +197,7 @@ class PicturesDataset:
     """Generic captioned pictures with exact masks; see the module's text. Implements `ImageCaptionDataset`."""
 
     findings: tuple[str, ...] = KINDS
-    query_words: dict[str, tuple[str, ...]] = {kind: tuple(" ".join(words).split()) for kind, words in WORDS.items()}
+    query_words: Mapping[str, tuple[str, ...]] = {kind: tuple(" ".join(words).split()) for kind, words in WORDS.items()}
 
     def __init__(
         self, split: Literal["train", "validation", "test"], size: int, seed: int = 0, resolution: int = 128

@@ -105,7 +105,10 @@ EXTRACTORS: dict[str, type[Features]] = {
 
 
 def load_features(name: str, *, phantom_data: bool) -> Features | None:
-    """The extractor of evaluation.features; `auto` is the phantom's own on phantom data, else none. UserError if it cannot be had."""
+    """The extractor of evaluation.features; `auto` is the phantom's own on phantom data, else none.
+
+    Raises UserError if it cannot be had.
+    """
     if name == "auto":
         name = "phantom" if phantom_data else "none"
         if name == "none":
