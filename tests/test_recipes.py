@@ -280,7 +280,7 @@ def test_tradeoff_continues_with_the_arm_that_is_missing(
     again = [{k: v for k, v in row.items() if k != "seconds"} for row in log_rows(folder / "lora/train_log.jsonl")]
     assert [row.keys() for row in again] == [row.keys() for row in log]
     for ours, theirs in zip(again, log, strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-4)
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-7)  # a KL this small is fp32 rounding
     assert read_metrics(folder)["arms"]["lora"]["localization"]["word"]["auc"] == pytest.approx(words["auc"], abs=0.02)
 
 
