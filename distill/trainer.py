@@ -226,6 +226,10 @@ def fit(
     bar.close()
     if ema is not None:
         ema.copy_to(trainable)
+    # A later fit() has trackers of its own, and the accelerator would go on logging to these too.
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.trackers = []
     accelerator.wait_for_everyone()
     accelerator.free_memory()
     model.eval()

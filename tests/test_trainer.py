@@ -409,3 +409,15 @@ def test_a_run_without_a_checkpoint_starts_its_log_again(tmp_path: Path) -> None
     for _ in range(2):
         train(LeastSquares(), tmp_path)
     assert [row["step"] for row in log_of(tmp_path)] == [1, 2, 3, 4]
+
+
+def test_each_fit_logs_to_a_tracker_of_its_own(tmp_path: Path) -> None:
+    config = TrainerConfig(max_steps=2, batch_size=1, tracker="tensorboard", log_every_steps=1)
+    accelerator = make_accelerator(config, tmp_path)
+    for label in ("one", "two"):
+        objective = torch.nn.ModuleDict({"line": torch.nn.Linear(1, 1)})
+        objective.forward = lambda batch, generator, line=objective["line"]: {"loss": line(batch["x"]).square().mean()}
+        rows = [{"x": torch.ones(1)}] * 4
+        fit(objective, rows, config, accelerator=accelerator, output_dir=tmp_path / label, seed=0, label=label)
+    assert accelerator.trackers == []
+    assert len(list((tmp_path / "one").glob("events.out.*"))) == 1
