@@ -46,8 +46,10 @@ def tradeoff(config: TradeoffConfig) -> None:
         source = (teacher or str(Path(config.output_dir) / "frozen")) if arm.distilled else None
         cost = train_arm(run, arm, source)
         results[arm.name] = evaluate_arm(run, arm.name, arm.folder, cost)
-    longer = "accelerate launch recipes/tradeoff.py --config recipes/configs/phantom/tradeoff.yaml"
-    finish(run, results, next_command=longer)
+    next_command = f"open {Path(config.output_dir) / 'report.html'}"
+    if config.data.kind == "phantom":
+        next_command = "accelerate launch recipes/tradeoff.py --config recipes/configs/phantom/tradeoff.yaml"
+    finish(run, results, next_command)
 
 
 if __name__ == "__main__":
