@@ -301,15 +301,9 @@ class EvaluateConfig:
 class PretrainConfig:
     """recipes/pretrain_phantom.py: the embedded base, from nothing, on generic captioned pictures."""
 
-    stages: tuple[Literal["pictures", "tokenizer", "text_encoder", "vae", "unet", "classifier", "record"], ...] = (
-        "pictures",
-        "tokenizer",
-        "text_encoder",
-        "vae",
-        "unet",
-        "classifier",
-        "record",
-    )
+    stages: tuple[
+        Literal["pictures", "tokenizer", "text_encoder", "vae", "unet", "unet_longer", "classifier", "record"], ...
+    ] = ("pictures", "tokenizer", "text_encoder", "vae", "unet", "unet_longer", "classifier", "record")
     """What to run, in this order; a stage whose result exists is skipped, a stage that was cut off continues."""
     pictures: int = 30000
     """Training pictures."""
@@ -323,6 +317,8 @@ class PretrainConfig:
     """Autoencoder."""
     unet: TrainerConfig = field(default_factory=TrainerConfig)
     """U-Net, with the text encoder frozen."""
+    unet_longer: TrainerConfig = field(default_factory=TrainerConfig)
+    """The same U-Net again, from where output_dir has it, with a learning rate that starts anew."""
     classifier: TrainerConfig = field(default_factory=TrainerConfig)
     """Finding classifier, on real phantoms."""
     classifier_images: int = 6000

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
@@ -49,6 +50,7 @@ from distill.runs import quiet_libraries, write_json
 from distill.trainer import fit, make_accelerator
 
 Row = dict[str, Any]
+TRAINED = ("text_encoder", "vae", "unet", "unet_longer", "classifier")
 
 
 def train(objective: nn.Module, rows: Any, trainer: TrainerConfig, work: Path, seed: int, collate: Any = None) -> None:
@@ -100,24 +102,36 @@ def train_vae(config: PretrainConfig, pictures: RenderedPictures, work: Path) ->
     vae.save_pretrained(work / "vae")
 
 
-def train_unet(config: PretrainConfig, work: Path, output_dir: Path) -> None:
+def train_unet(config: PretrainConfig, stage: str, work: Path, output_dir: Path) -> None:
+    """Stage unet: a new U-Net beside the trained parts. Stage unet_longer: the U-Net of output_dir, which it replaces."""
+    longer, trainer = stage == "unet_longer", getattr(config, stage)
     torch.manual_seed(config.seed)
-    pipeline = new_pipeline(
-        CLIPTokenizer.from_pretrained(work.parent / "tokenizer"),
-        CLIPTextModelWithProjection.from_pretrained(work.parent / "text_encoder" / "text_encoder_with_projection"),
-        AutoencoderKL.from_pretrained(work.parent / "vae" / "vae"),
-    )
+    if longer:
+        pipeline = StableDiffusionPipeline.from_pretrained(output_dir, torch_dtype=torch.float32)
+    else:
+        pipeline = new_pipeline(
+            CLIPTokenizer.from_pretrained(work / "tokenizer"),
+            CLIPTextModelWithProjection.from_pretrained(work / "text_encoder" / "text_encoder_with_projection"),
+            AutoencoderKL.from_pretrained(work / "vae" / "vae"),
+        )
     components = components_of(pipeline)
     prepare_training(components, method="full", text_encoder="frozen", lora=LoraConfig())
-    device = make_accelerator(config.unet, work).device
+    device = make_accelerator(trainer, work / stage).device
     components.to(device)
     pictures = PicturesDataset("train", config.pictures, config.seed, config.resolution)
     latents = cache_latents(pictures, components.vae, work / "latents", batch_size=8, flip=False, device=device)
     objective = DenoisingObjective(components, DenoisingConfig(caption_dropout=config.caption_dropout))
-    train(objective, TrainingRows(pictures, components, latents=latents), config.unet, work, config.seed)
+    rows = TrainingRows(pictures, components, latents=latents)
+    # The seed gives the noise too: the longer training must not see that of the first one again.
+    train(objective, rows, trainer, work / stage, config.seed + longer)
     pipeline.to("cpu", torch.float16)
     partial = output_dir.with_suffix(".partial")
     pipeline.save_pretrained(partial)
+    if longer:
+        for path in output_dir.glob("*.*"):
+            if not (partial / path.name).exists():  # pretraining.json, samples.png
+                shutil.copy2(path, partial)
+        os.replace(output_dir, work / stage / "before")
     os.replace(partial, output_dir)
 
 
@@ -165,11 +179,11 @@ def record(config: PretrainConfig, work: Path) -> None:
     features = PhantomFeatures(Path(config.classifier_dir))
     scores = torch.cat([features(phantoms[i].pixel_values[None])[1] for i in range(len(phantoms))])
     labels = torch.tensor([[name in phantoms.labels(i) for name in features.findings] for i in range(len(phantoms))])
-    stages = {
-        name: read_json(work / name / "cost.json") | {"last": _last_losses(work / name)}
-        for name in ("text_encoder", "vae", "unet", "classifier")
-        if (work / name / "cost.json").exists()
-    }
+    earlier = output_dir / "pretraining.json"  # of stages whose work folder is gone
+    stages = read_json(earlier)["stages"] if earlier.exists() else {}
+    for name in TRAINED:
+        if (work / name / "cost.json").exists():
+            stages[name] = read_json(work / name / "cost.json") | {"last": _last_losses(work / name)}
     result = {
         "stages": stages,
         "vae_psnr_db": {"pictures": psnr_db(pictures), "phantoms": psnr_db(phantoms)},
@@ -196,7 +210,7 @@ def rehearse(config: PretrainConfig) -> PretrainConfig:
     """One step of every stage on a few pictures, in a scratch folder."""
     one = {
         name: replace(getattr(config, name), max_steps=1, warmup_steps=0, checkpoint_every_steps=None)
-        for name in ("text_encoder", "vae", "unet", "classifier")
+        for name in TRAINED
     }
     return replace(
         config, stages=tuple(s for s in config.stages if s != "record"), pictures=256, classifier_images=64, **one
@@ -224,7 +238,9 @@ def pretrain(config: PretrainConfig) -> None:
     if "vae" in config.stages and not (work / "vae" / "vae").exists():
         train_vae(config, RenderedPictures(work / "pictures"), work / "vae")
     if "unet" in config.stages and not base.exists():
-        train_unet(config, work / "unet", base)
+        train_unet(config, "unet", work, base)
+    if "unet_longer" in config.stages and not (work / "unet_longer" / "before").exists():
+        train_unet(config, "unet_longer", work, base)
     if "classifier" in config.stages and not classifier.exists():
         train_classifier(config, work / "classifier", classifier)
     if "record" in config.stages:
