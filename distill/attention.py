@@ -1,37 +1,50 @@
 """Capture of cross-attention probabilities of a diffusers U-Net, and their aggregation to maps.
 
 SDPA never forms the probabilities, so the layers asked for get a processor that does, with the softmax in float32; the
-others keep theirs.
+others keep theirs. Of generated images, one heat map a word (as DAAM, Tang et al. 2023, arXiv 2210.04885):
+
+    with record_pipeline(pipe, "a cat and a dog") as maps:
+        image = pipe("a cat and a dog").images[0]
+    heat = maps.heat_maps()[0]  # {"[BOS]": (height, width), "cat": ..., "dog": ..., "[EOS]": ..., "[PAD]": ...}
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from distill.data.captions import BOS, EOS, PADDING, find_words, token_groups, token_spans, words_of
 from distill.errors import UserError
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 
-def cross_attention_layers(unet: nn.Module, prefixes: Sequence[str] = ()) -> list[str]:
-    """Names of the cross-attention modules that start with any of `prefixes` (all for none), in forward order.
+Kind = Literal["cross", "self"]
+ALWAYS = (0, 2**31)
+"""Timesteps of any forward pass."""
+
+
+def attention_layers(unet: nn.Module, prefixes: Sequence[str] = (), kind: Kind = "cross") -> list[str]:
+    """Names of the attention modules of a kind that start with any of `prefixes` (all for none), in forward order.
 
     Raises UserError, with the available names, for a prefix that matches nothing.
     """
-    names = [n for n, m in unet.named_modules() if isinstance(m, Attention) and m.is_cross_attention]
+    modules = getattr(unet, "_orig_mod", unet).named_modules()  # torch.compile wraps the module
+    names = [n for n, m in modules if isinstance(m, Attention) and m.is_cross_attention == (kind == "cross")]
     # named_modules lists the up blocks before the middle one; maps are stored in the order of the forward pass.
     names.sort(key=lambda n: ("down_blocks", "mid_block", "up_blocks").index(n.split(".")[0]))
     for prefix in prefixes:
         if not any(n.startswith(prefix) for n in names):
-            listed = ", ".join(n.removesuffix(".attn2") for n in names)
-            raise UserError(f"no cross-attention layer starts with {prefix!r}; available: {listed}")
+            listed = ", ".join(n.removesuffix(".attn2").removesuffix(".attn1") for n in names)
+            raise UserError(f"no {kind}-attention layer starts with {prefix!r}; available: {listed}")
     return [n for n in names if not prefixes or n.startswith(tuple(prefixes))]
 
 
@@ -40,38 +53,76 @@ def mean_over_heads(probabilities: torch.Tensor) -> torch.Tensor:
     return probabilities.mean(dim=1)
 
 
-class AttentionMaps:
-    """What a recorder holds after a forward pass.
+class Enough(Exception):
+    """Ends a forward pass whose remaining layers nobody asked for."""
 
-    by_layer: layer name -> what `reduce` made of (batch, heads, places, tokens) probabilities in float32.
+
+class AttentionMaps:
+    """What a recorder holds after a forward pass, or the sum over the passes since `start`.
+
+    by_layer: layer name -> what `reduce` made of (batch, heads, places, tokens) probabilities in float32; with
+    `accumulate` its sum over the recorded passes, so that memory does not grow with them.
     sizes: layer name -> (height, width) of its places, row by row.
+    passes: recorded forward passes since `start`.
+    in_range: whether the forward pass under way is at a timestep that is asked for.
     """
 
-    def __init__(self, reduce: Reduce) -> None:
+    def __init__(
+        self,
+        reduce: Reduce,
+        *,
+        accumulate: bool = False,
+        timesteps: tuple[int, int] = ALWAYS,
+        rows: Callable[[], slice] | None = None,
+        last: str = "",
+    ) -> None:
         self.reduce = reduce
+        self.accumulate, self.timesteps, self.rows = accumulate, timesteps, rows
         self.active = True
         self.by_layer: dict[str, torch.Tensor] = {}
         self.sizes: dict[str, tuple[int, int]] = {}
+        self.passes = 0
         self._latent_size = (0, 0)
+        self.in_range = True
+        self._last = last
+        self._stop_early = False
 
     def take(self) -> dict[str, torch.Tensor]:
-        """The maps of the last forward pass; recording pauses until `start`.
+        """The maps since `start`; recording pauses until the next one.
 
         Gradient checkpointing runs the forward pass again inside backward, where nothing must be recorded.
         """
-        maps, self.by_layer, self.active = self.by_layer, {}, False
+        maps, self.by_layer, self.active, self.passes = self.by_layer, {}, False, 0
         return maps
 
     def start(self) -> None:
-        self.by_layer, self.active = {}, True
+        self.by_layer, self.active, self.passes = {}, True, 0
 
+    def run(self, unet: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """A forward pass that ends after the last recorded layer, for maps without an output."""
+        self._stop_early = True
+        try:
+            unet(*args, **kwargs)
+        except Enough:
+            pass
+        finally:
+            self._stop_early = False
+
+    @torch.compiler.disable
     def store(self, layer: str, probabilities: torch.Tensor) -> None:
         # Reduced also while recording pauses: a checkpointed block, computed again, must save the same tensors.
-        reduced = self.reduce(probabilities)
+        chosen = probabilities if self.rows is None else probabilities[self.rows()]
+        reduced = self.reduce(chosen)
         if not self.active:
             return
-        self.by_layer[layer] = reduced
+        if self.accumulate and layer in self.by_layer:
+            self.by_layer[layer] = self.by_layer[layer] + reduced
+        else:
+            self.by_layer[layer] = reduced
         self.sizes[layer] = self._places(probabilities.shape[2])
+        self.passes += layer == self._last
+        if self._stop_early and layer == self._last:
+            raise Enough
 
     def _places(self, count: int) -> tuple[int, int]:
         height, width = self._latent_size
@@ -81,16 +132,25 @@ class AttentionMaps:
             raise ValueError(f"{count} places do not fit latents of {self._latent_size}")
         return height, width
 
-    def see_latents(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample = args[0] if args else kwargs["sample"]
+    @torch.compiler.disable
+    def see_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        sample, timestep = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("sample", "timestep")))
         self._latent_size = (sample.shape[-2], sample.shape[-1])
+        low, high = self.timesteps
+        if (low, high) != ALWAYS:  # looking at it waits for the device
+            steps = torch.as_tensor(timestep)
+            self.in_range = bool(((steps >= low) & (steps <= high)).all())
 
 
 class RecordingAttnProcessor:
-    """Attention with explicit probabilities, equal to diffusers' AttnProcessor with the softmax in float32."""
+    """Attention with explicit probabilities, equal to diffusers' AttnProcessor with the softmax in float32.
 
-    def __init__(self, maps: AttentionMaps, layer: str) -> None:
-        self.maps, self.layer = maps, layer
+    Forward passes at timesteps that are not asked for, and layers of more than `max_places` places, run the module's
+    own processor.
+    """
+
+    def __init__(self, maps: AttentionMaps, layer: str, original: Any, max_places: int | None) -> None:
+        self.maps, self.layer, self.original, self.max_places = maps, layer, original, max_places
 
     def __call__(
         self,
@@ -100,6 +160,10 @@ class RecordingAttnProcessor:
         attention_mask: torch.Tensor | None = None,
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        too_large = self.max_places is not None and hidden_states.shape[1] > self.max_places
+        if too_large or not self.maps.in_range:
+            unchanged: torch.Tensor = self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+            return unchanged
         context = hidden_states if encoder_hidden_states is None else encoder_hidden_states
         batch, tokens, _ = context.shape
         if attn.norm_cross and encoder_hidden_states is not None:
@@ -122,21 +186,37 @@ class RecordingAttnProcessor:
 
 @contextmanager
 def record_attention(
-    unet: nn.Module, layers: Sequence[str] = (), reduce: Reduce = mean_over_heads
+    unet: nn.Module,
+    layers: Sequence[str] = (),
+    reduce: Reduce = mean_over_heads,
+    *,
+    kind: Kind = "cross",
+    accumulate: bool = False,
+    timesteps: tuple[int, int] = ALWAYS,
+    rows: Callable[[], slice] | None = None,
+    max_places: int | None = None,
 ) -> Iterator[AttentionMaps]:
-    """Record the cross-attention of `layers` (prefixes of names; all for none) while the context is open.
+    """Record the attention of `layers` (prefixes of names; all for none) while the context is open.
 
-    Works with LoRA attached, gradients and gradient checkpointing (see AttentionMaps.take). The output of the U-Net
-    stays what it was, to rounding. Processors are restored at the end, also after an error.
+    kind: "cross" (places to tokens) or "self" (places to places; by default all heads' mean of every pair of places, so
+    give max_places: layers of more are not recorded).
+    reduce: what is kept of the (batch, heads, places, tokens) probabilities; `select_tokens` keeps token groups only.
+    accumulate: keep the sum over forward passes, not the last. timesteps: record passes at these timesteps only, both
+    ends included. rows: called at each layer, the part of the batch to keep (the conditional half under guidance).
+
+    Works with LoRA attached, quantized layers, torch.compile, gradients and gradient checkpointing (see
+    AttentionMaps.take). The output of the U-Net stays what it was, to rounding. Processors are restored at the end, also
+    after an error.
     """
-    maps = AttentionMaps(reduce)
-    names = cross_attention_layers(unet, layers)
-    modules: dict[str, Any] = {name: unet.get_submodule(name) for name in names}
+    inner = getattr(unet, "_orig_mod", unet)
+    names = attention_layers(unet, layers, kind)
+    maps = AttentionMaps(reduce, accumulate=accumulate, timesteps=timesteps, rows=rows, last=names[-1])
+    modules: dict[str, Any] = {name: inner.get_submodule(name) for name in names}
     originals = {name: module.processor for name, module in modules.items()}
-    handle = unet.register_forward_pre_hook(maps.see_latents, with_kwargs=True)
+    handle = unet.register_forward_pre_hook(maps.see_inputs, with_kwargs=True)
     try:
         for name, module in modules.items():
-            module.processor = RecordingAttnProcessor(maps, name)
+            module.processor = RecordingAttnProcessor(maps, name, originals[name], max_places)
         yield maps
     finally:
         handle.remove()
@@ -144,13 +224,143 @@ def record_attention(
             module.processor = originals[name]
 
 
-def aggregate(maps: dict[str, torch.Tensor], sizes: dict[str, tuple[int, int]], size: tuple[int, int]) -> torch.Tensor:
-    """Mean over layers of (batch, places, columns) maps, each resized (bilinear) to `size`: (batch, columns, *size)."""
-    resized = [
-        F.interpolate(m.transpose(1, 2).unflatten(2, sizes[name]), size=size, mode="bilinear", align_corners=False)
-        for name, m in maps.items()
-    ]
-    return torch.stack(resized).mean(dim=0)
+@dataclass(frozen=True)
+class TokenSelection:
+    """Which tokens of each prompt are kept, and under what names.
+
+    names: a tuple for each prompt; BOS, EOS and padding are "[BOS]", "[EOS]" and "[PAD]".
+    matrix: (prompts, tokens, columns) float32 that maps token probabilities to the columns: the mean over the tokens of
+    a word, the sum over the padding.
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    matrix: torch.Tensor
+
+    def reduce(self, *, heads: Literal["mean", "each"] = "mean", images_per_prompt: int = 1) -> Reduce:
+        """For `record_attention`: (batch, places, columns), or (batch, heads, places, columns) with heads "each"."""
+        matrix = self.matrix.repeat_interleave(images_per_prompt, dim=0)
+
+        def reduce(probabilities: torch.Tensor) -> torch.Tensor:
+            if len(probabilities) != len(matrix):
+                raise ValueError(f"{len(matrix)} prompts were selected from, and the U-Net sees {len(probabilities)}")
+            chosen = matrix.to(probabilities.device)
+            return probabilities.mean(dim=1) @ chosen if heads == "mean" else probabilities @ chosen[:, None]
+
+        return reduce
+
+
+def select_tokens(
+    tokenizers: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase],
+    prompts: str | Sequence[str],
+    words: Sequence[str] | None = None,
+    max_length: int = 77,
+) -> TokenSelection:
+    """BOS, each of `words` (by default every distinct word of the prompt), EOS and padding of each prompt.
+
+    Words are found by the tokenizer's offsets, whole and without regard to case; a word that occurs several times counts
+    with all of its occurrences. With several tokenizers (SDXL) the mean of their selections, which agree unless one
+    splits a word otherwise. Raises UserError if a word is in no prompt, or truncation cuts it off.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    several = [tokenizers] if isinstance(tokenizers, PreTrainedTokenizerBase) else list(tokenizers)
+    found: list[dict[str, torch.Tensor]] = []
+    for prompt in prompts:
+        asked = words_of(prompt) if words is None else list(words)
+        columns: dict[str, torch.Tensor] = {}
+        for tokenizer in several:
+            groups = token_groups(tokenizer, prompt, max_length)
+            mine = {"[BOS]": groups == BOS}
+            for word in asked:
+                mine[word] = torch.zeros_like(groups, dtype=torch.bool)
+                mine[word][token_spans(tokenizer, prompt, find_words(prompt, [word]), max_length)] = True
+            mine |= {"[EOS]": groups == EOS, "[PAD]": groups == PADDING}
+            for name, tokens in mine.items():
+                share = tokens.float() / (1 if name == "[PAD]" else max(int(tokens.sum()), 1))
+                columns[name] = columns.get(name, 0) + share / len(several)
+        found.append({name: c for name, c in columns.items() if c.any() or name == "[PAD]"})
+    missing = [word for word in words or () if not any(word in columns for columns in found)]
+    if missing:
+        raise UserError(
+            f"'{missing[0]}' is in none of the prompts, or behind their first {max_length} tokens: {prompts[0]!r}"
+        )
+    matrix = torch.zeros(len(prompts), max_length, max(len(columns) for columns in found))
+    for row, columns in zip(matrix, found, strict=True):
+        row[:, : len(columns)] = torch.stack(list(columns.values()), dim=1)
+    return TokenSelection(tuple(tuple(columns) for columns in found), matrix)
+
+
+@dataclass
+class PromptMaps:
+    """Attention of generated images on the words of their prompts; of `record_pipeline`."""
+
+    recorded: AttentionMaps
+    names: tuple[tuple[str, ...], ...]
+    images_per_prompt: int
+
+    def heat_maps(self, size: tuple[int, int] | None = None) -> list[dict[str, torch.Tensor]]:
+        """One dictionary an image: word -> (height, width) float32 on the CPU, the mean attention probability over
+        layers, heads and steps; at the largest recorded size unless `size` is given. See `normalize` for display.
+
+        With heads "each" the maps are (heads, height, width). Raises ValueError if nothing was recorded.
+        """
+        if not self.recorded.by_layer:
+            raise ValueError("nothing was recorded: call the pipeline inside the context, at recorded timesteps")
+        size = size or max(self.recorded.sizes.values())
+        by_layer = {name: m / self.recorded.passes for name, m in self.recorded.by_layer.items()}
+        heads = next(iter(by_layer.values())).shape[1:-2]
+        flat = {name: m.flatten(0, -3) if heads else m for name, m in by_layer.items()}
+        maps = aggregate(flat, self.recorded.sizes, size).cpu()
+        maps = maps.unflatten(0, (-1, *heads)).movedim(2, 1) if heads else maps
+        return [dict(zip(self.names[i // self.images_per_prompt], image, strict=False)) for i, image in enumerate(maps)]
+
+
+@contextmanager
+def record_pipeline(
+    pipe: Any,
+    prompts: str | Sequence[str],
+    words: Sequence[str] | None = None,
+    *,
+    layers: Sequence[str] = (),
+    heads: Literal["mean", "each"] = "mean",
+    timesteps: tuple[int, int] = ALWAYS,
+    images_per_prompt: int = 1,
+) -> Iterator[PromptMaps]:
+    """Record what a stock text-to-image pipeline (SD 1.x, 2.x, SDXL) attends to while it draws `prompts`.
+
+    Call `pipe(prompts, ...)` once inside the context, with the same prompts and num_images_per_prompt. Under
+    classifier-free guidance the conditional half is kept: the pipeline says itself whether it guides. Memory does not
+    grow with the number of steps. Other arguments as in `record_attention` and `select_tokens`.
+    """
+    tokenizers = [t for t in (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")) if t is not None]
+    chosen = select_tokens(tokenizers, prompts, words, max_length=tokenizers[0].model_max_length)
+
+    def conditional_rows() -> slice:
+        count = len(chosen.names) * images_per_prompt
+        return slice(count if pipe.do_classifier_free_guidance else 0, None)
+
+    reduce = chosen.reduce(heads=heads, images_per_prompt=images_per_prompt)
+    with record_attention(
+        pipe.unet, layers, reduce, accumulate=True, timesteps=timesteps, rows=conditional_rows
+    ) as maps:
+        yield PromptMaps(maps, chosen.names, images_per_prompt)
+
+
+def to_image(
+    maps: torch.Tensor, places: tuple[int, int], size: tuple[int, int], mode: str = "bilinear"
+) -> torch.Tensor:
+    """(batch, places, columns) -> (batch, columns, *size), resized by `mode` ("bilinear" or "nearest")."""
+    corners = {"align_corners": False} if mode == "bilinear" else {}
+    return F.interpolate(maps.transpose(1, 2).unflatten(2, places), size=size, mode=mode, **corners)
+
+
+def aggregate(
+    maps: dict[str, torch.Tensor], sizes: dict[str, tuple[int, int]], size: tuple[int, int], mode: str = "bilinear"
+) -> torch.Tensor:
+    """Mean over layers of (batch, places, columns) maps, each resized to `size`: (batch, columns, *size)."""
+    total = torch.zeros(())
+    for name, m in maps.items():
+        total = total.to(m.device) + to_image(m, sizes[name], size, mode)
+    return total / len(maps)
 
 
 def normalize(maps: torch.Tensor) -> torch.Tensor:

@@ -24,6 +24,34 @@ UNREADABLE = (OSError, ValueError, AttributeError, SafetensorError)
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+SUBSET_FILE = "localization.json"
+
+
+@dataclass(frozen=True)
+class AttentionSubset:
+    """The cross-attention layers (names) and timesteps whose mean localizes best on validation images."""
+
+    layers: tuple[str, ...]
+    timesteps: tuple[int, ...]
+
+
+def read_subset(folder: Path, unet: nn.Module) -> AttentionSubset | None:
+    """localization.json of a pipeline or run folder, None if it has none. Raises UserError if it does not fit `unet`."""
+    path = folder / SUBSET_FILE
+    if not path.exists():
+        return None
+    content = read_json(path)
+    try:
+        subset = AttentionSubset(tuple(content["layers"]), tuple(int(t) for t in content["timesteps"]))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} must have lists `layers` and `timesteps`: {error!r}") from error
+    known = {name for name, _ in unet.named_modules()}
+    strange = [name for name in subset.layers if name not in known]
+    if strange or not subset.layers or not subset.timesteps:
+        raise UserError(f"{path} is of another U-Net, or empty: {', '.join(strange[:3]) or 'no layers or timesteps'}")
+    return subset
+
+
 @dataclass
 class Components:
     """A base model, whatever its architecture. SDXL has two text encoders and tokenizers, SD 1.x and 2.x have one."""
@@ -35,6 +63,8 @@ class Components:
     noise_scheduler: Any
     pipeline: Any
     """Stock pipeline around the same modules."""
+    subset: AttentionSubset | None = None
+    """Of the run folder, else of the base."""
 
     @property
     def is_sdxl(self) -> bool:
@@ -127,6 +157,9 @@ def load_components(base: BaseConfig, run: str | Path | None = None) -> Componen
     components = components_of(pipeline)
     if run is not None:
         load_run(components, Path(run))
+    for folder in (run, name):
+        if folder is not None and components.subset is None and Path(folder).is_dir():
+            components.subset = read_subset(Path(folder), components.unet)
     return components
 
 

@@ -184,14 +184,28 @@ class EvaluationConfig:
 
     localization_images: int = 200
     """Held-out images whose attention maps are scored."""
-    timesteps: tuple[int, ...] = (100, 250, 400, 550, 700)
-    """Timesteps at which the real latents are re-noised; maps are averaged over them."""
+    protocol: Literal["ours", "dombrowski", "vilouras"] = "ours"
+    """How maps are made, compared and averaged; the other two are as published (distill/localization.py)."""
+    timesteps: tuple[int, ...] | None = None
+    """ours: timesteps at which the real latents are re-noised; none takes the model's localization.json, else 100, 250,
+    400, 550, 700."""
     layers: tuple[str, ...] = ()
-    """Prefixes of cross-attention layers whose maps are averaged; empty takes all."""
+    """ours: prefixes of cross-attention layers whose maps are averaged; empty takes the model's localization.json, else
+    all."""
     iou_threshold: float = 0.5
-    """The min-max normalized map above this is the predicted region."""
+    """ours: the min-max normalized map above this is the predicted region."""
     localization_text: Literal["caption", "phrase"] = "caption"
     """Text that the maps are of."""
+    ground_truth: Literal["auto", "mask", "boxes"] = "auto"
+    """What maps are compared with; auto: masks for ours, boxes where there are any for the others."""
+    self_attention_power: int = 0
+    """ours: times that the map is multiplied by the U-Net's self-attention."""
+    smoothing_sigma: float = 0.0
+    """Gaussian smoothing of the maps before they are compared, in pixels; 0 for none."""
+    map_threshold: Literal["none", "otsu", "mixture"] = "none"
+    """Pixels of the map below this threshold become 0 before maps are compared."""
+    orphan_share: float = 0.0
+    """With a map_threshold: drop parts smaller than this share of the largest; 0 keeps all."""
     generated_images: int = 200
     """Images generated from held-out captions."""
     diversity_captions: int = 10
@@ -298,6 +312,59 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class AtlasConfig:
+    """recipes/atlas.py: which layers and timesteps localize, chosen on validation images and stored with the model."""
+
+    base: BaseConfig = field(default_factory=BaseConfig)
+    runs: tuple[str, ...] = ()
+    """Run folders on the base that are looked at besides the base itself."""
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    timesteps: tuple[int, ...] = (25, 100, 175, 250, 325, 400, 475, 550, 625, 700, 775, 850, 925)
+    """Timesteps of the atlas; the subset is chosen from them."""
+    max_timesteps: int = 3
+    """Most timesteps of the subset: the forward passes that it costs an image."""
+    validation_images: int = 100
+    """Validation images that the subset is chosen on; evaluation.localization_images test images check it."""
+    store: bool = True
+    """Write the subset as localization.json into each run folder, where evaluation and users of the run find it."""
+    store_base: bool = False
+    """Write the base's subset into the base's own folder, which then counts for all runs that have none."""
+    output_dir: str = "checkpoints/atlas"
+    """Where atlas.json, atlas.md and each model's heat maps are written."""
+    dry_run: bool = False
+    """Check everything, take one real step, print sizes and estimates, and stop."""
+
+
+@dataclass(frozen=True)
+class BenchmarkLocalizationConfig:
+    """recipes/benchmark_localization.py: what localization costs and gives, beside the paper's way and a peer."""
+
+    base: BaseConfig = field(default_factory=BaseConfig)
+    run: str | None = None
+    """Run folder whose adapters or full weights are put on the base; none takes the base itself."""
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    parts: tuple[Literal["overhead", "paper", "memory", "protocols", "scale", "full_size"], ...] = (
+        "overhead",
+        "paper",
+        "memory",
+        "protocols",
+        "scale",
+        "full_size",
+    )
+    """What to measure."""
+    repeats: int = 40
+    """overhead: forward passes of each way."""
+    memory_budget_gb: float = 24.0
+    """full_size: memory that the largest batch must fit in, in units of 1e9 bytes."""
+    output_dir: str = "checkpoints/benchmark_localization"
+    """Where benchmark.json and the scores of each pair are written."""
+    dry_run: bool = False
+    """Check everything, print what would be measured, and stop."""
+
+
+@dataclass(frozen=True)
 class PretrainConfig:
     """recipes/pretrain_phantom.py: the embedded base, from nothing, on generic captioned pictures."""
 
@@ -352,6 +419,7 @@ _INSIDE: Rule = (lambda value: 0 < value < 1, "above 0 and below 1")
 _NOT_EMPTY: Rule = (lambda value: len(value) > 0, "something, not an empty value")
 _TIMESTEPS: Rule = (lambda value: len(value) > 0 and all(step >= 0 for step in value), "timesteps of at least 0")
 _DISTINCT: Rule = (lambda value: 0 < len(value) == len(set(value)), "at least one, and each only once")
+_ONCE: Rule = (lambda value: len(value) == len(set(value)), "each only once")
 
 RULES: Mapping[type, Mapping[str, Rule]] = {
     BaseConfig: {"name": _NOT_EMPTY},
@@ -392,6 +460,9 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
     EvaluationConfig: {
         "localization_images": _COUNT,
         "timesteps": _TIMESTEPS,
+        "self_attention_power": _NOT_NEGATIVE,
+        "smoothing_sigma": _NOT_NEGATIVE,
+        "orphan_share": _BELOW_ONE,
         "iou_threshold": _INSIDE,
         "generated_images": _COUNT,
         "diversity_captions": _COUNT,
@@ -412,6 +483,22 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "seed": _NOT_NEGATIVE,
     },
     EvaluateConfig: {"output_dir": _NOT_EMPTY},
+    AtlasConfig: {
+        "runs": _ONCE,
+        "timesteps": (
+            lambda value: 0 < len(value) == len(set(value)) and min(value) >= 0,
+            "timesteps of at least 0, each only once",
+        ),
+        "max_timesteps": _COUNT,
+        "validation_images": _COUNT,
+        "output_dir": _NOT_EMPTY,
+    },
+    BenchmarkLocalizationConfig: {
+        "parts": _DISTINCT,
+        "repeats": _COUNT,
+        "memory_budget_gb": _POSITIVE,
+        "output_dir": _NOT_EMPTY,
+    },
     PretrainConfig: {
         "stages": _DISTINCT,
         "pictures": _COUNT,

@@ -1,4 +1,4 @@
-"""Sample, extract, score: localization and quality of one model, as dictionaries of metrics.json.
+"""Localization and quality of one model, as dictionaries of metrics.json.
 
 Evaluation never imports training: it takes a base and, as a user would, a run folder (components.load_components).
 Work is shared between the processes of `accelerate launch`; every process must call these functions.
@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,228 +16,21 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from distill.attention import aggregate, normalize, record_attention
-from distill.components import Components, encode_text
+from distill.components import Components
 from distill.config import EvaluationConfig
-from distill.data.captions import BOS, EOS, PADDING, WORD, find_words, token_groups, token_spans
-from distill.data.sample import ImageCaptionDataset, Sample
-from distill.errors import UserError
-from distill.metrics import (
-    AttentionMass,
-    Diversity,
-    IoUAtThreshold,
-    LocalizationMetric,
-    PixelAUROC,
-    PointingGame,
-    SignedCNR,
-    finding_auroc,
-    frechet_distance,
-    frechet_interval,
-    macro_mean_interval,
-)
+from distill.data.sample import ImageCaptionDataset
+from distill.localization import localization, queries
+from distill.metrics import Diversity, finding_auroc, frechet_distance, frechet_interval
 from distill.metrics.features import Features
-
-TOKEN_MAPS = ("word", "eos", "padding")
-
-
-@dataclass(frozen=True)
-class Query:
-    """One text of one held-out image, and the findings whose maps are scored on it.
-
-    image: index in the data set. groups: (tokens,) codes. tokens: for each pair, positions of the finding's words.
-    """
-
-    image: int
-    text: str
-    findings: tuple[int, ...]
-    tokens: tuple[tuple[int, ...], ...]
-    groups: torch.Tensor
-
-
-def queries(dataset: ImageCaptionDataset, components: Components, config: EvaluationConfig) -> list[Query]:
-    """The (image, finding) pairs of the first `localization_images` images that have any, the same for every model.
-
-    `caption`: the image's caption; pairs whose caption names the finding by none of its words are left out.
-    `phrase`: the region's phrase, or the finding's name; one text a pair.
-    Empty if no image has a region. Raises UserError if there are regions and no text names any of their findings.
-    """
-    tokenizer, length = components.tokenizers[0], components.max_tokens
-    names = list(dataset.findings)
-    found: list[Query] = []
-    images = regions = 0
-    for index in range(len(dataset) if dataset.findings else 0):
-        if images == config.localization_images:
-            break
-        texts: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
-        phrases = {region.finding: region.phrase for region in dataset[index].regions}
-        regions += len(phrases)
-        for finding in phrases:
-            words = dataset.query_words[finding]
-            text = dataset.caption(index)
-            if config.localization_text == "phrase":
-                text = phrases[finding] or finding
-            tokens = tuple(token_spans(tokenizer, text, find_words(text, words), length))
-            if not tokens and config.localization_text == "phrase":
-                tokens = tuple((token_groups(tokenizer, text, length) == WORD).nonzero().flatten().tolist())
-            if tokens:
-                texts.setdefault(text, []).append((names.index(finding), tokens))
-        for text, pairs in texts.items():
-            groups = token_groups(tokenizer, text, length)
-            found.append(Query(index, text, tuple(f for f, _ in pairs), tuple(t for _, t in pairs), groups))
-        images += bool(texts)
-    if regions and not found:
-        raise UserError(
-            "no held-out image has a region of a finding that its text names; check data.findings, data.query_words and "
-            "evaluation.localization_text"
-        )
-    return found
-
-
-def selection(query: Query, columns: int) -> torch.Tensor:
-    """(tokens, columns) float32 that maps token probabilities to BOS, words, EOS, padding sums and word means of the pairs."""
-    matrix = torch.zeros(len(query.groups), columns)
-    for column, code in enumerate((BOS, WORD, EOS, PADDING)):
-        matrix[query.groups == code, column] = 1.0
-    for column, tokens in enumerate(query.tokens, start=4):
-        matrix[list(tokens), column] = 1.0 / len(tokens)
-    return matrix
-
-
-def attention_maps(
-    components: Components,
-    samples: Sequence[Sample],
-    batch: Sequence[Query],
-    config: EvaluationConfig,
-    maps: Any,
-    device: torch.device,
-) -> torch.Tensor:
-    """(queries, 4 + pairs, height, width) attention on BOS, words, EOS, padding and each pair's words, at latent size.
-
-    The real latents (posterior mean) are noised at each of config.timesteps with noise that depends on the image only;
-    nothing is generated. Mean over heads, layers and timesteps. Source: protocol of Dombrowski et al. 2024 (paper's
-    evaluation re-noises the real latent at every step, so that the steps are independent and can be batched).
-    """
-    columns = 4 + max(len(query.tokens) for query in batch)
-    pixels = torch.stack([sample.pixel_values for sample in samples]).to(device, components.vae.dtype)
-    latents = components.vae.encode(pixels).latent_dist.mean.float() * components.vae.config.scaling_factor
-    ids = [x.to(device) for x in components.tokenize([query.text for query in batch])]
-    embeds, pooled = encode_text(components.text_encoders, ids)
-    chosen = torch.stack([selection(query, columns) for query in batch]).to(device)
-    noise = torch.stack(
-        [
-            torch.randn((len(config.timesteps), *latents.shape[1:]), generator=torch.Generator().manual_seed(seed))
-            for seed in (config.seed + query.image for query in batch)
-        ]
-    ).to(device)
-    size = (latents.shape[-2], latents.shape[-1])
-    total = torch.zeros((len(batch), columns, *size), device=device)
-    maps.reduce = lambda probabilities: probabilities.mean(dim=1) @ chosen
-    dtype = components.unet.dtype
-    for place, timestep in enumerate(config.timesteps):
-        steps = torch.full((len(batch),), timestep, device=device)
-        noisy = components.noise_scheduler.add_noise(latents, noise[:, place], steps)
-        added = None
-        if components.is_sdxl and pooled is not None:
-            ids_of_time = [(*s.original_size, *s.crop_top_left, *s.pixel_values.shape[-2:]) for s in samples]
-            added = {"text_embeds": pooled.to(dtype), "time_ids": torch.tensor(ids_of_time, device=device, dtype=dtype)}
-        maps.start()
-        components.unet(noisy.to(dtype), steps, embeds.to(dtype), added_cond_kwargs=added)
-        total += aggregate(maps.take(), maps.sizes, size)
-    return total / len(config.timesteps)
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-@torch.no_grad()
-def localization(
-    components: Components,
-    dataset: ImageCaptionDataset,
-    config: EvaluationConfig,
-    *,
-    accelerator: Accelerator,
-    arm_dir: Path,
-    examples: Sequence[int] = (),
-    label: str = "",
-) -> dict[str, Any] | None:
-    """The `localization` entry of metrics.json, None without regions; writes the examples' maps to maps.safetensors."""
-    all_queries = queries(dataset, components, config)
-    if not all_queries:
-        return None
-    device = accelerator.device
-    scores: dict[str, dict[str, LocalizationMetric]] = {
-        token: {
-            "auc": PixelAUROC().to(device),
-            "cnr": SignedCNR().to(device),
-            "top1": PointingGame().to(device),
-            "iou": IoUAtThreshold(config.iou_threshold).to(device),
-        }
-        for token in TOKEN_MAPS
-    }
-    mass = AttentionMass().to(device)
-    mine = all_queries[accelerator.process_index :: accelerator.num_processes]
-    kept: list[tuple[str, np.ndarray]] = []
-    bar = tqdm(total=len(mine), desc=f"{label} maps", unit="image", disable=not accelerator.is_main_process)
-    with record_attention(components.unet, config.layers) as maps:
-        for batch in _batches(mine, config.batch_size):
-            samples = [dataset[query.image] for query in batch]
-            found = attention_maps(components, samples, batch, config, maps, device)
-            mass.update(found[:, :4].mean(dim=(-2, -1)))
-            for query, sample, row in zip(batch, samples, found, strict=True):
-                regions = {region.finding: region for region in sample.regions}
-                masks = torch.stack([regions[dataset.findings[f]].mask for f in query.findings])
-                images = [query.image] * len(masks)
-                word = row[4 : 4 + len(masks)]
-                for token, part in zip(TOKEN_MAPS, (word, row[2:3], row[3:4]), strict=True):
-                    scaled = F.interpolate(
-                        normalize(part)[None], masks.shape[-2:], mode="bilinear", align_corners=False
-                    )[0]
-                    full = scaled.expand(len(masks), -1, -1)
-                    for metric in scores[token].values():
-                        metric.update(full, masks, query.findings, images)
-                if query.image in examples:
-                    for finding, image in zip(query.findings, normalize(word).cpu().numpy(), strict=True):
-                        kept.append((f"{sample.id}/{dataset.findings[finding]}", image))
-            bar.update(len(batch))
-    bar.close()
-    gathered = dict(gather_object(kept))
-    if accelerator.is_main_process and gathered:
-        arm_dir.mkdir(parents=True, exist_ok=True)
-        tensors = {
-            key: torch.from_numpy(np.ascontiguousarray(value, dtype=np.float32)) for key, value in gathered.items()
-        }
-        save_file(tensors, arm_dir / "maps.partial")
-        os.replace(arm_dir / "maps.partial", arm_dir / "maps.safetensors")
-    result: dict[str, Any] = {token: _summary(metrics, dataset.findings, config) for token, metrics in scores.items()}
-    result["mass"] = {name: float(value) for name, value in mass.compute().items()}
-    return result
-
-
-def _summary(metrics: dict[str, LocalizationMetric], names: Sequence[str], config: EvaluationConfig) -> dict[str, Any]:
-    result: dict[str, Any] = {}
-    for key, metric in metrics.items():
-        values, findings, images = metric.values()
-        result[key] = float(metric.compute()) if len(values) else None
-        interval = macro_mean_interval(values, findings, images, config.bootstrap_samples, config.seed)
-        result[f"{key}_ci"] = list(interval) if interval else None
-    # Counts are those of the AUC; the CNR also leaves out maps whose contrast is infinite.
-    values, _, images = metrics["auc"].values()
-    per_metric = {key: metric.per_finding(names) for key, metric in metrics.items()}
-    result["images"], result["pairs"] = len(set(images.tolist())), len(values)
-    result["per_finding"] = {
-        name: {key: found[name]["value"] for key, found in per_metric.items()} | {"pairs": entry["pairs"]}
-        for name, entry in per_metric["auc"].items()
-        if entry["pairs"]
-    }
-    return result
 
 
 @dataclass(frozen=True)
@@ -445,7 +237,7 @@ def evaluate(
     arm_dir: Path,
     label: str,
 ) -> dict[str, Any]:
-    """{"localization": ..., "quality": ..., "evaluation_seconds": ...} of one model."""
+    """{"localization": ..., "quality": ..., "seconds": {"localization_seconds", "evaluation_seconds"}} of one model."""
     began = time.perf_counter()
     components.to(accelerator.device).freeze()
     shared: dict[str, Any] = {
@@ -455,6 +247,7 @@ def evaluate(
         "label": label,
     }
     located = localization(components, against.dataset, config, **shared)
+    localization_seconds = time.perf_counter() - began
     drawn = quality(
         components,
         against.dataset,
@@ -464,7 +257,11 @@ def evaluate(
         real=against.real,
         **shared,
     )
-    return finite({"localization": located, "quality": drawn, "evaluation_seconds": time.perf_counter() - began})
+    seconds = {
+        "localization_seconds": localization_seconds,
+        "evaluation_seconds": time.perf_counter() - began,
+    }
+    return finite({"localization": located, "quality": drawn, "seconds": seconds})
 
 
 def finite(value: Any) -> Any:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill.attention import AttentionMaps, cross_attention_layers
+from distill.attention import AttentionMaps, attention_layers
 from distill.components import Components, encode_text
 from distill.config import AttentionDistillationConfig, DenoisingConfig
 from distill.data.captions import WORD, token_groups
@@ -207,7 +207,7 @@ def check_same_shape(teacher: Components, student: Components) -> None:
         theirs, ours = teacher.unet.config[name], student.unet.config[name]
         if theirs != ours:
             faults.append(f"{name}: teacher {theirs}, student {ours}")
-    missing = set(cross_attention_layers(student.unet)) - set(cross_attention_layers(teacher.unet))
+    missing = set(attention_layers(student.unet)) - set(attention_layers(teacher.unet))
     if missing:
         faults.append(f"the teacher lacks the student's cross-attention layers {', '.join(sorted(missing))}")
     texts = ("a b", "pleural effusion")

@@ -22,7 +22,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 
-from distill.attention import cross_attention_layers, record_attention
+from distill.attention import attention_layers, record_attention
 from distill.cli import refuse_unused, to_yaml
 from distill.components import (
     DTYPES,
@@ -47,8 +47,9 @@ from distill.data import FolderDataset, PhantomDataset, load_dataset
 from distill.data.cache import cache_latents, cache_text_embeddings, model_fingerprint
 from distill.data.training import TrainingRows
 from distill.errors import UserError, raise_all
-from distill.evaluate import HeldOut, evaluate, generate, held_out, localization, quality, save_png
+from distill.evaluate import HeldOut, evaluate, generate, held_out, quality, save_png
 from distill.export import export, prove_parity
+from distill.localization import localization
 from distill.metrics.features import load_features
 from distill.objectives import AttentionDistillationObjective, DenoisingObjective, check_same_shape
 from distill.provenance import provenance
@@ -113,8 +114,8 @@ def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run
             f"multiple of {components.vae_factor}, of at least {4 * components.vae_factor}"
         )
     steps = int(components.noise_scheduler.config.num_train_timesteps)
-    if not all(0 <= t < steps for t in config.evaluation.timesteps) or not config.evaluation.timesteps:
-        faults.append(f"evaluation.timesteps must be in 0 .. {steps - 1}; got {list(config.evaluation.timesteps)}")
+    if any(t >= steps for t in config.evaluation.timesteps or ()):
+        faults.append(f"evaluation.timesteps must be in 0 .. {steps - 1}; got {config.evaluation.timesteps}")
     if training and training.cache_text_embeddings and any(arm.text_encoder != "frozen" for arm in arms):
         trained = ", ".join(arm.name for arm in arms if arm.text_encoder != "frozen")
         faults.append(
@@ -124,9 +125,9 @@ def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run
     if training and training.cache_text_embeddings and any(arm.distilled for arm in arms):
         faults.append("trainer.cache_text_embeddings: distillation needs the tokens for the teacher; set it to false")
     raise_all("the configuration does not fit the base", faults)
-    cross_attention_layers(components.unet, config.evaluation.layers)
+    attention_layers(components.unet, config.evaluation.layers)
     if any(arm.distilled for arm in arms):
-        cross_attention_layers(components.unet, config.distillation.layers)
+        attention_layers(components.unet, config.distillation.layers)
         if teacher is not None:
             check_same_shape(load_teacher(config.base, teacher), components)
     for arm in arms:
@@ -189,6 +190,11 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
     else:
         never("data.kind is folder", *(f"data.{name}" for name in PHANTOM_OPTIONS))
     never("this recipe has no validation split", "data.validation_size")
+    if config.evaluation.protocol != "ours":
+        own = ("timesteps", "layers", "iou_threshold", "self_attention_power")
+        never("evaluation.protocol has its own", *(f"evaluation.{name}" for name in own))
+    if config.evaluation.map_threshold == "none":
+        never("evaluation.map_threshold is none", "evaluation.orphan_share")
     if config.base.name == "phantom" or Path(config.base.name).is_dir():
         never("base.name is not a hub id", "base.revision")
     if isinstance(config, EvaluateConfig):
@@ -410,9 +416,9 @@ def evaluate_arm(run: Run, name: str, folder: Path | None, cost: dict[str, Any] 
         arm_dir=run.folder / name,
         label=name,
     )
-    seconds = result.pop("evaluation_seconds")
+    seconds = result.pop("seconds")
     empty = {"train_seconds": None, "steps": None, "peak_memory_gb": peak_memory_gb(), "trainable_parameters": None}
-    entry = result | {"cost": (cost or empty) | {"evaluation_seconds": seconds}}
+    entry = result | {"cost": (cost or empty) | seconds}
     if run.accelerator.is_main_process:
         write_json(path, {"arms": {name: entry}, "provenance": provenance()})
         if folder is not None and cost is not None:

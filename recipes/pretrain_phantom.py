@@ -41,7 +41,8 @@ from distill.embedded import (
     render,
     train_tokenizer,
 )
-from distill.evaluate import generate, localization, save_png
+from distill.evaluate import generate, save_png
+from distill.localization import localization
 from distill.metrics import finding_auroc
 from distill.metrics.features import PhantomFeatures
 from distill.objectives import AutoencoderObjective, ClassificationObjective, ContrastiveObjective, DenoisingObjective

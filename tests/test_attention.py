@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_sd, tiny_sdxl
 
-from distill.attention import aggregate, cross_attention_layers, mean_over_heads, normalize, record_attention
+from distill.attention import aggregate, attention_layers, mean_over_heads, normalize, record_attention
 from distill.components import add_lora
 from distill.config import LoraConfig
 from distill.errors import UserError
@@ -76,7 +76,7 @@ def test_output_is_the_same_with_and_without(
         without = unet(**arguments).sample
         with record_attention(unet) as maps:
             recorded = unet(**arguments).sample
-        assert len(maps.by_layer) == len(cross_attention_layers(unet))
+        assert len(maps.by_layer) == len(attention_layers(unet))
         assert (recorded - without).abs().max() <= 1e-6
 
 
@@ -94,7 +94,7 @@ def test_output_is_the_same_with_masked_tokens(unet: UNet2DConditionModel) -> No
 
 @pytest.mark.parametrize("upcast", [False, True])
 def test_output_is_the_same_in_bf16_and_maps_are_float32(unet: UNet2DConditionModel, upcast: bool) -> None:
-    for name in cross_attention_layers(unet):
+    for name in attention_layers(unet):
         unet.get_submodule(name).upcast_attention = upcast
     unet.to(torch.bfloat16)
     arguments = {k: v.bfloat16() if v.is_floating_point() else v for k, v in inputs(unet).items()}
@@ -116,7 +116,7 @@ def test_maps_are_the_softmax_of_queries_and_keys(
 ) -> None:
     unet = build()
     change(unet)
-    names = cross_attention_layers(unet)
+    names = attention_layers(unet)
     seen: dict[str, dict[str, torch.Tensor]] = {name: {} for name in names}
     handles = [
         getattr(unet.get_submodule(name), part).register_forward_hook(
@@ -151,11 +151,11 @@ def test_maps_are_the_softmax_of_queries_and_keys(
 def test_layers_come_in_forward_order_with_their_sizes(unet: UNet2DConditionModel, size: tuple[int, int]) -> None:
     order: list[str] = []
     names = {module: name for name, module in unet.named_modules()}
-    for name in cross_attention_layers(unet):
+    for name in attention_layers(unet):
         unet.get_submodule(name).register_forward_pre_hook(lambda module, args: order.append(names[module]))
     with record_attention(unet) as maps:
         unet(**inputs(unet, size))
-    assert list(maps.by_layer) == order == cross_attention_layers(unet)
+    assert list(maps.by_layer) == order == attention_layers(unet)
     half = ((size[0] + 1) // 2, (size[1] + 1) // 2)
     for name, probabilities in maps.by_layer.items():
         assert maps.sizes[name] == (half if name.startswith("mid_block") else size)

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from distill import config as config_module
 from distill.cli import main, parse, refuse_unused, to_yaml
 from distill.config import (
+    BenchmarkLocalizationConfig,
     RULES,
     AttentionDistillationConfig,
     DistillAttentionConfig,
@@ -159,6 +160,7 @@ def test_config_holds_plain_tuples_and_numbers(config: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_is_legal(path: Path) -> None:
     classes = {
+        "benchmark_localization": BenchmarkLocalizationConfig,
         "distill_attention": DistillAttentionConfig,
         "evaluate": EvaluateConfig,
         "finetune": FinetuneConfig,

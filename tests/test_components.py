@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tiny import save_tiny
 from torch import nn
 
-from distill.attention import cross_attention_layers
+from distill.attention import attention_layers
 from distill.components import (
     LORA_FILE,
     Components,
@@ -86,8 +86,8 @@ def test_full_size_has_the_published_number_of_parameters(large: FullSize) -> No
     assert large.components.vae_factor == 8
 
 
-def test_full_size_cross_attention_layers_are_the_attn2_of_each_block_in_forward_order(large: FullSize) -> None:
-    names = cross_attention_layers(large.components.unet)
+def test_full_size_attention_layers_are_the_attn2_of_each_block_in_forward_order(large: FullSize) -> None:
+    names = attention_layers(large.components.unet)
     blocks = [n for n, m in large.components.unet.named_modules() if type(m).__name__ == "BasicTransformerBlock"]
     assert len(names) == large.published.layers
     assert sorted(names) == sorted(f"{block}.attn2" for block in blocks)
@@ -106,7 +106,7 @@ def test_full_size_adapters_train_the_known_number_of_parameters(large: FullSize
 
 def test_full_size_adapter_keys_are_those_that_other_tools_read(large: FullSize) -> None:
     unet = set(adapter_state("unet", large.components.unet))
-    blocks = [name.removesuffix(".attn2") for name in cross_attention_layers(large.components.unet)]
+    blocks = [name.removesuffix(".attn2") for name in attention_layers(large.components.unet)]
     assert unet == {
         f"{block}.{attention}.{layer}.lora.{side}.weight"
         for block in blocks

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,34 +12,24 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from listed import WORDS, Listed, sample
 from PIL import Image
 from safetensors.torch import load_file
 from tiny import save_tiny
 
 from distill import evaluate as module
-from distill.attention import AttentionMaps, record_attention
 from distill.components import Components, load_components
 from distill.config import BaseConfig, EvaluationConfig
 from distill.data import PhantomDataset
-from distill.data.captions import BOS, EOS, PADDING, WORD, token_groups
-from distill.data.sample import Region, Sample
-from distill.errors import UserError
 from distill.evaluate import (
     Generated,
     HeldOut,
-    Query,
-    attention_maps,
     evaluate,
     evaluation_order,
     finite,
     generate,
     held_out,
-    localization,
     quality,
-    queries,
-    selection,
 )
 from distill.metrics import frechet_distance
 from distill.metrics.features import Features
@@ -86,41 +75,6 @@ def phantoms() -> PhantomDataset:
     return PhantomDataset("test", 8, 0, 64)
 
 
-class Listed:
-    """A data set of samples in memory."""
-
-    def __init__(self, samples: Sequence[Sample], query_words: dict[str, Sequence[str]]) -> None:
-        self.samples, self.query_words = list(samples), query_words
-        self.findings = list(query_words)
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> Sample:
-        return self.samples[index]
-
-    def caption(self, index: int) -> str:
-        return self.samples[index].caption
-
-    def labels(self, index: int) -> tuple[str, ...]:
-        return self.samples[index].labels
-
-    def fingerprint(self, index: int) -> str:
-        return self.samples[index].id
-
-
-def sample(name: str, caption: str, *regions: tuple[str, str | None], size: int = 64) -> Sample:
-    """An image of noise; each region covers rows 8..15 and columns 32..47 of 64."""
-    mask = torch.zeros(size, size, dtype=torch.bool)
-    mask[size // 8 : size // 4, size // 2 : 3 * size // 4] = True
-    pixels = torch.rand(3, size, size, generator=torch.Generator().manual_seed(len(caption))) * 2 - 1
-    found = tuple(Region(f, mask, ((size / 2, size / 8, size / 4, size / 8),), phrase) for f, phrase in regions)
-    return Sample(name, pixels, caption, found, tuple(f for f, _ in regions), (size, size))
-
-
-WORDS: dict[str, Sequence[str]] = {"edema": ("edema",), "pleural effusion": ("effusion", "effusions")}
-
-
 # --- batch size -----------------------------------------------------------------------------------------------------
 
 
@@ -135,57 +89,6 @@ def test_an_image_depends_on_its_caption_and_seed_only(loaded: dict[str, Compone
         torch.testing.assert_close(alone, together[place], rtol=0, atol=1e-4)
     other_seed = generate(loaded[kind], captions[:1], [6], 64, CONFIG)[0]
     assert (other_seed - together[0]).abs().max() > 1e-2
-
-
-@torch.no_grad()
-@pytest.mark.parametrize("kind", ["sd", "v", "sdxl"])
-def test_a_map_does_not_depend_on_the_batch(loaded: dict[str, Components], phantoms: PhantomDataset, kind: str) -> None:
-    components = loaded[kind]
-    found = queries(phantoms, components, CONFIG)[:4]
-    with record_attention(components.unet) as maps:
-
-        def of(batch: Sequence[Query]) -> torch.Tensor:
-            samples = [phantoms[query.image] for query in batch]
-            return attention_maps(components, samples, batch, CONFIG, maps, torch.device("cpu"))
-
-        together = of(found)
-        assert together.shape == (4, 4 + max(len(query.tokens) for query in found), 8, 8)
-        for query, row in zip(found, together, strict=True):
-            alone = of([query])[0]
-            torch.testing.assert_close(alone, row[: len(alone)], rtol=0, atol=1e-5)
-            assert (row[len(alone) :] == 0).all()
-            # Bilinear interpolation keeps sums of 1 at every place.
-            torch.testing.assert_close(alone[:4].sum(dim=0), torch.ones(8, 8), rtol=0, atol=1e-5)
-
-
-def test_scores_do_not_depend_on_the_batch_size(
-    sd: Components, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
-) -> None:
-    results, files = [], []
-    for size in (1, 3):
-        folder = tmp_path / str(size)
-        config = replace(CONFIG, batch_size=size)
-        results.append(localization(sd, phantoms, config, accelerator=accelerator, arm_dir=folder, examples=[0, 1]))
-        files.append(load_file(folder / "maps.safetensors"))
-    assert_close(results[0], results[1], 1e-4)
-    assert files[0].keys() == files[1].keys()
-    for key, value in files[0].items():
-        torch.testing.assert_close(value, files[1][key], rtol=0, atol=1e-3)
-
-
-def assert_close(first: Any, second: Any, tolerance: float) -> None:
-    if isinstance(first, dict):
-        assert first.keys() == second.keys()
-        for key in first:
-            assert_close(first[key], second[key], tolerance)
-    elif isinstance(first, (list, tuple)):
-        assert len(first) == len(second)
-        for a, b in zip(first, second, strict=True):
-            assert_close(a, b, tolerance)
-    elif isinstance(first, float):
-        assert first == pytest.approx(second, abs=tolerance)
-    else:
-        assert first == second
 
 
 # --- chance and resolution ------------------------------------------------------------------------------------------
@@ -206,11 +109,12 @@ def test_the_same_seed_gives_the_same_numbers_and_files(
     for place, name in enumerate("ab"):
         torch.manual_seed(place)  # the global generator must not matter
         results.append(run_all(sd, phantoms, CONFIG, tmp_path / name, 64))
-        assert results[-1].pop("evaluation_seconds") > 0
+        assert results[-1].pop("seconds")["evaluation_seconds"] > 0
     assert results[0] == results[1]
     names = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert [n.as_posix() for n in names] == [
         "model/maps.safetensors",
+        "model/pairs.jsonl",
         "model/samples/0000.png",
         "model/samples/0001.png",
         "real/0000.png",
@@ -251,146 +155,6 @@ def test_evaluation_runs_at_the_resolution_of_the_data(sd: Components, tmp_path:
 
 def cost() -> dict[str, None]:
     return dict.fromkeys(("train_seconds", "steps", "peak_memory_gb", "evaluation_seconds", "trainable_parameters"))
-
-
-# --- queries and their tokens ---------------------------------------------------------------------------------------
-
-
-def test_pairs_whose_words_the_caption_lacks_are_left_out(sd: Components) -> None:
-    dataset = Listed(
-        [
-            sample("a", "Edema with small effusions.", ("edema", None), ("pleural effusion", None)),
-            sample("b", "Lungs are wet.", ("edema", None)),
-            sample("c", "Clear lungs."),
-            sample("d", "Fluid and edema.", ("pleural effusion", None), ("edema", None)),
-        ],
-        WORDS,
-    )
-    found = queries(dataset, sd, CONFIG)
-    assert [(query.image, [WORDS_OF[f] for f in query.findings]) for query in found] == [
-        (0, ["edema", "pleural effusion"]),
-        (3, ["edema"]),
-    ]
-    for query in found:
-        for finding, tokens in zip(query.findings, query.tokens, strict=True):
-            ids = sd.tokenizers[0](query.text)["input_ids"]
-            word = sd.tokenizers[0].decode([ids[t] for t in tokens])
-            assert word.strip() in WORDS[WORDS_OF[finding]]
-    limited = queries(dataset, sd, replace(CONFIG, localization_images=1))
-    assert [query.image for query in limited] == [0]
-
-
-WORDS_OF = list(WORDS)
-
-
-def test_phrase_mode_has_a_text_for_each_pair(sd: Components) -> None:
-    dataset = Listed(
-        [
-            sample("a", "Nothing is said.", ("edema", "wet lungs"), ("pleural effusion", "a small effusion")),
-            sample("b", "Nothing is said.", ("edema", None)),
-        ],
-        WORDS,
-    )
-    with pytest.raises(UserError, match="no held-out image has a region of a finding that its text names"):
-        queries(dataset, sd, CONFIG)
-    found = queries(dataset, sd, replace(CONFIG, localization_text="phrase"))
-    assert [(q.image, q.text, q.findings) for q in found] == [
-        (0, "wet lungs", (0,)),
-        (0, "a small effusion", (1,)),
-        (1, "edema", (0,)),
-    ]
-    words = (token_groups(sd.tokenizers[0], "wet lungs", 77) == WORD).nonzero().flatten().tolist()
-    assert found[0].tokens == (tuple(words),), "a phrase without the finding's word counts by all its words"
-    assert len(found[1].tokens[0]) < len((found[1].groups == WORD).nonzero())
-    assert len(queries(dataset, sd, replace(CONFIG, localization_text="phrase", localization_images=1))) == 2
-
-
-@given(
-    words=st.integers(1, 60),
-    pairs=st.lists(st.sets(st.integers(1, 60), min_size=1, max_size=5), min_size=1, max_size=3),
-    spare=st.integers(0, 2),
-)
-@settings(max_examples=30, deadline=None)
-def test_selection_sums_groups_and_averages_words(words: int, pairs: list[set[int]], spare: int) -> None:
-    groups = torch.tensor([BOS] + [WORD] * words + [EOS] + [PADDING] * (75 - words))
-    tokens = tuple(tuple(sorted(pair)) for pair in pairs)
-    matrix = selection(Query(0, "", tuple(range(len(pairs))), tokens, groups), 4 + len(pairs) + spare)
-    assert matrix.shape == (77, 4 + len(pairs) + spare) and matrix.dtype == torch.float32
-    assert matrix[:, :4].sum(dim=0).tolist() == [1, words, 1, 75 - words]
-    assert (matrix[:, :4].sum(dim=1) == 1).all(), "every token is in one group"
-    torch.testing.assert_close(matrix[:, 4 : 4 + len(pairs)].sum(dim=0), torch.ones(len(pairs)))
-    assert (matrix[:, 4 + len(pairs) :] == 0).all()
-    for column, own in enumerate(tokens, start=4):
-        assert matrix[:, column].nonzero().flatten().tolist() == list(own)
-
-
-# --- attention that is known ----------------------------------------------------------------------------------------
-
-
-def force_attention(monkeypatch: pytest.MonkeyPatch, mask: torch.Tensor, inside: list[int], outside: int) -> None:
-    """Every layer looks at tokens `inside` within the mask and at token `outside` elsewhere."""
-    store = AttentionMaps.store
-
-    def forced(self: AttentionMaps, layer: str, probabilities: torch.Tensor) -> None:
-        side = math.isqrt(probabilities.shape[2])
-        share = F.adaptive_avg_pool2d(mask[None].float(), side).flatten()[:, None]
-        known = torch.zeros_like(probabilities)
-        known[..., inside] = share / len(inside)
-        known[..., outside] = 1 - share[:, 0]
-        store(self, layer, known)
-
-    monkeypatch.setattr(AttentionMaps, "store", forced)
-
-
-def test_attention_within_the_mask_scores_one_through_the_whole_path(
-    sd: Components, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The mask is on no diagonal and no axis of symmetry: a map turned, mirrored or shifted would score low."""
-    dataset = Listed([sample("a", "Small effusion.", ("pleural effusion", None), size=128)], WORDS)
-    (query,) = queries(dataset, sd, CONFIG)
-    eos = int((query.groups == EOS).nonzero())
-    mask = dataset[0].regions[0].mask
-    force_attention(monkeypatch, mask, list(query.tokens[0]), eos)
-    result = localization(sd, dataset, CONFIG, accelerator=accelerator, arm_dir=tmp_path, examples=[0])
-    word, end = result["word"], result["eos"]
-    assert word["auc"] > 0.98 and word["top1"] == 1 and word["iou"] > 0.5 and word["cnr"] > 1
-    assert word["per_finding"].keys() == {"pleural effusion"}
-    assert end["auc"] < 0.02 and end["top1"] == 0 and end["cnr"] < 0
-    share = float(mask.float().mean())
-    assert result["mass"] == pytest.approx({"bos": 0, "words": share, "eos": 1 - share, "padding": 0}, abs=1e-5)
-    saved = load_file(tmp_path / "maps.safetensors")["a/pleural effusion"]
-    assert (saved.min(), saved.max()) == (0, 1)
-    assert saved.argmax() in mask.view(16, 8, 16, 8).any(dim=3).any(dim=1).flatten().nonzero()
-
-
-def test_a_map_equal_to_the_mask_is_perfect(
-    sd: Components, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset = Listed([sample(n, "Edema.", ("edema", None)) for n in "ab"], WORDS)
-
-    def perfect(components: Any, samples: Sequence[Sample], batch: Sequence[Query], *rest: Any) -> torch.Tensor:
-        mask = torch.stack([s.regions[0].mask for s in samples])[:, None].float()
-        return torch.cat([1 - mask, mask, mask, 1 - mask, mask], dim=1) / 2
-
-    monkeypatch.setattr(module, "attention_maps", perfect)
-    result = localization(sd, dataset, CONFIG, accelerator=accelerator, arm_dir=tmp_path)
-    for name in ("word", "eos"):
-        assert (result[name]["auc"], result[name]["top1"], result[name]["iou"]) == (1, 1, 1)
-        assert (result[name]["images"], result[name]["pairs"]) == (2, 2)
-        assert result[name]["auc_ci"] == [1, 1]
-    assert (result["padding"]["auc"], result["padding"]["top1"], result["padding"]["iou"]) == (0, 0, 0)
-    assert not (tmp_path / "maps.safetensors").exists(), "no example was asked for"
-
-
-def test_attention_that_is_everywhere_the_same_is_chance(
-    sd: Components, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    dataset = Listed([sample("a", "Edema.", ("edema", None))], WORDS)
-    force_attention(monkeypatch, torch.zeros(64, 64), [1], 0)
-    result = localization(sd, dataset, CONFIG, accelerator=accelerator, arm_dir=tmp_path)
-    assert result["word"]["auc"] == result["padding"]["auc"] == 0.5
-    assert result["mass"] == pytest.approx({"bos": 1, "words": 0, "eos": 0, "padding": 0})
-    assert json.loads(json.dumps(finite(result), allow_nan=False))["word"]["images"] == 1
 
 
 # --- quality --------------------------------------------------------------------------------------------------------

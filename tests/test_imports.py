@@ -18,7 +18,7 @@ LAYERS = (
     ("attention", "embedded"),
     ("objectives",),
     ("trainer",),
-    ("export",),
+    ("export", "localization"),
     ("evaluate",),
     ("report",),
     ("runs",),

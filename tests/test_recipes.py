@@ -42,7 +42,7 @@ TRAINER = [
     "--trainer.log_every_steps", "1",
 ]  # fmt: skip
 TRAINING = [*PHANTOM, "--data.train_size", "6", *TRAINER, *EVALUATION]
-ARM_FILES = {"maps.safetensors", "metrics.json", "samples/0000.png"}
+ARM_FILES = {"maps.safetensors", "metrics.json", "pairs.jsonl", "samples/0000.png"}
 RUN_FILES = {"config.yaml", "metrics.json", "report.html", "report.md", "real/0000.png", "real/examples.jsonl"}
 
 

@@ -88,6 +88,11 @@ def find_words(caption: str, words: Iterable[str]) -> list[tuple[int, int]]:
     return [match.span() for match in whole.finditer(caption)]
 
 
+def words_of(caption: str) -> list[str]:
+    """The distinct words (letters, digits, inner hyphens and apostrophes) of `caption`, in order, in lower case."""
+    return list(dict.fromkeys(re.findall(r"[^\W_]+(?:[-'\u2019][^\W_]+)*", caption.lower())))
+
+
 def names_side(caption: str) -> bool:
     """Whether mirroring the image could make the caption wrong: it names left or right in any of the listed ways.
 

@@ -1,30 +1,64 @@
-"""Metrics of localization and of quality, and their bootstrap intervals."""
+"""Metrics of localization and of quality, their bootstrap intervals, and post-processing of maps."""
 
 from distill.metrics.bootstrap import bootstrap_interval, macro_mean_interval
 from distill.metrics.localization import (
     MASS_GROUPS,
+    AbsoluteCNR,
     AttentionMass,
+    BoxIoU,
+    CentreDistance,
     IoUAtThreshold,
     LocalizationMetric,
+    MeanIoU,
+    MixtureIoU,
+    MixtureMetric,
+    MixtureTwoClassIoU,
     PixelAUROC,
     PointingGame,
     SignedCNR,
+    ThresholdAUROC,
+)
+from distill.metrics.maps import (
+    gaussian_smooth,
+    majority_filter,
+    min_max,
+    mixture_masks,
+    mixture_threshold,
+    otsu_threshold,
+    refine_by_self_attention,
+    remove_orphans,
 )
 from distill.metrics.quality import Diversity, finding_auroc, frechet_distance, frechet_interval, ms_ssim_betas
 
 __all__ = [
     "MASS_GROUPS",
+    "AbsoluteCNR",
     "AttentionMass",
+    "BoxIoU",
+    "CentreDistance",
     "Diversity",
     "IoUAtThreshold",
     "LocalizationMetric",
+    "MeanIoU",
+    "MixtureIoU",
+    "MixtureMetric",
+    "MixtureTwoClassIoU",
     "PixelAUROC",
     "PointingGame",
     "SignedCNR",
+    "ThresholdAUROC",
     "bootstrap_interval",
     "finding_auroc",
     "frechet_distance",
     "frechet_interval",
+    "gaussian_smooth",
     "macro_mean_interval",
+    "majority_filter",
+    "min_max",
+    "mixture_masks",
+    "mixture_threshold",
     "ms_ssim_betas",
+    "otsu_threshold",
+    "refine_by_self_attention",
+    "remove_orphans",
 ]
