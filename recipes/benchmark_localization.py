@@ -386,6 +386,10 @@ def benchmark(config: BenchmarkLocalizationConfig) -> None:
     results = finite(results)
     path = Path(config.output_dir) / "benchmark.json"
     write_json(path, results | {"config": asdict(config), "provenance": provenance()})
+    for name, entry in results.get("protocols", {}).items():
+        word = entry["word"] if entry else {}
+        shown = {key: (word[key], word[f"{key}_ci"]) for key in word if f"{key}_ci" in word and word[key] is not None}
+        print(f"{name}: " + ", ".join(f"{key} {value:.3f} {interval}" for key, (value, interval) in shown.items()))
     for part, values in results.items():
         print(f"{part}: " + json.dumps({k: v for k, v in values.items() if not isinstance(v, (dict, list))}))
     print(f"all numbers: {path}\nnext: accelerate launch recipes/evaluate.py --evaluation.protocol dombrowski")

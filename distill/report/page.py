@@ -180,7 +180,13 @@ def _counts(metrics: Mapping[str, Any]) -> str:
     parts = []
     if images := spread("localization", "word", "images"):
         pairs = spread("localization", "word", "pairs")
-        parts.append(f"Localization: {images} held-out images, {pairs} pairs of image and finding.")
+        protocols = dict.fromkeys(
+            tables.lookup(entry, "localization", "protocol") for entry in metrics["arms"].values()
+        )
+        named = ", ".join(f"protocol {name}{tables.PROTOCOL_NOTES.get(name, '')}" for name in protocols if name)
+        parts.append(
+            f"Localization: {images} held-out images, {pairs} pairs of image and finding{named and f'; {named}'}."
+        )
     if images := spread("quality", "images"):
         names = dict.fromkeys(tables.lookup(entry, "quality", "features") for entry in metrics["arms"].values())
         features = ", ".join(name for name in names if name)

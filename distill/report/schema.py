@@ -171,9 +171,11 @@ def validate_metrics(metrics: Mapping[str, Any]) -> None:
 
     - localization: `word`, `eos`, `padding`, each `auc, cnr, top1, iou` with `<name>_ci = [low, high]`, the counts
       `images` and `pairs`, and `per_finding: {finding: {auc, cnr, top1, iou, pairs}}`; and `mass: {bos, words, eos,
-      padding}`, parts of 1.
+      padding}`, parts of 1. Optional: `protocol`, `layers`, `timesteps`; per token map `average` ("macro" or "micro",
+      which of the two the values are), `macro` and `micro` values, and the protocol's further metrics.
     - quality: `fid, fid_ci, finding_auc, finding_auc_ci, diversity, images, features`.
-    - cost: `train_seconds, steps, peak_memory_gb, evaluation_seconds, trainable_parameters`.
+    - cost: `train_seconds, steps, peak_memory_gb, evaluation_seconds, trainable_parameters`; optional
+      `localization_seconds`.
     - provenance: any JSON object; `provenance.seconds = {stage: seconds}` is shown as a table.
 
     Every key is required; what cannot be computed is null; further keys are allowed; no number is NaN or infinite.

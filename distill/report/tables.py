@@ -41,6 +41,12 @@ class Metric:
         return f"{self.name} {self.arrow}".strip()
 
 
+PROTOCOL_NOTES = {
+    "dombrowski": " (regions by their boxes, IoU above a Gaussian-mixture threshold, means over all pairs)",
+    "vilouras": " (regions by their boxes, the map of all words, AUC by 5 thresholds above Otsu's, absolute CNR)",
+}
+"""How the columns differ from what is said below where a published protocol was asked for."""
+
 WORD_AUC = Metric(
     ("localization", "word", "auc"),
     "word AUC",
