@@ -31,21 +31,39 @@ Kind = Literal["cross", "self"]
 ALWAYS = (0, 2**31)
 """Timesteps of any forward pass."""
 
+PLAIN = ("AttnProcessor", "AttnProcessor2_0", "AttnProcessorNPU", "FusedAttnProcessor2_0", "SlicedAttnProcessor",
+         "XFormersAttnProcessor", "XLAFlashAttnProcessor2_0")  # fmt: skip
+"""diffusers' processors that compute the same attention in different ways. Others (IP-Adapter, PAG) compute another."""
 
-def attention_layers(unet: nn.Module, prefixes: Sequence[str] = (), kind: Kind = "cross") -> list[str]:
+
+def attention_layers(unet: nn.Module, prefixes: str | Sequence[str] = (), kind: Kind = "cross") -> list[str]:
     """Names of the attention modules of a kind that start with any of `prefixes` (all for none), in forward order.
 
-    Raises UserError, with the available names, for a prefix that matches nothing.
+    Raises UserError, with the available names, for a prefix that matches nothing, and if there is no such layer.
     """
-    modules = getattr(unet, "_orig_mod", unet).named_modules()  # torch.compile wraps the module
-    names = [n for n, m in modules if isinstance(m, Attention) and m.is_cross_attention == (kind == "cross")]
+    prefixes = [prefixes] if isinstance(prefixes, str) else prefixes
+    modules = list(getattr(unet, "_orig_mod", unet).named_modules())  # torch.compile wraps the module
     # named_modules lists the up blocks before the middle one; maps are stored in the order of the forward pass.
-    names.sort(key=lambda n: ("down_blocks", "mid_block", "up_blocks").index(n.split(".")[0]))
+    names = [
+        n
+        for part in ("down_blocks", "mid_block", "up_blocks")
+        for n, m in modules
+        if n.startswith(part) and isinstance(m, Attention) and m.is_cross_attention == (kind == "cross")
+    ]
+    if not names:
+        raise UserError(f"{type(unet).__name__} has no {kind}-attention layer in down_blocks, mid_block or up_blocks")
     for prefix in prefixes:
         if not any(n.startswith(prefix) for n in names):
             listed = ", ".join(n.removesuffix(".attn2").removesuffix(".attn1") for n in names)
             raise UserError(f"no {kind}-attention layer starts with {prefix!r}; available: {listed}")
     return [n for n in names if not prefixes or n.startswith(tuple(prefixes))]
+
+
+def is_plain(attention: Attention) -> bool:
+    """Whether the module computes softmax(scale q k^T) v of its inputs, and nothing around it."""
+    norms = (attention.group_norm, attention.spatial_norm, attention.norm_q, attention.norm_k)
+    plain = type(attention.processor).__name__ in PLAIN and not attention.residual_connection
+    return plain and all(norm is None for norm in norms)
 
 
 def mean_over_heads(probabilities: torch.Tensor) -> torch.Tensor:
@@ -86,12 +104,10 @@ class AttentionMaps:
         self.in_range = True
         self._last = last
         self._stop_early = False
+        self._stored: set[str] = set()  # in the pass under way
 
     def take(self) -> dict[str, torch.Tensor]:
-        """The maps since `start`; recording pauses until the next one.
-
-        Gradient checkpointing runs the forward pass again inside backward, where nothing must be recorded.
-        """
+        """The maps since `start`; recording pauses until the next one."""
         maps, self.by_layer, self.active, self.passes = self.by_layer, {}, False, 0
         return maps
 
@@ -110,18 +126,28 @@ class AttentionMaps:
 
     @torch.compiler.disable
     def store(self, layer: str, probabilities: torch.Tensor) -> None:
-        # Reduced also while recording pauses: a checkpointed block, computed again, must save the same tensors.
         chosen = probabilities if self.rows is None else probabilities[self.rows()]
-        reduced = self.reduce(chosen)
-        if not self.active:
+        # Autocast would multiply in half precision.
+        with torch.autocast(probabilities.device.type, enabled=False):
+            reduced = self.reduce(chosen)
+        # Gradient checkpointing computes a layer again inside backward: it must save the same tensors, hence the reduction
+        # above, and record nothing.
+        if not self.active or layer in self._stored:
             return
+        self.passes += not self._stored
+        self._stored.add(layer)
         if self.accumulate and layer in self.by_layer:
             self.by_layer[layer] = self.by_layer[layer] + reduced
         else:
             self.by_layer[layer] = reduced
         self.sizes[layer] = self._places(probabilities.shape[2])
-        self.passes += layer == self._last
         if self._stop_early and layer == self._last:
+            raise Enough
+
+    @torch.compiler.disable
+    def skip(self, layer: str) -> None:
+        """For a layer of too many places: of the up blocks, those after it have no fewer."""
+        if self._stop_early and layer.startswith("up_blocks"):
             raise Enough
 
     def _places(self, count: int) -> tuple[int, int]:
@@ -136,6 +162,7 @@ class AttentionMaps:
     def see_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         sample, timestep = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("sample", "timestep")))
         self._latent_size = (sample.shape[-2], sample.shape[-1])
+        self._stored = set()
         low, high = self.timesteps
         if (low, high) != ALWAYS:  # looking at it waits for the device
             steps = torch.as_tensor(timestep)
@@ -161,6 +188,8 @@ class RecordingAttnProcessor:
         temb: torch.Tensor | None = None,
     ) -> torch.Tensor:
         too_large = self.max_places is not None and hidden_states.shape[1] > self.max_places
+        if too_large:
+            self.maps.skip(self.layer)
         if too_large or not self.maps.in_range:
             unchanged: torch.Tensor = self.original(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
             return unchanged
@@ -187,7 +216,7 @@ class RecordingAttnProcessor:
 @contextmanager
 def record_attention(
     unet: nn.Module,
-    layers: Sequence[str] = (),
+    layers: str | Sequence[str] = (),
     reduce: Reduce = mean_over_heads,
     *,
     kind: Kind = "cross",
@@ -204,16 +233,20 @@ def record_attention(
     accumulate: keep the sum over forward passes, not the last. timesteps: record passes at these timesteps only, both
     ends included. rows: called at each layer, the part of the batch to keep (the conditional half under guidance).
 
-    Works with LoRA attached, quantized layers, torch.compile, gradients and gradient checkpointing (see
-    AttentionMaps.take). The output of the U-Net stays what it was, to rounding. Processors are restored at the end, also
-    after an error.
+    Works with LoRA attached, quantized layers, torch.compile (each recorded layer breaks the graph, so not with
+    fullgraph=True), gradients and gradient checkpointing, whose second pass inside backward is not recorded. The output
+    of the U-Net stays what it was, to rounding. Processors are restored at the end, also after an error. Raises UserError
+    for layers of other attention, such as an IP-Adapter's or those that another recorder holds.
     """
     inner = getattr(unet, "_orig_mod", unet)
     names = attention_layers(unet, layers, kind)
     maps = AttentionMaps(reduce, accumulate=accumulate, timesteps=timesteps, rows=rows, last=names[-1])
     modules: dict[str, Any] = {name: inner.get_submodule(name) for name in names}
     originals = {name: module.processor for name, module in modules.items()}
-    handle = unet.register_forward_pre_hook(maps.see_inputs, with_kwargs=True)
+    for name, module in modules.items():
+        if not is_plain(module):
+            raise UserError(f"{name} is not plain attention and cannot be recorded: {type(module.processor).__name__}")
+    handle = inner.register_forward_pre_hook(maps.see_inputs, with_kwargs=True)
     try:
         for name, module in modules.items():
             module.processor = RecordingAttnProcessor(maps, name, originals[name], max_places)
@@ -241,8 +274,12 @@ class TokenSelection:
         matrix = self.matrix.repeat_interleave(images_per_prompt, dim=0)
 
         def reduce(probabilities: torch.Tensor) -> torch.Tensor:
-            if len(probabilities) != len(matrix):
-                raise ValueError(f"{len(matrix)} prompts were selected from, and the U-Net sees {len(probabilities)}")
+            batch, tokens = probabilities.shape[0], probabilities.shape[-1]
+            if (batch, tokens) != matrix.shape[:2]:
+                raise ValueError(
+                    f"{batch} texts of {tokens} tokens reach the U-Net, where {len(matrix)} of {matrix.shape[1]} were "
+                    "selected from; give both the same prompts and number of images per prompt"
+                )
             chosen = matrix.to(probabilities.device)
             return probabilities.mean(dim=1) @ chosen if heads == "mean" else probabilities @ chosen[:, None]
 
@@ -252,7 +289,7 @@ class TokenSelection:
 def select_tokens(
     tokenizers: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase],
     prompts: str | Sequence[str],
-    words: Sequence[str] | None = None,
+    words: str | Sequence[str] | None = None,
     max_length: int = 77,
 ) -> TokenSelection:
     """BOS, each of `words` (by default every distinct word of the prompt), EOS and padding of each prompt.
@@ -262,6 +299,7 @@ def select_tokens(
     splits a word otherwise. Raises UserError if a word is in no prompt, or truncation cuts it off.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    words = [words] if isinstance(words, str) else words
     several = [tokenizers] if isinstance(tokenizers, PreTrainedTokenizerBase) else list(tokenizers)
     found: list[dict[str, torch.Tensor]] = []
     for prompt in prompts:
@@ -318,20 +356,31 @@ class PromptMaps:
 def record_pipeline(
     pipe: Any,
     prompts: str | Sequence[str],
-    words: Sequence[str] | None = None,
+    words: str | Sequence[str] | None = None,
     *,
-    layers: Sequence[str] = (),
+    layers: str | Sequence[str] = (),
     heads: Literal["mean", "each"] = "mean",
     timesteps: tuple[int, int] = ALWAYS,
     images_per_prompt: int = 1,
 ) -> Iterator[PromptMaps]:
     """Record what a stock text-to-image pipeline (SD 1.x, 2.x, SDXL) attends to while it draws `prompts`.
 
-    Call `pipe(prompts, ...)` once inside the context, with the same prompts and num_images_per_prompt. Under
-    classifier-free guidance the conditional half is kept: the pipeline says itself whether it guides. Memory does not
-    grow with the number of steps. Other arguments as in `record_attention` and `select_tokens`.
+    Call `pipe(prompts, ...)` once inside the context, with the same prompts and num_images_per_prompt; the mean of a
+    second call's passes and the first's would be taken. Under classifier-free guidance the conditional half is kept: the
+    pipeline says itself whether it guides. Memory does not grow with the number of steps. Image-to-image and inpainting
+    pipelines do as well. Other arguments as in `record_attention` and `select_tokens`.
+
+    Raises UserError for a pipeline of another kind, and with heads "each" for layers of unequal numbers of heads; the
+    pipeline call raises ValueError for another number of prompts, images or tokens than was said.
     """
     tokenizers = [t for t in (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")) if t is not None]
+    if not tokenizers or not hasattr(pipe, "unet") or not hasattr(type(pipe), "do_classifier_free_guidance"):
+        raise UserError(f"{type(pipe).__name__} is not a text-to-image pipeline with a U-Net")
+    unet = getattr(pipe.unet, "_orig_mod", pipe.unet)
+    counts = {name: unet.get_submodule(name).heads for name in attention_layers(unet, layers)}
+    if heads == "each" and len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UserError(f"with heads 'each', give layers that have equally many; they have: {listed}")
     chosen = select_tokens(tokenizers, prompts, words, max_length=tokenizers[0].model_max_length)
 
     def conditional_rows() -> slice:

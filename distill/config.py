@@ -28,8 +28,9 @@ class BaseConfig:
 class DataConfig:
     """Images, captions and ground truth."""
 
-    kind: Literal["phantom", "folder"] = "phantom"
-    """`phantom` is drawn from a seed; `folder` reads images and a metadata file."""
+    kind: Literal["phantom", "folder", "mimic", "mscxr", "coco"] = "phantom"
+    """`phantom` is drawn from a seed; the others read images and the files that describe them: `folder` (any images),
+    `mimic` (MIMIC-CXR-JPG), `mscxr` (MS-CXR), `coco` (COCO)."""
     resolution: int = 128
     """Side of the square training image, in pixels."""
     seed: int = 0
@@ -41,19 +42,20 @@ class DataConfig:
     test_size: int = 500
     """phantom: images of the test split."""
     root: str | None = None
-    """folder: the folder that holds the metadata file and the images."""
+    """The folder that holds the images; names of files are relative to it."""
     metadata_file: str = "metadata.csv"
-    """folder: metadata.csv or metadata.jsonl under root; one row an image, or one row a box."""
+    """folder: metadata.csv or metadata.jsonl; one row an image, or one row a box. mimic: CSV with dicom_id, path, split,
+    impression, Finding Labels. mscxr: MS-CXR's JSON or CSV, or the CSV with bboxxywh."""
     image_column: str = "file_name"
     """folder: path of the image, relative to root."""
     caption_column: str = "text"
     """folder: the caption."""
     split_column: str | None = None
-    """folder: column that holds the split; without it every row is in every split."""
+    """folder, mscxr: column that holds the split; without it every row is in every split."""
     train_split: str = "train"
-    """folder: value of split_column for training."""
+    """Value of the split column for training; mimic, coco's CSV: name or number of a split (test, train, val, p19, mscxr)."""
     test_split: str = "test"
-    """folder: value of split_column for evaluation."""
+    """The same for evaluation."""
     finding_column: str | None = None
     """folder: finding (class) of the row's box, or a list of one finding for each box."""
     phrase_column: str | None = None
@@ -65,9 +67,22 @@ class DataConfig:
     label_column: str | None = None
     """folder: findings of the whole image, joined by `|`; without it the findings of its boxes."""
     findings: tuple[str, ...] = ()
-    """folder: findings to keep and evaluate; empty keeps all that the metadata names."""
+    """Findings to keep and evaluate; empty keeps all that the files name."""
     query_words: dict[str, list[str]] = field(default_factory=dict)
-    """Words that name a finding in a caption; default: the published lists for MS-CXR findings, else its own words."""
+    """Words that name a finding in a caption; default: the published lists for MS-CXR findings, else its own words
+    (coco: its whole name, in singular and plural)."""
+    mimic_file: str | None = None
+    """mscxr: MIMIC metadata CSV, whose impressions are captions, and whose train_split is trained on."""
+    caption_source: Literal["impression", "phrase"] = "impression"
+    """mscxr: caption of a sample: the report's impression (a sample an image), or MS-CXR's phrase (a sample a phrase)."""
+    mentioned_only: bool = False
+    """mscxr: keep only findings that the caption names by their query words."""
+    captions_file: str = "annotations/captions_{split}2017.json"
+    """coco: captions JSON, or a CSV with path, captions, split; {split} stands for train_split or test_split."""
+    instances_file: str | None = "annotations/instances_{split}2017.json"
+    """coco: instances JSON; none reads captions only."""
+    image_dir: str = "{split}2017"
+    """coco: folder of the file names in JSON; paths in a CSV are relative to root."""
     allow_empty_captions: bool = False
     """Accept rows with an empty caption."""
     truncate_captions: bool = False
@@ -321,7 +336,7 @@ class AtlasConfig:
     data: DataConfig = field(default_factory=DataConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     timesteps: tuple[int, ...] = (25, 100, 175, 250, 325, 400, 475, 550, 625, 700, 775, 850, 925)
-    """Timesteps of the atlas; the subset is chosen from them."""
+    """Timesteps of the atlas, from which the subset is chosen; those of the default (100, 250, 400, 550, 700) are added."""
     max_timesteps: int = 3
     """Most timesteps of the subset: the forward passes that it costs an image."""
     validation_images: int = 100
@@ -429,6 +444,10 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "train_size": _COUNT,
         "validation_size": _NOT_NEGATIVE,
         "test_size": _COUNT,
+        "metadata_file": _NOT_EMPTY,
+        "mimic_file": _NOT_EMPTY,
+        "captions_file": _NOT_EMPTY,
+        "instances_file": _NOT_EMPTY,
     },
     LoraConfig: {"rank": _COUNT, "alpha": _POSITIVE, "dropout": _BELOW_ONE},
     DenoisingConfig: {"min_snr_gamma": _POSITIVE, "caption_dropout": _PROBABILITY},

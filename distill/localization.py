@@ -31,7 +31,7 @@ from distill.components import Components, encode_text
 from distill.config import EvaluationConfig
 from distill.data.cache import model_fingerprint
 from distill.data.captions import BOS, EOS, PADDING, WORD, find_words, token_groups, token_spans
-from distill.data.sample import ImageCaptionDataset, Region, Sample
+from distill.data.sample import ImageCaptionDataset, Region, Sample, image_key
 from distill.errors import UserError
 from distill.metrics import (
     AbsoluteCNR,
@@ -571,12 +571,6 @@ def _merge(arm_dir: Path, key: str) -> None:
     os.replace(partial, arm_dir / "pairs.jsonl")
     for path in arm_dir.glob("pairs.*.jsonl"):
         path.unlink()
-
-
-def image_key(dataset: ImageCaptionDataset, index: int) -> str:
-    """What the bootstrap draws: the image file, where several samples may share one."""
-    own = getattr(dataset, "image_key", None)
-    return str(own(index) if own else index)
 
 
 def _summary(

@@ -43,7 +43,7 @@ from distill.config import (
     FinetuneConfig,
     TradeoffConfig,
 )
-from distill.data import FolderDataset, PhantomDataset, load_dataset
+from distill.data import PhantomDataset, RecordDataset, load_dataset
 from distill.data.cache import cache_latents, cache_text_embeddings, model_fingerprint
 from distill.data.training import TrainingRows
 from distill.errors import UserError, raise_all
@@ -79,8 +79,8 @@ class Run:
     config: Any
     folder: Path
     accelerator: Accelerator
-    train: PhantomDataset | FolderDataset | None
-    test: PhantomDataset | FolderDataset
+    train: PhantomDataset | RecordDataset | None
+    test: PhantomDataset | RecordDataset
     console: Console
     seconds: dict[str, float]
     against: HeldOut | None = None
@@ -140,9 +140,10 @@ def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run
         test = load_dataset(config.data, "test")
         train = load_dataset(config.data, "train") if arms else None
     for dataset in (train, test):
-        if isinstance(dataset, FolderDataset):
+        if isinstance(dataset, RecordDataset):
             dataset.check_captions(components.tokenizers, components.max_tokens)
-    if isinstance(test, FolderDataset) and config.evaluation.localization_text == "caption":
+    by_words = config.evaluation.localization_text == "caption" and config.evaluation.protocol == "ours"
+    if isinstance(test, RecordDataset) and by_words:
         test.check_queries()
     run = Run(config, folder, accelerator, train, test, Console(), {})
     features = load_features(config.evaluation.features, phantom_data=config.data.kind == "phantom")
@@ -170,12 +171,21 @@ def quiet_libraries() -> None:
         logging.disable_progress_bar()
 
 
-FOLDER_OPTIONS = (
-    "root", "metadata_file", "image_column", "caption_column", "split_column", "train_split", "test_split",
-    "finding_column", "phrase_column", "box_column", "mask_column", "label_column", "findings", "query_words",
-    "allow_empty_captions", "truncate_captions", "horizontal_flip",
+_FILE_OPTIONS = (
+    "root", "train_split", "test_split", "findings", "query_words", "allow_empty_captions", "truncate_captions",
+    "horizontal_flip",
 )  # fmt: skip
-PHANTOM_OPTIONS = ("seed", "train_size", "validation_size", "test_size")
+DATA_OPTIONS: dict[str, tuple[str, ...]] = {
+    "phantom": ("seed", "train_size", "validation_size", "test_size"),
+    "folder": (
+        *_FILE_OPTIONS, "metadata_file", "image_column", "caption_column", "split_column", "finding_column",
+        "phrase_column", "box_column", "mask_column", "label_column",
+    ),
+    "mimic": (*_FILE_OPTIONS, "metadata_file"),
+    "mscxr": (*_FILE_OPTIONS, "metadata_file", "split_column", "mimic_file", "caption_source", "mentioned_only"),
+    "coco": (*_FILE_OPTIONS, "captions_file", "instances_file", "image_dir"),
+}  # fmt: skip
+"""Options of `data` that each kind reads, besides those that all read."""
 
 
 def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
@@ -185,10 +195,9 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
     def never(reason: str, *keys: str) -> None:
         unused.update(dict.fromkeys(keys, reason))
 
-    if config.data.kind == "phantom":
-        never("data.kind is phantom", *(f"data.{name}" for name in FOLDER_OPTIONS))
-    else:
-        never("data.kind is folder", *(f"data.{name}" for name in PHANTOM_OPTIONS))
+    kind = config.data.kind
+    others = dict.fromkeys(name for options in DATA_OPTIONS.values() for name in options)
+    never(f"data.kind is {kind}", *(f"data.{name}" for name in others if name not in DATA_OPTIONS[kind]))
     never("this recipe has no validation split", "data.validation_size")
     if config.evaluation.protocol != "ours":
         own = ("timesteps", "layers", "iou_threshold", "self_attention_power")

@@ -21,9 +21,10 @@ from hypothesis import strategies as st
 from distill import config as config_module
 from distill.cli import main, parse, refuse_unused, to_yaml
 from distill.config import (
-    BenchmarkLocalizationConfig,
     RULES,
+    AtlasConfig,
     AttentionDistillationConfig,
+    BenchmarkLocalizationConfig,
     DistillAttentionConfig,
     EvaluateConfig,
     FinetuneConfig,
@@ -160,6 +161,7 @@ def test_config_holds_plain_tuples_and_numbers(config: Any, tmp_path: Path) -> N
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_is_legal(path: Path) -> None:
     classes = {
+        "atlas": AtlasConfig,
         "benchmark_localization": BenchmarkLocalizationConfig,
         "distill_attention": DistillAttentionConfig,
         "evaluate": EvaluateConfig,

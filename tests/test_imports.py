@@ -21,6 +21,7 @@ LAYERS = (
     ("export", "localization"),
     ("evaluate",),
     ("report",),
+    ("atlas",),
     ("runs",),
 )
 """A module may import those of the lines above its own, and nothing of its own line."""

@@ -1,20 +1,41 @@
-"""Captioned images: the phantom, generic pictures, folders."""
+"""Captioned images: the phantom, generic pictures, and the readers of image files."""
 
 from __future__ import annotations
 
 from typing import Literal
 
 from distill.config import DataConfig
+from distill.data.coco import CocoDataset
 from distill.data.folder import FolderDataset
+from distill.data.mimic import MimicDataset, MsCxrDataset, mscxr_training
 from distill.data.phantom import PhantomDataset
-from distill.data.sample import ImageCaptionDataset, Region, Sample
+from distill.data.records import RecordDataset
+from distill.data.sample import ImageCaptionDataset, Region, Sample, image_key
 
-__all__ = ["FolderDataset", "ImageCaptionDataset", "PhantomDataset", "Region", "Sample", "load_dataset"]
+__all__ = [
+    "CocoDataset",
+    "FolderDataset",
+    "ImageCaptionDataset",
+    "MimicDataset",
+    "MsCxrDataset",
+    "PhantomDataset",
+    "RecordDataset",
+    "Region",
+    "Sample",
+    "image_key",
+    "load_dataset",
+]
 
 
-def load_dataset(config: DataConfig, split: Literal["train", "validation", "test"]) -> PhantomDataset | FolderDataset:
+def load_dataset(config: DataConfig, split: Literal["train", "validation", "test"]) -> PhantomDataset | RecordDataset:
     """The data set of a configuration. Raises UserError with every fault of the data."""
     if config.kind == "folder":
         return FolderDataset(config, split)
+    if config.kind == "mimic":
+        return MimicDataset(config, split)
+    if config.kind == "mscxr":
+        return mscxr_training(config) if split == "train" else MsCxrDataset(config, split)
+    if config.kind == "coco":
+        return CocoDataset(config, split)
     size = {"train": config.train_size, "validation": config.validation_size, "test": config.test_size}[split]
     return PhantomDataset(split, size, config.seed, config.resolution)

@@ -62,3 +62,12 @@ class ImageCaptionDataset(Protocol):
     def fingerprint(self, index: int) -> str:
         """Hash of everything that decides `pixel_values` of this row; changes when the file's bytes change."""
         ...
+
+
+def image_key(dataset: ImageCaptionDataset, index: int) -> str:
+    """What the samples of one image share, to draw images and not samples again in a bootstrap.
+
+    The data set's own `image_key(index)`; a data set without one has an image for each sample.
+    """
+    own = getattr(dataset, "image_key", None)
+    return str(index) if own is None else own(index)

@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import LogLocator, NullFormatter
 from PIL import Image, ImageDraw
 
@@ -270,6 +271,44 @@ def loss_chart(logs: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) ->
         figure.legend(lines.values(), lines, loc="outside upper center", ncols=min(6, len(lines)))
 
     return _chart("losses", "Loss terms of each arm over the training steps", 10.6, 0.5 + 2.6 * rows, draw)
+
+
+def atlas_chart(
+    tables: Mapping[str, np.ndarray],
+    layers: Sequence[str],
+    timesteps: Sequence[int],
+    chosen: tuple[Sequence[int], Sequence[int]],
+) -> Picture:
+    """A heat map a token map: AUC of each layer (rows) at each timestep (columns), .5 in white.
+
+    tables: name -> (layers, timesteps) in [0, 1]. chosen: rows and columns whose common cells get a frame.
+    """
+    count = len(layers) * len(timesteps)
+    far = max(0.05, *(float(np.abs(table - 0.5).max()) for table in tables.values()))
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
+        for axes, (name, table) in zip(panels, tables.items(), strict=True):
+            image = axes.imshow(table, cmap="RdBu_r", vmin=0.5 - far, vmax=0.5 + far, aspect="auto")
+            axes.set_title(f"{name}, best {format_number(float(table.max()), 3)}", loc="left")
+            axes.set_xticks(range(len(timesteps)), [str(t) for t in timesteps], rotation=60, fontsize=8)
+            axes.set_yticks(range(len(layers)), layers, fontsize=8)
+            axes.set_xlabel("timestep")
+            axes.grid(False)
+            for row, column in np.ndindex(table.shape) if count <= 400 else ():
+                value = float(table[row, column])
+                colour = "white" if abs(value - 0.5) > 0.7 * far else "black"
+                text = format_number(value, 2)
+                axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
+            for row in chosen[0]:
+                for column in chosen[1]:
+                    frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2)
+                    axes.add_patch(frame)
+        figure.colorbar(image, ax=panels, label="AUC", fraction=0.02, pad=0.01)
+
+    width = 2.2 + len(tables) * (0.4 + 0.33 * len(timesteps))
+    alt = "AUC of attention maps by layer and timestep on validation images; the chosen cells have a frame"
+    return _chart("atlas", alt, width, 1.5 + 0.28 * len(layers), draw)
 
 
 # --------------------------------------------------------------------------------------------------------------- tiles

@@ -1,0 +1,158 @@
+"""Image files and segmentations as arrays of pixels."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageOps
+
+from distill.data.tables import quote
+
+SLACK_PX = 1.0
+"""Annotation tools round; a box or polygon may leave its image by this much and is clipped."""
+
+_OVERSAMPLING = 8
+_CANVAS_PX = 2**26
+
+
+# --- files --------------------------------------------------------------------------------------------------------
+
+
+def open_image(data: bytes) -> Image.Image:
+    """The image decoded to the end, turned as its EXIF orientation says. Raises what Pillow raises."""
+    image = Image.open(io.BytesIO(data))
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and image.width * image.height > limit:
+        raise ValueError(f"{image.width} x {image.height} px are more than {limit}; shrink it")
+    image.load()
+    return ImageOps.exif_transpose(image)
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Mode L or RGB. 16-bit gray is divided by 257, so that 65535 becomes 255; transparent pixels lie on white."""
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError("its integers do not fit 16 bits; save it as 8 or 16 bit")
+        return Image.fromarray((values.astype(np.float32) / 257.0 + 0.5).astype(np.uint8))
+    if image.mode == "F":
+        raise ValueError("its pixels are floating point; save it as 8 or 16 bit")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def mask_of_file(path: Path) -> NDArray[np.bool_]:
+    """(height, width): where a pixel, or its index in the palette, is not zero; transparency does not count."""
+    image = open_image(path.read_bytes())
+    if image.mode in ("LA", "RGBA"):
+        image = image.convert(image.mode[:-1])
+    values = np.asarray(image)
+    return np.asarray(values.any(axis=2) if values.ndim == 3 else values != 0)
+
+
+# --- segmentations of COCO ----------------------------------------------------------------------------------------
+
+
+def check_segmentation(value: Any, width: int, height: int) -> str | None:
+    """The `segmentation` of a COCO annotation as JSON text, None if it is empty.
+
+    Polygons are lists of x and y in turn, in pixels; a run-length code holds `size` [height, width] and `counts`, a
+    list or COCO's compressed text. Raises ValueError with what is wrong.
+    """
+    if value is None or value == []:
+        return None
+    if isinstance(value, dict):
+        size, counts = value.get("size"), value.get("counts")
+        if size != [height, width]:
+            raise ValueError(f"segmentation.size is {quote(size)}; right is [{height}, {width}], the image's")
+        runs = decode_counts(counts) if isinstance(counts, str) else counts
+        if not isinstance(runs, list) or any(type(run) is not int or run < 0 for run in runs):
+            raise ValueError(f"segmentation.counts '{quote(counts)}' are not numbers of pixels of at least 0")
+        if sum(runs) != width * height:
+            raise ValueError(f"segmentation.counts add up to {sum(runs)} px; right is {height} x {width}")
+        return json.dumps({"counts": counts})
+    if not isinstance(value, list):
+        raise ValueError(f"segmentation '{quote(value)}' is neither polygons nor a run-length code")
+    for polygon in value:
+        if not isinstance(polygon, list) or any(type(number) not in (int, float) for number in polygon):
+            raise ValueError(f"segmentation '{quote(polygon)}' is not a polygon; right is a list x1, y1, x2, y2, ...")
+        if len(polygon) < 6 or len(polygon) % 2:
+            raise ValueError(f"segmentation has a polygon of {len(polygon)} numbers; right are pairs, at least three")
+        for axis, side in ((0, width), (1, height)):
+            outside = [number for number in polygon[axis::2] if not -SLACK_PX <= number <= side + SLACK_PX]
+            if outside:
+                name = "xy"[axis]
+                raise ValueError(f"segmentation has a polygon with {name} = {outside[0]}; right is 0 to {side} px")
+    return json.dumps(value)
+
+
+def segmentation_mask(segmentation: str, width: int, height: int) -> NDArray[np.bool_]:
+    """(height, width) of what `check_segmentation` returned."""
+    value = json.loads(segmentation)
+    if isinstance(value, list):
+        return polygon_mask(value, width, height)
+    counts = value["counts"]
+    return rle_mask(decode_counts(counts) if isinstance(counts, str) else counts, width, height)
+
+
+def decode_counts(text: str) -> list[int]:
+    """Run lengths of COCO's compressed text. Raises ValueError for text that is none.
+
+    Each character holds five bits of a number, lowest first, and one bit that says whether more follow; the number is
+    signed, and from the fourth run on it is the difference to the run before the last. Source: cocoapi,
+    common/maskApi.c, rleFrString.
+    """
+    runs: list[int] = []
+    value = shift = 0
+    for character in text:
+        code = ord(character) - 48
+        if not 0 <= code < 64 or shift > 60:
+            raise ValueError(f"segmentation.counts has '{quote(character)}', which no run-length code has there")
+        value |= (code & 0x1F) << shift
+        shift += 5
+        if code & 0x20:
+            continue
+        if code & 0x10:
+            value -= 1 << shift
+        runs.append(value + (runs[-2] if len(runs) > 2 else 0))
+        value = shift = 0
+    if shift:
+        raise ValueError(f"segmentation.counts '{quote(text)}' is cut off")
+    return runs
+
+
+def rle_mask(runs: Sequence[int], width: int, height: int) -> NDArray[np.bool_]:
+    """(height, width) of runs of pixels outside and inside in turn, column by column."""
+    inside = np.arange(len(runs)) % 2 == 1
+    return np.repeat(inside, runs).reshape(width, height).T
+
+
+def polygon_mask(polygons: Sequence[Sequence[float]], width: int, height: int) -> NDArray[np.bool_]:
+    """(height, width) union of polygons in pixels: where at least half of a pixel is inside.
+
+    Pillow also fills the pixels that an edge touches, which would make small objects too large; polygons are therefore
+    drawn enlarged, and shrunk.
+    """
+    mask = np.zeros((height, width), dtype=bool)
+    for polygon in polygons:
+        points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2).clip(0, (width, height))
+        left, top = np.floor(points.min(axis=0)).astype(int)
+        right, bottom = np.ceil(points.max(axis=0)).astype(int)
+        if right == left or bottom == top:
+            continue
+        scale = max(1, min(_OVERSAMPLING, math.isqrt(_CANVAS_PX // int((right - left) * (bottom - top)))))
+        canvas = Image.new("L", (int(right - left) * scale, int(bottom - top) * scale))
+        # The centre of Pillow's pixel 0 is at 0, and of an image's at 0.5.
+        corners = (points - (left, top)) * scale - 0.5
+        ImageDraw.Draw(canvas).polygon([(x, y) for x, y in corners.tolist()], fill=255)
+        mask[top:bottom, left:right] |= np.asarray(canvas.reduce(scale)) >= 128
+    return mask

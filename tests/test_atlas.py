@@ -1,0 +1,513 @@
+"""The atlas: cells are what the protocol scores, the search finds a known answer, and a run is used by its subset."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import socket
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from listed import WORDS, Listed, sample
+from PIL import Image
+from sklearn.metrics import roc_auc_score
+from tiny import save_tiny, tiny_sd
+
+from distill import atlas as library
+from distill.atlas import (
+    MIN_GAIN,
+    Cells,
+    answer,
+    choose_subset,
+    compute_cells,
+    macro_mean,
+    pair_auc,
+    paired_difference,
+    short_layer,
+)
+from distill.cli import main, parse
+from distill.components import AttentionSubset, Components, load_components, read_subset
+from distill.config import AtlasConfig, BaseConfig, EvaluationConfig
+from distill.data import PhantomDataset
+from distill.errors import UserError
+from distill.localization import DEFAULT_TIMESTEPS, TOKEN_MAPS, localization, with_subset
+from distill.metrics import macro_mean_interval
+
+ROOT = Path(__file__).parents[1]
+CONFIG = EvaluationConfig(localization_images=4, batch_size=3, bootstrap_samples=20)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("base") / "sd", "sd")
+
+
+@pytest.fixture(scope="module")
+def sd(base: Path) -> Components:
+    return load_components(BaseConfig(name=str(base))).freeze()
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator()
+
+
+@pytest.fixture(scope="module")
+def phantoms() -> PhantomDataset:
+    return PhantomDataset("validation", 8, 0, 64)
+
+
+# --- the search -----------------------------------------------------------------------------------------------------
+
+
+def cells_of(maps: torch.Tensor, masks: torch.Tensor, findings: list[int], timesteps: tuple[int, ...]) -> Cells:
+    """Cells whose AUC table is computed by scikit-learn; EOS and padding are chance."""
+    pairs, layers, steps = maps.shape[:3]
+    auc = np.full((pairs, len(TOKEN_MAPS), layers, steps), 0.5)
+    for pair, layer, step in np.ndindex(pairs, layers, steps):
+        auc[pair, 0, layer, step] = roc_auc_score(masks[pair].flatten(), maps[pair, layer, step].flatten())
+    names = tuple(f"down_blocks.{i}.attentions.0.transformer_blocks.0.attn2" for i in range(layers))
+    numbers = np.arange(pairs)
+    return Cells(names, timesteps, maps, masks, np.array(findings), numbers, numbers, auc)
+
+
+def known_cells() -> Cells:
+    """Layers 0 and 2 each show one half of the mask, at timestep 20 alone; all else is noise, or the mask's opposite."""
+    noise = torch.rand(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    masks = torch.zeros(3, 8, 8, dtype=torch.bool)
+    for pair in range(3):
+        masks[pair, pair : pair + 3, 2:6] = True
+    left = torch.arange(8) < 4
+    maps = noise * 5
+    maps[:, 0, 1], maps[:, 2, 1] = (masks & left).float(), (masks & ~left).float()
+    maps[:, 1, 1] = 9 * (~masks).float()
+    return cells_of(maps, masks, [0, 0, 1], (10, 20, 30))
+
+
+def test_the_search_finds_the_two_halves_of_the_mask() -> None:
+    cells = known_cells()
+    choice = choose_subset(cells, CONFIG, 3)
+    assert choice.subset == AttentionSubset((cells.layers[0], cells.layers[2]), (20,))
+    assert choice.auc == 1 and choice.is_better
+    assert [auc for _, auc in choice.steps] == [pytest.approx(0.75), 1]
+    assert choice.default_auc is None, "the default's timesteps are not among the cells"
+
+
+def test_the_default_is_compared_where_its_timesteps_are_known() -> None:
+    maps = torch.rand(2, 2, 6, 8, 8, generator=torch.Generator().manual_seed(1))
+    masks = torch.zeros(2, 8, 8, dtype=torch.bool)
+    masks[:, 2:4, 3:7] = True
+    maps[:, 0, 0] = (~masks).float() * 100
+    cells = cells_of(maps, masks, [0, 1], (25, *DEFAULT_TIMESTEPS))
+    choice = choose_subset(cells, CONFIG, 2)
+    expected = [
+        roc_auc_score(m.flatten(), p[:, 1:].mean(dim=(0, 1)).flatten()) for m, p in zip(masks, maps, strict=True)
+    ]
+    assert choice.default_auc == pytest.approx(np.mean(expected), abs=1e-9)
+    assert not replace(choice, auc=choice.default_auc).is_better and replace(choice, auc=1.0).is_better
+
+
+@st.composite
+def random_cells(draw: st.DrawFn) -> Cells:
+    pairs, layers, steps = draw(st.integers(1, 4)), draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    side = draw(st.integers(3, 6))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    masks = torch.rand(pairs, side, side, generator=generator) < 0.3
+    masks[:, 0, 0], masks[:, 1, 1] = True, False
+    strength = torch.rand(1, layers, steps, 1, 1, generator=generator)
+    maps = torch.rand(pairs, layers, steps, side, side, generator=generator) + strength * masks[:, None, None]
+    findings = draw(st.lists(st.integers(0, 2), min_size=pairs, max_size=pairs))
+    return cells_of(maps, masks, findings, tuple(range(0, 10 * steps, 10)))
+
+
+def true_auc(cells: Cells, subset: AttentionSubset) -> float:
+    layers = [cells.layers.index(name) for name in subset.layers]
+    steps = [cells.timesteps.index(t) for t in subset.timesteps]
+    per_pair = [
+        roc_auc_score(mask.flatten(), own[layers][:, steps].double().mean(dim=(0, 1)).flatten())
+        for mask, own in zip(cells.masks, cells.maps, strict=True)
+    ]
+    return float(np.mean([np.mean([v for v, f in zip(per_pair, cells.findings, strict=True) if f == g])
+                          for g in set(cells.findings.tolist())]))  # fmt: skip
+
+
+@given(cells=random_cells(), most=st.integers(1, 4))
+@settings(max_examples=25, deadline=None)
+def test_the_subset_is_never_worse_than_the_best_cell_and_no_change_improves_it(cells: Cells, most: int) -> None:
+    choice = choose_subset(cells, CONFIG, most)
+    subset = choice.subset
+    assert 0 < len(subset.timesteps) <= most and subset.layers
+    assert list(subset.timesteps) == sorted(set(subset.timesteps))
+    assert list(subset.layers) == [name for name in cells.layers if name in subset.layers]
+    for own, auc in choice.steps:
+        assert auc == pytest.approx(true_auc(cells, own), abs=1e-3)
+    values = [auc for _, auc in choice.steps]
+    assert values[0] == pytest.approx(macro_mean(cells.auc, cells.findings)[0].max(), abs=1e-6)
+    assert all(later > earlier + MIN_GAIN for earlier, later in itertools.pairwise(values))
+    assert (choice.subset, choice.auc) == choice.steps[-1]
+    for name in cells.layers:
+        layers = tuple(n for n in cells.layers if (n in subset.layers) != (n == name))
+        assert not layers or true_auc(cells, replace(subset, layers=layers)) <= choice.auc + MIN_GAIN + 1e-3
+    for step in cells.timesteps:
+        steps = tuple(t for t in cells.timesteps if (t in subset.timesteps) != (t == step))
+        if 0 < len(steps) <= most:
+            assert true_auc(cells, replace(subset, timesteps=steps)) <= choice.auc + MIN_GAIN + 1e-3
+
+
+@given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1)), min_size=1, max_size=20))
+@settings(max_examples=30, deadline=None)
+def test_macro_mean_weighs_findings_alike(rows: list[tuple[int, float]]) -> None:
+    findings, values = np.array([f for f, _ in rows]), np.array([v for _, v in rows])
+    groups: dict[int, list[float]] = {}
+    for finding, value in rows:
+        groups.setdefault(finding, []).append(value)
+    expected = sum(sum(own) / len(own) for own in groups.values()) / len(groups)
+    assert macro_mean(values, findings) == pytest.approx(expected)
+    both = macro_mean(np.stack([values, 1 - values], axis=1), findings)
+    assert both.tolist() == pytest.approx([expected, 1 - expected])
+
+
+# --- cells of a model -----------------------------------------------------------------------------------------------
+
+
+def pair_scores(folder: Path, token: str) -> list[float]:
+    rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
+    return [row["scores"][token]["auc"] for row in rows]
+
+
+def test_a_cell_has_the_auc_that_the_protocol_gives_its_layer_and_timestep(
+    sd: Components, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    """One timestep at a time, since the noise depends on the number of timesteps."""
+    cells = compute_cells(sd, phantoms, CONFIG, [600], accelerator=accelerator)
+    assert cells.maps.shape == (len(cells.findings), len(cells.layers), 1, 8, 8) and len(cells.layers) > 3
+    for place in (0, len(cells.layers) - 1):
+        config = replace(CONFIG, layers=(cells.layers[place],), timesteps=(600,))
+        localization(sd, phantoms, config, accelerator=accelerator, arm_dir=tmp_path / str(place))
+        for token, name in enumerate(TOKEN_MAPS):
+            assert cells.auc[:, token, place, 0] == pytest.approx(pair_scores(tmp_path / str(place), name), abs=1e-4)
+
+
+@pytest.mark.parametrize("truth", ["mask", "boxes"])
+def test_the_mean_of_cells_is_the_map_of_the_protocol(
+    sd: Components, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path, truth: Any
+) -> None:
+    config = replace(CONFIG, ground_truth=truth, smoothing_sigma=1.0, timesteps=(100, 600))
+    cells = compute_cells(sd, phantoms, config, [100, 600], accelerator=accelerator)
+    result = localization(sd, phantoms, config, accelerator=accelerator, arm_dir=tmp_path)
+    values = pair_auc(cells.maps.mean(dim=(1, 2)), cells.masks, config)
+    assert values == pytest.approx(pair_scores(tmp_path, "word"), abs=1e-4)
+    assert result is not None and macro_mean(values, cells.findings) == pytest.approx(result["word"]["auc"], abs=1e-4)
+
+
+def test_a_region_that_fills_the_image_is_left_out(sd: Components, accelerator: Accelerator) -> None:
+    whole = sample("b", "Edema.", ("edema", None))
+    whole = replace(whole, regions=(replace(whole.regions[0], mask=torch.ones(64, 64, dtype=torch.bool)),))
+    dataset = Listed([whole, sample("a", "Small effusion.", ("pleural effusion", None))], WORDS)
+    cells = compute_cells(sd, dataset, replace(CONFIG, batch_size=1), [600], accelerator=accelerator)
+    assert cells.images.tolist() == [1] and cells.findings.tolist() == [1] and cells.numbers.tolist() == [1]
+    assert len(cells.maps) == len(cells.masks) == len(cells.auc) == 1 and np.isfinite(cells.auc).all()
+    with pytest.raises(UserError, match="no validation image has a region that can be scored"):
+        compute_cells(sd, Listed([whole], WORDS), CONFIG, [600], accelerator=accelerator)
+
+
+def _rank(rank: int, port: int, base: str, folder: str) -> None:
+    AcceleratorState._reset_state(reset_partial_state=True)  # a forked process has the parent's
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+    os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    torch.set_num_threads(1)
+    accelerator = Accelerator(cpu=True)
+    components = load_components(BaseConfig(name=base)).freeze()
+    found = [few_choice(components, accelerator, images) for images in (1, 3)]
+    (Path(folder) / f"{rank}.json").write_text(json.dumps([accelerator.num_processes, *found]))
+
+
+def few_choice(components: Components, accelerator: Accelerator, images: int) -> tuple[int, tuple[str, ...], float]:
+    config = replace(CONFIG, localization_images=images)
+    dataset = PhantomDataset("validation", 8, 0, 64)
+    cells = compute_cells(components, dataset, config, [100, 600], accelerator=accelerator)
+    choice = choose_subset(cells, config, 2)
+    return len(cells.findings), choice.subset.layers, choice.auc
+
+
+def test_two_processes_choose_what_one_chooses(
+    base: Path, sd: Components, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    """Also of one image, where a process has no pair."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # A spawned process imports everything again, for many seconds; a forked one must not meet the parent's threads.
+    start_method = "fork" if sys.platform == "linux" else "spawn"
+    torch.multiprocessing.start_processes(
+        _rank, args=(port, str(base), str(tmp_path)), nprocs=2, start_method=start_method
+    )
+    one, two = (json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2))
+    assert one[0] == two[0] == 2
+    for place, images in enumerate((1, 3), start=1):
+        pairs, layers, auc = few_choice(sd, accelerator, images)
+        assert one[place][0] + two[place][0] == pairs and (two[place][0] == 0) == (images == 1)
+        for own in (one[place], two[place]):
+            assert tuple(own[1]) == layers and own[2] == pytest.approx(auc, abs=1e-6)
+
+
+# --- the test on other images, and its words ------------------------------------------------------------------------
+
+
+def rows_of(values: list[float | None], images: list[int]) -> list[dict[str, Any]]:
+    return [
+        {"query": image, "image": image, "finding": place % 2, "scores": {"word": {"auc": value}}}
+        for place, (value, image) in enumerate(zip(values, images, strict=True))
+    ]
+
+
+def test_the_difference_is_of_pairs_that_both_have_by_image() -> None:
+    images = [0, 0, 1, 1, 2, 2]
+    default = rows_of([0.5, 0.5, None, 0.6, 0.4, 0.3], images)
+    chosen = rows_of([0.7, 0.4, 0.9, 0.8, None, 0.2], images)
+    found = paired_difference(default, list(reversed(chosen)), "auc", str, CONFIG)
+    expected = {0: [0.2], 1: [-0.1, 0.2, -0.1]}
+    assert found["pairs"] == 4
+    assert found["value"] == pytest.approx(np.mean([np.mean(v) for v in expected.values()]))
+    interval = macro_mean_interval([0.2, -0.1, 0.2, -0.1], [0, 1, 1, 1], ["0", "0", "1", "2"], 20, CONFIG.seed)
+    assert found["ci"] == pytest.approx(list(interval or ()))
+    one_image = paired_difference(default, chosen, "auc", lambda image: "same", CONFIG)
+    assert one_image["ci"] is None and one_image["value"] == found["value"]
+    assert paired_difference(default, [], "auc", str, CONFIG) == {"value": None, "ci": None, "pairs": 0}
+
+
+@pytest.mark.parametrize(
+    ("value", "interval", "words"),
+    [
+        (0.03, [0.01, 0.05], "raises the word AUC on test images (from .700 to .730, difference +.030 [+.010, +.050])"),
+        (
+            -0.03,
+            [-0.05, -0.01],
+            "lowers the word AUC on test images (from .700 to .670, difference -.030 [-.050, -.010])",
+        ),
+        (0.03, [-0.01, 0.05], "does not clearly change the word AUC on test images"),
+        (0.03, [0.0, 0.05], "does not clearly change"),
+        (0.03, None, "one image gives no interval"),
+        (None, None, "could not be tested"),
+    ],
+)
+def test_the_answer_follows_from_the_interval(value: float | None, interval: list[float] | None, words: str) -> None:
+    entry: dict[str, Any] = {
+        "layers": ["a", "b", "c"],
+        "validation": {"images": 12},
+        "chosen": {"layers": ["b"], "timesteps": [250], "is_better": value != -0.03},
+        "test": {
+            "default": {"word": {"auc": 0.7}},
+            "chosen": {"word": {"auc": 0.7 + (value or 0)}},
+            "difference": {"auc": {"value": value, "ci": interval}},
+        },
+    }
+    sentence = answer("frozen", entry)
+    assert sentence.startswith("frozen: 1 of 3 layers at 250, chosen on 12 validation images,") and words in sentence
+    assert ("holds 0" in sentence) == ("not clearly" in words)
+    assert ("the model does not get it" in sentence) == (value == -0.03)
+
+
+def test_short_names_of_layers_differ() -> None:
+    assert short_layer("up_blocks.1.attentions.0.transformer_blocks.2.attn2") == "up 1.0.2"
+    assert short_layer("mid_block.attentions.0.transformer_blocks.1.attn2") == "mid 0.1"
+
+
+# --- the recipe -----------------------------------------------------------------------------------------------------
+
+
+def load_recipe() -> Any:
+    spec = importlib.util.spec_from_file_location("recipe_atlas", ROOT / "recipes" / "atlas.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def work(base: Path, tmp_path: Path) -> tuple[Path, list[str]]:
+    """A folder with a base and a trained run, and the command line for both."""
+    shutil.copytree(base, tmp_path / "base")
+    tiny_sd(seed=3).unet.save_pretrained(tmp_path / "runs" / "frozen" / "unet")
+    argv = [
+        "--base.name", str(tmp_path / "base"), "--runs", str(tmp_path / "runs" / "frozen"),
+        "--output_dir", str(tmp_path / "out"), "--timesteps", "600", "--validation_images", "3",
+        "--data.resolution", "64", "--data.validation_size", "6", "--data.test_size", "6",
+        "--evaluation.localization_images", "4", "--evaluation.bootstrap_samples", "10",
+    ]  # fmt: skip
+    return tmp_path, argv
+
+
+def files_of(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def run(argv: list[str]) -> None:
+    recipe = load_recipe()
+    recipe.atlas(parse(AtlasConfig, argv, ignored=recipe.IGNORED))
+
+
+def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    recipe = load_recipe()
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as caught:
+        main(recipe.atlas, AtlasConfig, argv, ignored=recipe.IGNORED)
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and "Traceback" not in message
+    return message[message.index("error: ") :]
+
+
+def test_the_recipe_writes_what_it_says_and_the_run_is_evaluated_by_its_subset(
+    work: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, argv = work
+    before = files_of(folder / "base")
+    real = library.choose_subset
+
+    def better(*args: Any, **kwargs: Any) -> Any:  # random weights may choose what is no better than the default
+        return replace(real(*args, **kwargs), default_auc=0.0)
+
+    monkeypatch.setattr(library, "choose_subset", better)
+    run(argv)
+    model = {"atlas.png", "localization.json", "default/pairs.jsonl", "chosen/pairs.jsonl"}
+    expected = {f"{name}/{file}" for name in ("base", "frozen") for file in model} | {"atlas.json", "atlas.md"}
+    assert files_of(folder / "out") == expected
+    assert files_of(folder / "base") == before, "the base's folder is left alone"
+
+    content = json.loads((folder / "out" / "atlas.json").read_text(encoding="utf-8"))
+    assert list(content["models"]) == ["base", "frozen"] and content["provenance"]["config"]["max_timesteps"] == 3
+    for entry in content["models"].values():
+        shape = (len(entry["layers"]), len(entry["timesteps"]))
+        assert entry["timesteps"] == [100, 250, 400, 550, 600, 700]
+        assert all(np.array(entry["validation"]["auc"][token]).shape == shape for token in TOKEN_MAPS)
+        assert entry["test"]["default"]["layers"] == entry["layers"]
+        assert entry["test"]["default"]["timesteps"] == list(DEFAULT_TIMESTEPS)
+        for key in ("layers", "timesteps"):
+            assert entry["test"]["chosen"][key] == entry["chosen"][key]
+        gain = entry["test"]["chosen"]["word"]["auc"] - entry["test"]["default"]["word"]["auc"]
+        assert entry["test"]["difference"]["auc"]["value"] == pytest.approx(gain, abs=1e-9)
+        assert entry["validation"]["images"] == 3 and entry["test"]["chosen"]["word"]["images"] == 4
+
+    chosen = content["models"]["frozen"]["chosen"]
+    components = load_components(BaseConfig(name=str(folder / "base")), run=folder / "runs" / "frozen")
+    assert components.subset == AttentionSubset(tuple(chosen["layers"]), tuple(chosen["timesteps"]))
+    used = with_subset(EvaluationConfig(), components)
+    assert (used.layers, used.timesteps) == (tuple(chosen["layers"]), tuple(chosen["timesteps"]))
+
+    text = (folder / "out" / "atlas.md").read_text(encoding="utf-8")
+    printed = capsys.readouterr().out
+    for name, entry in content["models"].items():
+        assert f"- {answer(name, entry)}\n" in text and answer(name, entry) in printed
+        assert f"({name}/atlas.png)" in text
+    assert "next: accelerate launch" in printed and str(folder / "runs" / "frozen" / "localization.json") in printed
+    with Image.open(folder / "out" / "frozen" / "atlas.png") as image:
+        assert image.width > 600 and image.height > 100
+
+    run([*argv, "--store", "false", "--store_base", "true", "--output_dir", str(folder / "again")])
+    stored = read_subset(folder / "base", components.unet)
+    own = content["models"]["base"]["chosen"]
+    assert stored == AttentionSubset(tuple(own["layers"]), tuple(own["timesteps"])), (
+        "the stored subset is not its own rival"
+    )
+
+
+def test_a_subset_that_is_no_better_on_validation_is_not_stored(
+    work: tuple[Path, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, argv = work
+    real = library.choose_subset
+
+    def worse(*args: Any, **kwargs: Any) -> Any:
+        return replace(real(*args, **kwargs), default_auc=1.0)
+
+    monkeypatch.setattr(library, "choose_subset", worse)
+    run(argv)
+    assert not (folder / "runs" / "frozen" / "localization.json").exists()
+    assert "the model does not get it" in (folder / "out" / "atlas.md").read_text(encoding="utf-8")
+
+
+def test_dry_run_writes_nothing(work: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
+    folder, argv = work
+    before = files_of(folder)
+    run([*argv, "--dry_run", "true"])
+    assert files_of(folder) == before
+    printed = capsys.readouterr().out
+    assert "layers at 6 timesteps" in printed and "nothing was written" in printed
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--data.validation_size", "0"], "data.validation_size is 0: the subset is chosen on validation images"),
+        (["--timesteps", "[600, 1000]"], "timesteps must be in 0 .. 999"),
+        (["--evaluation.protocol", "dombrowski"], "evaluation.protocol is set to 'dombrowski'"),
+        (["--evaluation.timesteps", "300"], "the atlas is of all layers, at `timesteps`"),
+        (["--data.root", "x"], "data.kind is phantom"),
+        (["--runs", "[]", "--store", "false"], "runs is empty"),
+        (["--runs", "/nowhere/run"], "no run folder /nowhere/run"),
+        (["--max_timesteps", "0"], "max_timesteps: expected at least 1, got 0"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_written(
+    work: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str], more: list[str], words: str
+) -> None:
+    folder, argv = work
+    assert words in refusal([*argv, *more], capsys)
+    assert not (folder / "out").exists()
+
+
+def make_folder(
+    folder: Path, row: Callable[[int], str], header: str = "file_name,text,split,finding,bbox"
+) -> list[str]:
+    folder.mkdir()
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 255, (64, 64), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{i}.png")
+    lines = [header, *(f"{i}.png,{row(i)}" for i in range(4))]
+    (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return ["--data.kind", "folder", "--data.root", str(folder), "--data.resolution", "64"]
+
+
+def test_data_without_a_validation_split_or_regions_is_refused(
+    base: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--base.name", str(base), "--output_dir", str(tmp_path / "out")]
+    splits = ["train", "validation", "test", "test"]
+    boxed = make_folder(tmp_path / "boxed", lambda i: f'Edema.,{splits[i]},edema,"8,8,20,20"')
+    columns = ["--data.finding_column", "finding", "--data.box_column", "bbox"]
+    message = refusal([*argv, *boxed, *columns], capsys)
+    assert "4 of 4 test images are also validation images" in message and "data.split_column" in message
+    no_validation = ["--data.split_column", "split", "--data.test_split", "train"]
+    plain = make_folder(tmp_path / "plain", lambda i: f"Edema.,{splits[i]}", "file_name,text,split")
+    message = refusal([*argv, *plain, "--data.split_column", "split"], capsys)
+    assert "no validation image has a region of a finding: set data.finding_column" in message
+    none = make_folder(tmp_path / "none", lambda i: 'Edema.,test,edema,"8,8,20,20"')
+    message = refusal([*argv, *none, *columns, *no_validation[:2]], capsys)
+    assert "validation or val or valid" in message
+    run([*argv, *boxed, *columns, *no_validation[:2], "--timesteps", "600", "--evaluation.bootstrap_samples", "10"])
+    entry = json.loads((tmp_path / "out" / "atlas.json").read_text(encoding="utf-8"))["models"]["base"]
+    assert (entry["validation"]["images"], entry["test"]["chosen"]["word"]["images"]) == (1, 2)
+
+
+def test_run_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
+    names = load_recipe().models_of
+    config = AtlasConfig(runs=(str(tmp_path / "a" / "frozen"), str(tmp_path / "b" / "frozen")))
+    assert names(config) == {"base": None, "a-frozen": Path(config.runs[0]), "b-frozen": Path(config.runs[1])}
+    assert list(names(AtlasConfig(runs=("x/frozen", "x/learnable")))) == ["base", "frozen", "learnable"]
+    assert list(names(AtlasConfig(runs=("x/base",)))) == ["base", "x-base"]
+    assert names(AtlasConfig()) == {"base": None}
+    with pytest.raises(UserError, match="a folder is given twice"):
+        names(AtlasConfig(runs=("x/frozen", "x/../x/frozen")))
