@@ -31,9 +31,9 @@ Kind = Literal["cross", "self"]
 ALWAYS = (0, 2**31)
 """Timesteps of any forward pass."""
 
-PLAIN = ("AttnProcessor", "AttnProcessor2_0", "AttnProcessorNPU", "FusedAttnProcessor2_0", "SlicedAttnProcessor",
-         "XFormersAttnProcessor", "XLAFlashAttnProcessor2_0")  # fmt: skip
-"""diffusers' processors that compute the same attention in different ways. Others (IP-Adapter, PAG) compute another."""
+PLAIN = ("AttnProcessor", "AttnProcessor2_0", "AttnProcessorNPU", "FusedAttnProcessor2_0", "RecordingAttnProcessor",
+         "SlicedAttnProcessor", "XFormersAttnProcessor", "XLAFlashAttnProcessor2_0")  # fmt: skip
+"""Processors that compute the same attention in different ways. Others (IP-Adapter, PAG) compute another."""
 
 
 def attention_layers(unet: nn.Module, prefixes: str | Sequence[str] = (), kind: Kind = "cross") -> list[str]:
@@ -231,12 +231,13 @@ def record_attention(
     give max_places: layers of more are not recorded).
     reduce: what is kept of the (batch, heads, places, tokens) probabilities; `select_tokens` keeps token groups only.
     accumulate: keep the sum over forward passes, not the last. timesteps: record passes at these timesteps only, both
-    ends included. rows: called at each layer, the part of the batch to keep (the conditional half under guidance).
+    ends included, all of the batch. rows: called at each layer, the part of the batch to keep (the conditional half
+    under guidance).
 
     Works with LoRA attached, quantized layers, torch.compile (each recorded layer breaks the graph, so not with
     fullgraph=True), gradients and gradient checkpointing, whose second pass inside backward is not recorded. The output
-    of the U-Net stays what it was, to rounding. Processors are restored at the end, also after an error. Raises UserError
-    for layers of other attention, such as an IP-Adapter's or those that another recorder holds.
+    of the U-Net stays what it was, to rounding. Processors are restored at the end, also after an error. Of
+    several recorders of a layer, the last opened records. Raises UserError for other attention, such as an IP-Adapter's.
     """
     inner = getattr(unet, "_orig_mod", unet)
     names = attention_layers(unet, layers, kind)

@@ -343,8 +343,6 @@ def test_attention_that_is_not_plain_is_refused(unet: UNet2DConditionModel) -> N
     unet.get_submodule(name).processor = PAGIdentitySelfAttnProcessor2_0()
     with pytest.raises(UserError, match=f"{name} .*PAGIdentity"), record_attention(unet, kind="self"):
         pass
-    with record_attention(unet), pytest.raises(UserError, match="Recording"), record_attention(unet):
-        pass
     assert all(unet.attn_processors[n] is p for n, p in originals.items() if not n.startswith(name))
     with pytest.raises(UserError, match="Linear has no cross-attention layer"), record_attention(nn.Linear(1, 1)):
         pass
@@ -410,6 +408,19 @@ def test_gradient_checkpointing_gives_equal_maps_and_gradients_and_records_once(
         torch.testing.assert_close(again[name], plain[name], atol=1e-6, rtol=1e-4)
 
 
+@torch.no_grad()
+def test_of_several_recorders_the_last_opened_records(unet: UNet2DConditionModel) -> None:
+    with record_attention(unet) as outer, record_attention(unet, kind="self") as self_attention:
+        with record_attention(unet, "mid_block") as inner:
+            unet(**inputs(unet))
+        assert {n.split(".")[0] for n in outer.by_layer} == {"down_blocks", "up_blocks"}
+        assert list(inner.by_layer) == attention_layers(unet, "mid_block")
+        assert list(self_attention.by_layer) == attention_layers(unet, kind="self")
+        unet(**inputs(unet))
+        assert torch.equal(*(maps.by_layer[name] for maps in (outer, inner) for name in inner.by_layer))
+        assert (outer.passes, inner.passes, self_attention.passes) == (2, 1, 2)
+
+
 def test_a_running_sum_does_not_count_what_checkpointing_computes_again(unet: UNet2DConditionModel) -> None:
     checkpointing(unet)
     with record_attention(unet, accumulate=True) as maps:
@@ -432,7 +443,10 @@ def at(unet: UNet2DConditionModel, timestep: Any, seed: int = 1) -> dict[str, An
 def test_a_running_sum_is_the_sum_of_the_passes_in_range_and_does_not_grow(
     unet: UNet2DConditionModel, layers: Sequence[str]
 ) -> None:
-    passes = [at(unet, t, seed) for seed, t in enumerate((99, 100, torch.tensor([250, 400]), 400.0, 401, 100))]
+    passes = [
+        at(unet, t, seed)
+        for seed, t in enumerate((99, 100, torch.tensor([250, 400]), 400.0, torch.tensor([400, 401]), 100))
+    ]
     inside = [1, 2, 3, 5]
     singles = []
     for n in inside:
