@@ -42,6 +42,7 @@ from distill.metrics import (
     LocalizationMetric,
     MeanIoU,
     MixtureIoU,
+    MixtureMetric,
     MixtureTwoClassIoU,
     PixelAUROC,
     PointingGame,
@@ -51,6 +52,7 @@ from distill.metrics import (
 )
 from distill.metrics.maps import (
     gaussian_smooth,
+    mixture_masks,
     mixture_threshold,
     otsu_threshold,
     refine_by_self_attention,
@@ -66,6 +68,7 @@ class Query:
     """One text of one held-out image, and the findings whose maps are scored on it.
 
     image: index in the data set. groups: (tokens,) codes. tokens: for each pair, positions of the finding's words.
+    truth: hash of the image's regions.
     """
 
     image: int
@@ -73,6 +76,7 @@ class Query:
     findings: tuple[int, ...]
     tokens: tuple[tuple[int, ...], ...]
     groups: torch.Tensor
+    truth: str = ""
 
 
 def queries(dataset: ImageCaptionDataset, components: Components, config: EvaluationConfig) -> list[Query]:
@@ -91,7 +95,8 @@ def queries(dataset: ImageCaptionDataset, components: Components, config: Evalua
         if images == config.localization_images:
             break
         texts: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
-        phrases = {region.finding: region.phrase for region in dataset[index].regions}
+        found_regions = dataset[index].regions
+        phrases = {region.finding: region.phrase for region in found_regions}
         regions += len(phrases)
         for finding in phrases:
             words = dataset.query_words[finding]
@@ -105,7 +110,8 @@ def queries(dataset: ImageCaptionDataset, components: Components, config: Evalua
                 texts.setdefault(text, []).append((names.index(finding), tokens))
         for text, pairs in texts.items():
             groups = token_groups(tokenizer, text, length)
-            found.append(Query(index, text, tuple(f for f, _ in pairs), tuple(t for _, t in pairs), groups))
+            own = tuple(f for f, _ in pairs), tuple(t for _, t in pairs)
+            found.append(Query(index, text, *own, groups, _hash_of(found_regions)))
         images += bool(texts)
     if regions and not found:
         raise UserError(
@@ -113,6 +119,11 @@ def queries(dataset: ImageCaptionDataset, components: Components, config: Evalua
             "evaluation.localization_text"
         )
     return found
+
+
+def _hash_of(regions: Sequence[Region]) -> str:
+    parts = [f"{r.finding}{r.boxes}".encode() + np.packbits(r.mask.numpy()).tobytes() for r in regions]
+    return hashlib.sha256(b"\n".join(parts)).hexdigest()
 
 
 def selection(query: Query, columns: int) -> torch.Tensor:
@@ -250,7 +261,9 @@ def vilouras_layers(names: Sequence[str]) -> list[str]:
 def vilouras(inputs: Inputs, config: EvaluationConfig, recorder: Recorder) -> tuple[torch.Tensor, torch.Tensor]:
     """DDIM inversion of the real latent in 300 steps without guidance; the steps 120 to 179 and four layers.
 
-    Min-max for each layer and step, mean, Gaussian of sigma 2.5, min-max, times its Otsu mask; at latent size. As `ours`.
+    Min-max for each layer and step, mean, Gaussian of sigma 2.5, min-max, times its Otsu mask. As `ours`, but at the size
+    of the model's image, where the authors' code smooths; it also resizes each layer before the mean, where this
+    resizes the mean.
     """
     components = inputs.components
     scheduler = DDIMInverseScheduler.from_config(components.noise_scheduler.config)
@@ -272,7 +285,9 @@ def vilouras(inputs: Inputs, config: EvaluationConfig, recorder: Recorder) -> tu
             total, mass, count = total + normalize(raw), mass + raw[:, :4].mean(dim=(-2, -1)), count + 1
     if count != len(VILOURAS_RECORDED) * len(vilouras_layers(attention_layers(unet))):
         raise RuntimeError(f"{count} maps were recorded, where steps and layers ask for another number")
-    smooth = normalize(gaussian_smooth((total / count).flatten(0, 1), 2.5))
+    side = [components.vae_factor * length for length in inputs.size]
+    mean = F.interpolate(total / count, size=side, mode="bilinear", align_corners=False)
+    smooth = normalize(gaussian_smooth(mean.flatten(0, 1), 2.5))
     masked = smooth * (smooth > otsu_threshold(smooth)[:, None, None])
     return masked.unflatten(0, (len(latents), -1)), mass / count
 
@@ -429,8 +444,10 @@ def score_rows(
         corners = {"align_corners": False} if protocol.resize == "bilinear" else {}
         scaled = F.interpolate(normalize(part)[None], masks.shape[-2:], mode=protocol.resize, **corners)[0]
         full = post_process(scaled, config).expand(pairs, -1, -1)
+        several = any(isinstance(metric, MixtureMetric) for metric in metrics[token].values())
+        predicted = mixture_masks(full) if several else None
         for key, metric in metrics[token].items():
-            for row, value in zip(rows, metric.pair_scores(full, masks, boxes).tolist(), strict=True):
+            for row, value in zip(rows, metric.pair_scores(full, masks, boxes, predicted).tolist(), strict=True):
                 row["scores"].setdefault(token, {})[key] = value if np.isfinite(value) else None
     return rows
 
@@ -444,7 +461,7 @@ def _evaluation_key(
     settings = {key: value for key, value in asdict(config).items() if key not in irrelevant}
     parts = [json.dumps(settings, sort_keys=True)]
     parts += [model_fingerprint(module) for module in components.modules()]
-    parts += [f"{dataset.fingerprint(q.image)}{q.text}{q.findings}{q.tokens}" for q in asked]
+    parts += [f"{dataset.fingerprint(q.image)}{q.truth}{q.text}{q.findings}{q.tokens}" for q in asked]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 

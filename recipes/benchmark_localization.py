@@ -303,19 +303,18 @@ def scale(config: BenchmarkLocalizationConfig) -> Row:
             "1",
         ]
         command += ["--mixed_precision", "no", "--dynamo_backend", "no", "--num_cpu_threads_per_process", "1"]
-        command += (
-            ["--multi_gpu"]
-            if count > 1 and torch.cuda.is_available()
-            else []
-            if torch.cuda.is_available()
-            else ["--cpu"]
-        )
+        # accelerate's name for "several processes on this machine", with or without GPUs; --cpu would start one.
+        command += ["--multi_gpu"] if count > 1 else []
         command += [str(Path(__file__).with_name("evaluate.py")), *options]
         environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+        environment |= {} if torch.cuda.is_available() else {"ACCELERATE_USE_CPU": "true"}
         done = subprocess.run(command, env=environment, capture_output=True, text=True)
         if done.returncode:
             raise UserError(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-        results[count] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["arms"]["base"]
+        metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        if metrics["provenance"]["processes"] != count:
+            raise RuntimeError(f"{metrics['provenance']['processes']} processes ran, and {count} were asked for")
+        results[count] = metrics["arms"]["base"]
     one, two = (results[count]["localization"] for count in (1, 2))
     return {
         "seconds_1": results[1]["cost"]["localization_seconds"],

@@ -127,12 +127,14 @@ def train_unet(config: PretrainConfig, stage: str, work: Path, output_dir: Path)
     train(objective, rows, trainer, work / stage, config.seed + longer)
     pipeline.to("cpu", torch.float16)
     partial = output_dir.with_suffix(".partial")
-    pipeline.save_pretrained(partial)
     if longer:
-        for path in output_dir.glob("*.*"):
-            if not (partial / path.name).exists():  # pretraining.json, samples.png
-                shutil.copy2(path, partial)
+        # Only the weights change; saved configurations would name the folder that they were loaded from.
+        shutil.copytree(output_dir, partial, dirs_exist_ok=True)
+        pipeline.unet.save_pretrained(partial / "unet")
+        shutil.copy2(output_dir / "unet" / "config.json", partial / "unet")
         os.replace(output_dir, work / stage / "before")
+    else:
+        pipeline.save_pretrained(partial)
     os.replace(partial, output_dir)
 
 

@@ -5,7 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from accelerate import Accelerator
 from hypothesis import settings
+from tiny import save_tiny
+
+from distill.components import Components, load_components
+from distill.config import BaseConfig
+from distill.data import PhantomDataset
 
 # The same examples in every run, so that a failure is of the change that it follows; others: --hypothesis-profile default
 settings.register_profile("repeatable", derandomize=True, print_blob=True)
@@ -19,3 +25,26 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("needs ../shared/data beside the repository")
     return folder
+
+
+@pytest.fixture(scope="module")
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Components]:
+    """Tiny bases of each architecture, loaded from their folders."""
+    folder = tmp_path_factory.mktemp("bases")
+    paths = {kind: save_tiny(folder / kind, kind) for kind in ("sd", "v", "sdxl")}
+    return {kind: load_components(BaseConfig(name=str(path))).freeze() for kind, path in paths.items()}
+
+
+@pytest.fixture(scope="module")
+def sd(loaded: dict[str, Components]) -> Components:
+    return loaded["sd"]
+
+
+@pytest.fixture(scope="module")
+def accelerator() -> Accelerator:
+    return Accelerator()
+
+
+@pytest.fixture(scope="module")
+def phantoms() -> PhantomDataset:
+    return PhantomDataset("test", 8, 0, 64)

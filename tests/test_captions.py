@@ -20,6 +20,7 @@ from distill.data.captions import (
     query_words_for,
     token_groups,
     token_spans,
+    words_of,
 )
 
 WHOLE_WORDS = ("effusion", "small", "lung")
@@ -172,3 +173,8 @@ SD2_TOKENIZER = build_tokenizer(pad_token="!")
 
 def test_empty_caption_has_no_words() -> None:
     assert token_groups(TOKENIZER, "", 5).tolist() == [BOS, EOS, PADDING, PADDING, PADDING]
+
+
+def test_words_of_a_caption_keep_hyphens_apostrophes_and_accents() -> None:
+    text = "Heart's size: X-ray, cafe\u0301 caf\u00e9 -- 2nd_look. X-RAY"
+    assert words_of(text) == ["heart's", "size", "x-ray", "cafe\u0301", "caf\u00e9", "2nd", "look"]

@@ -15,11 +15,10 @@ from accelerate import Accelerator
 from listed import WORDS, Listed, sample
 from PIL import Image
 from safetensors.torch import load_file
-from tiny import save_tiny
 
 from distill import evaluate as module
-from distill.components import Components, load_components
-from distill.config import BaseConfig, EvaluationConfig
+from distill.components import Components
+from distill.config import EvaluationConfig
 from distill.data import PhantomDataset
 from distill.evaluate import (
     Generated,
@@ -47,32 +46,6 @@ CONFIG = EvaluationConfig(
     bootstrap_samples=20,
     examples=2,
 )
-
-
-@pytest.fixture(scope="module")
-def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    folder = tmp_path_factory.mktemp("bases")
-    return {kind: save_tiny(folder / kind, kind) for kind in ("sd", "v", "sdxl")}
-
-
-@pytest.fixture(scope="module")
-def loaded(bases: dict[str, Path]) -> dict[str, Components]:
-    return {kind: load_components(BaseConfig(name=str(path))).freeze() for kind, path in bases.items()}
-
-
-@pytest.fixture(scope="module")
-def sd(loaded: dict[str, Components]) -> Components:
-    return loaded["sd"]
-
-
-@pytest.fixture(scope="module")
-def accelerator() -> Accelerator:
-    return Accelerator()
-
-
-@pytest.fixture(scope="module")
-def phantoms() -> PhantomDataset:
-    return PhantomDataset("test", 8, 0, 64)
 
 
 # --- batch size -----------------------------------------------------------------------------------------------------

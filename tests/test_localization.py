@@ -51,28 +51,6 @@ from distill.localization import (
 CONFIG = EvaluationConfig(localization_images=4, timesteps=(100, 600), batch_size=4, bootstrap_samples=20)
 
 
-@pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Components]:
-    folder = tmp_path_factory.mktemp("bases")
-    paths = {kind: save_tiny(folder / kind, kind) for kind in ("sd", "v", "sdxl")}
-    return {kind: load_components(BaseConfig(name=str(path))).freeze() for kind, path in paths.items()}
-
-
-@pytest.fixture(scope="module")
-def sd(loaded: dict[str, Components]) -> Components:
-    return loaded["sd"]
-
-
-@pytest.fixture(scope="module")
-def accelerator() -> Accelerator:
-    return Accelerator()
-
-
-@pytest.fixture(scope="module")
-def phantoms() -> PhantomDataset:
-    return PhantomDataset("test", 8, 0, 64)
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["sd", "v", "sdxl"])
 def test_a_map_does_not_depend_on_the_batch(loaded: dict[str, Components], phantoms: PhantomDataset, kind: str) -> None:
@@ -442,6 +420,20 @@ def test_a_run_that_was_killed_continues_and_gives_the_same(
     other = replace(config, seed=7)
     localization(sd, phantoms, replace(other, batch_size=8), accelerator=accelerator, arm_dir=tmp_path / "cut")
     assert sum(len(images) for images in calls) == len(asked), "another configuration starts anew"
+
+
+def test_scores_of_another_ground_truth_are_not_taken_over(
+    sd: Components, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    """The same images and captions, and the region elsewhere."""
+    dataset = Listed([sample("a", "Edema.", ("edema", None))], WORDS)
+    before = localization(sd, dataset, CONFIG, accelerator=accelerator, arm_dir=tmp_path)
+    (region,) = dataset.samples[0].regions
+    dataset.samples = [replace(dataset.samples[0], regions=(replace(region, mask=region.mask.flip(0)),))]
+    after = localization(sd, dataset, CONFIG, accelerator=accelerator, arm_dir=tmp_path)
+    assert after["word"]["auc"] != before["word"]["auc"]
+    fresh = localization(sd, dataset, CONFIG, accelerator=accelerator, arm_dir=tmp_path / "fresh")
+    assert_close(after, fresh, 0)
 
 
 def _rank(rank: int, port: int, base: str, folder: str) -> None:

@@ -89,8 +89,10 @@ def find_words(caption: str, words: Iterable[str]) -> list[tuple[int, int]]:
 
 
 def words_of(caption: str) -> list[str]:
-    """The distinct words (letters, digits, inner hyphens and apostrophes) of `caption`, in order, in lower case."""
-    return list(dict.fromkeys(re.findall(r"[^\W_]+(?:[-'\u2019][^\W_]+)*", caption.lower())))
+    """The distinct words (letters, digits, combining accents, inner hyphens and apostrophes) of `caption`, in order, in
+    lower case."""
+    part = r"[^\W_](?:[^\W_]|[\u0300-\u036f])*"
+    return list(dict.fromkeys(re.findall(rf"{part}(?:[-'\u2019]{part})*", caption.lower())))
 
 
 def names_side(caption: str) -> bool:
