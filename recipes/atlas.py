@@ -206,7 +206,7 @@ def atlas(config: AtlasConfig) -> None:
     following = f"open {folder / 'atlas.md'}"
     if config.data.kind == "phantom" and stored and config.runs:
         command = "accelerate launch recipes/evaluate.py --config recipes/configs/phantom/evaluate.yaml"
-        following = f"{command} --run {config.runs[0]}"
+        following = f"{command} --run {config.runs[0]} --evaluation.timesteps null"
     console.print(f"numbers: {folder / 'atlas.json'}\ntables and heat maps: {folder / 'atlas.md'}\nnext: {following}")
 
 
