@@ -348,8 +348,8 @@ PROTOCOLS: dict[str, Protocol] = {
 
 def with_subset(config: EvaluationConfig, components: Components) -> EvaluationConfig:
     """The configuration with the layers and timesteps that its maps are of: its own, the model's chosen subset
-    (localization.json), or the defaults."""
-    subset = components.subset
+    (localization.json), or the defaults. The protocols of papers fix their own."""
+    subset = components.subset if config.protocol == "ours" else None
     layers, timesteps = config.layers, config.timesteps
     if subset is not None and not layers and timesteps is None:
         layers, timesteps = subset.layers, subset.timesteps
