@@ -126,13 +126,24 @@ class AttentionDistillationConfig:
     """Match of the student's cross-attention to the teacher's, on the same noisy latents and timesteps."""
 
     teacher: str | None = None
-    """Run folder, pipeline folder or hub id of the teacher; tradeoff.py uses its own frozen arm."""
+    """Run folder, pipeline folder or hub id of the teacher; tradeoff.py uses its own frozen arm. `frozen_text_encoder`: the
+    student's own U-Net, fed by the text encoder as it was before the training, so that no teacher has to be trained."""
+    batch_share: float = 1.0
+    """Share of each batch that is distilled, at least one image; a smaller one costs less time."""
     token_kl_weight: float = 1.0
     """(a) KL over tokens at each place."""
     place_kl_weight: float = 1.0
     """(b) KL over places for each word token."""
     mass_weight: float = 1.0
     """(c) squared difference of the attention mass of the BOS, word, EOS and padding groups."""
+    tail_weight: float = 0.0
+    """Penalty on attention mass of EOS and padding beyond the teacher's."""
+    output_weight: float = 0.0
+    """Squared difference of the U-Nets' outputs (BK-SDM)."""
+    feature_weight: float = 0.0
+    """Squared difference of the outputs of the U-Nets' blocks (BK-SDM)."""
+    self_attention_weight: float = 0.0
+    """Squared difference of the outputs of the U-Nets' self-attention layers (KOALA)."""
     layers: tuple[str, ...] = ()
     """Prefixes of cross-attention layer names; empty takes all."""
     min_timestep: int = 0
@@ -191,6 +202,10 @@ class TrainerConfig:
     """Checkpoints kept, the newest."""
     sample_every_steps: int | None = None
     """Steps between two sets of sample images; none draws none."""
+    localize_every_steps: int | None = None
+    """Steps between two looks at where the attention is, on validation images (localization_log.jsonl); none looks not."""
+    localize_images: int = 100
+    """Validation images of each look."""
 
 
 @dataclass(frozen=True)
@@ -290,12 +305,19 @@ class DistillAttentionConfig:
 
 @dataclass(frozen=True)
 class TradeoffConfig:
-    """recipes/tradeoff.py: four arms from one base, evaluated alike, and one report."""
+    """recipes/tradeoff.py: arms from one base, evaluated alike, and one report."""
 
     base: BaseConfig = field(default_factory=BaseConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    arms: tuple[Literal["frozen", "learnable", "distilled", "lora"], ...] = ("frozen", "learnable", "distilled", "lora")
-    """Arms to train; `frozen` is the teacher of `distilled` and `lora`."""
+    arms: tuple[Literal["frozen", "learnable", "distilled", "self_taught", "lora"], ...] = (
+        "frozen",
+        "learnable",
+        "distilled",
+        "lora",
+    )
+    """Arms to train; `frozen` is the teacher of `distilled` and `lora`, and `self_taught` needs none."""
+    self_taught_batch_share: float = 0.5
+    """distillation.batch_share of the arm self_taught."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     lora_learning_rate: float = 1e-3
     """Learning rate of the lora arm; the others use trainer.learning_rate."""
@@ -307,6 +329,9 @@ class TradeoffConfig:
     """Run folder; each arm gets a folder of its own in it."""
     seed: int = 0
     """Seed of weights, order of data, noise and timesteps."""
+    seeds: tuple[int, ...] = ()
+    """Several training seeds: each gets a folder seed-N of its own in output_dir, and one report is of all that are there;
+    empty trains `seed` only."""
     dry_run: bool = False
     """Check everything, take one real step, print sizes and estimates, and stop."""
 
@@ -455,6 +480,11 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "token_kl_weight": _NOT_NEGATIVE,
         "place_kl_weight": _NOT_NEGATIVE,
         "mass_weight": _NOT_NEGATIVE,
+        "tail_weight": _NOT_NEGATIVE,
+        "output_weight": _NOT_NEGATIVE,
+        "feature_weight": _NOT_NEGATIVE,
+        "self_attention_weight": _NOT_NEGATIVE,
+        "batch_share": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
         "min_timestep": _NOT_NEGATIVE,
         "max_timestep": _NOT_NEGATIVE,
     },
@@ -475,6 +505,8 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "checkpoint_every_steps": _COUNT,
         "keep_checkpoints": _COUNT,
         "sample_every_steps": _COUNT,
+        "localize_every_steps": _COUNT,
+        "localize_images": _COUNT,
     },
     EvaluationConfig: {
         "localization_images": _COUNT,
@@ -497,6 +529,8 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
     DistillAttentionConfig: {"output_dir": _NOT_EMPTY, "seed": _NOT_NEGATIVE},
     TradeoffConfig: {
         "arms": _DISTINCT,
+        "seeds": (lambda value: len(value) == len(set(value)) and all(s >= 0 for s in value), "distinct, at least 0"),
+        "self_taught_batch_share": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
         "lora_learning_rate": _POSITIVE,
         "output_dir": _NOT_EMPTY,
         "seed": _NOT_NEGATIVE,

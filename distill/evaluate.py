@@ -19,6 +19,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from PIL import Image
+from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from distill.components import Components
@@ -132,7 +133,34 @@ def quality(
         diversity = float(metric.compute())
     indices = [row[0] for row in rows]
     generated = Generated(indices, _stack([row[1] for row in rows]), _stack([row[2] for row in rows]))
+    if accelerator.is_main_process:
+        save_features(generated, dataset, features, arm_dir / "features.safetensors")
     return compare(generated, real, dataset, config, features) | {"diversity": diversity}
+
+
+def finding_labels(
+    dataset: ImageCaptionDataset, indices: Sequence[int], features: Features
+) -> tuple[list[int], torch.Tensor]:
+    """Columns of the classifier's scores that are findings of the data, and (images, columns) bool: what captions say."""
+    columns = [i for i, name in enumerate(features.findings) if name in {f.lower() for f in dataset.findings}]
+    labels = [[features.findings[c] in {x.lower() for x in dataset.labels(i)} for c in columns] for i in indices]
+    return columns, torch.tensor(labels)
+
+
+def save_features(images: Generated, dataset: ImageCaptionDataset, features: Features | None, path: Path) -> None:
+    """What FID and finding AUC are of: indices (N,), features (N, d), and where there are some scores and labels (N, findings).
+
+    Writes nothing without features.
+    """
+    if features is None or images.features is None:
+        return
+    tensors = {"indices": torch.tensor(images.indices), "features": images.features}
+    if images.scores is not None:
+        columns, labels = finding_labels(dataset, images.indices, features)
+        if columns:
+            tensors |= {"scores": images.scores[:, columns].contiguous(), "labels": labels}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, path)
 
 
 def compare(
@@ -150,13 +178,7 @@ def compare(
         interval = frechet_interval(theirs, ours, min(config.bootstrap_samples, 200), config.seed)
         result["fid_ci"] = list(interval) if interval else None
     if features is not None and generated.scores is not None:
-        columns = [i for i, name in enumerate(features.findings) if name in {f.lower() for f in dataset.findings}]
-        labels = torch.tensor(
-            [
-                [features.findings[c] in {x.lower() for x in dataset.labels(i)} for c in columns]
-                for i in generated.indices
-            ]
-        )
+        columns, labels = finding_labels(dataset, generated.indices, features)
         if columns:
             area = finding_auroc(generated.scores[:, columns], labels, config.bootstrap_samples, config.seed)
             result["finding_auc"] = area["auc"]
@@ -218,6 +240,8 @@ def held_out(
     order = evaluation_order(dataset, examples, 2 * config.generated_images)
     first, others = order[: config.generated_images], order[config.generated_images :]
     real = real_images(dataset, first, features, accelerator, config.batch_size)
+    if accelerator.is_main_process:
+        save_features(real, dataset, features, run_dir / "real" / "features.safetensors")
     result = compare(real, real, dataset, config, features) | {"fid": None, "fid_ci": None}
     if features is not None and len(others) == len(first):
         halves = compare(

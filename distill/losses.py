@@ -69,6 +69,32 @@ def attention_mass_loss(
     return _masked_mean(difference.pow(2).sum(dim=1), rows)
 
 
+def tail_leak(
+    teacher: torch.Tensor, student: torch.Tensor, groups: torch.Tensor, rows: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Attention mass of EOS and padding of the student beyond the teacher's, 0 where it is less; averaged over images.
+
+    The leak that Dombrowski et al. (AAAI 2024) find in trained encoders. Maps and groups as in `attention_mass`.
+    """
+    beyond = (attention_mass(student, groups) - attention_mass(teacher, groups))[:, 2:].sum(dim=1)
+    return _masked_mean(beyond.clamp(min=0), rows)
+
+
+def feature_loss(
+    teacher: dict[str, torch.Tensor], student: dict[str, torch.Tensor], rows: torch.Tensor
+) -> torch.Tensor:
+    """Squared difference of the outputs of modules, (batch, ...), each over the teacher's mean square; mean of modules.
+
+    rows: (batch,) bool. BK-SDM (Kim et al. 2023, arXiv 2305.15798, equation 3) sums the squared differences of blocks, and
+    KOALA (Lee et al. 2024, arXiv 2312.04005) of self-attention; the ratio lets one weight serve modules of any scale.
+    """
+    parts = []
+    for name, target in teacher.items():
+        gap = (student[name].float() - target.float()).pow(2).flatten(1).mean(dim=1)
+        parts.append(_masked_mean(gap, rows) / target.float().pow(2).mean().clamp(min=TINY))
+    return torch.stack(parts).mean()
+
+
 def _masked_mean(values: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Mean of `values` where `mask`; 0 (with a gradient of 0) where nothing is selected."""
     if mask is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,8 +19,10 @@ from distill.errors import UserError
 from distill.losses import (
     attention_mass_loss,
     denoising_loss,
+    feature_loss,
     min_snr_weights,
     place_attention_kl,
+    tail_leak,
     token_attention_kl,
 )
 
@@ -135,8 +139,7 @@ class DenoisingObjective(nn.Module):
         latents = x.noisy_latents.to(dtype)
         return unet(latents, x.timesteps, embeds.to(dtype), added_cond_kwargs=added, return_dict=False)[0]
 
-    def denoising(self, x: Noised) -> torch.Tensor:
-        prediction = self.predict(self.unet, list(self.text_encoders), x)
+    def loss_of(self, prediction: torch.Tensor, x: Noised) -> torch.Tensor:
         weights = None
         if self.config.min_snr_gamma is not None:
             weights = min_snr_weights(
@@ -145,21 +148,27 @@ class DenoisingObjective(nn.Module):
         return denoising_loss(prediction, x.target, weights)
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Terms:
-        loss = self.denoising(self.noised(batch, generator))
+        x = self.noised(batch, generator)
+        loss = self.loss_of(self.predict(self.unet, list(self.text_encoders), x), x)
         return {"loss": loss, "denoising": loss}
 
 
 class AttentionDistillationObjective(DenoisingObjective):
-    """Denoising plus a match of the student's cross-attention to a frozen teacher's, on the same noisy latents.
+    """Denoising plus a match of the student's cross-attention to a teacher's, on the same noisy latents and timesteps.
 
     L = L_denoising + mean over layers of
         token_kl_weight * KL over tokens at each place                                   (which token a place looks at)
       + place_kl_weight * KL over places for each word token                             (where a word looks)
-      + mass_weight * squared difference of the mass of the BOS, word, EOS and padding groups.
-    Only at timesteps within [min_timestep, max_timestep]. The finding that a trained encoder moves localization from
-    the words to EOS and padding: Dombrowski et al., AAAI 2024 (arXiv 2303.17908).
+      + mass_weight * squared difference of the mass of the BOS, word, EOS and padding groups
+      + tail_weight * mass of EOS and padding beyond the teacher's
+      + output_weight, feature_weight, self_attention_weight * difference of outputs, of the U-Net, its blocks (BK-SDM) and
+        its self-attention (KOALA).
+    Only at timesteps within [min_timestep, max_timestep], and on the first `batch_share` of the batch. The finding that a
+    trained encoder moves localization from the words to EOS and padding: Dombrowski et al., AAAI 2024 (arXiv 2303.17908).
 
-    The caller records both U-Nets (attention.record_attention) for as long as the objective is used.
+    teacher: its U-Net may be the student's own, then with a text encoder of its own (distillation.teacher
+    frozen_text_encoder). student_maps, teacher_maps: recorders of both U-Nets (attention.record_attention), one and the
+    same if the U-Net is; they stay open for as long as the objective is used.
     Raises UserError if teacher and student differ in cross-attention layers, heads or tokens.
     """
 
@@ -175,29 +184,102 @@ class AttentionDistillationObjective(DenoisingObjective):
         super().__init__(components, config)
         check_same_shape(teacher, components)
         self.distillation = distillation
-        self._teacher = (teacher.freeze(),)
+        self._teacher = (teacher if teacher.unet is components.unet else teacher.freeze(),)
         self._maps = (student_maps, teacher_maps)
+        self._outputs = tuple(ModuleOutputs(unet, distillation) for unet in (components.unet, teacher.unet))
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Terms:
-        x = self.noised(batch, generator)
+        x, c = self.noised(batch, generator), self.distillation
         student_maps, teacher_maps = self._maps
         student_maps.start()
-        denoising = self.denoising(x)
-        student = student_maps.take()
+        with self._outputs[0] as outputs:
+            prediction = self.predict(self.unet, list(self.text_encoders), x)
+        denoising = self.loss_of(prediction, x)
+        count = max(1, round(c.batch_share * len(x.timesteps)))
+        student = {name: maps[:count] for name, maps in student_maps.take().items()}
+
+        part = first_rows(x, count)
         teacher_maps.start()
-        with torch.no_grad():
-            self.predict(self._teacher[0].unet, self._teacher[0].text_encoders, x)
+        with torch.no_grad(), self._outputs[1] as targets:
+            target = self.predict(self._teacher[0].unet, self._teacher[0].text_encoders, part)
         teacher = teacher_maps.take()
 
-        c = self.distillation
-        rows = (x.timesteps >= c.min_timestep) & (x.timesteps <= c.max_timestep)
-        words = x.groups == WORD
-        names = list(student)
-        token_kl = torch.stack([token_attention_kl(teacher[n], student[n], rows) for n in names]).mean()
-        place_kl = torch.stack([place_attention_kl(teacher[n], student[n], words, rows) for n in names]).mean()
-        mass = torch.stack([attention_mass_loss(teacher[n], student[n], x.groups, rows) for n in names]).mean()
-        loss = denoising + c.token_kl_weight * token_kl + c.place_kl_weight * place_kl + c.mass_weight * mass
-        return {"loss": loss, "denoising": denoising, "token_kl": token_kl, "place_kl": place_kl, "mass": mass}
+        rows = (part.timesteps >= c.min_timestep) & (part.timesteps <= c.max_timestep)
+        words = part.groups == WORD
+        losses: dict[str, tuple[float, Callable[[str], torch.Tensor]]] = {
+            "token_kl": (c.token_kl_weight, lambda n: token_attention_kl(teacher[n], student[n], rows)),
+            "place_kl": (c.place_kl_weight, lambda n: place_attention_kl(teacher[n], student[n], words, rows)),
+            "mass": (c.mass_weight, lambda n: attention_mass_loss(teacher[n], student[n], part.groups, rows)),
+        }
+        if c.tail_weight:
+            losses["tail"] = (c.tail_weight, lambda n: tail_leak(teacher[n], student[n], part.groups, rows))
+        terms = {"loss": denoising, "denoising": denoising}
+        for name, (weight, of_layer) in losses.items():
+            with torch.set_grad_enabled(weight > 0 and torch.is_grad_enabled()):
+                terms[name] = torch.stack([of_layer(layer) for layer in teacher]).mean()
+            terms["loss"] = terms["loss"] + weight * terms[name]
+        if c.output_weight:
+            gap = (prediction[:count].float() - target.float()).pow(2).flatten(1).mean(dim=1)
+            terms["output"] = (gap * rows).sum() / rows.sum().clamp(min=1)
+            terms["loss"] = terms["loss"] + c.output_weight * terms["output"]
+        for name, weight in (("feature", c.feature_weight), ("self_attention", c.self_attention_weight)):
+            if weight:
+                mine = {key: value[:count] for key, value in outputs[name].items()}
+                terms[name] = feature_loss(targets[name], mine, rows)
+                terms["loss"] = terms["loss"] + weight * terms[name]
+        return terms
+
+
+def first_rows(x: Noised, count: int) -> Noised:
+    """The first `count` images of a noised batch."""
+    embeds = x.prompt_embeds
+    if embeds is not None:
+        embeds = (embeds[0][:count], None if embeds[1] is None else embeds[1][:count])
+    return Noised(
+        x.noisy_latents[:count],
+        x.timesteps[:count],
+        x.target[:count],
+        [ids[:count] for ids in x.input_ids],
+        embeds,
+        x.groups[:count],
+        None if x.time_ids is None else x.time_ids[:count],
+    )
+
+
+class ModuleOutputs:
+    """Context manager that gives {"feature": {block: output}, "self_attention": {layer: output}} of a U-Net's forward passes,
+    as far as the configuration weighs them."""
+
+    def __init__(self, unet: nn.Module, config: AttentionDistillationConfig) -> None:
+        self._modules: dict[str, dict[str, nn.Module]] = {"feature": {}, "self_attention": {}}
+        if config.feature_weight:
+            blocks = {
+                n: m for n, m in unet.named_modules() if n == "mid_block" or re.fullmatch(r"(down|up)_blocks\.\d+", n)
+            }
+            self._modules["feature"] = blocks
+        if config.self_attention_weight:
+            layers = attention_layers(unet, kind="self")
+            self._modules["self_attention"] = {n: unet.get_submodule(n) for n in layers}
+
+    def __enter__(self) -> dict[str, dict[str, torch.Tensor]]:
+        kept: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in self._modules}
+
+        def keep(kind: str, name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                kept[kind][name] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        self._handles = [
+            module.register_forward_hook(keep(kind, name))
+            for kind, modules in self._modules.items()
+            for name, module in modules.items()
+        ]
+        return kept
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
 
 
 def check_same_shape(teacher: Components, student: Components) -> None:

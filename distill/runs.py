@@ -18,7 +18,8 @@ from typing import Any, Literal, cast
 import diffusers
 import torch
 import transformers
-from accelerate import Accelerator
+import yaml
+from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
 from rich.console import Console
 
@@ -54,6 +55,7 @@ from distill.metrics.features import load_features
 from distill.objectives import AttentionDistillationObjective, DenoisingObjective, check_same_shape
 from distill.provenance import provenance
 from distill.report import terminal_table, validate_metrics, write_model_card, write_report
+from distill.seeds import combine, run_folders
 from distill.trainer import FitResult, fit, make_accelerator, peak_memory_gb
 
 TrainingConfig = FinetuneConfig | DistillAttentionConfig | TradeoffConfig
@@ -61,7 +63,8 @@ TrainingConfig = FinetuneConfig | DistillAttentionConfig | TradeoffConfig
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train the base. folder: where its files go. distilled: with attention distillation from a teacher."""
+    """One way to train the base. folder: where its files go. distilled: with attention distillation from a teacher.
+    batch_share: in place of distillation.batch_share."""
 
     name: str
     folder: Path
@@ -70,6 +73,7 @@ class Arm:
     learning_rate: float
     text_encoder_learning_rate: float
     distilled: bool = False
+    batch_share: float | None = None
 
 
 @dataclass
@@ -84,6 +88,7 @@ class Run:
     console: Console
     seconds: dict[str, float]
     against: HeldOut | None = None
+    validation: PhantomDataset | RecordDataset | None = None
 
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:
@@ -128,7 +133,7 @@ def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run
     attention_layers(components.unet, config.evaluation.layers)
     if any(arm.distilled for arm in arms):
         attention_layers(components.unet, config.distillation.layers)
-        if teacher is not None:
+        if teacher is not None and teacher != FROZEN_TEXT_ENCODER:
             check_same_shape(load_teacher(config.base, teacher), components)
     for arm in arms:
         if arm.method == "lora":
@@ -198,7 +203,8 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
     kind = config.data.kind
     others = dict.fromkeys(name for options in DATA_OPTIONS.values() for name in options)
     never(f"data.kind is {kind}", *(f"data.{name}" for name in others if name not in DATA_OPTIONS[kind]))
-    never("this recipe has no validation split", "data.validation_size")
+    if isinstance(config, EvaluateConfig) or config.trainer.localize_every_steps is None:
+        never("no validation images are looked at", "data.validation_size")
     if config.evaluation.protocol != "ours":
         own = ("timesteps", "layers", "iou_threshold", "self_attention_power")
         never("evaluation.protocol has its own", *(f"evaluation.{name}" for name in own))
@@ -230,6 +236,10 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
         never("no arm is distilled", *(f"distillation.{item.name}" for item in fields(config.distillation)))
     if config.trainer.checkpoint_every_steps is None:
         never("trainer.checkpoint_every_steps is not set", "trainer.keep_checkpoints")
+    if config.trainer.localize_every_steps is None:
+        never("trainer.localize_every_steps is not set", "trainer.localize_images")
+    if isinstance(config, TradeoffConfig) and "self_taught" not in config.arms:
+        never("arms has no self_taught", "self_taught_batch_share")
     if not config.trainer.cache_latents and not config.trainer.cache_text_embeddings:
         never("nothing is cached", "data.cache_dir")
     if config.denoising.caption_dropout == 0:
@@ -248,6 +258,10 @@ def _claim(folder: Path, config: Any) -> None:
         raise UserError(
             f"{folder} holds a run with another configuration ({first}); choose another --output_dir, or delete the folder"
         )
+
+
+FROZEN_TEXT_ENCODER = "frozen_text_encoder"
+"""distillation.teacher: the student's own U-Net, fed by the text encoder as it was before the training."""
 
 
 def load_teacher(base: BaseConfig, teacher: str) -> Components:
@@ -314,16 +328,26 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
         if arm.distilled:
             if teacher is None:
                 raise UserError("distillation.teacher is missing: a run folder, a pipeline folder or a hub id")
-            frozen = load_teacher(config.base, teacher)
-            prepare_training(
-                frozen, method="frozen", text_encoder="frozen", lora=config.lora, frozen_dtype=config.base.frozen_dtype
-            )
-            frozen.to(accelerator.device)
-            layers = config.distillation.layers
-            student_maps = stack.enter_context(record_attention(components.unet, layers))
-            teacher_maps = stack.enter_context(record_attention(frozen.unet, layers))
+            distillation = replace(config.distillation, batch_share=arm.batch_share or config.distillation.batch_share)
+            student_maps = stack.enter_context(record_attention(components.unet, distillation.layers))
+            if teacher == FROZEN_TEXT_ENCODER:
+                encoders = [
+                    encoder.to(accelerator.device) for encoder in load_components(config.base).freeze().text_encoders
+                ]
+                frozen, teacher_maps = replace(components, text_encoders=encoders), student_maps
+            else:
+                frozen = load_teacher(config.base, teacher)
+                prepare_training(
+                    frozen,
+                    method="frozen",
+                    text_encoder="frozen",
+                    lora=config.lora,
+                    frozen_dtype=config.base.frozen_dtype,
+                )
+                frozen.to(accelerator.device)
+                teacher_maps = stack.enter_context(record_attention(frozen.unet, distillation.layers))
             objective: DenoisingObjective = AttentionDistillationObjective(
-                components, config.denoising, config.distillation, frozen, student_maps, teacher_maps
+                components, config.denoising, distillation, frozen, student_maps, teacher_maps
             )
         else:
             objective = DenoisingObjective(components, config.denoising)
@@ -343,6 +367,7 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
             seed=config.seed,
             parameter_groups=[group for group in groups if group["params"]],
             on_sample=lambda step: _sample(run, components, log_dir / "progress" / f"step-{step:06d}.png"),
+            on_localize=lambda step: _localize(run, components, log_dir, step),
             label=arm.name,
         )
     return components, result
@@ -405,6 +430,32 @@ def _sample(run: Run, components: Components, path: Path) -> None:
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(torch.cat(list(images), dim=-1), path)
+
+
+@torch.no_grad()
+def _localize(run: Run, components: Components, log_dir: Path, step: int) -> None:
+    """A line of localization_log.jsonl: AUC, CNR and mass of the token groups on validation images, in this step's state."""
+    config = run.config
+    if run.validation is None:
+        run.validation = load_dataset(config.data, "validation")
+    few = replace(config.evaluation, localization_images=config.trainer.localize_images, bootstrap_samples=1)
+    frozen = DTYPES[config.base.frozen_dtype]
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        torch.autocast(run.accelerator.device.type, frozen, enabled=frozen != torch.float32),
+    ):
+        found = localization(
+            components, run.validation, few, accelerator=run.accelerator, arm_dir=Path(scratch), label=f"step {step}"
+        )
+    if found is None or not run.accelerator.is_main_process:
+        return
+    row: dict[str, Any] = {"step": step, "images": found["word"]["images"], "pairs": found["word"]["pairs"]}
+    row |= {token: {key: found[token][key] for key in ("auc", "cnr", "top1")} for token in ("word", "eos", "padding")}
+    path = log_dir / "localization_log.jsonl"
+    # Not those of a run that was killed after this step and continues from a checkpoint before it.
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = [line for line in lines if json.loads(line)["step"] < step] + [json.dumps(row | {"mass": found["mass"]})]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def evaluate_arm(run: Run, name: str, folder: Path | None, cost: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -477,6 +528,33 @@ def finish(run: Run, arms: dict[str, dict[str, Any]], next_command: str) -> None
         if exported:
             run.say(f"{name}: {exported[0]}")
     run.say(f"report: {html}\n        {markdown}\nnumbers: {run.folder / 'metrics.json'}\nnext: {next_command}")
+
+
+def share_base(folder: Path, config: TradeoffConfig) -> None:
+    """Copy the base's evaluation from another seed of the same configuration, since no seed changes it."""
+    target = Path(config.output_dir) / "base"
+    if target.exists() or not PartialState().is_main_process:
+        return
+    for path in run_folders(folder).values():
+        other = cast(dict[str, Any], yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+        mine = cast(dict[str, Any], yaml.safe_load(to_yaml(config)))
+        if {**other, "seed": 0, "output_dir": ""} == {**mine, "seed": 0, "output_dir": ""}:
+            shutil.copytree(path / "base", target)
+            return
+
+
+def finish_seeds(folder: Path) -> None:
+    """metrics.json and report of all seeds in `folder`, the table in the terminal, and the paths."""
+    if not PartialState().is_main_process:
+        return
+    metrics = combine(folder)
+    validate_metrics(metrics)
+    write_json(folder / "metrics.json", metrics)
+    html, markdown = write_report(folder)
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console.print(terminal_table(metrics))
+    seeds = ", ".join(map(str, metrics["provenance"]["seeds"]["training"]))
+    console.print(f"seeds {seeds}\nreport: {html}\n        {markdown}\nnumbers: {folder / 'metrics.json'}")
 
 
 def dry_run(run: Run, arms: list[Arm], teacher: str | None) -> None:

@@ -106,13 +106,14 @@ def fit(
     collate: Callable[[list[Any]], dict[str, Any]] | None = None,
     parameter_groups: Sequence[dict[str, Any]] | None = None,
     on_sample: Callable[[int], None] | None = None,
+    on_localize: Callable[[int], None] | None = None,
     label: str = "train",
 ) -> FitResult:
     """Train what requires a gradient in `objective` for config.max_steps optimizer steps.
 
     objective: forward(batch, generator) -> {"loss": scalar, every other term by name: scalar}.
     parameter_groups: lists of parameters with their own `lr`; default: all trainable ones at config.learning_rate.
-    on_sample: called with the step every config.sample_every_steps, on every process.
+    on_sample, on_localize: called with the step every config.sample_every_steps, localize_every_steps, on every process.
     Writes train_log.jsonl and, if asked, state/step-*; continues from the newest of them.
     Raises UserError on a non-finite loss, a data set smaller than needed, or nothing to train.
     """
@@ -219,10 +220,11 @@ def fit(
                 seconds = seconds_before + time.perf_counter() - began
                 _save_state(output_dir, step, seed, seconds, named, optimizer, scheduler, ema, config.keep_checkpoints)
             accelerator.wait_for_everyone()
-        if on_sample and config.sample_every_steps and step % config.sample_every_steps == 0:
-            model.eval()
-            on_sample(step)
-            model.train()
+        for call, every in ((on_sample, config.sample_every_steps), (on_localize, config.localize_every_steps)):
+            if call and every and step % every == 0:
+                model.eval()
+                call(step)
+                model.train()
     bar.close()
     if ema is not None:
         ema.copy_to(trainable)

@@ -1,23 +1,38 @@
-"""The trade-off in one run: four arms from one base, evaluated alike, and one report.
+"""The trade-off in one run: arms from one base, evaluated alike, and one report.
 
     accelerate launch recipes/tradeoff.py --config recipes/configs/phantom/tradeoff_quick.yaml
 
     frozen     U-Net trained, text encoder frozen; it is also the teacher
     learnable  U-Net and text encoder trained
     distilled  like learnable, with the attention held to the frozen arm's
-    lora       LoRA on U-Net and text encoder, with the same distillation
+    self_taught  like learnable, with the attention held to that of its own U-Net under the text encoder of the base
+    lora       LoRA on U-Net and text encoder, with the distillation from the frozen arm
+
+The same command again continues. With `seeds`, run it at the same time with other seeds and the same output_dir: the last
+one to end reports them all.
 
 The losses are in distill/objectives.py; the loop is `fit` in distill/trainer.py.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from distill.cli import main
 from distill.config import TradeoffConfig
 from distill.errors import UserError
-from distill.runs import Arm, dry_run, evaluate_arm, finish, open_run, train_arm
+from distill.runs import (
+    FROZEN_TEXT_ENCODER,
+    Arm,
+    dry_run,
+    evaluate_arm,
+    finish,
+    finish_seeds,
+    open_run,
+    share_base,
+    train_arm,
+)
 
 
 def arms_of(config: TradeoffConfig) -> list[Arm]:
@@ -27,6 +42,16 @@ def arms_of(config: TradeoffConfig) -> list[Arm]:
         "frozen": Arm("frozen", folder / "frozen", "full", "frozen", rate, text_rate),
         "learnable": Arm("learnable", folder / "learnable", "full", "full", rate, text_rate),
         "distilled": Arm("distilled", folder / "distilled", "full", "full", rate, text_rate, distilled=True),
+        "self_taught": Arm(
+            "self_taught",
+            folder / "self_taught",
+            "full",
+            "full",
+            rate,
+            text_rate,
+            distilled=True,
+            batch_share=config.self_taught_batch_share,
+        ),
         "lora": Arm("lora", folder / "lora", "lora", "lora", lora_rate, lora_rate, distilled=True),
     }
     chosen = [arm for name, arm in arms.items() if name in config.arms]
@@ -35,7 +60,7 @@ def arms_of(config: TradeoffConfig) -> list[Arm]:
     return chosen
 
 
-def tradeoff(config: TradeoffConfig) -> None:
+def one_seed(config: TradeoffConfig) -> None:
     arms = arms_of(config)
     teacher = config.distillation.teacher
     run = open_run(config, arms=arms, teacher=teacher)
@@ -44,12 +69,25 @@ def tradeoff(config: TradeoffConfig) -> None:
     results = {"base": evaluate_arm(run, "base", None)}
     for arm in arms:
         source = (teacher or str(Path(config.output_dir) / "frozen")) if arm.distilled else None
+        if arm.name == "self_taught":
+            source = FROZEN_TEXT_ENCODER
         cost = train_arm(run, arm, source)
         results[arm.name] = evaluate_arm(run, arm.name, arm.folder, cost)
     next_command = f"open {Path(config.output_dir) / 'report.html'}"
     if config.data.kind == "phantom":
         next_command = "accelerate launch recipes/tradeoff.py --config recipes/configs/phantom/tradeoff.yaml"
     finish(run, results, next_command)
+
+
+def tradeoff(config: TradeoffConfig) -> None:
+    if not config.seeds or config.dry_run:
+        return one_seed(replace(config, seeds=()))
+    folder = Path(config.output_dir)
+    for seed in config.seeds:
+        one = replace(config, seed=seed, seeds=(), output_dir=str(folder / f"seed-{seed}"))
+        share_base(folder, one)
+        one_seed(one)
+    finish_seeds(folder)
 
 
 if __name__ == "__main__":

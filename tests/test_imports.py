@@ -20,6 +20,7 @@ LAYERS = (
     ("trainer",),
     ("export", "localization"),
     ("evaluate",),
+    ("seeds",),
     ("report",),
     ("atlas",),
     ("runs",),

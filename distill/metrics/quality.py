@@ -57,7 +57,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     return max(0.0, float(metric.compute()))
 
 
-def _frechet_by_factors(real: Tensor, generated: Tensor) -> float:
+def frechet_by_factors(real: Tensor, generated: Tensor) -> float:
     """The same distance: with S = A^T A, Tr((S_r S_g)^(1/2)) is the sum of the singular values of A_r A_g^T.
 
     A matrix of min(N, d) x min(M, d), where the eigenvalues of a (d, d) matrix take many seconds at d = 2048.
@@ -87,9 +87,9 @@ def frechet_interval(
     distances = np.empty(samples)
     for sample in range(samples):
         sides = [side[torch.randint(len(side), (len(side),), generator=generator)] for side in (real, generated)]
-        distances[sample] = _frechet_by_factors(*sides)
+        distances[sample] = frechet_by_factors(*sides)
     if samples:
-        distances += _frechet_by_factors(real, generated) - distances.mean()
+        distances += frechet_by_factors(real, generated) - distances.mean()
     return percentile_interval(distances.clip(min=0.0), level)
 
 
@@ -184,7 +184,7 @@ def finding_auroc(
 
     statistics = [np.empty(0)]
     for counts in resample_counts(len(scores), samples, seed):
-        columns = [_weighted_auroc(ranks[index].numpy(), labels[:, index].numpy(), counts) for index in usable]
+        columns = [weighted_auroc(ranks[index].numpy(), labels[:, index].numpy(), counts) for index in usable]
         statistics.append(mean_of_defined(np.stack(columns, axis=1)))
     return {
         "auc": float(np.mean([per_finding[index] for index in usable])),
@@ -193,7 +193,7 @@ def finding_auroc(
     }
 
 
-def _weighted_auroc(
+def weighted_auroc(
     scores: NDArray[np.float64], labels: NDArray[np.bool_], weights: NDArray[np.float64]
 ) -> NDArray[np.float64]:
     """scores, labels: (N,); weights: (S, N) -> (S,) areas of N weighted images, ties 1/2; NaN without both classes."""
