@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from distill.data.captions import WORD, names_side
 from distill.data.phantom import PhantomDataset
 from distill.data.training import TrainingRows
 from distill.errors import UserError
+from distill.losses import tail_leak
 from distill.objectives import (
     AttentionDistillationObjective,
     AutoencoderObjective,
@@ -430,3 +432,80 @@ def test_autoencoder_loss_falls_and_crops_come_from_the_generator() -> None:
         objective(batch, generator(0))["loss"].backward()
         optimizer.step()
     assert float(objective(batch, generator(0))["loss"].detach()) < 0.8 * float(first["loss"].detach())
+
+
+EXTRA = {
+    "tail": "tail_weight",
+    "output": "output_weight",
+    "feature": "feature_weight",
+    "self_attention": "self_attention_weight",
+}
+
+
+@pytest.mark.parametrize("term", EXTRA)
+@pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl])
+def test_further_terms_vanish_on_the_teacher_itself_and_reach_the_student(build: Callable[[], Any], term: str) -> None:
+    student = prepared(build)
+    same = copy.deepcopy(student)
+    other = copy.deepcopy(student)
+    with torch.no_grad():
+        for p in [*other.unet.parameters(), *(p for e in other.text_encoders for p in e.parameters())]:
+            p += 0.05 * torch.randn(p.shape, generator=generator(int(p.numel())))
+    weights = {"token_kl_weight": 0.0, "place_kl_weight": 0.0, "mass_weight": 0.0, EXTRA[term]: 2.0}
+    batch = batch_of(student)
+    for teacher, is_other in ((same, False), (other, True)):
+        with ExitStack() as stack:
+            terms = distilling(stack, student, teacher, **weights)(batch, generator())
+        torch.testing.assert_close(terms["loss"], terms["denoising"] + 2.0 * terms[term])
+        assert float(terms[term].detach()) == pytest.approx(0, abs=1e-9) or is_other
+        assert "feature" not in terms or term == "feature"
+    if term == "tail" and float(terms["tail"].detach()) == 0:
+        pytest.skip("this student has less mass in the tail than its teacher")
+    terms[term].backward()
+    assert has_gradient(student.unet) and has_gradient(student.text_encoders[0])
+    assert not any(module._forward_hooks for module in student.unet.modules()), "hooks are removed"
+
+
+def test_tail_leak_counts_only_what_is_beyond_the_teacher() -> None:
+    groups = torch.tensor([[0, 1, 2, 3]])
+    teacher = torch.tensor([[[0.4, 0.3, 0.2, 0.1]]])
+    assert float(tail_leak(teacher, torch.tensor([[[0.2, 0.3, 0.3, 0.2]]]), groups)) == pytest.approx(0.2)
+    assert float(tail_leak(teacher, torch.tensor([[[0.6, 0.3, 0.1, 0.0]]]), groups)) == 0
+
+
+@pytest.mark.parametrize("share", [0.01, 0.5, 1.0])
+def test_a_share_of_the_batch_is_distilled(share: float) -> None:
+    student, teacher = prepared(), prepared(lambda: tiny_sd(seed=1))
+    batch = batch_of(student)
+    count = max(1, round(share * len(batch["input_ids_0"])))
+    seen = []
+    handle = teacher.unet.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    with ExitStack() as stack:
+        part = distilling(stack, student, teacher, batch_share=share)(batch, generator())
+        whole = distilling(stack, student, teacher)(batch, generator())
+    handle.remove()
+    assert seen == [count, len(batch["input_ids_0"])]
+    torch.testing.assert_close(part["denoising"], whole["denoising"])
+    assert (count == len(batch["input_ids_0"])) == torch.equal(part["token_kl"], whole["token_kl"])
+
+
+def test_a_student_under_the_text_encoder_of_the_base_is_its_own_teacher() -> None:
+    """One recorder and one U-Net; equal encoders teach nothing, a changed one is taught, and only the student trains."""
+    student = prepared()
+    teacher = replace(student, text_encoders=[copy.deepcopy(e).requires_grad_(False) for e in student.text_encoders])
+    batch = batch_of(student)
+    with ExitStack() as stack:
+        maps = stack.enter_context(record_attention(student.unet))
+        objective = AttentionDistillationObjective(
+            student, NO_DROPOUT, AttentionDistillationConfig(), teacher, maps, maps
+        ).train()
+        assert all(p.requires_grad for p in student.unet.parameters()), "the shared U-Net still trains"
+        assert all(abs(float(objective(batch, generator())[name].detach())) < 1e-9 for name in TERMS)
+        with torch.no_grad():
+            for p in student.text_encoders[0].parameters():
+                p += 0.1 * torch.randn(p.shape, generator=generator(p.numel()))
+        terms = objective(batch, generator())
+        assert all(float(terms[name].detach()) > 0 for name in TERMS)
+        (terms["loss"] - terms["denoising"]).backward()
+    assert has_gradient(student.unet) and has_gradient(student.text_encoders[0])
+    assert not has_gradient(teacher.text_encoders[0])

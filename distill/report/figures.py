@@ -273,6 +273,33 @@ def loss_chart(logs: Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]) ->
     return _chart("losses", "Loss terms of each arm over the training steps", 10.6, 0.5 + 2.6 * rows, draw)
 
 
+def localization_chart(logs: Mapping[str, Sequence[Mapping[str, Any]]]) -> Picture | None:
+    """AUC of words, EOS and padding, and their attention mass, over the steps of each arm; None without a log.
+
+    logs: arm -> rows of localization_log.jsonl.
+    """
+    logs = {arm: rows for arm, rows in logs.items() if rows}
+    if not logs:
+        return None
+    colours = arm_colours(list(logs))
+    groups = (("word", "words", "word"), ("eos", "eos", "EOS"), ("padding", "padding", "padding"))
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(2, 3, sharex=True)
+        for column, (token, mass, title) in enumerate(groups):
+            for arm, rows in logs.items():
+                steps = [row["step"] for row in rows]
+                panels[0, column].plot(steps, [row[token]["auc"] for row in rows], color=colours[arm], label=arm)
+                panels[1, column].plot(steps, [row["mass"][mass] for row in rows], color=colours[arm])
+            panels[0, column].set_title(title)
+            panels[1, column].set_xlabel("step")
+        panels[0, 0].set_ylabel("AUC")
+        panels[1, 0].set_ylabel("attention mass")
+        panels[0, 0].legend()
+
+    return _chart("localization", "AUC and attention mass of words, EOS and padding over training", 10.6, 5.2, draw)
+
+
 def atlas_chart(
     tables: Mapping[str, np.ndarray],
     layers: Sequence[str],

@@ -211,6 +211,10 @@ def _headline(metrics: Mapping[str, Any]) -> Section:
     return Section("table", "Table", "Results", blocks)
 
 
+_ONE = "One training seed an arm: what another seed would give is not in the intervals."
+_SEVERAL = "Intervals are of resamples of seeds and images; a few seeds show their own spread only."
+
+
 def _verdict(metrics: Mapping[str, Any]) -> Section:
     found = tables.verdicts(metrics)
     said = tables.outcomes(metrics, found)
@@ -222,7 +226,16 @@ def _verdict(metrics: Mapping[str, Any]) -> Section:
             Text(
                 "“Better” and “worse” are said only where the two 95 % intervals do not overlap. All arms are measured "
                 "on the same held-out images, so this is a careful rule: overlap does not prove that two arms are "
-                "equal. One training seed an arm: what another seed would give is not in the intervals."
+                f"equal. {_SEVERAL if 'paired' in metrics else _ONE}"
+            )
+        )
+    paired = tables.paired_table(metrics)
+    if paired is not None:
+        blocks.append(paired)
+        blocks.append(
+            Text(
+                "Differences of the first arm from the second, on the same images, captions, noise and seeds, with 95 % "
+                "intervals; coloured where the interval does not hold 0."
             )
         )
     if found:
@@ -335,6 +348,23 @@ def _losses(run_dir: Path, arms: Sequence[str]) -> Section:
     return Section("losses", "Losses", "Loss curves", [*blocks, *_missing(missing)])
 
 
+def _localization_over_training(run_dir: Path, arms: Sequence[str]) -> list[Section]:
+    missing: list[str] = []
+    logs = {
+        arm: _read_jsonl(path, missing)
+        for arm in arms
+        if (path := _inside(run_dir, arm, "localization_log.jsonl")) is not None and path.exists()
+    }
+    chart = figures.localization_chart(logs)
+    if chart is None:
+        return []
+    rows = next(iter(logs.values()))
+    text = Text(
+        f"On {rows[0]['images']} validation images ({rows[0]['pairs']} image-finding pairs), in each step's state."
+    )
+    return [Section("over-training", "Over training", "Localization over training", [chart, text, *_missing(missing)])]
+
+
 def _cost(metrics: Mapping[str, Any]) -> Section:
     blocks: list[Block] = [tables.cost_table(metrics)]
     stages = tables.stage_table(metrics)
@@ -359,9 +389,11 @@ def _provenance(metrics: Mapping[str, Any]) -> Section:
 
 def _document(run_dir: Path, metrics: Mapping[str, Any]) -> Document:
     arms = list(tables.ordered_arms(metrics))
-    notes: list[str] = []
-    examples = _read_examples(run_dir, notes)
     name = run_dir.resolve().name
+    notes: list[str] = []
+    if "paired" in metrics:  # of several seeds the pictures are those of the first
+        run_dir = run_dir / f"seed-{metrics['provenance']['seeds']['training'][0]}"
+    examples = _read_examples(run_dir, notes)
     return Document(
         title=f"Accuracy and interpretability: {name}",
         subtitle=f"{len(arms)} model{'s' if len(arms) > 1 else ''}: {', '.join(arms)}",
@@ -374,6 +406,7 @@ def _document(run_dir: Path, metrics: Mapping[str, Any]) -> Document:
             _mass(metrics),
             _findings(metrics),
             _losses(run_dir, arms),
+            *_localization_over_training(run_dir, arms),
             _cost(metrics),
             Section("meaning", "Meaning", "What the numbers mean", [tables.meaning_table(metrics)]),
             _provenance(metrics),

@@ -425,6 +425,46 @@ def comparison_table(metrics: Mapping[str, Any]) -> Table | None:
     return Table(["", *(metric.label for metric in COMPARED)], rows, "numbers") if rows else None
 
 
+PAIRED = {
+    "word.auc": ("word AUC", 1),
+    "word.cnr": ("CNR", 1),
+    "word.top1": ("Top-1", 1),
+    "eos.auc": ("EOS AUC", 0),
+    "padding.auc": ("pad AUC", 0),
+    "quality.fid": ("FID, relative", -1),
+    "quality.finding_auc": ("finding AUC", 1),
+}
+"""Keys of `paired` that the table shows -> name, and which sign is better (0: neither)."""
+
+
+def paired_table(metrics: Mapping[str, Any]) -> Table | None:
+    """Differences between arms on the same images and seeds, with their interval; None without several seeds."""
+    rows: list[list[str | Cell]] = []
+    for name, found in (metrics.get("paired") or {}).items():
+        row: list[str | Cell] = [name]
+        for key, (_, direction) in PAIRED.items():
+            entry = found.get(key)
+            if entry is None:
+                row.append(Cell(UNKNOWN))
+                continue
+            percent = key == "quality.fid"
+            shown = [
+                _signed(100 * v, 1) + " %" if percent else _signed(v, 3) for v in (entry["value"], *(entry["ci"] or ()))
+            ]
+            text = f"{shown[0]} [{shown[1]}, {shown[2]}]" if entry["ci"] else shown[0]
+            apart = entry["ci"] is not None and not entry["ci"][0] <= 0 <= entry["ci"][1]
+            tone: Tone = "even"
+            if apart and direction:
+                tone = "good" if entry["value"] * direction > 0 else "bad"
+            row.append(Cell(text, tone=tone))
+        rows.append(row)
+    return Table(["", *(name for name, _ in PAIRED.values())], rows, "numbers") if rows else None
+
+
+def _signed(value: float, decimals: int) -> str:
+    return ("+" if value >= 0 else "") + format_number(value, decimals)
+
+
 @dataclass(frozen=True)
 class Verdict:
     """A question, its answer, and the numbers that it follows from.
