@@ -318,9 +318,12 @@ class TradeoffConfig:
     """Arms to train; `frozen` is the teacher of `distilled` and `lora`, and `self_taught` needs none."""
     self_taught_batch_share: float = 0.5
     """distillation.batch_share of the arm self_taught."""
+    method: Literal["full", "lora"] = "full"
+    """How the U-Net of the arms frozen, learnable, distilled and self_taught is trained; their text encoder is trained in
+    full, or not at all."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     lora_learning_rate: float = 1e-3
-    """Learning rate of the lora arm; the others use trainer.learning_rate."""
+    """Learning rate of adapters; full weights use trainer.learning_rate."""
     denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
     distillation: AttentionDistillationConfig = field(default_factory=AttentionDistillationConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

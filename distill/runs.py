@@ -230,8 +230,8 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
         never("no text encoder is trained by LoRA", "lora.text_encoder_targets")
     if all(arm.text_encoder == "frozen" for arm in arms):
         never("the text encoder is frozen", "trainer.text_encoder_learning_rate")
-    if isinstance(config, TradeoffConfig) and "lora" not in config.arms:
-        never("arms has no lora", "lora_learning_rate")
+    if isinstance(config, TradeoffConfig) and not any("lora" in (arm.method, arm.text_encoder) for arm in arms):
+        never("nothing is trained by LoRA", "lora_learning_rate")
     if isinstance(config, TradeoffConfig) and not any(arm.distilled for arm in arms):
         never("no arm is distilled", *(f"distillation.{item.name}" for item in fields(config.distillation)))
     if config.trainer.checkpoint_every_steps is None:

@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 from distill.cli import main
 from distill.config import TradeoffConfig
@@ -36,22 +37,18 @@ from distill.runs import (
 
 
 def arms_of(config: TradeoffConfig) -> list[Arm]:
-    folder, rate = Path(config.output_dir), config.trainer.learning_rate
-    text_rate, lora_rate = config.trainer.text_encoder_learning_rate or rate, config.lora_learning_rate
-    arms = {
-        "frozen": Arm("frozen", folder / "frozen", "full", "frozen", rate, text_rate),
-        "learnable": Arm("learnable", folder / "learnable", "full", "full", rate, text_rate),
-        "distilled": Arm("distilled", folder / "distilled", "full", "full", rate, text_rate, distilled=True),
-        "self_taught": Arm(
-            "self_taught",
-            folder / "self_taught",
-            "full",
-            "full",
-            rate,
-            text_rate,
-            distilled=True,
-            batch_share=config.self_taught_batch_share,
-        ),
+    folder, full_rate, lora_rate = Path(config.output_dir), config.trainer.learning_rate, config.lora_learning_rate
+    rate = full_rate if config.method == "full" else lora_rate
+    text_rate = config.trainer.text_encoder_learning_rate or full_rate
+
+    def arm(name: str, text_encoder: Literal["frozen", "full"], **options: Any) -> Arm:
+        return Arm(name, folder / name, config.method, text_encoder, rate, text_rate, **options)
+
+    arms: dict[str, Arm] = {
+        "frozen": arm("frozen", "frozen"),
+        "learnable": arm("learnable", "full"),
+        "distilled": arm("distilled", "full", distilled=True),
+        "self_taught": arm("self_taught", "full", distilled=True, batch_share=config.self_taught_batch_share),
         "lora": Arm("lora", folder / "lora", "lora", "lora", lora_rate, lora_rate, distilled=True),
     }
     chosen = [arm for name, arm in arms.items() if name in config.arms]
