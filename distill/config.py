@@ -119,6 +119,11 @@ class DenoisingConfig:
     """Probability that a caption is replaced by the empty one, for classifier-free guidance."""
     caption_dropout_label: str | None = None
     """Drop captions only of images with this label (the paper: `No Finding`); none drops any caption."""
+    insert_labels: Literal["none", "first", "random"] = "none"
+    """RaLI of the paper, in training captions: the image's labels in random order before word 0 (first), or before one of
+    the words 0 to 5 (random)."""
+    arm_weight: float = 0.0
+    """ARM of the paper (it uses 0.12): rewards attention on the words that name a label; not with distillation."""
 
 
 @dataclass(frozen=True)
@@ -309,13 +314,16 @@ class TradeoffConfig:
 
     base: BaseConfig = field(default_factory=BaseConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    arms: tuple[Literal["frozen", "learnable", "distilled", "self_taught", "lora"], ...] = (
+    arms: tuple[Literal["frozen", "learnable", "distilled", "self_taught", "lora", "rali", "rali_arm"], ...] = (
         "frozen",
         "learnable",
         "distilled",
         "lora",
     )
-    """Arms to train; `frozen` is the teacher of `distilled` and `lora`, and `self_taught` needs none."""
+    """Arms to train; `frozen` is the teacher of `distilled` and `lora`, and `self_taught` needs none. `rali` and `rali_arm`:
+    `learnable` with the paper's own remedies, labels inserted into the captions, and attention regularization besides."""
+    rali_arm_weight: float = 0.12
+    """denoising.arm_weight of the arm rali_arm."""
     self_taught_batch_share: float = 0.5
     """distillation.batch_share of the arm self_taught."""
     method: Literal["full", "lora"] = "full"
@@ -478,7 +486,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "instances_file": _NOT_EMPTY,
     },
     LoraConfig: {"rank": _COUNT, "alpha": _POSITIVE, "dropout": _BELOW_ONE},
-    DenoisingConfig: {"min_snr_gamma": _POSITIVE, "caption_dropout": _PROBABILITY},
+    DenoisingConfig: {"min_snr_gamma": _POSITIVE, "caption_dropout": _PROBABILITY, "arm_weight": _NOT_NEGATIVE},
     AttentionDistillationConfig: {
         "token_kl_weight": _NOT_NEGATIVE,
         "place_kl_weight": _NOT_NEGATIVE,
@@ -534,6 +542,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "arms": _DISTINCT,
         "seeds": (lambda value: len(value) == len(set(value)) and all(s >= 0 for s in value), "distinct, at least 0"),
         "self_taught_batch_share": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+        "rali_arm_weight": _POSITIVE,
         "lora_learning_rate": _POSITIVE,
         "output_dir": _NOT_EMPTY,
         "seed": _NOT_NEGATIVE,

@@ -80,6 +80,20 @@ def tail_leak(
     return _masked_mean(beyond.clamp(min=0), rows)
 
 
+ARM_EPSILON = 2.0**-10
+"""Machine epsilon of fp16."""
+
+
+def attention_regularization(maps: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
+    """ARM: eps * mean over label tokens of (1 / (a + eps) - 1), a a token's attention, mean over places and layers.
+
+    maps: layer -> (batch, places, tokens). labels: (batch, tokens) bool. It rewards mass and not place. 0 without label
+    tokens. Source: Dombrowski et al., AAAI 2024 (arXiv 2303.17908).
+    """
+    attention = torch.stack([layer.mean(dim=1) for layer in maps.values()]).mean(dim=0)
+    return ARM_EPSILON * _masked_mean(1 / (attention + ARM_EPSILON) - 1, labels)
+
+
 def feature_loss(
     teacher: dict[str, torch.Tensor], student: dict[str, torch.Tensor], rows: torch.Tensor
 ) -> torch.Tensor:

@@ -18,6 +18,7 @@ from distill.data.captions import WORD, token_groups
 from distill.errors import UserError
 from distill.losses import (
     attention_mass_loss,
+    attention_regularization,
     denoising_loss,
     feature_loss,
     min_snr_weights,
@@ -31,7 +32,8 @@ Terms = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Noised:
-    """One noised batch, the same for student and teacher. groups: (batch, tokens) codes of the token groups."""
+    """One noised batch, the same for student and teacher. groups: (batch, tokens) codes of the token groups. label_tokens:
+    (batch, tokens) bool, words that name a label of the image, none of a dropped caption."""
 
     noisy_latents: torch.Tensor
     timesteps: torch.Tensor
@@ -40,6 +42,7 @@ class Noised:
     prompt_embeds: tuple[torch.Tensor, torch.Tensor | None] | None
     groups: torch.Tensor
     time_ids: torch.Tensor | None
+    label_tokens: torch.Tensor | None = None
 
 
 class DenoisingObjective(nn.Module):
@@ -114,6 +117,7 @@ class DenoisingObjective(nn.Module):
             embeds,
             torch.where(drop[:, None], self._empty_groups.to(device), batch["groups"]),
             batch.get("time_ids"),
+            batch["label_tokens"] & ~drop[:, None] if "label_tokens" in batch else None,
         )
 
     def _with_empty(
@@ -151,6 +155,25 @@ class DenoisingObjective(nn.Module):
         x = self.noised(batch, generator)
         loss = self.loss_of(self.predict(self.unet, list(self.text_encoders), x), x)
         return {"loss": loss, "denoising": loss}
+
+
+class AttentionRegularizationObjective(DenoisingObjective):
+    """L = L_denoising + arm_weight * ARM (losses.attention_regularization), the paper's own remedy and our baseline.
+
+    student_maps: a recorder of the U-Net that stays open for as long as the objective is used.
+    """
+
+    def __init__(self, components: Components, config: DenoisingConfig, student_maps: AttentionMaps) -> None:
+        super().__init__(components, config)
+        self._student_maps = student_maps
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Terms:
+        x = self.noised(batch, generator)
+        assert x.label_tokens is not None
+        self._student_maps.start()
+        denoising = self.loss_of(self.predict(self.unet, list(self.text_encoders), x), x)
+        arm = attention_regularization(self._student_maps.take(), x.label_tokens)
+        return {"loss": denoising + self.config.arm_weight * arm, "denoising": denoising, "arm": arm}
 
 
 class AttentionDistillationObjective(DenoisingObjective):

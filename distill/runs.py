@@ -39,20 +39,27 @@ from distill.components import (
 )
 from distill.config import (
     BaseConfig,
+    DenoisingConfig,
     DistillAttentionConfig,
     EvaluateConfig,
     FinetuneConfig,
     TradeoffConfig,
+    TrainerConfig,
 )
 from distill.data import PhantomDataset, RecordDataset, load_dataset
 from distill.data.cache import cache_latents, cache_text_embeddings, model_fingerprint
-from distill.data.training import TrainingRows
+from distill.data.training import TrainingRows, training_caption
 from distill.errors import UserError, raise_all
 from distill.evaluate import HeldOut, evaluate, generate, held_out, quality, save_png
 from distill.export import export, prove_parity
 from distill.localization import localization
 from distill.metrics.features import load_features
-from distill.objectives import AttentionDistillationObjective, DenoisingObjective, check_same_shape
+from distill.objectives import (
+    AttentionDistillationObjective,
+    AttentionRegularizationObjective,
+    DenoisingObjective,
+    check_same_shape,
+)
 from distill.provenance import provenance
 from distill.report import terminal_table, validate_metrics, write_model_card, write_report
 from distill.seeds import combine, run_folders
@@ -64,7 +71,7 @@ TrainingConfig = FinetuneConfig | DistillAttentionConfig | TradeoffConfig
 @dataclass(frozen=True)
 class Arm:
     """One way to train the base. folder: where its files go. distilled: with attention distillation from a teacher.
-    batch_share: in place of distillation.batch_share."""
+    batch_share: in place of distillation.batch_share. denoising: in place of the run's."""
 
     name: str
     folder: Path
@@ -74,6 +81,7 @@ class Arm:
     text_encoder_learning_rate: float
     distilled: bool = False
     batch_share: float | None = None
+    denoising: DenoisingConfig | None = None
 
 
 @dataclass
@@ -236,6 +244,10 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
         never("no arm is distilled", *(f"distillation.{item.name}" for item in fields(config.distillation)))
     if config.trainer.checkpoint_every_steps is None:
         never("trainer.checkpoint_every_steps is not set", "trainer.keep_checkpoints")
+    if arms and all(arm.distilled or arm.denoising for arm in arms):
+        never("distillation has no ARM", "denoising.arm_weight")
+    if isinstance(config, TradeoffConfig) and "rali_arm" not in config.arms:
+        never("arms has no rali_arm", "rali_arm_weight")
     if config.trainer.localize_every_steps is None:
         never("trainer.localize_every_steps is not set", "trainer.localize_images")
     if isinstance(config, TradeoffConfig) and "self_taught" not in config.arms:
@@ -323,7 +335,8 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
         gradient_checkpointing=trainer.gradient_checkpointing,
     )
     components.to(accelerator.device)
-    rows = training_rows(run, components, trainer)
+    denoising = arm.denoising or config.denoising
+    rows = training_rows(run, components, trainer, denoising)
     with ExitStack() as stack:
         if arm.distilled:
             if teacher is None:
@@ -347,10 +360,13 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
                 frozen.to(accelerator.device)
                 teacher_maps = stack.enter_context(record_attention(frozen.unet, distillation.layers))
             objective: DenoisingObjective = AttentionDistillationObjective(
-                components, config.denoising, distillation, frozen, student_maps, teacher_maps
+                components, denoising, distillation, frozen, student_maps, teacher_maps
             )
+        elif denoising.arm_weight:
+            maps = stack.enter_context(record_attention(components.unet))
+            objective = AttentionRegularizationObjective(components, denoising, maps)
         else:
-            objective = DenoisingObjective(components, config.denoising)
+            objective = DenoisingObjective(components, denoising)
         groups = [
             {"params": [p for p in module.parameters() if p.requires_grad], "lr": rate}
             for module, rate in (
@@ -373,7 +389,7 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
     return components, result
 
 
-def training_rows(run: Run, components: Components, trainer: Any) -> TrainingRows:
+def training_rows(run: Run, components: Components, trainer: TrainerConfig, denoising: DenoisingConfig) -> TrainingRows:
     """Rows of the training split, with the caches that the configuration asks for."""
     config, accelerator = run.config, run.accelerator
     assert run.train is not None
@@ -397,7 +413,7 @@ def training_rows(run: Run, components: Components, trainer: Any) -> TrainingRow
                 embeds, pooled = encode_text(components.text_encoders, ids)
                 return embeds if pooled is None else (embeds, pooled)
 
-            captions = [run.train.caption(i) for i in range(len(run.train))]
+            captions = [training_caption(run.train, i, denoising.insert_labels) for i in range(len(run.train))]
             hashes = [model_fingerprint(encoder) for encoder in components.text_encoders]
             hashes += [str(ids.tolist()) for ids in components.tokenize(captions[:8])]
             text = cache_text_embeddings(captions, encode, folder, "-".join(hashes), trainer.batch_size)
@@ -406,8 +422,10 @@ def training_rows(run: Run, components: Components, trainer: Any) -> TrainingRow
         components,
         latents=latents,
         text=text,
-        drop_only_label=config.denoising.caption_dropout_label,
+        drop_only_label=denoising.caption_dropout_label,
         flip=config.data.horizontal_flip,
+        insert=denoising.insert_labels,
+        label_tokens=denoising.arm_weight > 0,
     )
 
 

@@ -6,6 +6,8 @@
     learnable  U-Net and text encoder trained
     distilled  like learnable, with the attention held to the frozen arm's
     self_taught  like learnable, with the attention held to that of its own U-Net under the text encoder of the base
+    rali       like learnable, with the image's labels inserted first into the training captions (RaLI of the paper)
+    rali_arm   like rali, with attention regularization (ARM of the paper)
     lora       LoRA on U-Net and text encoder, with the distillation from the frozen arm
 
 The same command again continues. With `seeds`, run it at the same time with other seeds and the same output_dir: the last
@@ -49,6 +51,12 @@ def arms_of(config: TradeoffConfig) -> list[Arm]:
         "learnable": arm("learnable", "full"),
         "distilled": arm("distilled", "full", distilled=True),
         "self_taught": arm("self_taught", "full", distilled=True, batch_share=config.self_taught_batch_share),
+        "rali": arm("rali", "full", denoising=replace(config.denoising, insert_labels="first")),
+        "rali_arm": arm(
+            "rali_arm",
+            "full",
+            denoising=replace(config.denoising, insert_labels="first", arm_weight=config.rali_arm_weight),
+        ),
         "lora": Arm("lora", folder / "lora", "lora", "lora", lora_rate, lora_rate, distilled=True),
     }
     chosen = [arm for name, arm in arms.items() if name in config.arms]

@@ -16,6 +16,7 @@ from distill.data.captions import (
     PADDING,
     WORD,
     find_words,
+    insert_labels,
     names_side,
     query_words_for,
     token_groups,
@@ -178,3 +179,24 @@ def test_empty_caption_has_no_words() -> None:
 def test_words_of_a_caption_keep_hyphens_apostrophes_and_accents() -> None:
     text = "Heart's size: X-ray, cafe\u0301 caf\u00e9 -- 2nd_look. X-RAY"
     assert words_of(text) == ["heart's", "size", "x-ray", "cafe\u0301", "caf\u00e9", "2nd", "look"]
+
+
+@given(
+    st.text(max_size=60),
+    st.lists(st.sampled_from(["edema", "pleural effusion", "pneumonia"]), unique=True),
+    st.integers(0, 99),
+)
+def test_inserted_labels_are_all_there_and_the_words_stay(caption: str, labels: list[str], key: int) -> None:
+    for where in ("first", "random"):
+        got = insert_labels(caption, labels, where, key)
+        assert got == insert_labels(caption, labels, where, key)
+        if not labels:
+            assert got == caption
+            continue
+        words, rest = caption.split(), got.split()
+        joined = " ".join(sorted(label for label in labels))
+        assert len(rest) == len(words) + len(joined.split())
+        start = next(p for p in range(6) if rest[:p] == words[:p] and rest[len(rest) - len(words) + p :] == words[p:])
+        inside = " ".join(rest[start : len(rest) - len(words) + start])
+        assert start == 0 or where == "random"
+        assert all(label in inside for label in labels)

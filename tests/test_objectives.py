@@ -27,6 +27,7 @@ from distill.errors import UserError
 from distill.losses import tail_leak
 from distill.objectives import (
     AttentionDistillationObjective,
+    AttentionRegularizationObjective,
     AutoencoderObjective,
     ContrastiveObjective,
     DenoisingObjective,
@@ -509,3 +510,27 @@ def test_a_student_under_the_text_encoder_of_the_base_is_its_own_teacher() -> No
         (terms["loss"] - terms["denoising"]).backward()
     assert has_gradient(student.unet) and has_gradient(student.text_encoders[0])
     assert not has_gradient(teacher.text_encoders[0])
+
+
+def test_attention_regularization_is_the_papers_formula_and_reaches_the_text_encoder() -> None:
+    student = prepared()
+    batch = batch_of(student, label_tokens=True)
+    labels = batch["label_tokens"]
+    assert labels.any() and not (labels & (batch["groups"] != WORD)).any()
+    with ExitStack() as stack:
+        maps = stack.enter_context(record_attention(student.unet))
+        config = DenoisingConfig(caption_dropout=0.0, arm_weight=0.5)
+        objective = AttentionRegularizationObjective(student, config, maps)
+        terms = objective(batch, generator())
+        maps.start()
+        objective.predict(student.unet, student.text_encoders, objective.noised(batch, generator()))
+        attention = torch.stack([m.mean(dim=1) for m in maps.take().values()]).mean(dim=0)
+    eps = 2.0**-10
+    expected = sum(1 / (float(a) + eps) - 1 for a in attention[labels]) / int(labels.sum()) * eps
+    assert float(terms["arm"].detach()) == pytest.approx(expected, rel=1e-4)
+    torch.testing.assert_close(terms["loss"], terms["denoising"] + 0.5 * terms["arm"])
+    terms["arm"].backward()
+    assert has_gradient(student.text_encoders[0])
+    config = DenoisingConfig(caption_dropout=1.0, arm_weight=0.5)
+    x = DenoisingObjective(student, config).noised(batch, generator())
+    assert x.label_tokens is not None and not x.label_tokens.any(), "a dropped caption has no label"

@@ -5,7 +5,9 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Literal
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
@@ -101,6 +103,18 @@ def names_side(caption: str) -> bool:
     "bilateral" and "both" name no side.
     """
     return _SIDES.search(caption) is not None
+
+
+def insert_labels(caption: str, labels: Sequence[str], where: Literal["first", "random"], key: int) -> str:
+    """RaLI of Dombrowski et al. (AAAI 2024): the labels in random order before word 0 ("first"), or before one of the words
+    0 to 5 ("random"). The draw depends on `key` only. Unchanged without labels."""
+    if not labels:
+        return caption
+    rng = np.random.default_rng(key)
+    words = caption.split()
+    place = 0 if where == "first" else int(rng.integers(min(5, len(words)) + 1))
+    shuffled = [labels[i] for i in rng.permutation(len(labels))]
+    return " ".join([*words[:place], *shuffled, *words[place:]])
 
 
 def token_spans(

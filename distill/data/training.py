@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch.utils.data import Dataset
 
 from distill.components import Components
 from distill.data.cache import LatentCache, TextEmbeddingCache
-from distill.data.captions import names_side, token_groups
+from distill.data.captions import find_words, insert_labels, names_side, token_groups, token_spans
 from distill.data.sample import ImageCaptionDataset
+
+
+def training_caption(dataset: ImageCaptionDataset, index: int, insert: Literal["none", "first", "random"]) -> str:
+    """The caption of a training row, with the image's labels in it if that is asked for."""
+    caption = dataset.caption(index)
+    return caption if insert == "none" else insert_labels(caption, dataset.labels(index), insert, index)
 
 
 class TrainingRows(Dataset[dict[str, Any]]):
@@ -18,7 +24,8 @@ class TrainingRows(Dataset[dict[str, Any]]):
 
     groups: (tokens,) codes of the token groups. droppable: whether caption dropout may take this caption.
     With `flip`, rows also have flippable (the caption names no side) and, with cached latents, latents_mean_flipped and
-    latents_std_flipped; the objective mirrors half of the flippable ones.
+    latents_std_flipped; the objective mirrors half of the flippable ones. With `label_tokens`, rows also have label_tokens:
+    (tokens,) bool, the words of the caption that name a label of the image. insert: see `captions.insert_labels`.
     """
 
     def __init__(
@@ -30,15 +37,21 @@ class TrainingRows(Dataset[dict[str, Any]]):
         text: TextEmbeddingCache | None = None,
         drop_only_label: str | None = None,
         flip: bool = False,
+        insert: Literal["none", "first", "random"] = "none",
+        label_tokens: bool = False,
     ) -> None:
         self.dataset, self.components, self.latents, self.text = dataset, components, latents, text
         self.drop_only_label, self.flip = drop_only_label, flip
+        self.insert, self.label_tokens = insert, label_tokens
 
     def __len__(self) -> int:
         return len(self.dataset)
 
+    def caption(self, index: int) -> str:
+        return training_caption(self.dataset, index, self.insert)
+
     def __getitem__(self, index: int) -> dict[str, Any]:
-        caption = self.dataset.caption(index)
+        caption = self.caption(index)
         row: dict[str, Any] = {}
         flippable = self.flip and not names_side(caption)
         if self.flip:
@@ -59,6 +72,11 @@ class TrainingRows(Dataset[dict[str, Any]]):
                 row[f"input_ids_{i}"] = ids[0]
         row["groups"] = token_groups(self.components.tokenizers[0], caption, self.components.max_tokens)
         labels = self.dataset.labels(index)
+        if self.label_tokens:
+            names = [word for label in labels for word in (label, *self.dataset.query_words.get(label, ()))]
+            tokenizer, length = self.components.tokenizers[0], self.components.max_tokens
+            row["label_tokens"] = torch.zeros(length, dtype=torch.bool)
+            row["label_tokens"][token_spans(tokenizer, caption, find_words(caption, names), length)] = True
         row["droppable"] = torch.tensor(self.drop_only_label is None or self.drop_only_label in labels)
         if self.components.is_sdxl:
             row["time_ids"] = torch.tensor(self._time_ids(index), dtype=torch.float32)
