@@ -51,16 +51,17 @@ def arms_of(config: TradeoffConfig) -> list[Arm]:
         "learnable": arm("learnable", "full"),
         "distilled": arm("distilled", "full", distilled=True),
         "self_taught": arm("self_taught", "full", distilled=True, batch_share=config.self_taught_batch_share),
+        "lora": Arm("lora", folder / "lora", "lora", "lora", lora_rate, lora_rate, distilled=True),
         "rali": arm("rali", "full", denoising=replace(config.denoising, insert_labels="first")),
         "rali_arm": arm(
             "rali_arm",
             "full",
             denoising=replace(config.denoising, insert_labels="first", arm_weight=config.rali_arm_weight),
         ),
-        "lora": Arm("lora", folder / "lora", "lora", "lora", lora_rate, lora_rate, distilled=True),
     }
     chosen = [arm for name, arm in arms.items() if name in config.arms]
-    if any(arm.distilled for arm in chosen) and "frozen" not in config.arms and config.distillation.teacher is None:
+    taught = [arm for arm in chosen if arm.distilled and arm.name != "self_taught"]
+    if taught and "frozen" not in config.arms and config.distillation.teacher is None:
         raise UserError("arms: distilled and lora need the arm frozen as their teacher, or distillation.teacher")
     return chosen
 

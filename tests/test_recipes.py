@@ -284,6 +284,55 @@ def test_tradeoff_continues_with_the_arm_that_is_missing(
     assert read_metrics(folder)["arms"]["lora"]["localization"]["word"]["auc"] == pytest.approx(words["auc"], abs=0.02)
 
 
+def test_seeds_are_trained_evaluated_and_compared_in_one_report(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every arm, U-Net by LoRA, with two seeds; then a third seed into the same folder, which trains only its own."""
+    arms = ["frozen", "learnable", "distilled", "self_taught", "lora", "rali", "rali_arm"]
+    training = list(TRAINING)
+    training[training.index("--evaluation.features") + 1] = "phantom"
+    argv = [
+        "--base.name", str(work / "sd"), "--arms", f"[{','.join(arms)}]", "--method", "lora", "--lora.rank", "2",
+        "--trainer.localize_every_steps", "1", "--trainer.localize_images", "2", "--data.validation_size", "4",
+        "--data.cache_dir", str(work / "cache"), "--output_dir", str(tmp_path / "run"), *training,
+    ]  # fmt: skip
+    run("tradeoff", [*argv, "--seeds", "[0,1]"])
+    folder = tmp_path / "run"
+    metrics = read_metrics(folder)
+    assert list(metrics["arms"]) == ["base", *arms]
+    assert {"distilled - frozen", "distilled - learnable", "rali_arm - learnable"} <= set(metrics["paired"])
+    each = [read_metrics(folder / f"seed-{seed}")["arms"] for seed in (0, 1)]
+    for name in arms:
+        values = [found[name]["localization"]["word"]["auc"] for found in each]
+        assert metrics["arms"][name]["localization"]["word"]["auc"] == pytest.approx(np.mean(values))
+        gap = [
+            found[name]["localization"]["word"]["auc"] - found["frozen"]["localization"]["word"]["auc"]
+            for found in each
+        ]
+        if name != "frozen":
+            key = f"{name} - frozen" if f"{name} - frozen" in metrics["paired"] else f"frozen - {name}"
+            sign = 1 if key.startswith(name) else -1
+            assert sign * metrics["paired"][key]["word.auc"]["value"] == pytest.approx(np.mean(gap))
+    for terms, name in (({"token_kl", "place_kl", "mass"}, "self_taught"), ({"arm"}, "rali_arm")):
+        assert terms <= set(log_rows(folder / f"seed-0/{name}/train_log.jsonl")[0])
+    looks = log_rows(folder / "seed-0/distilled/localization_log.jsonl")
+    assert [row["step"] for row in looks] == [1, 2]
+    report = (folder / "report.md").read_text(encoding="utf-8")
+    assert "seeds and images" in report and "figures/localization.png" in report
+
+    trained = []
+    fit = runs.fit
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        trained.append(kwargs["label"])
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(runs, "fit", counted)
+    run("tradeoff", [*argv, "--seeds", "[5]"])
+    assert trained == arms
+    assert read_metrics(folder)["provenance"]["seeds"]["training"] == [0, 1, 5]
+
+
 def test_every_trainer_option_at_once_on_sdxl(work: Path) -> None:
     out = work / "options"
     argv = [
