@@ -149,6 +149,13 @@ class AttentionDistillationConfig:
     """Squared difference of the outputs of the U-Nets' blocks (BK-SDM)."""
     self_attention_weight: float = 0.0
     """Squared difference of the outputs of the U-Nets' self-attention layers (KOALA)."""
+    place_groups: tuple[Literal["words", "eos", "padding"], ...] = ("words",)
+    """Tokens whose maps (b) compares."""
+    gate_reference: str | None = None
+    """Teach only the layers and token groups that localize, on validation images, at least as well in the teacher as in
+    this model: a run folder, such as the same training without a teacher, or `base`. None teaches all."""
+    gate_images: int = 100
+    """Validation images of the gate."""
     layers: tuple[str, ...] = ()
     """Prefixes of cross-attention layer names; empty takes all."""
     min_timestep: int = 0
@@ -314,13 +321,16 @@ class TradeoffConfig:
 
     base: BaseConfig = field(default_factory=BaseConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    arms: tuple[Literal["frozen", "learnable", "distilled", "self_taught", "lora", "rali", "rali_arm"], ...] = (
+    arms: tuple[
+        Literal["frozen", "learnable", "distilled", "gated", "self_taught", "lora", "rali", "rali_arm"], ...
+    ] = (
         "frozen",
         "learnable",
         "distilled",
         "lora",
     )
-    """Arms to train; `frozen` is the teacher of `distilled` and `lora`, and `self_taught` needs none. `rali` and `rali_arm`:
+    """Arms to train; `frozen` is the teacher of `distilled`, `lora` and `gated`, and `self_taught` needs none. `gated`:
+    `distilled` in the layers and token groups where frozen localizes at least as well as learnable. `rali`, `rali_arm`:
     `learnable` with the paper's own remedies, labels inserted into the captions, and attention regularization besides."""
     rali_arm_weight: float = 0.12
     """denoising.arm_weight of the arm rali_arm."""
@@ -491,6 +501,8 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "token_kl_weight": _NOT_NEGATIVE,
         "place_kl_weight": _NOT_NEGATIVE,
         "mass_weight": _NOT_NEGATIVE,
+        "place_groups": _DISTINCT,
+        "gate_images": _COUNT,
         "tail_weight": _NOT_NEGATIVE,
         "output_weight": _NOT_NEGATIVE,
         "feature_weight": _NOT_NEGATIVE,

@@ -14,7 +14,7 @@ from torch import nn
 from distill.attention import AttentionMaps, attention_layers
 from distill.components import Components, encode_text
 from distill.config import AttentionDistillationConfig, DenoisingConfig
-from distill.data.captions import WORD, token_groups
+from distill.data.captions import EOS, PADDING, WORD, token_groups
 from distill.errors import UserError
 from distill.losses import (
     attention_mass_loss,
@@ -28,6 +28,8 @@ from distill.losses import (
 )
 
 Terms = dict[str, torch.Tensor]
+
+CODES = {"words": WORD, "eos": EOS, "padding": PADDING}
 
 
 @dataclass(frozen=True)
@@ -181,7 +183,7 @@ class AttentionDistillationObjective(DenoisingObjective):
 
     L = L_denoising + mean over layers of
         token_kl_weight * KL over tokens at each place                                   (which token a place looks at)
-      + place_kl_weight * KL over places for each word token                             (where a word looks)
+      + place_kl_weight * KL over places for each token of place_groups                  (where a word looks)
       + mass_weight * squared difference of the mass of the BOS, word, EOS and padding groups
       + tail_weight * mass of EOS and padding beyond the teacher's
       + output_weight, feature_weight, self_attention_weight * difference of outputs, of the U-Net, its blocks (BK-SDM) and
@@ -228,7 +230,7 @@ class AttentionDistillationObjective(DenoisingObjective):
         teacher = teacher_maps.take()
 
         rows = (part.timesteps >= c.min_timestep) & (part.timesteps <= c.max_timestep)
-        words = part.groups == WORD
+        words = torch.stack([part.groups == CODES[group] for group in c.place_groups]).any(dim=0)
         losses: dict[str, tuple[float, Callable[[str], torch.Tensor]]] = {
             "token_kl": (c.token_kl_weight, lambda n: token_attention_kl(teacher[n], student[n], rows)),
             "place_kl": (c.place_kl_weight, lambda n: place_attention_kl(teacher[n], student[n], words, rows)),

@@ -38,6 +38,7 @@ from distill.components import (
     read_json,
 )
 from distill.config import (
+    AttentionDistillationConfig,
     BaseConfig,
     DenoisingConfig,
     DistillAttentionConfig,
@@ -52,6 +53,7 @@ from distill.data.training import TrainingRows, training_caption
 from distill.errors import UserError, raise_all
 from distill.evaluate import HeldOut, evaluate, generate, held_out, quality, save_png
 from distill.export import export, prove_parity
+from distill.gate import choose_taught
 from distill.localization import localization
 from distill.metrics.features import load_features
 from distill.objectives import (
@@ -71,7 +73,7 @@ TrainingConfig = FinetuneConfig | DistillAttentionConfig | TradeoffConfig
 @dataclass(frozen=True)
 class Arm:
     """One way to train the base. folder: where its files go. distilled: with attention distillation from a teacher.
-    batch_share: in place of distillation.batch_share. denoising: in place of the run's."""
+    batch_share, gate_reference: in place of distillation's. denoising: in place of the run's."""
 
     name: str
     folder: Path
@@ -81,6 +83,7 @@ class Arm:
     text_encoder_learning_rate: float
     distilled: bool = False
     batch_share: float | None = None
+    gate_reference: str | None = None
     denoising: DenoisingConfig | None = None
 
 
@@ -211,7 +214,8 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
     kind = config.data.kind
     others = dict.fromkeys(name for options in DATA_OPTIONS.values() for name in options)
     never(f"data.kind is {kind}", *(f"data.{name}" for name in others if name not in DATA_OPTIONS[kind]))
-    if isinstance(config, EvaluateConfig) or config.trainer.localize_every_steps is None:
+    gated = any(arm.distilled and (arm.gate_reference or config.distillation.gate_reference) for arm in arms)
+    if isinstance(config, EvaluateConfig) or (config.trainer.localize_every_steps is None and not gated):
         never("no validation images are looked at", "data.validation_size")
     if config.evaluation.protocol != "ours":
         own = ("timesteps", "layers", "iou_threshold", "self_attention_power")
@@ -248,6 +252,8 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
         never("distillation has no ARM", "denoising.arm_weight")
     if isinstance(config, TradeoffConfig) and "rali_arm" not in config.arms:
         never("arms has no rali_arm", "rali_arm_weight")
+    if not gated and not isinstance(config, FinetuneConfig):
+        never("no gate is asked for", "distillation.gate_images")
     if config.trainer.localize_every_steps is None:
         never("trainer.localize_every_steps is not set", "trainer.localize_images")
     if isinstance(config, TradeoffConfig) and "self_taught" not in config.arms:
@@ -341,13 +347,16 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
         if arm.distilled:
             if teacher is None:
                 raise UserError("distillation.teacher is missing: a run folder, a pipeline folder or a hub id")
-            distillation = replace(config.distillation, batch_share=arm.batch_share or config.distillation.batch_share)
-            student_maps = stack.enter_context(record_attention(components.unet, distillation.layers))
+            distillation = replace(
+                config.distillation,
+                batch_share=arm.batch_share or config.distillation.batch_share,
+                gate_reference=arm.gate_reference or config.distillation.gate_reference,
+            )
             if teacher == FROZEN_TEXT_ENCODER:
                 encoders = [
                     encoder.to(accelerator.device) for encoder in load_components(config.base).freeze().text_encoders
                 ]
-                frozen, teacher_maps = replace(components, text_encoders=encoders), student_maps
+                frozen = replace(components, text_encoders=encoders)
             else:
                 frozen = load_teacher(config.base, teacher)
                 prepare_training(
@@ -358,6 +367,11 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
                     frozen_dtype=config.base.frozen_dtype,
                 )
                 frozen.to(accelerator.device)
+                if distillation.gate_reference is not None and not config.dry_run:
+                    distillation = _gated(run, frozen, distillation, log_dir)
+            student_maps = stack.enter_context(record_attention(components.unet, distillation.layers))
+            teacher_maps = student_maps
+            if frozen.unet is not components.unet:
                 teacher_maps = stack.enter_context(record_attention(frozen.unet, distillation.layers))
             objective: DenoisingObjective = AttentionDistillationObjective(
                 components, denoising, distillation, frozen, student_maps, teacher_maps
@@ -387,6 +401,30 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
             label=arm.name,
         )
     return components, result
+
+
+def _gated(
+    run: Run, teacher: Components, distillation: AttentionDistillationConfig, log_dir: Path
+) -> AttentionDistillationConfig:
+    """What passes the gate; gate.json says by which numbers."""
+    config, name = run.config, distillation.gate_reference
+    reference = load_components(config.base, run=None if name == "base" else name)
+    taught = choose_taught(
+        teacher,
+        reference,
+        load_dataset(config.data, "validation"),
+        config.evaluation,
+        images=distillation.gate_images,
+        layers=attention_layers(teacher.unet, distillation.layers),
+        accelerator=run.accelerator,
+    )
+    if run.accelerator.is_main_process:
+        write_json(log_dir / "gate.json", asdict(taught))
+    run.say(
+        f"gate: {len(taught.layers)} of {len(attention_layers(teacher.unet, distillation.layers))} layers and the maps of "
+        f"{', '.join(taught.groups)} are taught; {log_dir / 'gate.json'}"
+    )
+    return taught.narrow(distillation)
 
 
 def training_rows(run: Run, components: Components, trainer: TrainerConfig, denoising: DenoisingConfig) -> TrainingRows:

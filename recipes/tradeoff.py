@@ -5,6 +5,7 @@
     frozen     U-Net trained, text encoder frozen; it is also the teacher
     learnable  U-Net and text encoder trained
     distilled  like learnable, with the attention held to the frozen arm's
+    gated      like distilled, only in the layers and token groups where frozen localizes as well as learnable or better
     self_taught  like learnable, with the attention held to that of its own U-Net under the text encoder of the base
     rali       like learnable, with the image's labels inserted first into the training captions (RaLI of the paper)
     rali_arm   like rali, with attention regularization (ARM of the paper)
@@ -50,6 +51,12 @@ def arms_of(config: TradeoffConfig) -> list[Arm]:
         "frozen": arm("frozen", "frozen"),
         "learnable": arm("learnable", "full"),
         "distilled": arm("distilled", "full", distilled=True),
+        "gated": arm(
+            "gated",
+            "full",
+            distilled=True,
+            gate_reference=str(folder / "learnable") if "learnable" in config.arms else "base",
+        ),
         "self_taught": arm("self_taught", "full", distilled=True, batch_share=config.self_taught_batch_share),
         "lora": Arm("lora", folder / "lora", "lora", "lora", lora_rate, lora_rate, distilled=True),
         "rali": arm("rali", "full", denoising=replace(config.denoising, insert_labels="first")),

@@ -288,7 +288,7 @@ def test_seeds_are_trained_evaluated_and_compared_in_one_report(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every arm, U-Net by LoRA, with two seeds; then a third seed into the same folder, which trains only its own."""
-    arms = ["frozen", "learnable", "distilled", "self_taught", "lora", "rali", "rali_arm"]
+    arms = ["frozen", "learnable", "distilled", "gated", "self_taught", "lora", "rali", "rali_arm"]
     training = list(TRAINING)
     training[training.index("--evaluation.features") + 1] = "phantom"
     argv = [
@@ -315,6 +315,11 @@ def test_seeds_are_trained_evaluated_and_compared_in_one_report(
             assert sign * metrics["paired"][key]["word.auc"]["value"] == pytest.approx(np.mean(gap))
     for terms, name in (({"token_kl", "place_kl", "mass"}, "self_taught"), ({"arm"}, "rali_arm")):
         assert terms <= set(log_rows(folder / f"seed-0/{name}/train_log.jsonl")[0])
+    gate = json.loads((folder / "seed-0/gated/gate.json").read_text(encoding="utf-8"))
+    better = [
+        n for n, groups in gate["auc"]["teacher"].items() if groups["words"] >= gate["auc"]["reference"][n]["words"]
+    ]
+    assert gate["layers"] == better and set(gate["groups"]) <= {"words", "eos", "padding"}
     looks = log_rows(folder / "seed-0/distilled/localization_log.jsonl")
     assert [row["step"] for row in looks] == [1, 2]
     report = (folder / "report.md").read_text(encoding="utf-8")
