@@ -10,6 +10,7 @@ import os
 import shutil
 import tempfile
 import time
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ import transformers
 import yaml
 from accelerate import Accelerator, PartialState
 from accelerate.utils import set_seed
+from filelock import FileLock, Timeout
 from rich.console import Console
 
 from distill.attention import attention_layers, record_attention
@@ -584,6 +586,46 @@ def finish(run: Run, arms: dict[str, dict[str, Any]], next_command: str) -> None
         if exported:
             run.say(f"{name}: {exported[0]}")
     run.say(f"report: {html}\n        {markdown}\nnumbers: {run.folder / 'metrics.json'}\nnext: {next_command}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """call: makes one part of a run, or reads it if it is there. needs: names of jobs that have to be done before."""
+
+    call: Callable[[], None]
+    needs: Sequence[str] = ()
+
+
+def share_out(run: Run, jobs: dict[str, Job]) -> None:
+    """Do all jobs; if other processes share the run folder, each does those that no other is at, and waits for the rest.
+
+    The locks are the operating system's and end with their process. Under `accelerate launch` with several processes
+    these do every job together, in order.
+    """
+    waiting = list(jobs)
+    if run.accelerator.num_processes > 1:
+        for name in waiting:
+            jobs[name].call()
+        return
+    told = False
+    while waiting:
+        for name in waiting:
+            if set(jobs[name].needs) & set(waiting):
+                continue
+            (run.folder / ".locks").mkdir(exist_ok=True)
+            try:
+                with FileLock(run.folder / ".locks" / name, blocking=False):
+                    jobs[name].call()
+            except Timeout:
+                continue
+            waiting.remove(name)
+            break
+        else:
+            if not told:
+                run.say(f"waiting for {', '.join(waiting)}, which another process is at")
+            told = True
+            time.sleep(2)
+    shutil.rmtree(run.folder / ".locks", ignore_errors=True)
 
 
 def share_base(folder: Path, config: TradeoffConfig) -> None:

@@ -11,8 +11,8 @@
     rali_arm   like rali, with attention regularization (ARM of the paper)
     lora       LoRA on U-Net and text encoder, with the distillation from the frozen arm
 
-The same command again continues. With `seeds`, run it at the same time with other seeds and the same output_dir: the last
-one to end reports them all.
+The same command again continues. Started several times at once, each takes the arms that no other is at, and the last to
+end reports them all; with `seeds`, give each another order of seeds.
 
 The losses are in distill/objectives.py; the loop is `fit` in distill/trainer.py.
 """
@@ -20,6 +20,7 @@ The losses are in distill/objectives.py; the loop is `fit` in distill/trainer.py
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -29,12 +30,14 @@ from distill.errors import UserError
 from distill.runs import (
     FROZEN_TEXT_ENCODER,
     Arm,
+    Job,
     dry_run,
     evaluate_arm,
     finish,
     finish_seeds,
     open_run,
     share_base,
+    share_out,
     train_arm,
 )
 
@@ -79,13 +82,25 @@ def one_seed(config: TradeoffConfig) -> None:
     run = open_run(config, arms=arms, teacher=teacher)
     if config.dry_run:
         return dry_run(run, arms, teacher)
-    results = {"base": evaluate_arm(run, "base", None)}
-    for arm in arms:
+    results: dict[str, Any] = {}
+
+    def base() -> None:
+        results["base"] = evaluate_arm(run, "base", None)
+
+    def make(arm: Arm) -> None:
         source = (teacher or str(Path(config.output_dir) / "frozen")) if arm.distilled else None
         if arm.name == "self_taught":
             source = FROZEN_TEXT_ENCODER
         cost = train_arm(run, arm, source)
         results[arm.name] = evaluate_arm(run, arm.name, arm.folder, cost)
+
+    def needs(arm: Arm) -> list[str]:
+        own = ["frozen"] if arm.distilled and teacher is None and arm.name != "self_taught" else []
+        return own + (["learnable"] if arm.name == "gated" and "learnable" in config.arms else [])
+
+    jobs = {"base": Job(base)} | {arm.name: Job(partial(make, arm), needs(arm)) for arm in arms}
+    share_out(run, jobs)
+    results = {name: results[name] for name in jobs}
     next_command = f"open {Path(config.output_dir) / 'report.html'}"
     if config.data.kind == "phantom":
         next_command = "accelerate launch recipes/tradeoff.py --config recipes/configs/phantom/tradeoff.yaml"

@@ -9,12 +9,15 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from accelerate import Accelerator
 from PIL import Image
+from rich.console import Console
 from safetensors import safe_open
 from tiny import save_tiny
 
@@ -336,6 +339,27 @@ def test_seeds_are_trained_evaluated_and_compared_in_one_report(
     run("tradeoff", [*argv, "--seeds", "[5]"])
     assert trained == arms
     assert read_metrics(folder)["provenance"]["seeds"]["training"] == [0, 1, 5]
+
+
+def test_processes_that_share_a_folder_share_its_arms(tmp_path: Path) -> None:
+    """A job that another process is at is left to it, one whose needs are not met waits, and each is done or read once."""
+    script = (
+        "import sys, time; from filelock import FileLock\n"
+        "with FileLock(sys.argv[1]):\n    print('held', flush=True); time.sleep(3)"
+    )
+    (tmp_path / ".locks").mkdir()
+    other = subprocess.Popen(
+        [sys.executable, "-c", script, str(tmp_path / ".locks" / "frozen")], stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    done: list[str] = []
+    here = runs.Run(None, tmp_path, Accelerator(), None, None, Console(quiet=True), {})  # type: ignore[arg-type]
+    jobs = {name: partial(done.append, name) for name in ("frozen", "learnable", "distilled")}
+    runs.share_out(
+        here, {name: runs.Job(call, ["frozen"] if name == "distilled" else []) for name, call in jobs.items()}
+    )
+    assert done == ["learnable", "frozen", "distilled"] and other.wait() == 0
+    assert not (tmp_path / ".locks").exists()
 
 
 def test_every_trainer_option_at_once_on_sdxl(work: Path) -> None:
