@@ -398,6 +398,21 @@ class AtlasConfig:
 
 
 @dataclass(frozen=True)
+class RobustnessConfig:
+    """recipes/robustness.py: localization under other words, swapped sides, other images, and negations."""
+
+    base: BaseConfig = field(default_factory=BaseConfig)
+    runs: tuple[str, ...] = ()
+    """Run folders on the base that are looked at besides the base itself."""
+    data: DataConfig = field(default_factory=DataConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output_dir: str = "checkpoints/robustness"
+    """Where robustness.json and robustness.md are written."""
+    dry_run: bool = False
+    """Check everything, print what would be measured, and stop."""
+
+
+@dataclass(frozen=True)
 class BenchmarkLocalizationConfig:
     """recipes/benchmark_localization.py: what localization costs and gives, beside the paper's way and a peer."""
 
@@ -570,6 +585,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "validation_images": _COUNT,
         "output_dir": _NOT_EMPTY,
     },
+    RobustnessConfig: {"runs": _ONCE, "output_dir": _NOT_EMPTY},
     BenchmarkLocalizationConfig: {
         "parts": _DISTINCT,
         "repeats": _COUNT,

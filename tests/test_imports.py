@@ -23,7 +23,7 @@ LAYERS = (
     ("seeds",),
     ("report",),
     ("atlas",),
-    ("gate",),
+    ("gate", "robustness"),
     ("runs",),
 )
 """A module may import those of the lines above its own, and nothing of its own line."""

@@ -1,0 +1,220 @@
+"""Does localization survive what training never showed? Other words, swapped sides, other images, and negations.
+
+Each shift wraps a data set and changes captions or pixels; the ground truth stays. What is measured is the same metric of
+distill/localization.py, and for negations how much attention a negated finding's word still gathers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from tqdm.auto import tqdm
+
+from distill.attention import attention_layers
+from distill.components import Components
+from distill.config import EvaluationConfig
+from distill.data.captions import find_words, token_groups, token_spans
+from distill.data.sample import ImageCaptionDataset, Sample
+from distill.localization import PROTOCOLS, Query, open_recorder, prepare_inputs, with_subset
+from distill.metrics import bootstrap_interval
+
+SYNONYMS: tuple[tuple[str, str], ...] = (
+    (r"pleural effusions?|effusions?|pleural fluid", "fluid collection"),
+    (r"cardiomegaly", "big heart"),
+    (r"cardiac silhouette", "heart shadow"),
+    (r"pneumothorax|pneumothoraces", "collapsed lung"),
+    (r"pneumonia", "lung infection"),
+    (r"edema", "fluid overload"),
+    (r"consolidations?|consolidative change", "airspace filling"),
+    (r"atelectasis|atelectatic", "volume loss"),
+    (r"lung opacity|opacity|opacities|opacification", "shadowing"),
+)
+"""Words that name a finding of MS-CXR -> words that the phantom's captions never use for it."""
+SYNONYM_WORDS: dict[str, tuple[str, ...]] = {
+    "atelectasis": ("volume loss",),
+    "cardiomegaly": ("big heart", "heart shadow"),
+    "consolidation": ("airspace filling",),
+    "edema": ("fluid overload",),
+    "lung opacity": ("shadowing",),
+    "pleural effusion": ("fluid collection",),
+    "pneumonia": ("lung infection",),
+    "pneumothorax": ("collapsed lung",),
+}
+
+
+def with_synonyms(caption: str) -> str:
+    """The caption with every finding named by other words."""
+    for pattern, other in SYNONYMS:
+        caption = re.sub(rf"\b(?:{pattern})\b", other, caption, flags=re.IGNORECASE)
+    return caption
+
+
+def with_swapped_sides(caption: str) -> str:
+    """Left for right and right for left."""
+
+    def other(found: re.Match[str]) -> str:
+        swapped = {"left": "right", "right": "left"}[found[0].lower()]
+        return swapped.upper() if found[0].isupper() else swapped.capitalize() if found[0][0].isupper() else swapped
+
+    return re.sub(r"\b(left|right)\b", other, caption, flags=re.IGNORECASE)
+
+
+def with_noise(pixels: torch.Tensor, key: str) -> torch.Tensor:
+    """Gaussian noise of standard deviation .15 on [-1, 1], a function of `key`."""
+    seed = int(hashlib.sha256(key.encode()).hexdigest()[:8], 16)
+    noise = torch.randn(pixels.shape[-2:], generator=torch.Generator().manual_seed(seed))
+    return (pixels + 0.15 * noise).clamp(-1, 1)
+
+
+def with_low_contrast(pixels: torch.Tensor, key: str) -> torch.Tensor:
+    """Half the contrast around the image's own mean."""
+    mean = pixels.mean()
+    return mean + 0.5 * (pixels - mean)
+
+
+def mirrored(pixels: torch.Tensor, key: str) -> torch.Tensor:
+    """Left-right mirrored anatomy (the heart on the other side); the ground truth is mirrored with it."""
+    return pixels.flip(-1)
+
+
+@dataclass(frozen=True)
+class Shift:
+    """What changes. words: names of findings after the change of captions. flips: whether regions are mirrored too."""
+
+    caption: Callable[[str], str] = lambda caption: caption
+    pixels: Callable[[torch.Tensor, str], torch.Tensor] = lambda pixels, key: pixels
+    words: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    flips: bool = False
+
+
+SHIFTS: dict[str, Shift] = {
+    "none": Shift(),
+    "synonyms": Shift(caption=with_synonyms, words=SYNONYM_WORDS),
+    "swapped sides": Shift(caption=with_swapped_sides),
+    "noise": Shift(pixels=with_noise),
+    "low contrast": Shift(pixels=with_low_contrast),
+    "mirrored": Shift(caption=with_swapped_sides, pixels=mirrored, flips=True),
+}
+
+
+class ShiftedDataset:
+    """A data set under a shift; implements `distill.data.sample.ImageCaptionDataset`."""
+
+    def __init__(self, dataset: ImageCaptionDataset, name: str) -> None:
+        self.dataset, self.name, self.shift = dataset, name, SHIFTS[name]
+
+    @property
+    def findings(self) -> Sequence[str]:
+        return self.dataset.findings
+
+    @property
+    def query_words(self) -> Mapping[str, Sequence[str]]:
+        return {**self.dataset.query_words, **{k: v for k, v in self.shift.words.items() if k in self.findings}}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = self.dataset[index]
+        regions = sample.regions
+        if self.shift.flips:
+            side = sample.pixel_values.shape[-1]
+            regions = tuple(
+                replace(r, mask=r.mask.flip(-1), boxes=tuple((side - x - w, y, w, h) for x, y, w, h in r.boxes))
+                for r in regions
+            )
+        pixels = self.shift.pixels(sample.pixel_values, sample.id)
+        return replace(sample, pixel_values=pixels, caption=self.shift.caption(sample.caption), regions=regions)
+
+    def caption(self, index: int) -> str:
+        return self.shift.caption(self.dataset.caption(index))
+
+    def labels(self, index: int) -> tuple[str, ...]:
+        return self.dataset.labels(index)
+
+    def fingerprint(self, index: int) -> str:
+        return f"{self.dataset.fingerprint(index)} {self.name}"
+
+
+def negation_queries(dataset: ImageCaptionDataset, components: Components, count: int) -> list[Query]:
+    """Of the first `count` captions that state a finding and name another that the image does not have, both: the stated
+    findings first. A finding is counted as stated or absent by the image's labels."""
+    tokenizer, length = components.tokenizers[0], components.max_tokens
+    found: list[Query] = []
+    for index in range(len(dataset)):
+        if len(found) == count:
+            break
+        caption, labels = dataset.caption(index), set(dataset.labels(index))
+        named: dict[str, tuple[int, ...]] = {}
+        for finding in dataset.findings:
+            spans = find_words(caption, dataset.query_words[finding])
+            tokens = tuple(token_spans(tokenizer, caption, spans, length))
+            if tokens:
+                named[finding] = tokens
+        stated = [f for f in named if f in labels]
+        # Words that also name a stated finding ("pleural") say nothing about the absent one.
+        taken = {token for f in stated for token in named[f]}
+        absent = [f for f in named if f not in labels and not taken & set(named[f])]
+        if stated and absent:
+            order = [*stated, *absent]
+            findings = tuple(list(dataset.findings).index(f) for f in order)
+            groups = token_groups(tokenizer, caption, length)
+            found.append(Query(index, caption, findings, tuple(named[f] for f in order), groups, str(len(stated))))
+    return found
+
+
+@torch.no_grad()
+def negations(
+    components: Components,
+    dataset: ImageCaptionDataset,
+    config: EvaluationConfig,
+    *,
+    accelerator: Accelerator,
+    label: str,
+) -> dict[str, Any] | None:
+    """How much a negated finding lights up, in images that also have a stated one; None if there is none.
+
+    {"peak_ratio": mean over images of the largest attention on negated words over that on stated words (1: a negated
+    finding lights up as a stated one does), "peak_ratio_ci", "stated_wins": share of images where the stated one's peak is
+    larger, "stated_wins_ci", "images"}. Attention is that of protocol ours, not normalized.
+    """
+    asked = negation_queries(dataset, components, config.localization_images)
+    config = with_subset(replace(config, protocol="ours"), components)
+    mine = asked[accelerator.process_index :: accelerator.num_processes]
+    rows: list[tuple[int, float]] = []
+    components.to(accelerator.device).freeze()
+    names = attention_layers(components.unet, config.layers)
+    with ExitStack() as stack:
+        recorder = open_recorder(stack, components, names, config)
+        starts = range(0, len(mine), config.batch_size)
+        for start in tqdm(starts, desc=f"{label} negations", unit="batch", disable=not accelerator.is_main_process):
+            batch = mine[start : start + config.batch_size]
+            inputs = prepare_inputs(components, [dataset[q.image] for q in batch], batch, accelerator.device)
+            recorder.cross.reduce = inputs.reduce
+            maps, _ = PROTOCOLS["ours"].maps(inputs, config, recorder)
+            for query, own in zip(batch, maps, strict=True):
+                peaks = own[4 : 4 + len(query.findings)].flatten(1).amax(dim=1)
+                stated = int(query.truth)
+                rows.append((query.image, float(peaks[stated:].mean() / peaks[:stated].mean())))
+    rows = sorted(gather_object(rows))
+    if not rows:
+        return None
+    ratio = np.array([value for _, value in rows])
+    images = np.array([image for image, _ in rows])
+    samples, seed = config.bootstrap_samples, config.seed
+    return {
+        "peak_ratio": float(ratio.mean()),
+        "peak_ratio_ci": bootstrap_interval(ratio, images, lambda v: float(v.mean()), samples, seed),
+        "stated_wins": float((ratio < 1).mean()),
+        "stated_wins_ci": bootstrap_interval(ratio < 1, images, lambda v: float(v.mean()), samples, seed),
+        "images": len(rows),
+    }

@@ -1,0 +1,95 @@
+"""Shifts keep the ground truth that they say they keep, and the recipe ends with its table."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from tiny import save_tiny
+
+from distill.cli import parse
+from distill.components import Components
+from distill.config import RobustnessConfig
+from distill.data.captions import find_words
+from distill.data.phantom import PhantomDataset
+from distill.robustness import SHIFTS, ShiftedDataset, negation_queries, with_swapped_sides, with_synonyms
+
+PHANTOMS = PhantomDataset("test", 60, resolution=64)
+
+
+@given(st.text(max_size=50), st.sampled_from(["left", "RIGHT", "Right lower lobe", "bilateral", "leftover"]))
+def test_swapping_sides_twice_gives_the_caption_back(text: str, side: str) -> None:
+    caption = f"{text} {side} {text}"
+    swapped = with_swapped_sides(caption)
+    assert with_swapped_sides(swapped).lower() == caption.lower() or not caption.isascii()
+    assert (find_words(caption, ["left"]) != []) == (find_words(swapped, ["right"]) != []) or not text.isascii()
+
+
+def test_synonyms_name_every_finding_by_other_words_alone() -> None:
+    shifted = ShiftedDataset(PHANTOMS, "synonyms")
+    seen = set()
+    for index in range(len(PHANTOMS)):
+        caption = shifted.caption(index)
+        assert with_synonyms(caption) == caption, "nothing is left to replace"
+        for finding in PHANTOMS.labels(index):
+            seen.add(finding)
+            assert find_words(caption, shifted.query_words[finding]), (finding, caption)
+            assert not find_words(caption, set(PHANTOMS.query_words[finding]) - {"cardiac"}), caption
+    assert seen == set(PHANTOMS.findings)
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+def test_a_shift_changes_what_it_says_and_keeps_the_rest(name: str) -> None:
+    shifted = ShiftedDataset(PHANTOMS, name)
+    index = next(i for i in range(60) if PHANTOMS.labels(i) and "left" in PHANTOMS.caption(i).lower())
+    before, after = PHANTOMS[index], shifted[index]
+    assert after.caption == shifted.caption(index) and shifted.labels(index) == PHANTOMS.labels(index)
+    changes_caption, changes_pixels = (
+        name in ("synonyms", "swapped sides", "mirrored"),
+        name in ("noise", "low contrast", "mirrored"),
+    )
+    assert (after.caption != before.caption) == changes_caption
+    assert torch.equal(after.pixel_values, before.pixel_values) != changes_pixels
+    assert after.pixel_values.abs().max() <= 1 and torch.equal(after.pixel_values, shifted[index].pixel_values)
+    assert shifted.fingerprint(index) != PHANTOMS.fingerprint(index)
+    for old, new in zip(before.regions, after.regions, strict=True):
+        assert torch.equal(new.mask, old.mask.flip(-1) if name == "mirrored" else old.mask)
+        rows, columns = new.mask.nonzero().T
+        x, y = min(b[0] for b in new.boxes), min(b[1] for b in new.boxes)
+        assert (int(columns.min()), int(rows.min())) == (int(x), int(y)), "boxes go with their masks"
+
+
+def test_negated_findings_are_those_that_the_caption_names_and_the_image_has_not(sd: Components) -> None:
+    found = negation_queries(PHANTOMS, sd, 6)
+    assert len(found) == 6
+    for query in found:
+        stated = int(query.truth)
+        names = [PHANTOMS.findings[f] for f in query.findings]
+        labels = PHANTOMS.labels(query.image)
+        assert names[:stated] and all(name in labels for name in names[:stated])
+        assert names[stated:] and not any(name in labels for name in names[stated:])
+        assert not set(sum(query.tokens[:stated], ())) & set(sum(query.tokens[stated:], ()))
+
+
+def test_the_recipe_scores_every_model_under_every_shift(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "sd", "sd")
+    path = Path(__file__).parents[1] / "recipes" / "robustness.py"
+    spec = importlib.util.spec_from_file_location("recipe_robustness", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    argv = [
+        "--base.name", str(tmp_path / "sd"), "--data.resolution", "64", "--data.test_size", "30",
+        "--evaluation.localization_images", "3", "--evaluation.timesteps", "[300]", "--output_dir", str(tmp_path / "out"),
+        "--evaluation.bootstrap_samples", "20",
+    ]  # fmt: skip
+    module.robustness(parse(RobustnessConfig, argv))
+    found = json.loads((tmp_path / "out/robustness.json").read_text())["models"]["base"]
+    assert set(found["shifts"]) == set(SHIFTS) and all(0 <= s["auc"] <= 1 for s in found["shifts"].values())
+    assert found["negations"]["images"] == 3 and found["negations"]["peak_ratio"] > 0
+    assert "| mirrored |" in (tmp_path / "out/robustness.md").read_text()
