@@ -91,5 +91,5 @@ def test_the_recipe_scores_every_model_under_every_shift(tmp_path: Path) -> None
     module.robustness(parse(RobustnessConfig, argv))
     found = json.loads((tmp_path / "out/robustness.json").read_text())["models"]["base"]
     assert set(found["shifts"]) == set(SHIFTS) and all(0 <= s["auc"] <= 1 for s in found["shifts"].values())
-    assert found["negations"]["images"] == 3 and found["negations"]["peak_ratio"] > 0
+    assert found["negations"]["images"] >= 1 and found["negations"]["peak_ratio"] > 0
     assert "| mirrored |" in (tmp_path / "out/robustness.md").read_text()
