@@ -153,7 +153,8 @@ class AttentionDistillationConfig:
     """Tokens whose maps (b) compares."""
     gate_reference: str | None = None
     """Teach only the layers and token groups that localize, on validation images, at least as well in the teacher as in
-    this model: a run folder, such as the same training without a teacher, or `base`. None teaches all."""
+    this model: a run folder, such as the same training without a teacher, or `base`. The groups are those of (b), in place
+    of place_groups. None teaches all."""
     gate_images: int = 100
     """Validation images of the gate."""
     layers: tuple[str, ...] = ()

@@ -1,7 +1,8 @@
 """What a teacher may teach: the layers and token groups whose maps localize at least as well as the student's own would.
 
 A student must never be pulled to maps worse than its own. Both models are looked at on validation images, layer by layer
-(distill/atlas.py); the reference stands for the student: the same training without a teacher, or the base.
+(distill/atlas.py); the reference stands for the student: the same training without a teacher, or the base. The token
+groups take the place of `place_groups`; the KL over tokens and the mass are of all tokens, in the layers that pass.
 """
 
 from __future__ import annotations
@@ -79,4 +80,8 @@ def decide(table: dict[str, Any], layers: Sequence[str]) -> Taught:
         )
     mean = {m: {g: float(np.mean([table[m][name][g] for name in kept])) for g in GROUPS} for m in table}
     groups = tuple(g for g in GROUPS if mean["teacher"][g] >= mean["reference"][g] and mean["teacher"][g] > 0.5)
-    return Taught(kept, groups or ("words",), table)
+    if not groups:
+        raise UserError(
+            "distillation.gate: no token group of the teacher localizes better than chance on validation images"
+        )
+    return Taught(kept, groups, table)

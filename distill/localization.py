@@ -188,7 +188,8 @@ def prepare_inputs(
     """Encode each query's image and text. Batches of any composition give the same rows, to rounding."""
     columns = 4 + max(len(query.tokens) for query in batch)
     pixels = torch.stack([sample.pixel_values for sample in samples]).to(device, components.vae.dtype)
-    latents = components.vae.encode(pixels).latent_dist.mean.float() * components.vae.config.scaling_factor
+    with torch.autocast(device.type, enabled=False):  # stock VAEs overflow in half precision
+        latents = components.vae.encode(pixels).latent_dist.mean.float() * components.vae.config.scaling_factor
     ids = [x.to(device) for x in components.tokenize([query.text for query in batch])]
     embeds, pooled = encode_text(components.text_encoders, ids)
     dtype = components.unet.dtype
@@ -393,7 +394,8 @@ def post_process(maps: torch.Tensor, config: EvaluationConfig) -> torch.Tensor:
 class Scores:
     """The metrics of every token map, filled by batches or from the files of an earlier, killed call.
 
-    One line a pair: {"query", "image", "finding", "scores": {token: {metric: number or null}}, "mass": [4]}.
+    One line a pair: {"query", "image", "cluster" (see image_key), "finding", "scores": {token: {metric: number or null}},
+    "mass": [4]}.
     """
 
     def __init__(self, protocol: Protocol, config: EvaluationConfig, device: torch.device) -> None:
@@ -532,7 +534,8 @@ def localization(
             maps, mass = protocol.maps(inputs, config, recorder)
             rows: list[dict[str, Any]] = []
             for number, query, sample, own, own_mass in zip(numbers, batch, samples, maps, mass, strict=True):
-                rows += score_rows(number, query, sample, own, own_mass, scores.metrics, dataset.findings, config)
+                own_rows = score_rows(number, query, sample, own, own_mass, scores.metrics, dataset.findings, config)
+                rows += [row | {"cluster": image_key(dataset, query.image)} for row in own_rows]
                 if number in shown:
                     word = own[4 : 4 + len(query.findings)]
                     for finding, image in zip(query.findings, normalize(word).cpu().numpy(), strict=True):

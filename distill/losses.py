@@ -99,12 +99,14 @@ def feature_loss(
 ) -> torch.Tensor:
     """Squared difference of the outputs of modules, (batch, ...), each over the teacher's mean square; mean of modules.
 
-    rows: (batch,) bool. BK-SDM (Kim et al. 2023, arXiv 2305.15798, equation 3) sums the squared differences of blocks, and
-    KOALA (Lee et al. 2024, arXiv 2312.04005) of self-attention; the ratio lets one weight serve modules of any scale.
+    rows: (batch,) bool. The modules are those of the student. BK-SDM (Kim et al. 2023, arXiv 2305.15798, equation 3) sums
+    the squared differences of blocks, and KOALA (Lee et al. 2024, arXiv 2312.04005) of self-attention; the ratio lets one
+    weight serve modules of any scale.
     """
     parts = []
-    for name, target in teacher.items():
-        gap = (student[name].float() - target.float()).pow(2).flatten(1).mean(dim=1)
+    for name, output in student.items():
+        target = teacher[name]
+        gap = (output.float() - target.float()).pow(2).flatten(1).mean(dim=1)
         parts.append(_masked_mean(gap, rows) / target.float().pow(2).mean().clamp(min=TINY))
     return torch.stack(parts).mean()
 

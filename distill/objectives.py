@@ -241,7 +241,7 @@ class AttentionDistillationObjective(DenoisingObjective):
         terms = {"loss": denoising, "denoising": denoising}
         for name, (weight, of_layer) in losses.items():
             with torch.set_grad_enabled(weight > 0 and torch.is_grad_enabled()):
-                terms[name] = torch.stack([of_layer(layer) for layer in teacher]).mean()
+                terms[name] = torch.stack([of_layer(layer) for layer in student]).mean()
             terms["loss"] = terms["loss"] + weight * terms[name]
         if c.output_weight:
             gap = (prediction[:count].float() - target.float()).pow(2).flatten(1).mean(dim=1)
@@ -249,7 +249,7 @@ class AttentionDistillationObjective(DenoisingObjective):
             terms["loss"] = terms["loss"] + c.output_weight * terms["output"]
         for name, weight in (("feature", c.feature_weight), ("self_attention", c.self_attention_weight)):
             if weight:
-                mine = {key: value[:count] for key, value in outputs[name].items()}
+                mine = {key: value[:count] for key, value in outputs[name].items() if key in targets[name]}
                 terms[name] = feature_loss(targets[name], mine, rows)
                 terms["loss"] = terms["loss"] + weight * terms[name]
         return terms

@@ -66,6 +66,7 @@ from distill.objectives import (
 )
 from distill.provenance import provenance
 from distill.report import terminal_table, validate_metrics, write_model_card, write_report
+from distill.report.document import write_atomic
 from distill.seeds import combine, run_folders
 from distill.trainer import FitResult, fit, make_accelerator, peak_memory_gb
 
@@ -157,13 +158,14 @@ def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run
     with accelerator.main_process_first():
         test = load_dataset(config.data, "test")
         train = load_dataset(config.data, "train") if arms else None
-    for dataset in (train, test):
+        validation = load_validation(config, arms)
+    for dataset in (train, test, validation):
         if isinstance(dataset, RecordDataset):
             dataset.check_captions(components.tokenizers, components.max_tokens)
     by_words = config.evaluation.localization_text == "caption" and config.evaluation.protocol == "ours"
     if isinstance(test, RecordDataset) and by_words:
         test.check_queries()
-    run = Run(config, folder, accelerator, train, test, Console(), {})
+    run = Run(config, folder, accelerator, train, test, Console(), {}, validation=validation)
     features = load_features(config.evaluation.features, phantom_data=config.data.kind == "phantom")
     sizes = f"{len(train):,} training and {len(test):,} held-out images" if train else f"{len(test):,} held-out images"
     total = parameter_counts(components.unet)[0] + sum(parameter_counts(t)[0] for t in components.text_encoders)
@@ -180,6 +182,32 @@ def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run
         accelerator.wait_for_everyone()
     run.seconds["checks and real images"] = time.perf_counter() - began
     return run
+
+
+def is_gated(config: Any, arm: Arm) -> bool:
+    own_teacher = arm.name == "self_taught" or config.distillation.teacher == FROZEN_TEXT_ENCODER
+    return arm.distilled and not own_teacher and bool(arm.gate_reference or config.distillation.gate_reference)
+
+
+def load_validation(config: Any, arms: list[Arm]) -> PhantomDataset | RecordDataset | None:
+    """The validation images, where a gate or localize_every_steps asks for them. Raises UserError if they cannot serve."""
+    gate = any(arm.distilled and is_gated(config, arm) for arm in arms)
+    if not arms or not (gate or config.trainer.localize_every_steps):
+        return None
+    asks = "distillation's gate" if gate else "trainer.localize_every_steps"
+    if config.data.kind == "phantom" and config.data.validation_size == 0:
+        raise UserError(f"data.validation_size is 0, and {asks} looks at validation images; give at least 1")
+    if config.data.kind == "folder" and config.data.split_column is None:
+        raise UserError(
+            f"{asks} looks at validation images, and without data.split_column every row is in every split; set it to a "
+            "column with `validation` (or `val`, `valid`) in some rows"
+        )
+    validation = load_dataset(config.data, "validation")
+    if not any(validation.findings) or not any(validation[i].regions for i in range(len(validation))):
+        raise UserError(
+            f"{asks} needs validation images with regions of findings: set data.box_column or data.mask_column"
+        )
+    return validation
 
 
 def quiet_libraries() -> None:
@@ -216,7 +244,7 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
     kind = config.data.kind
     others = dict.fromkeys(name for options in DATA_OPTIONS.values() for name in options)
     never(f"data.kind is {kind}", *(f"data.{name}" for name in others if name not in DATA_OPTIONS[kind]))
-    gated = any(arm.distilled and (arm.gate_reference or config.distillation.gate_reference) for arm in arms)
+    gated = any(arm.distilled and is_gated(config, arm) for arm in arms)
     if isinstance(config, EvaluateConfig) or (config.trainer.localize_every_steps is None and not gated):
         never("no validation images are looked at", "data.validation_size")
     if config.evaluation.protocol != "ours":
@@ -370,7 +398,8 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
                 )
                 frozen.to(accelerator.device)
                 if distillation.gate_reference is not None and not config.dry_run:
-                    distillation = _gated(run, frozen, distillation, log_dir)
+                    layers = attention_layers(components.unet, distillation.layers)
+                    distillation = _gated(run, frozen, distillation, layers, log_dir)
             student_maps = stack.enter_context(record_attention(components.unet, distillation.layers))
             teacher_maps = student_maps
             if frozen.unet is not components.unet:
@@ -406,24 +435,25 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
 
 
 def _gated(
-    run: Run, teacher: Components, distillation: AttentionDistillationConfig, log_dir: Path
+    run: Run, teacher: Components, distillation: AttentionDistillationConfig, layers: Sequence[str], log_dir: Path
 ) -> AttentionDistillationConfig:
     """What passes the gate; gate.json says by which numbers."""
     config, name = run.config, distillation.gate_reference
+    assert run.validation is not None
     reference = load_components(config.base, run=None if name == "base" else name)
     taught = choose_taught(
         teacher,
         reference,
-        load_dataset(config.data, "validation"),
+        run.validation,
         config.evaluation,
         images=distillation.gate_images,
-        layers=attention_layers(teacher.unet, distillation.layers),
+        layers=layers,
         accelerator=run.accelerator,
     )
     if run.accelerator.is_main_process:
         write_json(log_dir / "gate.json", asdict(taught))
     run.say(
-        f"gate: {len(taught.layers)} of {len(attention_layers(teacher.unet, distillation.layers))} layers and the maps of "
+        f"gate: {len(taught.layers)} of {len(layers)} layers and the maps of "
         f"{', '.join(taught.groups)} are taught; {log_dir / 'gate.json'}"
     )
     return taught.narrow(distillation)
@@ -494,8 +524,7 @@ def _sample(run: Run, components: Components, path: Path) -> None:
 def _localize(run: Run, components: Components, log_dir: Path, step: int) -> None:
     """A line of localization_log.jsonl: AUC, CNR and mass of the token groups on validation images, in this step's state."""
     config = run.config
-    if run.validation is None:
-        run.validation = load_dataset(config.data, "validation")
+    assert run.validation is not None
     few = replace(config.evaluation, localization_images=config.trainer.localize_images, bootstrap_samples=1)
     frozen = DTYPES[config.base.frozen_dtype]
     with (
@@ -513,7 +542,7 @@ def _localize(run: Run, components: Components, log_dir: Path, step: int) -> Non
     # Not those of a run that was killed after this step and continues from a checkpoint before it.
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     lines = [line for line in lines if json.loads(line)["step"] < step] + [json.dumps(row | {"mass": found["mass"]})]
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_atomic(path, "\n".join(lines) + "\n")
 
 
 def evaluate_arm(run: Run, name: str, folder: Path | None, cost: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -603,18 +632,28 @@ def share_out(run: Run, jobs: dict[str, Job]) -> None:
     these do every job together, in order.
     """
     waiting = list(jobs)
+    locks = run.folder / ".locks"
+    locks.mkdir(exist_ok=True)
     if run.accelerator.num_processes > 1:
+        whole = FileLock(locks / "all", blocking=False)
+        if run.accelerator.is_main_process:
+            try:
+                whole.acquire()
+            except Timeout:
+                raise UserError(
+                    f"another launch is at {run.folder}; wait for it, or choose another output_dir"
+                ) from None
         for name in waiting:
             jobs[name].call()
+        whole.release()
         return
     told = False
     while waiting:
         for name in waiting:
             if set(jobs[name].needs) & set(waiting):
                 continue
-            (run.folder / ".locks").mkdir(exist_ok=True)
             try:
-                with FileLock(run.folder / ".locks" / name, blocking=False):
+                with FileLock(locks / name, blocking=False):
                     jobs[name].call()
             except Timeout:
                 continue
@@ -625,7 +664,6 @@ def share_out(run: Run, jobs: dict[str, Job]) -> None:
                 run.say(f"waiting for {', '.join(waiting)}, which another process is at")
             told = True
             time.sleep(2)
-    shutil.rmtree(run.folder / ".locks", ignore_errors=True)
 
 
 def share_base(folder: Path, config: TradeoffConfig) -> None:
@@ -637,7 +675,12 @@ def share_base(folder: Path, config: TradeoffConfig) -> None:
         other = cast(dict[str, Any], yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
         mine = cast(dict[str, Any], yaml.safe_load(to_yaml(config)))
         if {**other, "seed": 0, "output_dir": ""} == {**mine, "seed": 0, "output_dir": ""}:
-            shutil.copytree(path / "base", target)
+            partial = target.with_name(f"base.{os.getpid()}.partial")
+            shutil.copytree(path / "base", partial)
+            try:
+                partial.rename(target)
+            except OSError:  # another process was first
+                shutil.rmtree(partial)
             return
 
 
@@ -663,6 +706,8 @@ def dry_run(run: Run, arms: list[Arm], teacher: str | None) -> None:
         with tempfile.TemporaryDirectory() as scratch:
             # A teacher that this run would train is as large as the base, so the base stands in for it.
             path = teacher or _pipeline_name(run.config.base)
+            if arm.name == "self_taught":
+                path = FROZEN_TEXT_ENCODER
             components, one = _fit(run, arm, path if arm.distilled else None, 1, Path(scratch))
         _, trainable = parameter_counts(components.unet)
         trainable_text = sum(parameter_counts(encoder)[1] for encoder in components.text_encoders)
@@ -709,6 +754,6 @@ def _pipeline_name(base: BaseConfig) -> str:
 
 def write_json(path: Path, value: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
+    partial = path.with_suffix(f".{os.getpid()}.partial")
     partial.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")
     os.replace(partial, path)

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from safetensors.numpy import load_file
+from tqdm.auto import tqdm
 
 from distill.components import read_json
 from distill.errors import UserError, raise_all
@@ -36,9 +37,10 @@ def run_folders(folder: Path) -> dict[int, Path]:
     return {seed: found[seed] for seed in sorted(found) if (found[seed] / "metrics.json").exists()}
 
 
-def combine(folder: Path, samples: int = 1000) -> dict[str, Any]:
+def combine(folder: Path, samples: int | None = None) -> dict[str, Any]:
     """metrics.json of `folder`: each arm's means over the seeds, `per_seed` values, and `paired` differences.
 
+    samples: resamples of the bootstrap, by default as many as the runs had.
     Raises UserError if the seeds' runs differ in configuration, arms or images.
     """
     runs = run_folders(folder)
@@ -56,6 +58,22 @@ def combine(folder: Path, samples: int = 1000) -> dict[str, Any]:
     scores = {arm: [_pairs(path / arm) for path in runs.values()] for arm in first["arms"]}
     drawn = {arm: [_images(path / arm) for path in runs.values()] for arm in first["arms"]}
     real = _images(next(iter(runs.values())) / "real")
+    for arm, images in drawn.items():
+        for seed, one in zip(runs, images, strict=True):
+            if one is not None and real is not None and not np.array_equal(one["indices"], real["indices"]):
+                faults.append(
+                    f"seed-{seed}: {arm} drew other captions than the real images of seed-{next(iter(runs))} have"
+                )
+    raise_all(f"{folder}: the seeds cannot be compared", faults)
+    if samples is None:
+        samples = int(first["provenance"]["config"].get("evaluation", {}).get("bootstrap_samples", 1000))
+    located = next(iter(first["arms"].values()))["localization"]
+    micro = located is not None and located["word"].get("average") == "micro"
+    distances = {
+        arm: fid_resamples([one["features"] for one in images if one is not None], real["features"], samples)
+        for arm, images in tqdm(drawn.items(), desc="resamples of FID", unit="arm")
+        if real is not None and len(real["features"]) > 1 and all(one is not None for one in images)
+    }
     labels = None if real is None or "labels" not in real else real["labels"].astype(bool)
 
     arms: dict[str, Any] = {}
@@ -63,7 +81,7 @@ def combine(folder: Path, samples: int = 1000) -> dict[str, Any]:
         entries = [found["arms"][arm] for found in metrics.values()]
         arms[arm] = _mean(entries)
         arms[arm]["per_seed"] = {str(seed): _values(entry) for seed, entry in zip(runs, entries, strict=True)}
-        for key, (_, interval, _) in _estimates(scores[arm], drawn[arm], real, labels, None, samples).items():
+        for key, (_, interval, _) in _estimates(scores, drawn, distances, labels, (arm,), samples, micro).items():
             part, name = key.split(".")
             where = arms[arm]["quality"] if part == "quality" else (arms[arm]["localization"] or {}).get(part)
             if where is not None and where.get(name) is not None:
@@ -73,7 +91,7 @@ def combine(folder: Path, samples: int = 1000) -> dict[str, Any]:
         for arm in arms:
             if other not in arms or arm in ("base", other) or f"{other} - {arm}" in paired:
                 continue
-            estimates = _estimates(scores[arm], drawn[arm], real, labels, (scores[other], drawn[other]), samples)
+            estimates = _estimates(scores, drawn, distances, labels, (arm, other), samples, micro)
             paired[f"{arm} - {other}"] = {
                 key: {"value": value, "ci": interval, "per_seed": dict(zip(map(str, runs), each, strict=True))}
                 for key, (value, interval, each) in estimates.items()
@@ -117,13 +135,15 @@ def _mean(entries: Sequence[Any]) -> Any:
 
 
 def _pairs(arm_dir: Path) -> dict[str, Any]:
-    """Scores of every (image, finding) pair of an arm: {"keys": [(image, finding)], "word.auc": (pairs,), ...}."""
+    """Scores of every (sample, finding) pair of an arm: {"keys": [(image, sample, finding)], "word.auc": (pairs,), ...}."""
     path = arm_dir / "pairs.jsonl"
     if not path.exists():
         return {"keys": []}
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
     rows.sort(key=lambda row: (row["query"], row["finding"]))
-    found: dict[str, Any] = {"keys": [(row["image"], row["finding"]) for row in rows]}
+    found: dict[str, Any] = {
+        "keys": [(row.get("cluster", str(row["image"])), row["image"], row["finding"]) for row in rows]
+    }
     for token in TOKENS:
         for name in LOCALIZATION:
             values = [row["scores"][token].get(name) for row in rows]
@@ -137,37 +157,33 @@ def _images(folder: Path) -> dict[str, NDArray[Any]] | None:
 
 
 def _estimates(
-    scores: Sequence[dict[str, Any]],
-    drawn: Sequence[dict[str, NDArray[Any]] | None],
-    real: dict[str, NDArray[Any]] | None,
+    scores: dict[str, list[dict[str, Any]]],
+    drawn: dict[str, list[dict[str, NDArray[Any]] | None]],
+    distances: dict[str, tuple[Array, Array]],
     labels: NDArray[np.bool_] | None,
-    other: tuple[Sequence[dict[str, Any]], Sequence[dict[str, NDArray[Any]] | None]] | None,
+    arms: Sequence[str],
     samples: int,
+    micro: bool,
 ) -> dict[str, tuple[float | None, list[float] | None, list[float]]]:
-    """ "word.auc", ..., "quality.fid", "quality.finding_auc" -> mean over seeds, interval, value of each seed; of the
-    difference to `other` if that is given."""
+    """ "word.auc", ..., "quality.fid", "quality.finding_auc" -> mean over seeds, interval, value of each seed; of one arm, or
+    of the difference of the first of two from the second. micro: means over pairs, not over findings."""
     found: dict[str, tuple[float | None, list[float] | None, list[float]]] = {}
-    keys = scores[0]["keys"]
-    compared = [*scores, *(other[0] if other else ())]
-    if any(entry["keys"] != keys for entry in compared):
+    keys = scores[arms[0]][0]["keys"]
+    if any(entry["keys"] != keys for arm in arms for entry in scores[arm]):
         raise UserError("the arms were scored on different images")
     for key in (f"{token}.{name}" for token in TOKENS for name in LOCALIZATION) if keys else ():
-        table = np.stack([entry[key] for entry in scores])
-        if other:
-            table = table - np.stack([entry[key] for entry in other[0]])
+        tables = [np.stack([entry[key] for entry in scores[arm]]) for arm in arms]
+        table = tables[0] - tables[1] if len(tables) == 2 else tables[0]
         usable = ~np.isnan(table).any(axis=0)  # a contrast may be infinite
         if usable.any():
-            images, findings = (np.array(part)[usable] for part in zip(*keys, strict=True))
-            found[key] = of_pairs(table[:, usable], findings, images, samples)
-    if real is None or any(entry is None for entry in (*drawn, *(other[1] if other else ()))):
-        return found
-    sides = [[entry["features"] for entry in drawn if entry is not None]]
-    scored = [[entry["scores"] for entry in drawn if entry is not None and "scores" in entry]]
-    if other:
-        sides.append([entry["features"] for entry in other[1] if entry is not None])
-        scored.append([entry["scores"] for entry in other[1] if entry is not None and "scores" in entry])
-    found["quality.fid"] = of_features(sides, real["features"], min(samples, FRECHET_SAMPLES))
-    if labels is not None and scored[0]:
+            clusters, _, findings = (np.array(part)[usable] for part in zip(*keys, strict=True))
+            groups = np.zeros_like(findings) if micro else findings
+            found[key] = of_pairs(table[:, usable], groups, clusters, samples)
+    if all(arm in distances for arm in arms):
+        found["quality.fid"] = of_distances([distances[arm] for arm in arms])
+    scored = [[one["scores"] for one in drawn[arm] if one is not None and "scores" in one] for arm in arms]
+    mixed = labels is not None and any(column.any() and not column.all() for column in labels.T)
+    if labels is not None and mixed and all(len(side) == len(drawn[arms[0]]) for side in scored):
         found["quality.finding_auc"] = of_classifier(scored, labels, samples)
     return found
 
@@ -189,6 +205,8 @@ def of_pairs(
         np.add.at(sums[seed], (rows, columns), values)
     np.add.at(pairs, (rows, columns), 1.0)
     each = (sums.sum(axis=1) / pairs.sum(axis=0)).mean(axis=1)
+    if len(image_ids) < 2:
+        return float(each.mean()), None, [float(v) for v in each]
     weights, done, statistics = _draw_seeds(samples, len(table)), 0, []
     for counts in resample_counts(len(image_ids), samples, 0):
         part = np.einsum("bi,sif,bs->bf", counts, sums, weights[done : done + len(counts)], optimize=True)
@@ -223,30 +241,31 @@ def of_classifier(
     return float(each.mean()), list(interval) if interval else None, [float(v) for v in each]
 
 
-def of_features(
-    sides: Sequence[Sequence[NDArray[Any]]], real: NDArray[Any], samples: int
-) -> tuple[float, list[float] | None, list[float]]:
-    """FID, or its relative difference first / second - 1 of two sides. sides: for each one (images, d) features a seed.
+def fid_resamples(features: Sequence[NDArray[Any]], real: NDArray[Any], samples: int) -> tuple[Array, Array]:
+    """FID of each seed, (seeds,), and of resamples of its images, (samples, seeds). features: (images, d) a seed.
 
-    Generated images and their captions' real images are drawn together. The mean excess of resamples, which hold fewer
-    different images, is taken off, as in `frechet_interval`.
+    Generated images and their captions' real images are drawn together, the same for every arm and seed. The mean excess
+    of resamples, which hold fewer different images, is taken off, as in `frechet_interval`.
     """
-    target = torch.from_numpy(real).double()
-    features = [[torch.from_numpy(f).double() for f in side] for side in sides]
-    exact = np.array([[frechet_by_factors(target, f) for f in side] for side in features])  # (sides, seeds)
-
-    def statistic(distances: Array) -> Array:
-        """(sides, ...) -> (...)."""
-        return distances[0] if len(distances) == 1 else distances[0] / distances[1] - 1
-
+    target, generated = torch.from_numpy(real).double(), [torch.from_numpy(f).double() for f in features]
+    exact = np.array([frechet_by_factors(target, f) for f in generated])
     generator = torch.Generator().manual_seed(0)
-    resampled = np.empty((samples, *exact.shape))
-    for sample in range(samples):
+    resampled = np.empty((min(samples, FRECHET_SAMPLES), len(exact)))
+    for sample in range(len(resampled)):
         rows = torch.randint(len(target), (len(target),), generator=generator)
-        resampled[sample] = [[frechet_by_factors(target[rows], f[rows]) for f in side] for side in features]
-    resampled += exact - resampled.mean(axis=0)
-    weights = _draw_seeds(samples, exact.shape[1])
-    means = np.einsum("bks,bs->kb", resampled, weights)
+        resampled[sample] = [frechet_by_factors(target[rows], f[rows]) for f in generated]
+    return exact, resampled + exact - resampled.mean(axis=0)
+
+
+def of_distances(sides: Sequence[tuple[Array, Array]]) -> tuple[float, list[float] | None, list[float]]:
+    """FID, or its relative difference first / second - 1, from `fid_resamples` of one or two arms."""
+
+    def statistic(values: Sequence[Array]) -> Array:
+        return values[0] if len(values) == 1 else values[0] / values[1] - 1
+
+    weights = _draw_seeds(len(sides[0][1]), len(sides[0][0]))
+    means = [(resampled * weights).sum(axis=1) for _, resampled in sides]
     interval = percentile_interval(statistic(means), 0.95)
-    value = float(statistic(exact.mean(axis=1)))
-    return value, list(interval) if interval else None, [float(v) for v in statistic(exact)]
+    value = float(statistic([np.array(exact.mean()) for exact, _ in sides]))
+    each = statistic([exact for exact, _ in sides])
+    return value, list(interval) if interval else None, [float(v) for v in each]

@@ -31,7 +31,8 @@ from distill.errors import UserError
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training cost. seconds: wall clock of the steps, checkpoints included; peak_memory_gb: of this process
+    """What a training cost. seconds: wall clock of the steps, checkpoints included, and
+    without samples and looks at localization; peak_memory_gb: of this process
     (resident on the CPU, allocated on a GPU), in units of 1e9 bytes."""
 
     steps: int
@@ -222,9 +223,11 @@ def fit(
             accelerator.wait_for_everyone()
         for call, every in ((on_sample, config.sample_every_steps), (on_localize, config.localize_every_steps)):
             if call and every and step % every == 0:
+                looked = time.perf_counter()
                 model.eval()
                 call(step)
                 model.train()
+                began += time.perf_counter() - looked
     bar.close()
     if ema is not None:
         ema.copy_to(trainable)

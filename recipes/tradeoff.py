@@ -70,6 +70,8 @@ def arms_of(config: TradeoffConfig) -> list[Arm]:
         ),
     }
     chosen = [arm for name, arm in arms.items() if name in config.arms]
+    if "gated" in config.arms and config.distillation.teacher == FROZEN_TEXT_ENCODER:
+        raise UserError("arms: gated needs a teacher of its own U-Net, not distillation.teacher frozen_text_encoder")
     taught = [arm for arm in chosen if arm.distilled and arm.name != "self_taught"]
     if taught and "frozen" not in config.arms and config.distillation.teacher is None:
         raise UserError("arms: distilled and lora need the arm frozen as their teacher, or distillation.teacher")

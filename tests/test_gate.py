@@ -21,11 +21,18 @@ def test_nothing_passes_that_localizes_worse_than_the_reference(teacher: dict, r
         with pytest.raises(UserError, match="nothing to teach"):
             decide(table, list(teacher))
         return
-    taught = decide(table, list(teacher))
+    if not any(sum(teacher[n][g] for n in better) > len(better) / 2 for g in GROUPS):
+        with pytest.raises(UserError):
+            decide(table, list(teacher))
+        return
+    try:
+        taught = decide(table, list(teacher))
+    except UserError:
+        return  # better than chance, and worse than the reference
     assert list(taught.layers) == better and taught.groups
     for group in taught.groups:
         gain = sum(teacher[name][group] - reference[name][group] for name in better)
-        assert gain >= -1e-9 or taught.groups == ("words",)
+        assert gain >= -1e-9
 
 
 def test_only_the_layers_that_are_asked_for_are_looked_at() -> None:

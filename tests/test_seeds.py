@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from distill.errors import UserError
 from distill.metrics.quality import frechet_distance
-from distill.seeds import combine, of_classifier, of_features, of_pairs, run_folders
+from distill.seeds import combine, fid_resamples, of_classifier, of_distances, of_pairs, run_folders
 
 
 @given(st.integers(1, 4), st.integers(2, 30), st.integers(0, 1000))
@@ -64,13 +64,14 @@ def test_finding_auc_is_scikit_learns() -> None:
 def test_fid_is_the_distance_of_each_seed_and_its_difference_is_relative() -> None:
     generator = torch.Generator().manual_seed(0)
     real, near, far = (torch.randn((120, 4), generator=generator) + shift for shift in (0.0, 0.3, 1.0))
-    value, interval, each = of_features([[near.numpy(), far.numpy()]], real.numpy(), 50)
+    value, interval, each = of_distances([fid_resamples([near.numpy(), far.numpy()], real.numpy(), 50)])
     expected = [frechet_distance(real, near), frechet_distance(real, far)]
     np.testing.assert_allclose(each, expected, rtol=1e-4)
     assert value == pytest.approx(np.mean(expected), rel=1e-4) and interval is not None
-    ratio, _, _ = of_features([[far.numpy()], [near.numpy()]], real.numpy(), 50)
+    one, two = (fid_resamples([side.numpy()], real.numpy(), 50) for side in (far, near))
+    ratio, _, _ = of_distances([one, two])
     assert ratio == pytest.approx(expected[1] / expected[0] - 1, rel=1e-3)
-    assert of_features([[near.numpy()], [near.numpy()]], real.numpy(), 20)[:2] == (0, [0, 0])
+    assert of_distances([two, two])[:2] == (0, [0, 0])
 
 
 # Run folders
