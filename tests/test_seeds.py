@@ -160,5 +160,5 @@ def test_seeds_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
         },
         images=5,
     )
-    with pytest.raises(UserError, match="different images"):
+    with pytest.raises(UserError, match="drew other captions"):
         combine(tmp_path / "other")
