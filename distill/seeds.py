@@ -58,8 +58,8 @@ def combine(folder: Path, samples: int | None = None) -> dict[str, Any]:
     scores = {arm: [_pairs(path / arm) for path in runs.values()] for arm in first["arms"]}
     drawn = {arm: [_images(path / arm) for path in runs.values()] for arm in first["arms"]}
     real = _images(next(iter(runs.values())) / "real")
-    for arm, images in drawn.items():
-        for seed, one in zip(runs, images, strict=True):
+    for arm, each in drawn.items():
+        for seed, one in zip(runs, each, strict=True):
             if one is not None and real is not None and not np.array_equal(one["indices"], real["indices"]):
                 faults.append(
                     f"seed-{seed}: {arm} drew other captions than the real images of seed-{next(iter(runs))} have"
@@ -69,19 +69,24 @@ def combine(folder: Path, samples: int | None = None) -> dict[str, Any]:
         samples = int(first["provenance"]["config"].get("evaluation", {}).get("bootstrap_samples", 1000))
     located = next(iter(first["arms"].values()))["localization"]
     micro = located is not None and located["word"].get("average") == "micro"
-    distances = {
-        arm: fid_resamples([one["features"] for one in images if one is not None], real["features"], samples)
-        for arm, images in tqdm(drawn.items(), desc="resamples of FID", unit="arm")
-        if real is not None and len(real["features"]) > 1 and all(one is not None for one in images)
-    }
     labels = None if real is None or "labels" not in real else real["labels"].astype(bool)
+    mixed = labels is not None and any(column.any() and not column.all() for column in labels.T)
+    distances, areas = {}, {}
+    for arm, found_images in tqdm(drawn.items(), desc="resamples of images", unit="arm"):
+        images = [one for one in found_images if one is not None]
+        if real is None or len(images) < len(runs):
+            continue
+        if len(real["features"]) > 1:
+            distances[arm] = fid_resamples([one["features"] for one in images], real["features"], samples)
+        if labels is not None and mixed and all("scores" in one for one in images):
+            areas[arm] = auc_resamples([one["scores"] for one in images], labels, samples)
 
     arms: dict[str, Any] = {}
     for arm in first["arms"]:
         entries = [found["arms"][arm] for found in metrics.values()]
         arms[arm] = _mean(entries)
         arms[arm]["per_seed"] = {str(seed): _values(entry) for seed, entry in zip(runs, entries, strict=True)}
-        for key, (_, interval, _) in _estimates(scores, drawn, distances, labels, (arm,), samples, micro).items():
+        for key, (_, interval, _) in _estimates(scores, distances, areas, (arm,), samples, micro).items():
             part, name = key.split(".")
             where = arms[arm]["quality"] if part == "quality" else (arms[arm]["localization"] or {}).get(part)
             if where is not None and where.get(name) is not None:
@@ -91,7 +96,7 @@ def combine(folder: Path, samples: int | None = None) -> dict[str, Any]:
         for arm in arms:
             if other not in arms or arm in ("base", other) or f"{other} - {arm}" in paired:
                 continue
-            estimates = _estimates(scores, drawn, distances, labels, (arm, other), samples, micro)
+            estimates = _estimates(scores, distances, areas, (arm, other), samples, micro)
             paired[f"{arm} - {other}"] = {
                 key: {"value": value, "ci": interval, "per_seed": dict(zip(map(str, runs), each, strict=True))}
                 for key, (value, interval, each) in estimates.items()
@@ -158,9 +163,8 @@ def _images(folder: Path) -> dict[str, NDArray[Any]] | None:
 
 def _estimates(
     scores: dict[str, list[dict[str, Any]]],
-    drawn: dict[str, list[dict[str, NDArray[Any]] | None]],
     distances: dict[str, tuple[Array, Array]],
-    labels: NDArray[np.bool_] | None,
+    areas: dict[str, tuple[Array, Array]],
     arms: Sequence[str],
     samples: int,
     micro: bool,
@@ -180,11 +184,9 @@ def _estimates(
             groups = np.zeros_like(findings) if micro else findings
             found[key] = of_pairs(table[:, usable], groups, clusters, samples)
     if all(arm in distances for arm in arms):
-        found["quality.fid"] = of_distances([distances[arm] for arm in arms])
-    scored = [[one["scores"] for one in drawn[arm] if one is not None and "scores" in one] for arm in arms]
-    mixed = labels is not None and any(column.any() and not column.all() for column in labels.T)
-    if labels is not None and mixed and all(len(side) == len(drawn[arms[0]]) for side in scored):
-        found["quality.finding_auc"] = of_classifier(scored, labels, samples)
+        found["quality.fid"] = of_resamples([distances[arm] for arm in arms], relative=True)
+    if all(arm in areas for arm in arms):
+        found["quality.finding_auc"] = of_resamples([areas[arm] for arm in arms])
     return found
 
 
@@ -216,29 +218,22 @@ def of_pairs(
     return float(each.mean()), list(interval) if interval else None, [float(v) for v in each]
 
 
-def of_classifier(
-    sides: Sequence[Sequence[Array]], labels: NDArray[np.bool_], samples: int
-) -> tuple[float, list[float] | None, list[float]]:
-    """Finding AUC, or its difference of two sides. sides: for each one (images, findings) scores a seed."""
+def auc_resamples(scores: Sequence[Array], labels: NDArray[np.bool_], samples: int) -> tuple[Array, Array]:
+    """Finding AUC of each seed, (seeds,), and of resamples of the images, (samples, seeds), the same for every arm.
+
+    scores: (images, findings) a seed. Some column of labels (images, findings) must hold both classes.
+    """
     usable = [i for i, column in enumerate(labels.T) if column.any() and not column.all()]
 
-    def areas(scores: Array, counts: Array) -> Array:
-        columns = [weighted_auroc(scores[:, i].astype(np.float64), labels[:, i], counts) for i in usable]
+    def areas(one: Array, counts: Array) -> Array:
+        columns = [weighted_auroc(one[:, i].astype(np.float64), labels[:, i], counts) for i in usable]
         return mean_of_defined(np.stack(columns, axis=1))
 
-    one = np.ones((1, len(labels)))
-    each = np.array([areas(s, one)[0] for s in sides[0]])
-    if len(sides) == 2:
-        each = each - np.array([areas(s, one)[0] for s in sides[1]])
-    weights, done, statistics = _draw_seeds(samples, len(each)), 0, []
-    for counts in resample_counts(len(labels), samples, 0):
-        values = np.stack([areas(s, counts) for s in sides[0]], axis=1)
-        if len(sides) == 2:
-            values = values - np.stack([areas(s, counts) for s in sides[1]], axis=1)
-        statistics.append((values * weights[done : done + len(counts)]).sum(axis=1))
-        done += len(counts)
-    interval = percentile_interval(np.concatenate(statistics), 0.95)
-    return float(each.mean()), list(interval) if interval else None, [float(v) for v in each]
+    exact = np.array([areas(one, np.ones((1, len(labels))))[0] for one in scores])
+    blocks = [
+        np.stack([areas(one, counts) for one in scores], axis=1) for counts in resample_counts(len(labels), samples, 0)
+    ]
+    return exact, np.concatenate(blocks)
 
 
 def fid_resamples(features: Sequence[NDArray[Any]], real: NDArray[Any], samples: int) -> tuple[Array, Array]:
@@ -257,11 +252,16 @@ def fid_resamples(features: Sequence[NDArray[Any]], real: NDArray[Any], samples:
     return exact, resampled + exact - resampled.mean(axis=0)
 
 
-def of_distances(sides: Sequence[tuple[Array, Array]]) -> tuple[float, list[float] | None, list[float]]:
-    """FID, or its relative difference first / second - 1, from `fid_resamples` of one or two arms."""
+def of_resamples(
+    sides: Sequence[tuple[Array, Array]], relative: bool = False
+) -> tuple[float, list[float] | None, list[float]]:
+    """Mean over seeds of a value of one arm, or of the difference first - second (relative: first / second - 1) of two,
+    its interval, and the value of each seed. sides: what fid_resamples or auc_resamples made of each arm."""
 
     def statistic(values: Sequence[Array]) -> Array:
-        return values[0] if len(values) == 1 else values[0] / values[1] - 1
+        if len(values) == 1:
+            return values[0]
+        return values[0] / values[1] - 1 if relative else values[0] - values[1]
 
     weights = _draw_seeds(len(sides[0][1]), len(sides[0][0]))
     means = [(resampled * weights).sum(axis=1) for _, resampled in sides]

@@ -16,7 +16,7 @@ from sklearn.metrics import roc_auc_score
 
 from distill.errors import UserError
 from distill.metrics.quality import frechet_distance
-from distill.seeds import combine, fid_resamples, of_classifier, of_distances, of_pairs, run_folders
+from distill.seeds import auc_resamples, combine, fid_resamples, of_pairs, of_resamples, run_folders
 
 
 @given(st.integers(1, 4), st.integers(2, 30), st.integers(0, 1000))
@@ -53,25 +53,26 @@ def test_finding_auc_is_scikit_learns() -> None:
     rng = np.random.default_rng(0)
     labels = rng.random((80, 3)) < 0.4
     sides = [[rng.normal(size=(80, 3)) + shift * labels for _ in range(2)] for shift in (1.0, 0.0)]
-    value, _, each = of_classifier(sides[:1], labels, 200)
+    first, second = (auc_resamples(side, labels, 200) for side in sides)
+    value, _, each = of_resamples([first])
     np.testing.assert_allclose(each, [roc_auc_score(labels, scores, average="macro") for scores in sides[0]])
-    gap, gap_interval, _ = of_classifier(sides, labels, 200)
-    assert gap == pytest.approx(value - of_classifier(sides[1:], labels, 200)[0])
+    gap, gap_interval, _ = of_resamples([first, second])
+    assert gap == pytest.approx(value - of_resamples([second])[0])
     assert gap_interval is not None and gap_interval[0] > 0, "the first side follows the labels"
-    assert of_classifier([sides[0], sides[0]], labels, 50)[:2] == (0, [0, 0])
+    assert of_resamples([first, first])[:2] == (0, [0, 0])
 
 
 def test_fid_is_the_distance_of_each_seed_and_its_difference_is_relative() -> None:
     generator = torch.Generator().manual_seed(0)
     real, near, far = (torch.randn((120, 4), generator=generator) + shift for shift in (0.0, 0.3, 1.0))
-    value, interval, each = of_distances([fid_resamples([near.numpy(), far.numpy()], real.numpy(), 50)])
+    value, interval, each = of_resamples([fid_resamples([near.numpy(), far.numpy()], real.numpy(), 50)])
     expected = [frechet_distance(real, near), frechet_distance(real, far)]
     np.testing.assert_allclose(each, expected, rtol=1e-4)
     assert value == pytest.approx(np.mean(expected), rel=1e-4) and interval is not None
     one, two = (fid_resamples([side.numpy()], real.numpy(), 50) for side in (far, near))
-    ratio, _, _ = of_distances([one, two])
+    ratio, _, _ = of_resamples([one, two], relative=True)
     assert ratio == pytest.approx(expected[1] / expected[0] - 1, rel=1e-3)
-    assert of_distances([two, two])[:2] == (0, [0, 0])
+    assert of_resamples([two, two], relative=True)[:2] == (0, [0, 0])
 
 
 # Run folders
