@@ -29,6 +29,7 @@ from distill.config import (
     EvaluateConfig,
     FinetuneConfig,
     PretrainConfig,
+    RobustnessConfig,
     TradeoffConfig,
     TrainerConfig,
     check_values,
@@ -167,6 +168,7 @@ def test_every_shipped_config_is_legal(path: Path) -> None:
         "evaluate": EvaluateConfig,
         "finetune": FinetuneConfig,
         "pretrain": PretrainConfig,
+        "robustness": RobustnessConfig,
         "tradeoff": TradeoffConfig,
     }
     recipe = next(name for name in classes if path.stem == name or path.stem.startswith(f"{name}_"))
