@@ -112,6 +112,8 @@ def one_seed(config: TradeoffConfig) -> None:
 def tradeoff(config: TradeoffConfig) -> None:
     if not config.seeds or config.dry_run:
         return one_seed(replace(config, seeds=()))
+    if config.seed:
+        raise UserError(f"seed is {config.seed} and seeds is {list(config.seeds)}; give one of the two")
     folder = Path(config.output_dir)
     for seed in config.seeds:
         one = replace(config, seed=seed, seeds=(), output_dir=str(folder / f"seed-{seed}"))

@@ -572,6 +572,22 @@ def test_a_teacher_that_cannot_teach_is_refused_before_the_first_step(
     assert not (tmp_path / "run").exists()
 
 
+def test_seed_and_seeds_are_not_both_taken(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = [
+        "--base.name",
+        str(work / "sd"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--seed",
+        "3",
+        "--seeds",
+        "[0,1]",
+        *TRAINING,
+    ]
+    assert "seed is 3 and seeds is [0, 1]" in refusal("tradeoff", argv, capsys)
+    assert not (tmp_path / "run").exists()
+
+
 def test_tradeoff_without_a_teacher_is_refused(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     argv = [
         "--base.name",
