@@ -447,21 +447,26 @@ EXTRA = {
 @pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl])
 def test_further_terms_vanish_on_the_teacher_itself_and_reach_the_student(build: Callable[[], Any], term: str) -> None:
     student = prepared(build)
-    same = copy.deepcopy(student)
-    other = copy.deepcopy(student)
-    with torch.no_grad():
-        for p in [*other.unet.parameters(), *(p for e in other.text_encoders for p in e.parameters())]:
-            p += 0.05 * torch.randn(p.shape, generator=generator(int(p.numel())))
     weights = {"token_kl_weight": 0.0, "place_kl_weight": 0.0, "mass_weight": 0.0, EXTRA[term]: 2.0}
     batch = batch_of(student)
-    for teacher, is_other in ((same, False), (other, True)):
+
+    def terms_of(teacher: Components) -> Any:
         with ExitStack() as stack:
             terms = distilling(stack, student, teacher, **weights)(batch, generator())
         torch.testing.assert_close(terms["loss"], terms["denoising"] + 2.0 * terms[term])
-        assert float(terms[term].detach()) == pytest.approx(0, abs=1e-9) or is_other
         assert "feature" not in terms or term == "feature"
-    if term == "tail" and float(terms["tail"].detach()) == 0:
-        pytest.skip("this student has less mass in the tail than its teacher")
+        return terms
+
+    assert float(terms_of(copy.deepcopy(student))[term].detach()) == pytest.approx(0, abs=1e-9)
+    for seed in range(8):  # the leak is 0 for a teacher with more mass in the tail, so look for one with less
+        other = copy.deepcopy(student)
+        with torch.no_grad():
+            for p in [*other.unet.parameters(), *(p for e in other.text_encoders for p in e.parameters())]:
+                p += 0.05 * torch.randn(p.shape, generator=generator(int(p.numel()) + seed))
+        terms = terms_of(other)
+        if float(terms[term].detach()) > 0:
+            break
+    assert float(terms[term].detach()) > 0
     terms[term].backward()
     assert has_gradient(student.unet) and has_gradient(student.text_encoders[0])
     assert not any(module._forward_hooks for module in student.unet.modules()), "hooks are removed"
