@@ -8,12 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import peft
 import torch
+import transformers
 from diffusers import DDPMScheduler, DiffusionPipeline, StableDiffusionPipeline, StableDiffusionXLPipeline
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig as PeftLoraConfig
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils import check_peft_version
 
 from distill.config import BaseConfig, LoraConfig
 from distill.errors import UserError
@@ -223,7 +227,15 @@ def _check_adapter_keys(components: Components, path: Path) -> None:
 
 
 def check_lora_targets(module: nn.Module, targets: Sequence[str], which: str) -> None:
-    """Raise UserError if a target matches no layer of `module`, with the names that would."""
+    """Raise UserError if a target matches no layer of `module`, with the names that would, or if transformers refuses the
+    installed peft, which it would say only when an adapter is attached."""
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        raise UserError(
+            f"transformers {transformers.__version__} does not work with the installed peft {peft.__version__}: {error}. "
+            "Where no such peft is released, install an earlier transformers"
+        ) from None
     layers = [n for n, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     unmatched = [t for t in targets if not any(n == t or n.endswith("." + t) for n in layers)]
     if unmatched:

@@ -26,6 +26,7 @@ from distill.components import (
     LORA_FILE,
     Components,
     add_lora,
+    check_lora_targets,
     encode_text,
     load_components,
     parameter_counts,
@@ -212,6 +213,12 @@ def test_a_lora_target_that_matches_nothing_is_answered_with_those_that_would(ba
     assert not any("lora_" in name for name, _ in components.unet.named_parameters())
     with pytest.raises(UserError, match="lora.text_encoder_targets: to_q match no layer.*q_proj"):
         add_lora(components.text_encoders[0], LoraConfig(), ("to_q",), "text_encoder")
+
+
+def test_a_peft_that_transformers_refuses_is_said_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.components.MIN_PEFT_VERSION", "999.0.0")
+    with pytest.raises(UserError, match=r"transformers .* does not work with the installed peft .*999\.0\.0"):
+        check_lora_targets(torch.nn.Sequential(torch.nn.Linear(2, 2)), ["0"], "unet")
 
 
 def test_a_missing_folder_and_a_folder_of_something_else_are_named(tmp_path: Path) -> None:
