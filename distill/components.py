@@ -115,13 +115,21 @@ def encode_text(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """(batch, tokens, dim) hidden states for the U-Net, and SDXL's (batch, dim) pooled embedding or None.
 
-    One encoder: its last hidden state, as in SD 1.x and 2.x. Two: the last but one of each, joined, and the projection of
+    One encoder: its last hidden state, as in SD 1.x and 2.x; with an attention mask if its config asks for one
+    (use_attention_mask, as the stock pipeline does). Two: the last but one of each, joined, and the projection of
     the second (Podell et al. 2023, section 2.1).
     """
     if len(text_encoders) == 1:
-        return text_encoders[0](input_ids[0])[0], None
+        encoder: Any = text_encoders[0]
+        masked = getattr(encoder.config, "use_attention_mask", False)
+        return encoder(input_ids[0], attention_mask=_mask(encoder, input_ids[0]) if masked else None)[0], None
     outputs = [enc(ids, output_hidden_states=True) for enc, ids in zip(text_encoders, input_ids, strict=True)]
     return torch.cat([out.hidden_states[-2] for out in outputs], dim=-1), outputs[1].text_embeds
+
+
+def _mask(encoder: Any, input_ids: torch.Tensor) -> torch.Tensor:
+    """(batch, tokens) int64, 0 on the padding token's id."""
+    return (input_ids != encoder.config.pad_token_id).long()
 
 
 def load_components(base: BaseConfig, run: str | Path | None = None) -> Components:
@@ -151,7 +159,7 @@ def load_components(base: BaseConfig, run: str | Path | None = None) -> Componen
         pipeline = DiffusionPipeline.from_pretrained(name, **options)
     except (*UNREADABLE, HfHubHTTPError, LocalEntryNotFoundError, HFValidationError) as error:
         raise UserError(
-            f"base.name: cannot load {name}: {_first_line(error)}. Is the name right, and the hub reachable (or the model "
+            f"base.name: cannot load {name}: {first_line(error)}. Is the name right, and the hub reachable (or the model "
             "in the local cache)? A folder saved by pipeline.save_pretrained works without a hub"
         ) from error
     if not isinstance(pipeline, (StableDiffusionPipeline, StableDiffusionXLPipeline)):
@@ -167,7 +175,8 @@ def load_components(base: BaseConfig, run: str | Path | None = None) -> Componen
     return components
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Of its message; its type if that is empty."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
@@ -197,7 +206,7 @@ def load_run(components: Components, run: Path) -> None:
         try:
             new = type(old).from_pretrained(run / name)
         except UNREADABLE as error:
-            raise UserError(f"cannot load {run / name}: {_first_line(error)}") from error
+            raise UserError(f"cannot load {run / name}: {first_line(error)}") from error
         shapes = {k: tuple(v.shape) for k, v in new.state_dict().items()}
         if shapes != {k: tuple(v.shape) for k, v in old.state_dict().items()}:
             raise UserError(
@@ -209,7 +218,7 @@ def load_run(components: Components, run: Path) -> None:
         try:
             components.pipeline.load_lora_weights(run, adapter_name="default")
         except (*UNREADABLE, RuntimeError, KeyError) as error:
-            raise UserError(f"{run / LORA_FILE} does not fit the base, or is damaged: {_first_line(error)}") from error
+            raise UserError(f"{run / LORA_FILE} does not fit the base, or is damaged: {first_line(error)}") from error
         _check_adapter_keys(components, run / LORA_FILE)
     if not found:
         raise UserError(f"{run} holds neither {LORA_FILE} nor a folder unet, text_encoder or text_encoder_2")
@@ -284,6 +293,8 @@ def prepare_training(
         if how == "full":
             module.to(torch.float32)
             module.requires_grad_(True)
+            if getattr(module, "pooler", None) is not None:  # of BERT and its kin; no U-Net reads it
+                module.pooler.requires_grad_(False)
         elif how == "lora":
             add_lora(module, lora, targets, which)
         if how != "frozen" and gradient_checkpointing:

@@ -152,6 +152,9 @@ class AttentionDistillationConfig:
     """Squared difference of the outputs of the U-Nets' self-attention layers (KOALA)."""
     place_groups: tuple[Literal["words", "eos", "padding"], ...] = ("words",)
     """Tokens whose maps (b) compares."""
+    words: Literal["all", "labels"] = "all"
+    """labels: (a) and (b) compare, of the words, only those that name a label of the image; (a) takes all other tokens as
+    one. It leaves the student free in what the teacher need not know, such as what `no` does to a finding's word."""
     gate_reference: str | None = None
     """Teach only the layers and token groups that localize, on validation images, at least as well in the teacher as in
     this model: a run folder, such as the same training without a teacher, or `base`. The groups are those of (b), in place
@@ -415,6 +418,26 @@ class RobustnessConfig:
 
 
 @dataclass(frozen=True)
+class SwapTextEncoderConfig:
+    """recipes/swap_text_encoder.py: put another text encoder into a base, as a stock pipeline to fine-tune."""
+
+    base: BaseConfig = field(default_factory=BaseConfig)
+    text_encoder: str | None = None
+    """Folder or hub id of a transformers encoder and its tokenizer: BERT, CXR-BERT, MiniLM, T5 and others."""
+    model_type: str | None = None
+    """In place of the encoder's own, where that names a class outside transformers: `bert` for CXR-BERT."""
+    max_tokens: int = 77
+    """Positions of a caption, padding included."""
+    data: DataConfig = field(default_factory=DataConfig)
+    captions: int = 2000
+    """Training captions that the projection is fitted on."""
+    output_dir: str = "checkpoints/swapped"
+    """Where the pipeline is written; must not be there yet."""
+    dry_run: bool = False
+    """Check and fit, and write nothing."""
+
+
+@dataclass(frozen=True)
 class BenchmarkLocalizationConfig:
     """recipes/benchmark_localization.py: what localization costs and gives, beside the paper's way and a peer."""
 
@@ -588,6 +611,11 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "output_dir": _NOT_EMPTY,
     },
     RobustnessConfig: {"runs": _ONCE, "output_dir": _NOT_EMPTY},
+    SwapTextEncoderConfig: {
+        "max_tokens": (lambda value: value >= 4, "at least 4"),
+        "captions": (lambda value: value >= 10, "at least 10"),
+        "output_dir": _NOT_EMPTY,
+    },
     BenchmarkLocalizationConfig: {
         "parts": _DISTINCT,
         "repeats": _COUNT,

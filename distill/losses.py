@@ -28,14 +28,24 @@ def denoising_loss(prediction: torch.Tensor, target: torch.Tensor, weights: torc
     return (per_image if weights is None else weights * per_image).mean()
 
 
-def token_attention_kl(teacher: torch.Tensor, student: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+def token_attention_kl(
+    teacher: torch.Tensor,
+    student: torch.Tensor,
+    rows: torch.Tensor | None = None,
+    words: torch.Tensor | None = None,
+) -> torch.Tensor:
     """KL(teacher || student) over tokens, averaged over places and over the images of `rows` (batch,) bool.
 
-    teacher, student: (batch, places, tokens), sum to 1 over tokens. 0 on equal maps. In nats.
+    teacher, student: (batch, places, tokens), sum to 1 over tokens. With `words` (batch, tokens) bool, all other tokens
+    count as one: how attention is shared among them is free. 0 on equal maps. In nats.
     """
     p, q = teacher.clamp(min=TINY), student.clamp(min=TINY)
-    per_image = (p * (p.log() - q.log())).sum(dim=2).mean(dim=1)
-    return _masked_mean(per_image, rows)
+    per_token = p * (p.log() - q.log())
+    if words is None:
+        return _masked_mean(per_token.sum(dim=2).mean(dim=1), rows)
+    named = words[:, None, :]
+    p, q = ((maps * ~named).sum(dim=2).clamp(min=TINY) for maps in (teacher, student))
+    return _masked_mean(((per_token * named).sum(dim=2) + p * (p.log() - q.log())).mean(dim=1), rows)
 
 
 def place_attention_kl(

@@ -230,9 +230,15 @@ class AttentionDistillationObjective(DenoisingObjective):
         teacher = teacher_maps.take()
 
         rows = (part.timesteps >= c.min_timestep) & (part.timesteps <= c.max_timestep)
-        words = torch.stack([part.groups == CODES[group] for group in c.place_groups]).any(dim=0)
+        groups = {group: part.groups == CODES[group] for group in c.place_groups}
+        named = None
+        if c.words == "labels":
+            assert part.label_tokens is not None
+            named = part.label_tokens
+            groups |= {"words": named} if "words" in groups else {}
+        words = torch.stack(list(groups.values())).any(dim=0)
         losses: dict[str, tuple[float, Callable[[str], torch.Tensor]]] = {
-            "token_kl": (c.token_kl_weight, lambda n: token_attention_kl(teacher[n], student[n], rows)),
+            "token_kl": (c.token_kl_weight, lambda n: token_attention_kl(teacher[n], student[n], rows, named)),
             "place_kl": (c.place_kl_weight, lambda n: place_attention_kl(teacher[n], student[n], words, rows)),
             "mass": (c.mass_weight, lambda n: attention_mass_loss(teacher[n], student[n], part.groups, rows)),
         }
@@ -268,6 +274,7 @@ def first_rows(x: Noised, count: int) -> Noised:
         embeds,
         x.groups[:count],
         None if x.time_ids is None else x.time_ids[:count],
+        None if x.label_tokens is None else x.label_tokens[:count],
     )
 
 

@@ -162,6 +162,12 @@ def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run
     for dataset in (train, test, validation):
         if isinstance(dataset, RecordDataset):
             dataset.check_captions(components.tokenizers, components.max_tokens)
+    reads_labels = [key for key, is_read in label_readers(config, arms).items() if is_read]
+    if train is not None and reads_labels and not any(train.labels(i) for i in range(len(train))):
+        raise UserError(
+            f"{reads_labels[0]} needs labels of the training images, and none has one; see data.label_column and "
+            "data.finding_column, or the format's own column"
+        )
     by_words = config.evaluation.localization_text == "caption" and config.evaluation.protocol == "ours"
     if isinstance(test, RecordDataset) and by_words:
         test.check_queries()
@@ -182,6 +188,17 @@ def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run
         accelerator.wait_for_everyone()
     run.seconds["checks and real images"] = time.perf_counter() - began
     return run
+
+
+def label_readers(config: Any, arms: list[Arm]) -> dict[str, bool]:
+    """Option -> whether a training would look for the labels of its images because of it."""
+    denoising = [arm.denoising or config.denoising for arm in arms]
+    return {
+        "distillation.words labels": any(arm.distilled for arm in arms) and config.distillation.words == "labels",
+        "denoising.arm_weight": any(d.arm_weight > 0 for d in denoising),
+        "denoising.insert_labels": any(d.insert_labels != "none" for d in denoising),
+        "denoising.caption_dropout_label": any(d.caption_dropout_label is not None for d in denoising),
+    }
 
 
 def is_gated(config: Any, arm: Arm) -> bool:
@@ -234,6 +251,12 @@ DATA_OPTIONS: dict[str, tuple[str, ...]] = {
 """Options of `data` that each kind reads, besides those that all read."""
 
 
+def unused_data_options(kind: str) -> dict[str, str]:
+    """Dotted key -> why data of this kind has no use for it."""
+    others = dict.fromkeys(name for options in DATA_OPTIONS.values() for name in options)
+    return {f"data.{name}": f"data.kind is {kind}" for name in others if name not in DATA_OPTIONS[kind]}
+
+
 def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
     """Dotted key -> why this run never reads it, so that setting it is a mistake."""
     unused: dict[str, str] = {}
@@ -241,9 +264,7 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
     def never(reason: str, *keys: str) -> None:
         unused.update(dict.fromkeys(keys, reason))
 
-    kind = config.data.kind
-    others = dict.fromkeys(name for options in DATA_OPTIONS.values() for name in options)
-    never(f"data.kind is {kind}", *(f"data.{name}" for name in others if name not in DATA_OPTIONS[kind]))
+    unused |= unused_data_options(config.data.kind)
     gated = any(arm.distilled and is_gated(config, arm) for arm in arms)
     if isinstance(config, EvaluateConfig) or (config.trainer.localize_every_steps is None and not gated):
         never("no validation images are looked at", "data.validation_size")
@@ -372,7 +393,8 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
     )
     components.to(accelerator.device)
     denoising = arm.denoising or config.denoising
-    rows = training_rows(run, components, trainer, denoising)
+    label_tokens = config.distillation.words == "labels" if arm.distilled else denoising.arm_weight > 0
+    rows = training_rows(run, components, trainer, denoising, label_tokens)
     with ExitStack() as stack:
         if arm.distilled:
             if teacher is None:
@@ -459,7 +481,9 @@ def _gated(
     return taught.narrow(distillation)
 
 
-def training_rows(run: Run, components: Components, trainer: TrainerConfig, denoising: DenoisingConfig) -> TrainingRows:
+def training_rows(
+    run: Run, components: Components, trainer: TrainerConfig, denoising: DenoisingConfig, label_tokens: bool
+) -> TrainingRows:
     """Rows of the training split, with the caches that the configuration asks for."""
     config, accelerator = run.config, run.accelerator
     assert run.train is not None
@@ -495,7 +519,7 @@ def training_rows(run: Run, components: Components, trainer: TrainerConfig, deno
         drop_only_label=denoising.caption_dropout_label,
         flip=config.data.horizontal_flip,
         insert=denoising.insert_labels,
-        label_tokens=denoising.arm_weight > 0,
+        label_tokens=label_tokens,
     )
 
 

@@ -35,7 +35,7 @@ from distill.errors import UserError, raise_all
 from distill.localization import DEFAULT_TIMESTEPS, queries
 from distill.provenance import provenance
 from distill.report.figures import atlas_chart
-from distill.runs import DATA_OPTIONS, quiet_libraries, write_json
+from distill.runs import quiet_libraries, unused_data_options, write_json
 from distill.trainer import peak_memory_gb
 
 IGNORED = {
@@ -61,9 +61,7 @@ IGNORED = {
 
 
 def unused_options(config: AtlasConfig) -> dict[str, str]:
-    kind = config.data.kind
-    others = {name for options in DATA_OPTIONS.values() for name in options} - set(DATA_OPTIONS[kind])
-    unused = {f"data.{name}": f"data.kind is {kind}" for name in sorted(others)}
+    unused = unused_data_options(config.data.kind)
     if config.evaluation.map_threshold == "none":
         unused["evaluation.orphan_share"] = "evaluation.map_threshold is none"
     if config.base.name == "phantom" or Path(config.base.name).is_dir():

@@ -26,7 +26,7 @@ from distill.provenance import provenance
 from distill.report.document import Table, markdown_table, write_atomic
 from distill.report.tables import format_number
 from distill.robustness import SHIFTS, ShiftedDataset, negations
-from distill.runs import DATA_OPTIONS, quiet_libraries, write_json
+from distill.runs import quiet_libraries, unused_data_options, write_json
 
 IGNORED = {
     **dict.fromkeys(
@@ -48,8 +48,7 @@ IGNORED = {
 
 
 def unused_options(config: RobustnessConfig) -> dict[str, str]:
-    others = {name for options in DATA_OPTIONS.values() for name in options} - set(DATA_OPTIONS[config.data.kind])
-    unused = {f"data.{name}": f"data.kind is {config.data.kind}" for name in sorted(others)}
+    unused = unused_data_options(config.data.kind)
     if config.evaluation.map_threshold == "none":
         unused["evaluation.orphan_share"] = "evaluation.map_threshold is none"
     return unused

@@ -73,6 +73,22 @@ def test_kl_terms_are_those_of_torch_distributions(seed: int, sharpness: float) 
 
 @given(SEEDS)
 @few
+def test_token_kl_of_chosen_words_takes_the_rest_as_one_token(seed: int) -> None:
+    p, q = maps(seed), maps(seed + 1)
+    expected = []
+    for k, chosen in enumerate(words()):
+        merged = [torch.cat([m[k][:, chosen], m[k][:, ~chosen].sum(dim=1, keepdim=True)], dim=1) for m in (p, q)]
+        expected.append(kl_divergence(*(Categorical(m) for m in merged)).mean())
+    found = token_attention_kl(p, q, None, words())
+    torch.testing.assert_close(found, torch.stack(expected).mean())
+    assert found <= token_attention_kl(p, q) + 1e-12, "merging tokens loses information"
+    moved = p[:, :, [3, 1, 2, 6, 4, 5, 0]]  # words() are 1, 2, 4 and 5
+    assert token_attention_kl(p, moved, None, words()).abs() < 1e-9, "how the others share their part is free"
+    assert token_attention_kl(p, q, None, torch.zeros_like(words())).abs() < 1e-9
+
+
+@given(SEEDS)
+@few
 def test_place_kl_does_not_see_the_scale_of_a_token(seed: int) -> None:
     p, q = maps(seed), maps(seed + 1)
     scale = torch.rand(BATCH, 1, TOKENS, generator=torch.Generator().manual_seed(seed)).double() + 0.01

@@ -517,6 +517,23 @@ def test_a_student_under_the_text_encoder_of_the_base_is_its_own_teacher() -> No
     assert not has_gradient(teacher.text_encoders[0])
 
 
+def test_distillation_of_labels_leaves_every_other_token_free() -> None:
+    student, config = prepared(), AttentionDistillationConfig(words="labels", mass_weight=0.0)
+    teacher = copy.deepcopy(student).freeze()
+    batch = batch_of(student, label_tokens=True)
+    with ExitStack() as stack:
+        maps = [stack.enter_context(record_attention(c.unet)) for c in (student, teacher)]
+        objective = AttentionDistillationObjective(student, NO_DROPOUT, config, teacher, *maps).train()
+        with torch.no_grad():
+            for p in student.text_encoders[0].parameters():
+                p += 0.1 * torch.randn(p.shape, generator=generator(p.numel()))
+        terms = objective(batch, generator())
+        assert float(terms["token_kl"].detach()) > 0 and float(terms["place_kl"].detach()) > 0
+        nothing = objective(batch | {"label_tokens": torch.zeros_like(batch["label_tokens"])}, generator())
+    assert float(nothing["place_kl"].detach()) == 0
+    assert abs(float(nothing["token_kl"].detach())) < 1e-6
+
+
 def test_attention_regularization_is_the_papers_formula_and_reaches_the_text_encoder() -> None:
     student = prepared()
     batch = batch_of(student, label_tokens=True)

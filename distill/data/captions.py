@@ -137,11 +137,13 @@ def token_spans(
 def token_groups(tokenizer: PreTrainedTokenizerBase, caption: str, max_length: int) -> torch.Tensor:
     """(max_length,) int64: BOS, WORD, EOS (the one that ends the caption) or PADDING of each position.
 
-    Found by length: SD 1.x pads with the EOS token and SD 2.x with the token "!", so that ids do not tell.
+    Found by length: SD 1.x pads with the EOS token and SD 2.x with the token "!", so that ids do not tell. T5 has no BOS.
     """
-    length = len(tokenizer(caption, truncation=True, max_length=max_length)["input_ids"])
+    encoded = tokenizer(caption, truncation=True, max_length=max_length, return_special_tokens_mask=True)
+    special = encoded["special_tokens_mask"]
     groups = torch.full((max_length,), PADDING, dtype=torch.int64)
-    groups[:length] = WORD
-    groups[length - 1] = EOS
-    groups[0] = BOS
+    groups[: len(special)] = WORD
+    if special[0]:
+        groups[0] = BOS
+    groups[len(special) - 1] = EOS
     return groups

@@ -1,0 +1,146 @@
+"""Another text encoder for a pipeline: BERT, CXR-BERT, MiniLM, T5 or any that transformers lists for text encoding.
+
+The projection from the new encoder's width to the one that the U-Net expects is fitted on captions, and folded into the
+U-Net's cross-attention, so that what is saved is a stock diffusers pipeline: no code of ours is needed to load it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, PretrainedConfig
+from transformers.utils import cached_file
+
+from distill.components import UNREADABLE, Components, encode_text, first_line
+from distill.data.captions import BOS, EOS, PADDING, token_groups
+from distill.errors import UserError
+
+RIDGE = 1e-3
+"""Of the mean square of the features: enough against collinear ones, too little to shrink the fit."""
+
+
+def load_text_encoder(name: str, model_type: str | None = None, *, max_tokens: int) -> tuple[Any, Any]:
+    """(encoder in float32, tokenizer of `max_tokens` positions) of a folder or hub id.
+
+    model_type: in place of the one in its config.json, for a checkpoint whose class lives outside transformers but whose
+    weights are of a known kind: `bert` for CXR-BERT. Raises UserError for what cannot be loaded, lacks weights, or cannot
+    tell which characters its tokens are of.
+    """
+    try:
+        if model_type is None:
+            config: PretrainedConfig = AutoConfig.from_pretrained(name)
+            tokenizer = AutoTokenizer.from_pretrained(name)
+        else:
+            path = cached_file(name, "config.json")
+            assert path is not None
+            values = {k: v for k, v in PretrainedConfig.get_config_dict(path)[0].items() if k != "model_type"}
+            config = AutoConfig.for_model(model_type, **values)
+            tokenizer = AutoTokenizer.from_pretrained(name, config=config, tokenizer_type=model_type)
+        encoder, found = AutoModelForTextEncoding.from_pretrained(
+            name, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32
+        )
+    except (*UNREADABLE, KeyError, RuntimeError) as error:
+        raise UserError(
+            f"text_encoder: cannot load {name}: {first_line(error)}. Expected a folder or hub id with config.json, "
+            "model.safetensors and a tokenizer, of a kind that transformers lists for text encoding"
+        ) from error
+    missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
+    if missing:
+        raise UserError(
+            f"text_encoder: {name} lacks {len(missing)} weights of a {type(encoder).__name__}: {missing[0]} …"
+        )
+    if not getattr(tokenizer, "is_fast", False) or tokenizer.pad_token_id is None:
+        raise UserError(
+            f"text_encoder: the tokenizer of {name} must have offsets (a tokenizer.json) and a padding token"
+        )
+    # Where the files of a tokenizer are missing, transformers makes one of its special tokens.
+    if not config.vocab_size / 2 < len(tokenizer) <= config.vocab_size:
+        raise UserError(
+            f"text_encoder: the tokenizer of {name} has {len(tokenizer):,} tokens and the encoder embeds "
+            f"{config.vocab_size:,}; are its files (tokenizer.json or vocab.txt) there?"
+        )
+    if tokenizer("").input_ids == []:
+        raise UserError(f"text_encoder: the tokenizer of {name} adds no end token, so an empty caption has no token")
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and max_tokens > limit:
+        raise UserError(f"max_tokens is {max_tokens}, and {name} has {limit} positions")
+    tokenizer.model_max_length = max_tokens
+    encoder.config.pad_token_id = tokenizer.pad_token_id
+    # The stock pipeline and components.encode_text then tell the encoder which tokens are padding.
+    encoder.config.use_attention_mask = True
+    return encoder.eval(), tokenizer
+
+
+def swap_text_encoder(
+    components: Components, encoder: nn.Module, tokenizer: Any, captions: Sequence[str], *, batch_size: int = 32
+) -> tuple[StableDiffusionPipeline, float]:
+    """A stock pipeline with `encoder` in place of the text encoder, and how well it stands in: R^2 on held-out captions.
+
+    A linear map from the new encoder's hidden states to the old one's is fitted by least squares on nine in ten of
+    `captions`, word by word (mean of a word's tokens), with the start, end and mean padding token as words; R^2 is of the
+    others, 1 for the same embeddings, 0 for their mean. With W that map, to_k and to_v become to_k W and to_v W: the U-Net
+    then expects the new encoder's width. Everything else is as it was; VAE and scheduler are shared.
+    Raises UserError for SDXL, for U-Nets that project text themselves, and for fewer than 10 captions.
+    """
+    config = components.unet.config
+    width = config.cross_attention_dim
+    if components.is_sdxl or not isinstance(width, int) or config.get("encoder_hid_dim") is not None:
+        raise UserError(
+            "the text encoder can be swapped in SD 1.x and 2.x; this base has two encoders, or projects text"
+        )
+    if len(captions) < 10:
+        raise UserError(f"{len(captions)} captions are too few to fit the projection; at least 10, better 1,000")
+    other = replace(components, text_encoders=[encoder], tokenizers=[tokenizer])
+    x, y, train = [], [], []
+    for start in tqdm(range(0, len(captions), batch_size), desc="captions", unit="batch"):
+        part = list(captions[start : start + batch_size])
+        theirs, ours = (_by_word(model, part) for model in (components, other))
+        for k, (old, new) in enumerate(zip(theirs, ours, strict=True)):
+            shared = [key for key in old if key in new]
+            x += [new[key] for key in shared]
+            y += [old[key] for key in shared]
+            train += [(start + k) % 10 != 0] * len(shared)
+    features, targets, fitted = torch.stack(x).double(), torch.stack(y).double(), torch.tensor(train)
+    a, b = features[fitted], targets[fitted]
+    gram = a.T @ a
+    eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    projection = torch.linalg.solve(gram + RIDGE * gram.diagonal().mean() * eye, a.T @ b).T
+    held, wanted = features[~fitted], targets[~fitted]
+    rest = (wanted - held @ projection.T).pow(2).sum() / (wanted - wanted.mean(dim=0)).pow(2).sum()
+    unet = type(components.unet).from_config({**config, "cross_attention_dim": features.shape[1]})
+    state = components.unet.state_dict()
+    for key in state:
+        if re.search(r"\.attn2\.to_[kv]\.weight$", key):
+            state[key] = (state[key].double() @ projection).to(state[key].dtype)
+    unet.load_state_dict(state)
+    parts = {**components.pipeline.components, "unet": unet, "text_encoder": encoder, "tokenizer": tokenizer}
+    parts |= {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
+    return StableDiffusionPipeline(**parts, requires_safety_checker=False), float(1 - rest)
+
+
+@torch.no_grad()
+def _by_word(components: Components, captions: list[str]) -> list[dict[tuple[str, int], torch.Tensor]]:
+    """For each caption, (kind, place) -> mean hidden state (width) of the tokens of that word or group."""
+    embeds, _ = encode_text(components.text_encoders, components.tokenize(captions))
+    tokenizer, length = components.tokenizers[0], components.max_tokens
+    out = []
+    for caption, hidden in zip(captions, embeds, strict=True):
+        groups = token_groups(tokenizer, caption, length)
+        rows = {
+            (str(code), 0): hidden[groups == code].mean(dim=0) for code in (BOS, EOS, PADDING) if (groups == code).any()
+        }
+        encoded = tokenizer(caption, truncation=True, max_length=length, return_offsets_mapping=True)
+        offsets = encoded["offset_mapping"]
+        for word in re.finditer(r"\w+|[^\w\s]", caption):
+            tokens = [i for i, (start, end) in enumerate(offsets) if start < word.end() and word.start() < end]
+            if tokens:
+                rows[("word", word.start())] = hidden[tokens].mean(dim=0)
+        out.append(rows)
+    return out

@@ -1,0 +1,198 @@
+"""Another text encoder in a pipeline: the fold is exact, the pipeline is stock, and it trains, exports and loads again."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from transformers import (
+    BertConfig,
+    BertModel,
+    DistilBertConfig,
+    DistilBertModel,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
+
+from distill.components import Components, components_of, encode_text, load_components, prepare_training
+from distill.config import BaseConfig, LoraConfig
+from distill.data import PhantomDataset
+from distill.data.captions import BOS, EOS, PADDING, WORD, find_words, token_groups, token_spans
+from distill.errors import UserError
+from distill.export import export, prove_parity
+from distill.swap import load_text_encoder, swap_text_encoder
+
+LENGTH = 64
+CAPTIONS = [PhantomDataset("train", 60, 0, 64).caption(i) for i in range(60)]
+
+
+def save_tokenizer(folder: Path, *, start: str | None) -> None:
+    """Words and characters, trained on the captions; `start` None is T5's way, without a start token."""
+    tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    tokenizer.train_from_iterator(CAPTIONS, trainers.WordPieceTrainer(vocab_size=300, special_tokens=special))
+    template = "$A [SEP]" if start is None else f"{start} $A [SEP]"
+    tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    ).save_pretrained(folder)
+
+
+def save_encoder(folder: Path, kind: str) -> Path:
+    torch.manual_seed(0)
+    if kind == "t5":
+        model: Any = T5EncoderModel(T5Config(vocab_size=300, d_model=24, d_kv=8, d_ff=32, num_layers=1, num_heads=2))
+    elif kind == "distilbert":
+        model = DistilBertModel(DistilBertConfig(vocab_size=300, dim=24, hidden_dim=32, n_layers=1, n_heads=2))
+    else:
+        size = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+        model = BertModel(BertConfig(vocab_size=300, max_position_embeddings=LENGTH, **size))
+    model.save_pretrained(folder)
+    save_tokenizer(folder, start=None if kind == "t5" else "[CLS]")
+    return folder
+
+
+@pytest.fixture(scope="module", params=["bert", "distilbert", "t5"])
+def swapped(request: pytest.FixtureRequest, sd: Components, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp(request.param)
+    encoder, tokenizer = load_text_encoder(str(save_encoder(folder / "encoder", request.param)), max_tokens=LENGTH)
+    pipeline, _ = swap_text_encoder(sd, encoder, tokenizer, CAPTIONS)
+    pipeline.save_pretrained(folder / "pipeline")
+    return folder / "pipeline"
+
+
+def test_stock_diffusers_loads_it_and_encodes_as_we_do(swapped: Path) -> None:
+    pipeline = StableDiffusionPipeline.from_pretrained(swapped)
+    components = load_components(BaseConfig(name=str(swapped)))
+    theirs, empty = pipeline.encode_prompt(CAPTIONS[:3], "cpu", 1, True)
+    ours, _ = encode_text(components.text_encoders, components.tokenize(CAPTIONS[:3]))
+    assert ours.shape == (3, LENGTH, 24)
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+    nothing, _ = encode_text(components.text_encoders, components.tokenize([""] * 3))
+    torch.testing.assert_close(nothing, empty, atol=1e-6, rtol=0)
+    image = pipeline(CAPTIONS[0], height=64, width=64, num_inference_steps=1, output_type="np").images[0]
+    assert image.shape == (64, 64, 3)
+
+
+def test_padding_does_not_reach_the_words(swapped: Path) -> None:
+    components = load_components(BaseConfig(name=str(swapped)))
+    ids = components.tokenize(["small effusion"])[0]
+    words = int((token_groups(components.tokenizers[0], "small effusion", LENGTH) != PADDING).sum())
+    whole, _ = encode_text(components.text_encoders, [ids])
+    cut, _ = encode_text(components.text_encoders, [ids[:, :words]])
+    torch.testing.assert_close(whole[:, :words], cut, atol=1e-5, rtol=0)
+
+
+def test_groups_and_words_of_other_tokenizers(swapped: Path) -> None:
+    tokenizer = load_components(BaseConfig(name=str(swapped))).tokenizers[0]
+    caption = "No pleural EFFUSION."
+    groups = token_groups(tokenizer, caption, LENGTH)
+    ids = tokenizer(caption)["input_ids"]
+    starts = tokenizer.convert_ids_to_tokens(ids)[0] == "[CLS]"
+    assert int((groups == BOS).sum()) == starts
+    assert int((groups == EOS).sum()) == 1
+    assert int(groups[len(ids) - 1]) == EOS
+    assert int((groups == WORD).sum()) == len(ids) - 1 - starts
+    spans = token_spans(tokenizer, caption, find_words(caption, ["effusion"]), LENGTH)
+    assert spans and all(groups[i] == WORD for i in spans)
+    assert "".join(tokenizer.convert_ids_to_tokens([ids[i] for i in spans])).replace("##", "") == "effusion"
+
+
+def test_the_projection_is_folded_exactly(sd: Components, tmp_path: Path) -> None:
+    """The new U-Net on the new states is the old one on their projection, whatever the projection."""
+    encoder, tokenizer = load_text_encoder(str(save_encoder(tmp_path, "bert")), max_tokens=LENGTH)
+    pipeline, _ = swap_text_encoder(sd, encoder, tokenizer, CAPTIONS)
+    new = components_of(pipeline)
+    name = next(n for n, _ in sd.unet.named_parameters() if n.endswith("attn2.to_k.weight"))
+    old_k, new_k = sd.unet.get_parameter(name).double(), new.unet.get_parameter(name).double()
+    projection = torch.linalg.lstsq(old_k, new_k).solution  # (old width, new width)
+    torch.testing.assert_close(old_k @ projection, new_k, atol=1e-5, rtol=0)
+    generator = torch.Generator().manual_seed(0)
+    states = torch.randn(2, LENGTH, 24, generator=generator)
+    latents = torch.randn(2, sd.unet.config.in_channels, 8, 8, generator=generator)
+    ours = new.unet(latents, 5, states).sample
+    if sd.unet.config.cross_attention_dim <= old_k.shape[0]:  # to_k alone tells the projection
+        theirs = sd.unet(latents, 5, (states.double() @ projection.T).float()).sample
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
+    others = {k: v for k, v in new.unet.state_dict().items() if "attn2.to_k" not in k and "attn2.to_v" not in k}
+    assert all(torch.equal(v, sd.unet.state_dict()[k]) for k, v in others.items())
+
+
+def test_swapping_in_the_same_encoder_changes_little(sd: Components, tmp_path: Path) -> None:
+    sd.text_encoders[0].save_pretrained(tmp_path)
+    sd.tokenizers[0].save_pretrained(tmp_path)
+    encoder, tokenizer = load_text_encoder(str(tmp_path), max_tokens=sd.max_tokens)
+    encoder.config.use_attention_mask = False  # as the base
+    _, fit = swap_text_encoder(sd, encoder, tokenizer, CAPTIONS)
+    assert fit > 0.98
+    worse, tokenizer = load_text_encoder(str(save_encoder(tmp_path / "random", "bert")), max_tokens=LENGTH)
+    assert swap_text_encoder(sd, worse, tokenizer, CAPTIONS)[1] < fit
+
+
+def test_it_trains_and_its_run_loads_again(swapped: Path, tmp_path: Path) -> None:
+    components = load_components(BaseConfig(name=str(swapped)))
+    prepare_training(components, method="full", text_encoder="full", lora=LoraConfig())
+    latents = torch.randn(1, components.unet.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    embeds, _ = encode_text(components.text_encoders, components.tokenize(CAPTIONS[:1]))
+    components.unet(latents, 5, embeds).sample.pow(2).mean().backward()
+    trained = [p for p in components.text_encoders[0].parameters() if p.requires_grad]
+    assert trained and all(p.grad is not None for p in trained), "under DDP, a parameter without a gradient is an error"
+    with torch.no_grad():
+        for parameter in trained:
+            parameter -= 0.1 * parameter.grad.sign()
+    export(components, tmp_path)
+    assert prove_parity(components, load_components(BaseConfig(name=str(swapped)), run=tmp_path), "cpu") == 0
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ("no folder", "cannot load"),
+        ("a decoder", "cannot load"),
+        ("no tokenizer", "5 tokens and the encoder embeds 300"),
+        ("other weights", "cannot load|lacks"),
+        ("too long", "64 positions"),
+    ],
+)
+def test_what_is_no_text_encoder_is_refused(change: str, words: str, tmp_path: Path) -> None:
+    folder = save_encoder(tmp_path / "bert", "bert")
+    if change == "no folder":
+        folder = tmp_path / "elsewhere"
+    elif change == "a decoder":
+        (folder / "config.json").write_text('{"model_type": "gpt2"}', encoding="utf-8")
+    elif change == "no tokenizer":
+        for path in folder.glob("tokenizer*"):
+            path.unlink()
+    elif change == "other weights":
+        save_encoder(tmp_path / "distilbert", "distilbert")
+        (tmp_path / "distilbert" / "model.safetensors").replace(folder / "model.safetensors")
+    with pytest.raises(UserError, match=words):
+        load_text_encoder(str(folder), max_tokens=LENGTH + (change == "too long"))
+
+
+def test_a_foreign_class_is_read_as_the_kind_that_it_is_of(tmp_path: Path) -> None:
+    """CXR-BERT names a class of its own, and its weights are BERT's, under `bert.`."""
+    folder = save_encoder(tmp_path, "bert")
+    known, _ = load_text_encoder(str(folder), max_tokens=LENGTH)
+    config = (folder / "config.json").read_text(encoding="utf-8").replace('"bert"', '"cxr-bert"')
+    (folder / "config.json").write_text(config, encoding="utf-8")
+    with pytest.raises(UserError, match="cannot load"):
+        load_text_encoder(str(folder), max_tokens=LENGTH)
+    read, _ = load_text_encoder(str(folder), "bert", max_tokens=LENGTH)
+    for name, value in known.state_dict().items():
+        assert torch.equal(read.state_dict()[name], value), name
+
+
+def test_bases_that_cannot_be_swapped(loaded: dict[str, Components], tmp_path: Path) -> None:
+    encoder, tokenizer = load_text_encoder(str(save_encoder(tmp_path, "bert")), max_tokens=LENGTH)
+    with pytest.raises(UserError, match="SD 1.x and 2.x"):
+        swap_text_encoder(loaded["sdxl"], encoder, tokenizer, CAPTIONS)
+    with pytest.raises(UserError, match="at least 10"):
+        swap_text_encoder(loaded["sd"], encoder, tokenizer, CAPTIONS[:9])
