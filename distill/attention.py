@@ -93,8 +93,9 @@ class AttentionMaps:
         timesteps: tuple[int, int] = ALWAYS,
         rows: Callable[[], slice] | None = None,
         last: str = "",
+        detach_text: bool = False,
     ) -> None:
-        self.reduce = reduce
+        self.reduce, self.detach_text = reduce, detach_text
         self.accumulate, self.timesteps, self.rows = accumulate, timesteps, rows
         self.active = True
         self.by_layer: dict[str, torch.Tensor] = {}
@@ -208,7 +209,11 @@ class RecordingAttnProcessor:
             mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
             scores = scores + mask.unflatten(0, (batch, attn.heads))
         probabilities = scores.float().softmax(dim=-1)
-        self.maps.store(self.layer, probabilities)
+        stored = probabilities
+        if self.maps.detach_text and torch.is_grad_enabled():
+            key = attn.to_k(context.detach()).unflatten(-1, (attn.heads, -1)).transpose(1, 2).to(query.dtype)
+            stored = ((query * attn.scale) @ key.transpose(-1, -2)).float().softmax(dim=-1)
+        self.maps.store(self.layer, stored)
         hidden_states = (probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](hidden_states)) / attn.rescale_output_factor
 
@@ -224,6 +229,7 @@ def record_attention(
     timesteps: tuple[int, int] = ALWAYS,
     rows: Callable[[], slice] | None = None,
     max_places: int | None = None,
+    detach_text: bool = False,
 ) -> Iterator[AttentionMaps]:
     """Record the attention of `layers` (prefixes of names; all for none) while the context is open.
 
@@ -232,7 +238,7 @@ def record_attention(
     reduce: what is kept of the (batch, heads, places, tokens) probabilities; `select_tokens` keeps token groups only.
     accumulate: keep the sum over forward passes, not the last. timesteps: record passes at these timesteps only, both
     ends included, all of the batch. rows: called at each layer, the part of the batch to keep (the conditional half
-    under guidance).
+    under guidance). detach_text: what is recorded has no gradient to the text through this layer's keys; the output does.
 
     Works with LoRA attached, quantized layers, torch.compile (each recorded layer breaks the graph, so not with
     fullgraph=True), gradients and gradient checkpointing, whose second pass inside backward is not recorded. The output
@@ -241,7 +247,9 @@ def record_attention(
     """
     inner = getattr(unet, "_orig_mod", unet)
     names = attention_layers(unet, layers, kind)
-    maps = AttentionMaps(reduce, accumulate=accumulate, timesteps=timesteps, rows=rows, last=names[-1])
+    maps = AttentionMaps(
+        reduce, accumulate=accumulate, timesteps=timesteps, rows=rows, last=names[-1], detach_text=detach_text
+    )
     modules: dict[str, Any] = {name: inner.get_submodule(name) for name in names}
     originals = {name: module.processor for name, module in modules.items()}
     for name, module in modules.items():

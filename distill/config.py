@@ -135,6 +135,9 @@ class AttentionDistillationConfig:
     student's own U-Net, fed by the text encoder as it was before the training, so that no teacher has to be trained."""
     batch_share: float = 1.0
     """Share of each batch that is distilled, at least one image; a smaller one costs less time."""
+    frozen_share: float = 0.0
+    """With teacher frozen_text_encoder: share of each batch, its last images, that the U-Net is trained on through the frozen
+    text encoder and not the trained one, so that it can go on teaching; at most 1 - batch_share."""
     token_kl_weight: float = 0.1
     """(a) KL over tokens at each place. 0.1 for this and the next two kept the teacher's maps (word AUC +.002 [-.001, +.006])
     and drew better than it (FID -10 % [-13 %, -7 %]); 1 kept its maps and its FID: recipes/results/tradeoff.md."""
@@ -152,6 +155,10 @@ class AttentionDistillationConfig:
     """Squared difference of the outputs of the U-Nets' self-attention layers (KOALA)."""
     place_groups: tuple[Literal["words", "eos", "padding"], ...] = ("words",)
     """Tokens whose maps (b) compares."""
+    detach_text: bool = False
+    """Keep the gradient of (a) to (c) out of the text encoder (but for what comes through the queries of later layers): the
+    U-Net alone keeps the teacher's maps, and the text encoder learns from the diffusion loss, whose gradient there is
+    hundreds of times smaller than that of the maps at a weight of 1."""
     words: Literal["all", "labels"] = "all"
     """labels: (a) and (b) compare, of the words, only those that name a label of the image; (a) takes all other tokens as
     one. It leaves the student free in what the teacher need not know, such as what `no` does to a finding's word."""
@@ -341,6 +348,8 @@ class TradeoffConfig:
     """denoising.arm_weight of the arm rali_arm."""
     self_taught_batch_share: float = 0.5
     """distillation.batch_share of the arm self_taught."""
+    self_taught_frozen_share: float = 0.5
+    """distillation.frozen_share of the arm self_taught."""
     method: Literal["full", "lora"] = "full"
     """How the U-Net of the arms frozen, learnable, distilled and self_taught is trained; their text encoder is trained in
     full, or not at all."""
@@ -548,6 +557,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "feature_weight": _NOT_NEGATIVE,
         "self_attention_weight": _NOT_NEGATIVE,
         "batch_share": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+        "frozen_share": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
         "min_timestep": _NOT_NEGATIVE,
         "max_timestep": _NOT_NEGATIVE,
     },
@@ -594,6 +604,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "arms": _DISTINCT,
         "seeds": (lambda value: len(value) == len(set(value)) and all(s >= 0 for s in value), "distinct, at least 0"),
         "self_taught_batch_share": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
+        "self_taught_frozen_share": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
         "rali_arm_weight": _POSITIVE,
         "lora_learning_rate": _POSITIVE,
         "output_dir": _NOT_EMPTY,
@@ -656,6 +667,18 @@ def value_faults(config: Any, prefix: str = "") -> dict[str, str]:
             f"{prefix}min_timestep",
             f"{prefix}min_timestep: expected at most {prefix}max_timestep ({config.max_timestep}), "
             f"got {config.min_timestep}",
+        )
+    if isinstance(config, AttentionDistillationConfig) and config.frozen_share:
+        if config.teacher != "frozen_text_encoder":
+            key = f"{prefix}frozen_share"
+            faults.setdefault(key, f"{key}: only with {prefix}teacher frozen_text_encoder, got {config.teacher!r}")
+        elif config.batch_share + config.frozen_share > 1:
+            key = f"{prefix}frozen_share"
+            faults.setdefault(key, f"{key}: expected at most 1 - {prefix}batch_share, got {config.frozen_share!r}")
+    if isinstance(config, TradeoffConfig) and config.self_taught_batch_share + config.self_taught_frozen_share > 1:
+        key = "self_taught_frozen_share"
+        faults.setdefault(
+            key, f"{key}: expected at most 1 - self_taught_batch_share, got {config.self_taught_frozen_share!r}"
         )
     return faults
 

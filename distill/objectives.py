@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -218,7 +218,7 @@ class AttentionDistillationObjective(DenoisingObjective):
         student_maps, teacher_maps = self._maps
         student_maps.start()
         with self._outputs[0] as outputs:
-            prediction = self.predict(self.unet, list(self.text_encoders), x)
+            prediction = self.predict(self.unet, list(self.text_encoders), self._partly_frozen(x))
         denoising = self.loss_of(prediction, x)
         count = max(1, round(c.batch_share * len(x.timesteps)))
         student = {name: maps[:count] for name, maps in student_maps.take().items()}
@@ -259,6 +259,18 @@ class AttentionDistillationObjective(DenoisingObjective):
                 terms[name] = feature_loss(targets[name], mine, rows)
                 terms["loss"] = terms["loss"] + weight * terms[name]
         return terms
+
+    def _partly_frozen(self, x: Noised) -> Noised:
+        """The last `frozen_share` of the batch with the teacher's text embeddings, which the U-Net so learns to read."""
+        kept = len(x.timesteps) - round(self.distillation.frozen_share * len(x.timesteps))
+        if kept == len(x.timesteps):
+            return x
+        embeds, pooled = encode_text(list(self.text_encoders), [ids[:kept] for ids in x.input_ids])
+        with torch.no_grad():
+            rest, rest_pooled = encode_text(self._teacher[0].text_encoders, [ids[kept:] for ids in x.input_ids])
+        if pooled is not None and rest_pooled is not None:
+            pooled = torch.cat([pooled, rest_pooled.to(pooled.dtype)])
+        return replace(x, prompt_embeds=(torch.cat([embeds, rest.to(embeds.dtype)]), pooled))
 
 
 def first_rows(x: Noised, count: int) -> Noised:

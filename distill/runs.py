@@ -76,7 +76,7 @@ TrainingConfig = FinetuneConfig | DistillAttentionConfig | TradeoffConfig
 @dataclass(frozen=True)
 class Arm:
     """One way to train the base. folder: where its files go. distilled: with attention distillation from a teacher.
-    batch_share, gate_reference: in place of distillation's. denoising: in place of the run's."""
+    batch_share, frozen_share, gate_reference: in place of distillation's. denoising: in place of the run's."""
 
     name: str
     folder: Path
@@ -86,6 +86,7 @@ class Arm:
     text_encoder_learning_rate: float
     distilled: bool = False
     batch_share: float | None = None
+    frozen_share: float | None = None
     gate_reference: str | None = None
     denoising: DenoisingConfig | None = None
 
@@ -303,12 +304,17 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
         never("distillation has no ARM", "denoising.arm_weight")
     if isinstance(config, TradeoffConfig) and "rali_arm" not in config.arms:
         never("arms has no rali_arm", "rali_arm_weight")
+    distilled = [arm for arm in arms if arm.distilled]
+    if distilled and all(arm.name == "self_taught" for arm in distilled):
+        never("only self_taught is distilled", "distillation.batch_share", "distillation.frozen_share")
+    if distilled and all(arm.text_encoder == "frozen" for arm in distilled):
+        never("no distilled text encoder is trained", "distillation.detach_text")
     if not gated and not isinstance(config, FinetuneConfig):
         never("no gate is asked for", "distillation.gate_images")
     if config.trainer.localize_every_steps is None:
         never("trainer.localize_every_steps is not set", "trainer.localize_images")
     if isinstance(config, TradeoffConfig) and "self_taught" not in config.arms:
-        never("arms has no self_taught", "self_taught_batch_share")
+        never("arms has no self_taught", "self_taught_batch_share", "self_taught_frozen_share")
     if not config.trainer.cache_latents and not config.trainer.cache_text_embeddings:
         never("nothing is cached", "data.cache_dir")
     if config.denoising.caption_dropout == 0:
@@ -402,6 +408,7 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
             distillation = replace(
                 config.distillation,
                 batch_share=arm.batch_share or config.distillation.batch_share,
+                frozen_share=config.distillation.frozen_share if arm.frozen_share is None else arm.frozen_share,
                 gate_reference=arm.gate_reference or config.distillation.gate_reference,
             )
             if teacher == FROZEN_TEXT_ENCODER:
@@ -422,7 +429,9 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
                 if distillation.gate_reference is not None and not config.dry_run:
                     layers = attention_layers(components.unet, distillation.layers)
                     distillation = _gated(run, frozen, distillation, layers, log_dir)
-            student_maps = stack.enter_context(record_attention(components.unet, distillation.layers))
+            student_maps = stack.enter_context(
+                record_attention(components.unet, distillation.layers, detach_text=distillation.detach_text)
+            )
             teacher_maps = student_maps
             if frozen.unet is not components.unet:
                 teacher_maps = stack.enter_context(record_attention(frozen.unet, distillation.layers))

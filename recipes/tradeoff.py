@@ -60,7 +60,13 @@ def arms_of(config: TradeoffConfig) -> list[Arm]:
             distilled=True,
             gate_reference=str(folder / "learnable") if "learnable" in config.arms else "base",
         ),
-        "self_taught": arm("self_taught", "full", distilled=True, batch_share=config.self_taught_batch_share),
+        "self_taught": arm(
+            "self_taught",
+            "full",
+            distilled=True,
+            batch_share=config.self_taught_batch_share,
+            frozen_share=config.self_taught_frozen_share,
+        ),
         "lora": Arm("lora", folder / "lora", "lora", "lora", lora_rate, lora_rate, distilled=True),
         "rali": arm("rali", "full", denoising=replace(config.denoising, insert_labels="first")),
         "rali_arm": arm(

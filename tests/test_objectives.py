@@ -16,7 +16,7 @@ from tiny import tiny_sd, tiny_sdxl
 from torch import nn
 from torch.utils.data import default_collate
 
-from distill.attention import record_attention
+from distill.attention import attention_layers, record_attention
 from distill.components import Components, components_of, encode_text, prepare_training
 from distill.config import AttentionDistillationConfig, DenoisingConfig, LoraConfig
 from distill.data.cache import cache_latents, cache_text_embeddings
@@ -532,6 +532,52 @@ def test_distillation_of_labels_leaves_every_other_token_free() -> None:
         nothing = objective(batch | {"label_tokens": torch.zeros_like(batch["label_tokens"])}, generator())
     assert float(nothing["place_kl"].detach()) == 0
     assert abs(float(nothing["token_kl"].detach())) < 1e-6
+
+
+def test_part_of_the_batch_is_seen_through_the_frozen_text_encoder() -> None:
+    """Its rows are those of a student whose text encoder is the teacher's, the other rows are the student's own."""
+    student = prepared()
+    teacher = replace(student, text_encoders=[copy.deepcopy(e).requires_grad_(False) for e in student.text_encoders])
+    with torch.no_grad():
+        for p in student.text_encoders[0].parameters():
+            p += 0.1 * torch.randn(p.shape, generator=generator(p.numel()))
+    batch, seen = batch_of(student), []
+    count = len(batch["input_ids_0"])
+    handle = student.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2].detach()))
+    with ExitStack() as stack:
+        maps = stack.enter_context(record_attention(student.unet))
+        config = AttentionDistillationConfig(teacher="frozen_text_encoder", batch_share=0.5, frozen_share=0.5)
+        objective = AttentionDistillationObjective(student, NO_DROPOUT, config, teacher, maps, maps).train()
+        objective(batch, generator())["loss"].backward()
+    handle.remove()
+    own, _ = encode_text(student.text_encoders, [batch["input_ids_0"]])
+    frozen, _ = encode_text(teacher.text_encoders, [batch["input_ids_0"]])
+    torch.testing.assert_close(seen[0], torch.cat([own[: count // 2], frozen[count // 2 :]]))
+    torch.testing.assert_close(seen[1], frozen[: count // 2])
+    assert has_gradient(student.text_encoders[0]) and not has_gradient(teacher.text_encoders[0])
+
+
+def test_detached_text_is_taught_by_the_diffusion_loss_alone() -> None:
+    """Through the keys of the only layer, the maps reach the text encoder; detached they do not, and the U-Net's they do."""
+    student, teacher = prepared(), prepared(lambda: tiny_sd(seed=1))
+    layer = attention_layers(student.unet)[0]
+    batch = batch_of(student)
+    values, gradients = [], []
+    for detach in (False, True):
+        student.unet.zero_grad()
+        student.text_encoders[0].zero_grad()
+        with ExitStack() as stack:
+            mine = stack.enter_context(record_attention(student.unet, layer, detach_text=detach))
+            theirs = stack.enter_context(record_attention(teacher.unet, layer))
+            config = AttentionDistillationConfig()
+            objective = AttentionDistillationObjective(student, NO_DROPOUT, config, teacher, mine, theirs).train()
+            terms = objective(batch, generator())
+        values.append({name: float(value.detach()) for name, value in terms.items()})
+        terms["place_kl"].backward()
+        gradients.append(has_gradient(student.text_encoders[0]))
+        assert has_gradient(student.unet)
+    assert values[0] == pytest.approx(values[1], rel=1e-5)
+    assert gradients == [True, False]
 
 
 def test_attention_regularization_is_the_papers_formula_and_reaches_the_text_encoder() -> None:
