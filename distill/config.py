@@ -124,6 +124,17 @@ class DenoisingConfig:
     the words 0 to 5 (random)."""
     arm_weight: float = 0.0
     """ARM of the paper (it uses 0.12): rewards attention on the words that name a label; not with distillation."""
+    region_token_weight: float = 0.0
+    """TokenCompose's token loss (it uses 1e-3): attention of the words that name a label belongs in the label's boxes or
+    mask, where the training data has them; not with distillation."""
+    region_pixel_weight: float = 0.0
+    """TokenCompose's pixel loss (it uses 5e-5): cross-entropy of that attention and the region."""
+    region_mask_weight: float = 0.0
+    """Break-A-Scene's loss (it uses 1e-2): squared difference of that attention, over its largest, and the region."""
+
+    @property
+    def reads_regions(self) -> bool:
+        return max(self.region_token_weight, self.region_pixel_weight, self.region_mask_weight) > 0
 
 
 @dataclass(frozen=True)
@@ -133,6 +144,9 @@ class AttentionDistillationConfig:
     teacher: str | None = None
     """Run folder, pipeline folder or hub id of the teacher; tradeoff.py uses its own frozen arm. `frozen_text_encoder`: the
     student's own U-Net, fed by the text encoder as it was before the training, so that no teacher has to be trained."""
+    start_from_teacher: bool = False
+    """Start from the teacher's weights and not the base's: a run folder trained in full, or a pipeline. The teacher's
+    training then is the first part of the student's."""
     batch_share: float = 1.0
     """Share of each batch that is distilled, at least one image; a smaller one costs less time."""
     frozen_share: float = 0.0
@@ -334,7 +348,8 @@ class TradeoffConfig:
     base: BaseConfig = field(default_factory=BaseConfig)
     data: DataConfig = field(default_factory=DataConfig)
     arms: tuple[
-        Literal["frozen", "learnable", "distilled", "gated", "self_taught", "lora", "rali", "rali_arm"], ...
+        Literal["frozen", "learnable", "distilled", "gated", "self_taught", "lora", "rali", "rali_arm", "supervised"],
+        ...,
     ] = (
         "frozen",
         "learnable",
@@ -343,9 +358,14 @@ class TradeoffConfig:
     )
     """Arms to train; `frozen` is the teacher of `distilled`, `lora` and `gated`, and `self_taught` needs none. `gated`:
     `distilled` in the layers and token groups where frozen localizes at least as well as learnable. `rali`, `rali_arm`:
-    `learnable` with the paper's own remedies, labels inserted into the captions, and attention regularization besides."""
+    `learnable` with the paper's own remedies, labels inserted into the captions, and attention regularization besides.
+    `supervised`: `learnable` with TokenCompose's losses on the findings' boxes or masks."""
     rali_arm_weight: float = 0.12
     """denoising.arm_weight of the arm rali_arm."""
+    supervised_token_weight: float = 0.01
+    """denoising.region_token_weight of the arm supervised."""
+    supervised_pixel_weight: float = 0.0
+    """denoising.region_pixel_weight of the arm supervised."""
     self_taught_batch_share: float = 0.5
     """distillation.batch_share of the arm self_taught."""
     self_taught_frozen_share: float = 0.5
@@ -545,7 +565,14 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "instances_file": _NOT_EMPTY,
     },
     LoraConfig: {"rank": _COUNT, "alpha": _POSITIVE, "dropout": _BELOW_ONE},
-    DenoisingConfig: {"min_snr_gamma": _POSITIVE, "caption_dropout": _PROBABILITY, "arm_weight": _NOT_NEGATIVE},
+    DenoisingConfig: {
+        "min_snr_gamma": _POSITIVE,
+        "caption_dropout": _PROBABILITY,
+        "arm_weight": _NOT_NEGATIVE,
+        "region_token_weight": _NOT_NEGATIVE,
+        "region_pixel_weight": _NOT_NEGATIVE,
+        "region_mask_weight": _NOT_NEGATIVE,
+    },
     AttentionDistillationConfig: {
         "token_kl_weight": _NOT_NEGATIVE,
         "place_kl_weight": _NOT_NEGATIVE,
@@ -606,6 +633,8 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "self_taught_batch_share": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
         "self_taught_frozen_share": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
         "rali_arm_weight": _POSITIVE,
+        "supervised_token_weight": _NOT_NEGATIVE,
+        "supervised_pixel_weight": _NOT_NEGATIVE,
         "lora_learning_rate": _POSITIVE,
         "output_dir": _NOT_EMPTY,
         "seed": _NOT_NEGATIVE,
@@ -675,6 +704,10 @@ def value_faults(config: Any, prefix: str = "") -> dict[str, str]:
         elif config.batch_share + config.frozen_share > 1:
             key = f"{prefix}frozen_share"
             faults.setdefault(key, f"{key}: expected at most 1 - {prefix}batch_share, got {config.frozen_share!r}")
+    own_teacher = isinstance(config, AttentionDistillationConfig) and config.teacher == "frozen_text_encoder"
+    if own_teacher and config.start_from_teacher:
+        key = f"{prefix}start_from_teacher"
+        faults.setdefault(key, f"{key}: a teacher of weights of its own is needed, and teacher is {config.teacher}")
     if isinstance(config, TradeoffConfig) and config.self_taught_batch_share + config.self_taught_frozen_share > 1:
         key = "self_taught_frozen_share"
         faults.setdefault(

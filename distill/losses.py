@@ -104,6 +104,35 @@ def attention_regularization(maps: dict[str, torch.Tensor], labels: torch.Tensor
     return ARM_EPSILON * _masked_mean(1 / (attention + ARM_EPSILON) - 1, labels)
 
 
+def region_token_loss(maps: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+    """Squared share of a token's attention outside its region, averaged over the tokens that have one; 0 without any.
+
+    maps: (batch, places, tokens). regions: (batch, places, tokens) of 0 and 1, all 0 for a token without a region. It rewards
+    place and not mass. Source: TokenCompose (Wang et al. 2024, arXiv 2312.03626), token loss.
+    """
+    inside = (maps * regions).sum(dim=1) / maps.sum(dim=1).clamp(min=TINY)
+    return _masked_mean((1 - inside).pow(2), regions.any(dim=1))
+
+
+def region_pixel_loss(maps: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+    """Binary cross-entropy of a token's attention against its region, averaged over places and over the tokens that have one.
+
+    Maps and regions as in `region_token_loss`. It rewards mass in the region. Source: TokenCompose, pixel loss.
+    """
+    p = maps.clamp(TINY, 1 - 1e-6)
+    entropy = -(regions * p.log() + (1 - regions) * (1 - p).log()).mean(dim=1)
+    return _masked_mean(entropy, regions.any(dim=1))
+
+
+def region_mask_loss(maps: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+    """Squared difference of a token's attention, over its largest, and its region; averaged as in `region_pixel_loss`.
+
+    Source: Break-A-Scene (Avrahami et al. 2023, arXiv 2305.16311), equation 3 and its code, which divides by the largest.
+    """
+    scaled = maps / maps.amax(dim=1, keepdim=True).clamp(min=TINY)
+    return _masked_mean((scaled - regions).pow(2).mean(dim=1), regions.any(dim=1))
+
+
 def feature_loss(
     teacher: dict[str, torch.Tensor], student: dict[str, torch.Tensor], rows: torch.Tensor
 ) -> torch.Tensor:

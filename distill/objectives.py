@@ -23,6 +23,9 @@ from distill.losses import (
     feature_loss,
     min_snr_weights,
     place_attention_kl,
+    region_mask_loss,
+    region_pixel_loss,
+    region_token_loss,
     tail_leak,
     token_attention_kl,
 )
@@ -35,7 +38,8 @@ CODES = {"words": WORD, "eos": EOS, "padding": PADDING}
 @dataclass(frozen=True)
 class Noised:
     """One noised batch, the same for student and teacher. groups: (batch, tokens) codes of the token groups. label_tokens:
-    (batch, tokens) bool, words that name a label of the image, none of a dropped caption."""
+    (batch, tokens) bool, words that name a label of the image, none of a dropped caption. regions: (batch, tokens, height,
+    width) uint8 0 or 1, where that label is, all 0 where that is not known."""
 
     noisy_latents: torch.Tensor
     timesteps: torch.Tensor
@@ -45,6 +49,7 @@ class Noised:
     groups: torch.Tensor
     time_ids: torch.Tensor | None
     label_tokens: torch.Tensor | None = None
+    regions: torch.Tensor | None = None
 
 
 class DenoisingObjective(nn.Module):
@@ -120,6 +125,7 @@ class DenoisingObjective(nn.Module):
             torch.where(drop[:, None], self._empty_groups.to(device), batch["groups"]),
             batch.get("time_ids"),
             batch["label_tokens"] & ~drop[:, None] if "label_tokens" in batch else None,
+            batch["regions"] * ~drop[:, None, None, None] if "regions" in batch else None,
         )
 
     def _with_empty(
@@ -159,9 +165,13 @@ class DenoisingObjective(nn.Module):
         return {"loss": loss, "denoising": loss}
 
 
-class AttentionRegularizationObjective(DenoisingObjective):
-    """L = L_denoising + arm_weight * ARM (losses.attention_regularization), the paper's own remedy and our baseline.
+class SupervisedAttentionObjective(DenoisingObjective):
+    """What labels and regions tell about attention, without a teacher: the baselines of distillation.
 
+    L = L_denoising + arm_weight * ARM on the words that name a label (losses.attention_regularization, the paper's remedy)
+      + mean over layers, on the words whose label has boxes or a mask, of
+        region_token_weight * region_token_loss + region_pixel_weight * region_pixel_loss              (TokenCompose)
+      + region_mask_weight * region_mask_loss                                                          (Break-A-Scene).
     student_maps: a recorder of the U-Net that stays open for as long as the objective is used.
     """
 
@@ -171,11 +181,31 @@ class AttentionRegularizationObjective(DenoisingObjective):
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Terms:
         x = self.noised(batch, generator)
-        assert x.label_tokens is not None
+        c = self.config
         self._student_maps.start()
         denoising = self.loss_of(self.predict(self.unet, list(self.text_encoders), x), x)
-        arm = attention_regularization(self._student_maps.take(), x.label_tokens)
-        return {"loss": denoising + self.config.arm_weight * arm, "denoising": denoising, "arm": arm}
+        maps, sizes = self._student_maps.take(), self._student_maps.sizes
+        terms = {"loss": denoising, "denoising": denoising}
+        if c.arm_weight:
+            assert x.label_tokens is not None
+            terms["arm"] = attention_regularization(maps, x.label_tokens)
+            terms["loss"] = terms["loss"] + c.arm_weight * terms["arm"]
+        for name, weight, loss in (
+            ("region_token", c.region_token_weight, region_token_loss),
+            ("region_pixel", c.region_pixel_weight, region_pixel_loss),
+            ("region_mask", c.region_mask_weight, region_mask_loss),
+        ):
+            if weight:
+                assert x.regions is not None
+                parts = [loss(maps[n], resize_regions(x.regions, sizes[n])) for n in maps]
+                terms[name] = torch.stack(parts).mean()
+                terms["loss"] = terms["loss"] + weight * terms[name]
+        return terms
+
+
+def resize_regions(regions: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """(batch, tokens, height, width) -> (batch, places, tokens) of 0 and 1: a place that a region touches is in it."""
+    return (F.adaptive_max_pool2d(regions.float(), size) > 0).flatten(2).transpose(1, 2).float()
 
 
 class AttentionDistillationObjective(DenoisingObjective):

@@ -60,8 +60,8 @@ from distill.localization import localization
 from distill.metrics.features import load_features
 from distill.objectives import (
     AttentionDistillationObjective,
-    AttentionRegularizationObjective,
     DenoisingObjective,
+    SupervisedAttentionObjective,
     check_same_shape,
 )
 from distill.provenance import provenance
@@ -144,6 +144,14 @@ def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run
         )
     if training and training.cache_text_embeddings and any(arm.distilled for arm in arms):
         faults.append("trainer.cache_text_embeddings: distillation needs the tokens for the teacher; set it to false")
+    warm = [arm for arm in arms if arm.distilled and config.distillation.start_from_teacher]
+    if adapted := [arm.name for arm in warm if "lora" in (arm.method, arm.text_encoder)]:
+        faults.append(
+            f"distillation.start_from_teacher is true, and {', '.join(adapted)} trains adapters, which are of the base; "
+            "train in full, or fine-tune the teacher as base.name"
+        )
+    if any(arm.name == "self_taught" for arm in warm):
+        faults.append("distillation.start_from_teacher is true, and self_taught has no teacher to start from")
     raise_all("the configuration does not fit the base", faults)
     attention_layers(components.unet, config.evaluation.layers)
     if any(arm.distilled for arm in arms):
@@ -168,6 +176,12 @@ def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run
         raise UserError(
             f"{reads_labels[0]} needs labels of the training images, and none has one; see data.label_column and "
             "data.finding_column, or the format's own column"
+        )
+    supervised = any((arm.denoising or config.denoising).reads_regions for arm in arms if not arm.distilled)
+    if train is not None and supervised and not any(train[i].regions for i in range(len(train))):
+        raise UserError(
+            "denoising.region_*_weight needs training images with regions of findings: set data.box_column or "
+            "data.mask_column"
         )
     by_words = config.evaluation.localization_text == "caption" and config.evaluation.protocol == "ours"
     if isinstance(test, RecordDataset) and by_words:
@@ -301,7 +315,10 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
     if config.trainer.checkpoint_every_steps is None:
         never("trainer.checkpoint_every_steps is not set", "trainer.keep_checkpoints")
     if arms and all(arm.distilled or arm.denoising for arm in arms):
-        never("distillation has no ARM", "denoising.arm_weight")
+        own = ("arm_weight", "region_token_weight", "region_pixel_weight", "region_mask_weight")
+        never("distillation has its own terms", *(f"denoising.{name}" for name in own))
+    if isinstance(config, TradeoffConfig) and "supervised" not in config.arms:
+        never("arms has no supervised", "supervised_token_weight", "supervised_pixel_weight")
     if isinstance(config, TradeoffConfig) and "rali_arm" not in config.arms:
         never("arms has no rali_arm", "rali_arm_weight")
     distilled = [arm for arm in arms if arm.distilled]
@@ -388,7 +405,16 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
         # One step needs few images; the caches would encode them all.
         trainer = replace(trainer, cache_latents=False, cache_text_embeddings=False)
     set_seed(config.seed)  # the same fresh adapters on every process
-    components = load_components(config.base)
+    if arm.distilled and config.distillation.start_from_teacher and not config.dry_run:
+        assert teacher is not None
+        components = load_teacher(config.base, teacher)
+        if any("lora_" in name for module in components.modules() for name, _ in module.named_parameters()):
+            raise UserError(
+                f"distillation.start_from_teacher: {teacher} is trained by LoRA, and a student starts from full weights; "
+                "fuse it into a pipeline (pipe.fuse_lora, pipe.unload_lora_weights, pipe.save_pretrained) and give that"
+            )
+    else:
+        components = load_components(config.base)
     prepare_training(
         components,
         method=arm.method,
@@ -400,7 +426,8 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
     components.to(accelerator.device)
     denoising = arm.denoising or config.denoising
     label_tokens = config.distillation.words == "labels" if arm.distilled else denoising.arm_weight > 0
-    rows = training_rows(run, components, trainer, denoising, label_tokens)
+    regions = denoising.reads_regions and not arm.distilled
+    rows = training_rows(run, components, trainer, denoising, label_tokens=label_tokens, regions=regions)
     with ExitStack() as stack:
         if arm.distilled:
             if teacher is None:
@@ -438,9 +465,9 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
             objective: DenoisingObjective = AttentionDistillationObjective(
                 components, denoising, distillation, frozen, student_maps, teacher_maps
             )
-        elif denoising.arm_weight:
+        elif denoising.arm_weight or denoising.reads_regions:
             maps = stack.enter_context(record_attention(components.unet))
-            objective = AttentionRegularizationObjective(components, denoising, maps)
+            objective = SupervisedAttentionObjective(components, denoising, maps)
         else:
             objective = DenoisingObjective(components, denoising)
         groups = [
@@ -491,7 +518,13 @@ def _gated(
 
 
 def training_rows(
-    run: Run, components: Components, trainer: TrainerConfig, denoising: DenoisingConfig, label_tokens: bool
+    run: Run,
+    components: Components,
+    trainer: TrainerConfig,
+    denoising: DenoisingConfig,
+    *,
+    label_tokens: bool,
+    regions: bool,
 ) -> TrainingRows:
     """Rows of the training split, with the caches that the configuration asks for."""
     config, accelerator = run.config, run.accelerator
@@ -529,6 +562,7 @@ def training_rows(
         flip=config.data.horizontal_flip,
         insert=denoising.insert_labels,
         label_tokens=label_tokens,
+        regions=regions,
     )
 
 

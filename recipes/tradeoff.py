@@ -75,6 +75,15 @@ def arms_of(config: TradeoffConfig) -> list[Arm]:
             denoising=replace(config.denoising, insert_labels="first", arm_weight=config.rali_arm_weight),
         ),
     }
+    arms["supervised"] = arm(
+        "supervised",
+        "full",
+        denoising=replace(
+            config.denoising,
+            region_token_weight=config.supervised_token_weight,
+            region_pixel_weight=config.supervised_pixel_weight,
+        ),
+    )
     chosen = [arm for name, arm in arms.items() if name in config.arms]
     if "gated" in config.arms and config.distillation.teacher == FROZEN_TEXT_ENCODER:
         raise UserError("arms: gated needs a teacher of its own U-Net, not distillation.teacher frozen_text_encoder")

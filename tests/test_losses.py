@@ -17,6 +17,9 @@ from distill.losses import (
     denoising_loss,
     min_snr_weights,
     place_attention_kl,
+    region_mask_loss,
+    region_pixel_loss,
+    region_token_loss,
     token_attention_kl,
 )
 
@@ -192,3 +195,39 @@ def test_denoising_loss_is_computed_in_float32() -> None:
     """The square of 300 overflows float16."""
     prediction = torch.full((1, 4, 2, 2), 300.0, dtype=torch.float16)
     assert denoising_loss(prediction, torch.zeros_like(prediction)) == 90000
+
+
+def regions(seed: int) -> torch.Tensor:
+    """Of tokens 1 and 2 of each row; the first place is always in and the last always out."""
+    inside = torch.rand(BATCH, PLACES, TOKENS, generator=torch.Generator().manual_seed(seed)).double() < 0.5
+    inside[:, 0], inside[:, -1] = True, False
+    inside[:, :, [0, 3, 4, 5, 6]] = False
+    return inside.double()
+
+
+@given(SEEDS)
+@few
+def test_region_losses_are_their_formulas(seed: int) -> None:
+    p, where = maps(seed), regions(seed + 1)
+    token, pixel, mask = [], [], []
+    for k in range(BATCH):
+        for t in (1, 2):
+            a, b = p[k, :, t], where[k, :, t]
+            token.append((1 - float((a * b).sum() / a.sum())) ** 2)
+            pixel.append(float(torch.nn.functional.binary_cross_entropy(a, b)))
+            mask.append(float(torch.nn.functional.mse_loss(a / a.max(), b)))
+    for loss, expected in ((region_token_loss, token), (region_pixel_loss, pixel), (region_mask_loss, mask)):
+        torch.testing.assert_close(float(loss(p, where)), sum(expected) / len(expected), rtol=1e-5, atol=1e-7)
+        assert float(loss(p, torch.zeros_like(where))) == 0, "no token has a region"
+
+
+def test_region_losses_are_least_where_attention_is_in_the_region() -> None:
+    where = torch.zeros(1, 4, 2)
+    where[0, :2, 1] = 1
+    inside = torch.tensor([[[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]])
+    for loss in (region_token_loss, region_pixel_loss, region_mask_loss):
+        assert float(loss(inside, where)) == pytest.approx(0, abs=1e-6)
+        assert float(loss(inside.flip(1), where)) > 0.4
+    weaker = torch.tensor([[[0.9, 0.1], [0.9, 0.1], [1.0, 0.0], [1.0, 0.0]]])
+    assert float(region_token_loss(weaker, where)) == 0, "place, not mass"
+    assert float(region_pixel_loss(weaker, where)) > 1, "mass too"

@@ -27,11 +27,12 @@ from distill.errors import UserError
 from distill.losses import tail_leak
 from distill.objectives import (
     AttentionDistillationObjective,
-    AttentionRegularizationObjective,
     AutoencoderObjective,
     ContrastiveObjective,
     DenoisingObjective,
     Noised,
+    SupervisedAttentionObjective,
+    resize_regions,
 )
 
 LABEL = "pleural effusion"
@@ -580,6 +581,45 @@ def test_detached_text_is_taught_by_the_diffusion_loss_alone() -> None:
     assert gradients == [True, False]
 
 
+def test_regions_stand_at_the_words_of_their_finding() -> None:
+    rows = TrainingRows(PhantomDataset("train", 6, 0, 64), prepared(), label_tokens=True, regions=True)
+    for i in range(6):
+        row, sample = rows[i], rows.dataset[i]
+        some = row["regions"].flatten(1).any(dim=1)
+        assert torch.equal(some, row["label_tokens"]), "every named finding of a phantom has a mask"
+        union = torch.stack([region.mask for region in sample.regions]).any(dim=0) if sample.regions else None
+        if union is not None and some.any():
+            coarse = torch.nn.functional.adaptive_max_pool2d(union[None].float(), 32)[0] > 0
+            assert not (row["regions"].any(dim=0) & ~coarse).any()
+
+
+def test_resized_regions_are_in_the_order_of_places() -> None:
+    regions = torch.zeros(1, 2, 4, 4, dtype=torch.uint8)
+    regions[0, 1, 0, 3] = 1
+    assert resize_regions(regions, (2, 2))[0].T.tolist() == [[0, 0, 0, 0], [0, 1, 0, 0]]
+    assert resize_regions(regions, (8, 8))[0, :, 1].reshape(8, 8).nonzero().tolist() == [[0, 6], [0, 7], [1, 6], [1, 7]]
+
+
+def test_supervision_by_regions_trains_unet_and_text_encoder() -> None:
+    student = prepared()
+    batch = batch_of(student, label_tokens=True, regions=True)
+    config = DenoisingConfig(
+        caption_dropout=0.0, region_token_weight=0.5, region_pixel_weight=0.25, region_mask_weight=2.0
+    )
+    with record_attention(student.unet) as maps:
+        terms = SupervisedAttentionObjective(student, config, maps)(batch, generator())
+    assert "arm" not in terms
+    expected = (
+        terms["denoising"] + 0.5 * terms["region_token"] + 0.25 * terms["region_pixel"] + 2 * terms["region_mask"]
+    )
+    torch.testing.assert_close(terms["loss"], expected)
+    (terms["loss"] - terms["denoising"]).backward()
+    assert has_gradient(student.unet) and has_gradient(student.text_encoders[0])
+    with record_attention(student.unet) as maps:
+        dropped = SupervisedAttentionObjective(student, replace(config, caption_dropout=1.0), maps)(batch, generator())
+    assert float(dropped["region_token"].detach()) == 0, "a dropped caption names nothing"
+
+
 def test_attention_regularization_is_the_papers_formula_and_reaches_the_text_encoder() -> None:
     student = prepared()
     batch = batch_of(student, label_tokens=True)
@@ -588,7 +628,7 @@ def test_attention_regularization_is_the_papers_formula_and_reaches_the_text_enc
     with ExitStack() as stack:
         maps = stack.enter_context(record_attention(student.unet))
         config = DenoisingConfig(caption_dropout=0.0, arm_weight=0.5)
-        objective = AttentionRegularizationObjective(student, config, maps)
+        objective = SupervisedAttentionObjective(student, config, maps)
         terms = objective(batch, generator())
         maps.start()
         objective.predict(student.unet, student.text_encoders, objective.noised(batch, generator()))
