@@ -119,6 +119,11 @@ class DenoisingConfig:
     """Probability that a caption is replaced by the empty one, for classifier-free guidance."""
     caption_dropout_label: str | None = None
     """Drop captions only of images with this label (the paper: `No Finding`); none drops any caption."""
+    training_text: Literal["caption", "labels", "paraphrases"] = "caption"
+    """Text of a training image, as the paper compares: its caption; the names of its labels in random order; or of each
+    label, in random order, one of `paraphrases`. Images without a label then have the text `no finding`."""
+    paraphrases: dict[str, list[str]] = field(default_factory=dict)
+    """Label -> sentences that state it."""
     insert_labels: Literal["none", "first", "random"] = "none"
     """RaLI of the paper, in training captions: the image's labels in random order before word 0 (first), or before one of
     the words 0 to 5 (random)."""

@@ -51,7 +51,7 @@ from distill.config import (
 )
 from distill.data import PhantomDataset, RecordDataset, load_dataset
 from distill.data.cache import cache_latents, cache_text_embeddings, model_fingerprint
-from distill.data.training import TrainingRows, training_caption
+from distill.data.training import TrainingRows, check_training_text, training_caption
 from distill.errors import UserError, raise_all
 from distill.evaluate import HeldOut, evaluate, generate, held_out, quality, save_png
 from distill.export import export, prove_parity
@@ -177,6 +177,10 @@ def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run
             f"{reads_labels[0]} needs labels of the training images, and none has one; see data.label_column and "
             "data.finding_column, or the format's own column"
         )
+    for arm in arms:
+        assert train is not None
+        denoising = arm.denoising or config.denoising
+        check_training_text(train, components, denoising, truncate=config.data.truncate_captions)
     supervised = any((arm.denoising or config.denoising).reads_regions for arm in arms if not arm.distilled)
     if train is not None and supervised and not any(train[i].regions for i in range(len(train))):
         raise UserError(
@@ -211,6 +215,7 @@ def label_readers(config: Any, arms: list[Arm]) -> dict[str, bool]:
     return {
         "distillation.words labels": any(arm.distilled for arm in arms) and config.distillation.words == "labels",
         "denoising.arm_weight": any(d.arm_weight > 0 for d in denoising),
+        "denoising.training_text": any(d.training_text != "caption" for d in denoising),
         "denoising.insert_labels": any(d.insert_labels != "none" for d in denoising),
         "denoising.caption_dropout_label": any(d.caption_dropout_label is not None for d in denoising),
     }
@@ -312,6 +317,8 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
         never("nothing is trained by LoRA", "lora_learning_rate")
     if isinstance(config, TradeoffConfig) and not any(arm.distilled for arm in arms):
         never("no arm is distilled", *(f"distillation.{item.name}" for item in fields(config.distillation)))
+    if config.denoising.training_text != "paraphrases":
+        never("denoising.training_text is not paraphrases", "denoising.paraphrases")
     if config.trainer.checkpoint_every_steps is None:
         never("trainer.checkpoint_every_steps is not set", "trainer.keep_checkpoints")
     if arms and all(arm.distilled or arm.denoising for arm in arms):
@@ -549,7 +556,7 @@ def training_rows(
                 embeds, pooled = encode_text(components.text_encoders, ids)
                 return embeds if pooled is None else (embeds, pooled)
 
-            captions = [training_caption(run.train, i, denoising.insert_labels) for i in range(len(run.train))]
+            captions = [training_caption(run.train, i, denoising) for i in range(len(run.train))]
             hashes = [model_fingerprint(encoder) for encoder in components.text_encoders]
             hashes += [str(ids.tolist()) for ids in components.tokenize(captions[:8])]
             text = cache_text_embeddings(captions, encode, folder, "-".join(hashes), trainer.batch_size)
@@ -560,7 +567,7 @@ def training_rows(
         text=text,
         drop_only_label=denoising.caption_dropout_label,
         flip=config.data.horizontal_flip,
-        insert=denoising.insert_labels,
+        denoising=denoising,
         label_tokens=label_tokens,
         regions=regions,
     )

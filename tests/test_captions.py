@@ -19,6 +19,7 @@ from distill.data.captions import (
     insert_labels,
     names_side,
     query_words_for,
+    text_of_labels,
     token_groups,
     token_spans,
     words_of,
@@ -200,3 +201,18 @@ def test_inserted_labels_are_all_there_and_the_words_stay(caption: str, labels: 
         inside = " ".join(rest[start : len(rest) - len(words) + start])
         assert start == 0 or where == "random"
         assert all(label in inside for label in labels)
+
+
+@given(st.lists(st.sampled_from(["edema", "pleural effusion", "pneumonia"]), unique=True), st.integers(0, 2**32 - 1))
+def test_texts_of_labels_name_each_label_once(labels: list[str], key: int) -> None:
+    text = text_of_labels(labels, None, key)
+    assert text == text_of_labels(labels, None, key)
+    assert sorted(text.split(", ")) == (sorted(labels) or ["no finding"])
+    bank = {label: [f"There is {label}.", f"{label} is seen."] for label in labels}
+    said = text_of_labels(labels, bank, key)
+    assert [any(sentence in said for sentence in bank[label]) for label in labels] == [True] * len(labels)
+    assert said.count(".") == len(labels)
+
+
+def test_labels_come_in_every_order() -> None:
+    assert len({text_of_labels(["a", "b", "c"], None, key) for key in range(100)}) == 6

@@ -117,6 +117,18 @@ def insert_labels(caption: str, labels: Sequence[str], where: Literal["first", "
     return " ".join([*words[:place], *shuffled, *words[place:]])
 
 
+def text_of_labels(labels: Sequence[str], paraphrases: Mapping[str, Sequence[str]] | None, key: int) -> str:
+    """The labels in random order, joined by commas; or of each one of its paraphrases, as sentences. `no finding` without
+    labels. The draw depends on `key` only. Caption sources of Dombrowski et al. (AAAI 2024)."""
+    if not labels:
+        return "no finding"
+    rng = np.random.default_rng(key)
+    shuffled = [labels[i] for i in rng.permutation(len(labels))]
+    if paraphrases is None:
+        return ", ".join(shuffled)
+    return " ".join(paraphrases[label][int(rng.integers(len(paraphrases[label])))] for label in shuffled)
+
+
 def token_spans(
     tokenizer: PreTrainedTokenizerBase, caption: str, char_spans: Iterable[tuple[int, int]], max_length: int
 ) -> list[int]:

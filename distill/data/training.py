@@ -2,25 +2,53 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from distill.components import Components
+from distill.config import DenoisingConfig
 from distill.data.cache import LatentCache, TextEmbeddingCache
-from distill.data.captions import find_words, insert_labels, names_side, token_groups, token_spans
+from distill.data.captions import find_words, insert_labels, names_side, text_of_labels, token_groups, token_spans
 from distill.data.sample import ImageCaptionDataset
+from distill.errors import UserError
 
 REGION_SIZE = 32
 """Side of the grid that regions are kept on, in cells: SD 1.x attends at 64, 32, 16 and 8."""
 
 
-def training_caption(dataset: ImageCaptionDataset, index: int, insert: Literal["none", "first", "random"]) -> str:
-    """The caption of a training row, with the image's labels in it if that is asked for."""
-    caption = dataset.caption(index)
-    return caption if insert == "none" else insert_labels(caption, dataset.labels(index), insert, index)
+def training_caption(dataset: ImageCaptionDataset, index: int, config: DenoisingConfig) -> str:
+    """The text of a training row: its caption, or what denoising.training_text and insert_labels make of its labels."""
+    labels = dataset.labels(index)
+    if config.training_text == "caption":
+        text = dataset.caption(index)
+    else:
+        text = text_of_labels(labels, config.paraphrases if config.training_text == "paraphrases" else None, index)
+    return text if config.insert_labels == "none" else insert_labels(text, labels, config.insert_labels, index)
+
+
+def check_training_text(
+    dataset: ImageCaptionDataset, components: Components, config: DenoisingConfig, *, truncate: bool
+) -> None:
+    """UserError if a label has no paraphrase, or, without `truncate`, if a text made of labels is longer than the text
+    encoder reads."""
+    if config.training_text == "paraphrases":
+        present = {label for i in range(len(dataset)) for label in dataset.labels(i)}
+        if missing := sorted(label for label in present if not config.paraphrases.get(label)):
+            raise UserError(f"denoising.paraphrases has no sentence for {', '.join(missing)}; give each at least one")
+    if truncate or (config.training_text == "caption" and config.insert_labels == "none"):
+        return  # the data set has checked its own captions
+    texts = [training_caption(dataset, i, config) for i in range(len(dataset))]
+    for tokenizer in components.tokenizers:
+        lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
+        long = [i for i, length in enumerate(lengths) if length > components.max_tokens]
+        if long:
+            raise UserError(
+                f"denoising.training_text and insert_labels: {len(long)} training texts are longer than the "
+                f"{components.max_tokens} tokens that the text encoder reads, the first of row {long[0]}: {texts[long[0]]!r}"
+            )
 
 
 class TrainingRows(Dataset[dict[str, Any]]):
@@ -30,7 +58,7 @@ class TrainingRows(Dataset[dict[str, Any]]):
     With `flip`, rows also have flippable (the caption names no side) and, with cached latents, latents_mean_flipped and
     latents_std_flipped; the objective mirrors half of the flippable ones. With `label_tokens`, rows also have label_tokens:
     (tokens,) bool, the words of the caption that name a label of the image. With `regions`, also regions: (tokens, S, S)
-    uint8, 1 where the label that a word names is, with S = REGION_SIZE. insert: see `captions.insert_labels`.
+    uint8, 1 where the label that a word names is, with S = REGION_SIZE. denoising: what the texts are; None for the captions.
     """
 
     def __init__(
@@ -42,20 +70,21 @@ class TrainingRows(Dataset[dict[str, Any]]):
         text: TextEmbeddingCache | None = None,
         drop_only_label: str | None = None,
         flip: bool = False,
-        insert: Literal["none", "first", "random"] = "none",
+        denoising: DenoisingConfig | None = None,
         label_tokens: bool = False,
         regions: bool = False,
     ) -> None:
         self.dataset, self.components, self.latents, self.text = dataset, components, latents, text
         self.drop_only_label, self.flip = drop_only_label, flip
-        self.insert, self.label_tokens, self.regions = insert, label_tokens, regions
+        self.denoising = denoising or DenoisingConfig()
+        self.label_tokens, self.regions = label_tokens, regions
         self._regions: dict[int, dict[str, torch.Tensor]] = {}
 
     def __len__(self) -> int:
         return len(self.dataset)
 
     def caption(self, index: int) -> str:
-        return training_caption(self.dataset, index, self.insert)
+        return training_caption(self.dataset, index, self.denoising)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         caption = self.caption(index)

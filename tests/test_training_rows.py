@@ -1,0 +1,40 @@
+"""Training texts made of labels, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+
+from distill.components import Components
+from distill.config import DenoisingConfig
+from distill.data import PhantomDataset
+from distill.data.training import TrainingRows, check_training_text, training_caption
+from distill.errors import UserError
+
+ROWS = PhantomDataset("train", 40, 0, 64)
+BANK = {label: [f"There is {label}."] for label in ROWS.findings}
+
+
+def test_rows_are_of_the_text_that_is_asked_for(sd: Components) -> None:
+    config = DenoisingConfig(training_text="labels")
+    rows = TrainingRows(ROWS, sd, denoising=config, label_tokens=True)
+    for i in range(8):
+        text = training_caption(ROWS, i, config)
+        assert sorted(text.split(", ")) == (sorted(ROWS.labels(i)) or ["no finding"])
+        assert rows[i]["input_ids_0"].tolist() == sd.tokenize([text])[0][0].tolist()
+        assert bool(rows[i]["label_tokens"].any()) == bool(ROWS.labels(i))
+    assert training_caption(ROWS, 0, DenoisingConfig()) == ROWS.caption(0)
+
+
+def test_a_label_without_a_paraphrase_is_refused(sd: Components) -> None:
+    config = DenoisingConfig(training_text="paraphrases", paraphrases=BANK)
+    check_training_text(ROWS, sd, config, truncate=False)
+    some = {label: BANK[label] for label in BANK if label != "edema"}
+    with pytest.raises(UserError, match=r"no sentence for edema;"):
+        check_training_text(ROWS, sd, DenoisingConfig(training_text="paraphrases", paraphrases=some), truncate=True)
+
+
+def test_texts_that_the_encoder_would_cut_are_refused(sd: Components) -> None:
+    long = DenoisingConfig(training_text="paraphrases", paraphrases={k: ["word " * 80] for k in BANK})
+    with pytest.raises(UserError, match=r"77 tokens .* of row \d+: 'word"):
+        check_training_text(ROWS, sd, long, truncate=False)
+    check_training_text(ROWS, sd, long, truncate=True)
