@@ -148,7 +148,10 @@ class AttentionDistillationConfig:
 
     teacher: str | None = None
     """Run folder, pipeline folder or hub id of the teacher; tradeoff.py uses its own frozen arm. `frozen_text_encoder`: the
-    student's own U-Net, fed by the text encoder as it was before the training, so that no teacher has to be trained."""
+    student's own U-Net, fed by the text encoder as it was before the training, so that no teacher has to be trained. `ema`:
+    the student's own past, an average of its weights (mean teacher)."""
+    ema_decay: float = 0.999
+    """With teacher ema: share of the average that each forward pass keeps. Tarvainen and Valpola 2017 use .999."""
     start_from_teacher: bool = False
     """Start from the teacher's weights and not the base's: a run folder trained in full, or a pipeline. The teacher's
     training then is the first part of the student's."""
@@ -590,6 +593,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "self_attention_weight": _NOT_NEGATIVE,
         "batch_share": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
         "frozen_share": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+        "ema_decay": _PROBABILITY,
         "min_timestep": _NOT_NEGATIVE,
         "max_timestep": _NOT_NEGATIVE,
     },
@@ -709,7 +713,7 @@ def value_faults(config: Any, prefix: str = "") -> dict[str, str]:
         elif config.batch_share + config.frozen_share > 1:
             key = f"{prefix}frozen_share"
             faults.setdefault(key, f"{key}: expected at most 1 - {prefix}batch_share, got {config.frozen_share!r}")
-    own_teacher = isinstance(config, AttentionDistillationConfig) and config.teacher == "frozen_text_encoder"
+    own_teacher = isinstance(config, AttentionDistillationConfig) and config.teacher in ("frozen_text_encoder", "ema")
     if own_teacher and config.start_from_teacher:
         key = f"{prefix}start_from_teacher"
         faults.setdefault(key, f"{key}: a teacher of weights of its own is needed, and teacher is {config.teacher}")

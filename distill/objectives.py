@@ -32,6 +32,8 @@ from distill.losses import (
 
 Terms = dict[str, torch.Tensor]
 
+EMA = "ema"
+"""distillation.teacher: an average of the student's own weights."""
 CODES = {"words": WORD, "eos": EOS, "padding": PADDING}
 
 
@@ -240,11 +242,21 @@ class AttentionDistillationObjective(DenoisingObjective):
         check_same_shape(teacher, components)
         self.distillation = distillation
         self._teacher = (teacher if teacher.unet is components.unet else teacher.freeze(),)
+        if distillation.teacher == EMA:  # a part of the module, so that it is in checkpoints
+            self.average = nn.ModuleList([teacher.unet, *teacher.text_encoders])
         self._maps = (student_maps, teacher_maps)
         self._outputs = tuple(ModuleOutputs(unet, distillation) for unet in (components.unet, teacher.unet))
 
+    def train(self, mode: bool = True) -> AttentionDistillationObjective:
+        super().train(mode)
+        if hasattr(self, "average"):
+            self.average.eval()
+        return self
+
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Terms:
         x, c = self.noised(batch, generator), self.distillation
+        if c.teacher == EMA and torch.is_grad_enabled():
+            self._follow()
         student_maps, teacher_maps = self._maps
         student_maps.start()
         with self._outputs[0] as outputs:
@@ -289,6 +301,14 @@ class AttentionDistillationObjective(DenoisingObjective):
                 terms[name] = feature_loss(targets[name], mine, rows)
                 terms["loss"] = terms["loss"] + weight * terms[name]
         return terms
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Move the averaged weights towards the student's."""
+        for ours, mean in zip([self.unet, *self.text_encoders], self.average, strict=True):
+            pairs = [(p, q) for p, q in zip(ours.parameters(), mean.parameters(), strict=True) if p.requires_grad]
+            for parameter, average in pairs:
+                average.lerp_(parameter.to(average.dtype), 1 - self.distillation.ema_decay)
 
     def _partly_frozen(self, x: Noised) -> Noised:
         """The last `frozen_share` of the batch with the teacher's text embeddings, which the U-Net so learns to read."""

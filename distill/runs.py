@@ -5,6 +5,7 @@ Stages meet through files only. The same command again continues: a trained arm 
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import shutil
@@ -59,6 +60,7 @@ from distill.gate import choose_taught
 from distill.localization import localization
 from distill.metrics.features import load_features
 from distill.objectives import (
+    EMA,
     AttentionDistillationObjective,
     DenoisingObjective,
     SupervisedAttentionObjective,
@@ -156,7 +158,7 @@ def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run
     attention_layers(components.unet, config.evaluation.layers)
     if any(arm.distilled for arm in arms):
         attention_layers(components.unet, config.distillation.layers)
-        if teacher is not None and teacher != FROZEN_TEXT_ENCODER:
+        if teacher is not None and teacher not in OWN_TEACHERS:
             check_same_shape(load_teacher(config.base, teacher), components)
     for arm in arms:
         if arm.method == "lora":
@@ -222,7 +224,7 @@ def label_readers(config: Any, arms: list[Arm]) -> dict[str, bool]:
 
 
 def is_gated(config: Any, arm: Arm) -> bool:
-    own_teacher = arm.name == "self_taught" or config.distillation.teacher == FROZEN_TEXT_ENCODER
+    own_teacher = arm.name == "self_taught" or config.distillation.teacher in OWN_TEACHERS
     return arm.distilled and not own_teacher and bool(arm.gate_reference or config.distillation.gate_reference)
 
 
@@ -361,6 +363,8 @@ def _claim(folder: Path, config: Any) -> None:
 
 FROZEN_TEXT_ENCODER = "frozen_text_encoder"
 """distillation.teacher: the student's own U-Net, fed by the text encoder as it was before the training."""
+OWN_TEACHERS = (FROZEN_TEXT_ENCODER, EMA)
+"""Values of distillation.teacher that name no model."""
 
 
 def load_teacher(base: BaseConfig, teacher: str) -> Components:
@@ -441,6 +445,7 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
                 raise UserError("distillation.teacher is missing: a run folder, a pipeline folder or a hub id")
             distillation = replace(
                 config.distillation,
+                teacher=teacher,
                 batch_share=arm.batch_share or config.distillation.batch_share,
                 frozen_share=config.distillation.frozen_share if arm.frozen_share is None else arm.frozen_share,
                 gate_reference=arm.gate_reference or config.distillation.gate_reference,
@@ -450,6 +455,9 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
                     encoder.to(accelerator.device) for encoder in load_components(config.base).freeze().text_encoders
                 ]
                 frozen = replace(components, text_encoders=encoders)
+            elif teacher == EMA:
+                encoders = [copy.deepcopy(encoder) for encoder in components.text_encoders]
+                frozen = replace(components, unet=copy.deepcopy(components.unet), text_encoders=encoders)
             else:
                 frozen = load_teacher(config.base, teacher)
                 prepare_training(

@@ -29,6 +29,7 @@ from distill.config import TradeoffConfig
 from distill.errors import UserError
 from distill.runs import (
     FROZEN_TEXT_ENCODER,
+    OWN_TEACHERS,
     Arm,
     Job,
     dry_run,
@@ -85,8 +86,10 @@ def arms_of(config: TradeoffConfig) -> list[Arm]:
         ),
     )
     chosen = [arm for name, arm in arms.items() if name in config.arms]
-    if "gated" in config.arms and config.distillation.teacher == FROZEN_TEXT_ENCODER:
-        raise UserError("arms: gated needs a teacher of its own U-Net, not distillation.teacher frozen_text_encoder")
+    if "gated" in config.arms and config.distillation.teacher in OWN_TEACHERS:
+        raise UserError(
+            f"arms: gated needs a teacher of its own U-Net, not distillation.teacher {config.distillation.teacher}"
+        )
     taught = [arm for arm in chosen if arm.distilled and arm.name != "self_taught"]
     if taught and "frozen" not in config.arms and config.distillation.teacher is None:
         raise UserError("arms: distilled and lora need the arm frozen as their teacher, or distillation.teacher")

@@ -620,6 +620,35 @@ def test_supervision_by_regions_trains_unet_and_text_encoder() -> None:
     assert float(dropped["region_token"].detach()) == 0, "a dropped caption names nothing"
 
 
+def test_a_mean_teacher_follows_the_student_and_is_in_its_checkpoint() -> None:
+    student = prepared()
+    teacher = replace(
+        student, unet=copy.deepcopy(student.unet), text_encoders=[copy.deepcopy(e) for e in student.text_encoders]
+    )
+    config = AttentionDistillationConfig(teacher="ema", ema_decay=0.75)
+    batch = batch_of(student)
+    with ExitStack() as stack:
+        maps = [stack.enter_context(record_attention(c.unet)) for c in (student, teacher)]
+        objective = AttentionDistillationObjective(student, NO_DROPOUT, config, teacher, *maps).train()
+        assert not objective.average.training and not any(p.requires_grad for p in objective.average.parameters())
+        terms = objective(batch, generator())
+        assert all(abs(float(terms[name].detach())) < 1e-7 for name in TERMS), "it starts as the student"
+        encoder = student.text_encoders[0]
+        before = [p.detach().clone() for p in encoder.parameters()]
+        with torch.no_grad():
+            for p in encoder.parameters():
+                p += 1
+            objective(batch, generator())
+            for old, mean in zip(before, teacher.text_encoders[0].parameters(), strict=True):
+                torch.testing.assert_close(mean, old, atol=1e-6, rtol=0)
+        terms = objective(batch, generator())
+        for old, mean in zip(before, teacher.text_encoders[0].parameters(), strict=True):
+            torch.testing.assert_close(mean, old + 0.25, atol=1e-5, rtol=1e-5)
+        terms["loss"].backward()
+    assert has_gradient(encoder) and not has_gradient(teacher.text_encoders[0])
+    assert any(name.startswith("average.") for name in objective.state_dict())
+
+
 def test_attention_regularization_is_the_papers_formula_and_reaches_the_text_encoder() -> None:
     student = prepared()
     batch = batch_of(student, label_tokens=True)
