@@ -356,7 +356,18 @@ class TradeoffConfig:
     base: BaseConfig = field(default_factory=BaseConfig)
     data: DataConfig = field(default_factory=DataConfig)
     arms: tuple[
-        Literal["frozen", "learnable", "distilled", "gated", "self_taught", "lora", "rali", "rali_arm", "supervised"],
+        Literal[
+            "frozen",
+            "learnable",
+            "distilled",
+            "gated",
+            "self_taught",
+            "lora",
+            "rali",
+            "rali_arm",
+            "supervised",
+            "continued",
+        ],
         ...,
     ] = (
         "frozen",
@@ -364,10 +375,11 @@ class TradeoffConfig:
         "distilled",
         "lora",
     )
-    """Arms to train; `frozen` is the teacher of `distilled`, `lora` and `gated`, and `self_taught` needs none. `gated`:
-    `distilled` in the layers and token groups where frozen localizes at least as well as learnable. `rali`, `rali_arm`:
-    `learnable` with the paper's own remedies, labels inserted into the captions, and attention regularization besides.
-    `supervised`: `learnable` with TokenCompose's losses on the findings' boxes or masks."""
+    """Arms to train; `frozen` is the teacher of `distilled`, `continued`, `lora` and `gated`, and `self_taught` needs none.
+    `continued`: `distilled`, started from frozen's weights, with detach_text. `gated`: `distilled` in the layers and token
+    groups where frozen localizes at least as well as learnable. `rali`, `rali_arm`: `learnable` with the paper's own
+    remedies, labels inserted into the captions, and attention regularization besides. `supervised`: `learnable` with
+    TokenCompose's losses on the findings' boxes or masks."""
     rali_arm_weight: float = 0.12
     """denoising.arm_weight of the arm rali_arm."""
     supervised_token_weight: float = 0.01

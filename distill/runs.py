@@ -77,8 +77,8 @@ TrainingConfig = FinetuneConfig | DistillAttentionConfig | TradeoffConfig
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train the base. folder: where its files go. distilled: with attention distillation from a teacher.
-    batch_share, frozen_share, gate_reference: in place of distillation's. denoising: in place of the run's."""
+    """One way to train the base. folder: where its files go. distillation: with attention distillation from its teacher.
+    denoising: in place of the run's."""
 
     name: str
     folder: Path
@@ -86,10 +86,7 @@ class Arm:
     text_encoder: Literal["frozen", "lora", "full"]
     learning_rate: float
     text_encoder_learning_rate: float
-    distilled: bool = False
-    batch_share: float | None = None
-    frozen_share: float | None = None
-    gate_reference: str | None = None
+    distillation: AttentionDistillationConfig | None = None
     denoising: DenoisingConfig | None = None
 
 
@@ -112,7 +109,7 @@ class Run:
             self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
-def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run:
+def open_run(config: Any, *, arms: list[Arm]) -> Run:
     """Check the whole configuration, base and data, and open (or continue) the run folder.
 
     Raises UserError, before anything is written, with all faults of the data or the first of the rest.
@@ -144,22 +141,20 @@ def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run
             f"trainer.cache_text_embeddings is true, but {trained} trains the text encoder, whose embeddings change at "
             "every step; set it to false"
         )
-    if training and training.cache_text_embeddings and any(arm.distilled for arm in arms):
+    if training and training.cache_text_embeddings and any(arm.distillation for arm in arms):
         faults.append("trainer.cache_text_embeddings: distillation needs the tokens for the teacher; set it to false")
-    warm = [arm for arm in arms if arm.distilled and config.distillation.start_from_teacher]
+    warm = [arm for arm in arms if arm.distillation and arm.distillation.start_from_teacher]
     if adapted := [arm.name for arm in warm if "lora" in (arm.method, arm.text_encoder)]:
         faults.append(
             f"distillation.start_from_teacher is true, and {', '.join(adapted)} trains adapters, which are of the base; "
             "train in full, or fine-tune the teacher as base.name"
         )
-    if any(arm.name == "self_taught" for arm in warm):
-        faults.append("distillation.start_from_teacher is true, and self_taught has no teacher to start from")
     raise_all("the configuration does not fit the base", faults)
     attention_layers(components.unet, config.evaluation.layers)
-    if any(arm.distilled for arm in arms):
+    if any(arm.distillation for arm in arms):
         attention_layers(components.unet, config.distillation.layers)
-        if teacher is not None and teacher not in OWN_TEACHERS:
-            check_same_shape(load_teacher(config.base, teacher), components)
+        if config.distillation.teacher not in (None, *OWN_TEACHERS):
+            check_same_shape(load_teacher(config.base, config.distillation.teacher), components)
     for arm in arms:
         if arm.method == "lora":
             check_lora_targets(components.unet, config.lora.unet_targets, "unet")
@@ -179,11 +174,12 @@ def open_run(config: Any, *, arms: list[Arm], teacher: str | None = None) -> Run
             f"{reads_labels[0]} needs labels of the training images, and none has one; see data.label_column and "
             "data.finding_column, or the format's own column"
         )
+    truncate = config.data.truncate_captions or not isinstance(train, RecordDataset)
     for arm in arms:
         assert train is not None
         denoising = arm.denoising or config.denoising
-        check_training_text(train, components, denoising, truncate=config.data.truncate_captions)
-    supervised = any((arm.denoising or config.denoising).reads_regions for arm in arms if not arm.distilled)
+        check_training_text(train, components, denoising, truncate=truncate)
+    supervised = any((arm.denoising or config.denoising).reads_regions for arm in arms if not arm.distillation)
     if train is not None and supervised and not any(train[i].regions for i in range(len(train))):
         raise UserError(
             "denoising.region_*_weight needs training images with regions of findings: set data.box_column or "
@@ -215,7 +211,7 @@ def label_readers(config: Any, arms: list[Arm]) -> dict[str, bool]:
     """Option -> whether a training would look for the labels of its images because of it."""
     denoising = [arm.denoising or config.denoising for arm in arms]
     return {
-        "distillation.words labels": any(arm.distilled for arm in arms) and config.distillation.words == "labels",
+        "distillation.words labels": any(arm.distillation and arm.distillation.words == "labels" for arm in arms),
         "denoising.arm_weight": any(d.arm_weight > 0 for d in denoising),
         "denoising.training_text": any(d.training_text != "caption" for d in denoising),
         "denoising.insert_labels": any(d.insert_labels != "none" for d in denoising),
@@ -223,14 +219,14 @@ def label_readers(config: Any, arms: list[Arm]) -> dict[str, bool]:
     }
 
 
-def is_gated(config: Any, arm: Arm) -> bool:
-    own_teacher = arm.name == "self_taught" or config.distillation.teacher in OWN_TEACHERS
-    return arm.distilled and not own_teacher and bool(arm.gate_reference or config.distillation.gate_reference)
+def is_gated(arm: Arm) -> bool:
+    c = arm.distillation
+    return c is not None and c.teacher not in OWN_TEACHERS and c.gate_reference is not None
 
 
 def load_validation(config: Any, arms: list[Arm]) -> PhantomDataset | RecordDataset | None:
     """The validation images, where a gate or localize_every_steps asks for them. Raises UserError if they cannot serve."""
-    gate = any(arm.distilled and is_gated(config, arm) for arm in arms)
+    gate = any(is_gated(arm) for arm in arms)
     if not arms or not (gate or config.trainer.localize_every_steps):
         return None
     asks = "distillation's gate" if gate else "trainer.localize_every_steps"
@@ -287,7 +283,7 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
         unused.update(dict.fromkeys(keys, reason))
 
     unused |= unused_data_options(config.data.kind)
-    gated = any(arm.distilled and is_gated(config, arm) for arm in arms)
+    gated = any(is_gated(arm) for arm in arms)
     if isinstance(config, EvaluateConfig) or (config.trainer.localize_every_steps is None and not gated):
         never("no validation images are looked at", "data.validation_size")
     if config.evaluation.protocol != "ours":
@@ -317,20 +313,20 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
         never("the text encoder is frozen", "trainer.text_encoder_learning_rate")
     if isinstance(config, TradeoffConfig) and not any("lora" in (arm.method, arm.text_encoder) for arm in arms):
         never("nothing is trained by LoRA", "lora_learning_rate")
-    if isinstance(config, TradeoffConfig) and not any(arm.distilled for arm in arms):
+    if isinstance(config, TradeoffConfig) and not any(arm.distillation for arm in arms):
         never("no arm is distilled", *(f"distillation.{item.name}" for item in fields(config.distillation)))
     if config.denoising.training_text != "paraphrases":
         never("denoising.training_text is not paraphrases", "denoising.paraphrases")
     if config.trainer.checkpoint_every_steps is None:
         never("trainer.checkpoint_every_steps is not set", "trainer.keep_checkpoints")
-    if arms and all(arm.distilled or arm.denoising for arm in arms):
+    if arms and all(arm.distillation or arm.denoising for arm in arms):
         own = ("arm_weight", "region_token_weight", "region_pixel_weight", "region_mask_weight")
         never("distillation has its own terms", *(f"denoising.{name}" for name in own))
     if isinstance(config, TradeoffConfig) and "supervised" not in config.arms:
         never("arms has no supervised", "supervised_token_weight", "supervised_pixel_weight")
     if isinstance(config, TradeoffConfig) and "rali_arm" not in config.arms:
         never("arms has no rali_arm", "rali_arm_weight")
-    distilled = [arm for arm in arms if arm.distilled]
+    distilled = [arm for arm in arms if arm.distillation]
     if distilled and all(arm.name == "self_taught" for arm in distilled):
         never("only self_taught is distilled", "distillation.batch_share", "distillation.frozen_share")
     if distilled and all(arm.text_encoder == "frozen" for arm in distilled):
@@ -375,7 +371,7 @@ def load_teacher(base: BaseConfig, teacher: str) -> Components:
     return load_components(replace(base, name=teacher, revision=None))
 
 
-def train_arm(run: Run, arm: Arm, teacher: str | None = None) -> dict[str, Any]:
+def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
     """Train, export to arm.folder, and prove that the files give the trained model's outputs; returns `cost`.
 
     The losses are in distill/objectives.py: DenoisingObjective, and AttentionDistillationObjective for a distilled arm.
@@ -385,11 +381,10 @@ def train_arm(run: Run, arm: Arm, teacher: str | None = None) -> dict[str, Any]:
     if done.exists():
         run.say(f"{arm.name}: already trained, {arm.folder}; delete the folder to train again")
         return cast(dict[str, Any], read_json(done))
-    run.say(
-        f"{arm.name}: U-Net {arm.method}, text encoder {arm.text_encoder}" + (f", teacher {teacher}" if teacher else "")
-    )
+    taught = f", teacher {arm.distillation.teacher}" if arm.distillation else ""
+    run.say(f"{arm.name}: U-Net {arm.method}, text encoder {arm.text_encoder}{taught}")
     log_dir = run.folder / arm.name
-    components, result = _fit(run, arm, teacher, config.trainer.max_steps, log_dir)
+    components, result = _fit(run, arm, config.trainer.max_steps, log_dir)
     cost = {
         "train_seconds": result.seconds,
         "steps": result.steps,
@@ -409,14 +404,16 @@ def train_arm(run: Run, arm: Arm, teacher: str | None = None) -> dict[str, Any]:
     return cost
 
 
-def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> tuple[Components, FitResult]:
+def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, FitResult]:
     config, accelerator = run.config, run.accelerator
     trainer = replace(config.trainer, max_steps=steps)
     if config.dry_run:
         # One step needs few images; the caches would encode them all.
         trainer = replace(trainer, cache_latents=False, cache_text_embeddings=False)
     set_seed(config.seed)  # the same fresh adapters on every process
-    if arm.distilled and config.distillation.start_from_teacher and not config.dry_run:
+    distillation = arm.distillation
+    teacher = distillation.teacher if distillation else None
+    if distillation and distillation.start_from_teacher:
         assert teacher is not None
         components = load_teacher(config.base, teacher)
         if any("lora_" in name for module in components.modules() for name, _ in module.named_parameters()):
@@ -436,20 +433,13 @@ def _fit(run: Run, arm: Arm, teacher: str | None, steps: int, log_dir: Path) -> 
     )
     components.to(accelerator.device)
     denoising = arm.denoising or config.denoising
-    label_tokens = config.distillation.words == "labels" if arm.distilled else denoising.arm_weight > 0
-    regions = denoising.reads_regions and not arm.distilled
+    label_tokens = distillation.words == "labels" if distillation else denoising.arm_weight > 0
+    regions = denoising.reads_regions and not distillation
     rows = training_rows(run, components, trainer, denoising, label_tokens=label_tokens, regions=regions)
     with ExitStack() as stack:
-        if arm.distilled:
+        if distillation:
             if teacher is None:
                 raise UserError("distillation.teacher is missing: a run folder, a pipeline folder or a hub id")
-            distillation = replace(
-                config.distillation,
-                teacher=teacher,
-                batch_share=arm.batch_share or config.distillation.batch_share,
-                frozen_share=config.distillation.frozen_share if arm.frozen_share is None else arm.frozen_share,
-                gate_reference=arm.gate_reference or config.distillation.gate_reference,
-            )
             if teacher == FROZEN_TEXT_ENCODER:
                 encoders = [
                     encoder.to(accelerator.device) for encoder in load_components(config.base).freeze().text_encoders
@@ -780,17 +770,20 @@ def finish_seeds(folder: Path) -> None:
     console.print(f"seeds {seeds}\nreport: {html}\n        {markdown}\nnumbers: {folder / 'metrics.json'}")
 
 
-def dry_run(run: Run, arms: list[Arm], teacher: str | None) -> None:
+def dry_run(run: Run, arms: list[Arm]) -> None:
     """Resolved configuration, parameter counts, and estimates from one real step of each arm. Writes nothing that stays."""
     run.say(to_yaml(run.config))
     steps = run.config.trainer.max_steps
     for arm in arms:
         with tempfile.TemporaryDirectory() as scratch:
             # A teacher that this run would train is as large as the base, so the base stands in for it.
-            path = teacher or _pipeline_name(run.config.base)
-            if arm.name == "self_taught":
-                path = FROZEN_TEXT_ENCODER
-            components, one = _fit(run, arm, path if arm.distilled else None, 1, Path(scratch))
+            if (
+                arm.distillation
+                and run.config.distillation.teacher is None
+                and arm.distillation.teacher not in OWN_TEACHERS
+            ):
+                arm = replace(arm, distillation=replace(arm.distillation, teacher=_pipeline_name(run.config.base)))
+            components, one = _fit(run, arm, 1, Path(scratch))
         _, trainable = parameter_counts(components.unet)
         trainable_text = sum(parameter_counts(encoder)[1] for encoder in components.text_encoders)
         run.say(

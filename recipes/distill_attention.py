@@ -27,12 +27,12 @@ def distill_attention(config: DistillAttentionConfig) -> None:
         text_encoder=config.text_encoder,
         learning_rate=trainer.learning_rate,
         text_encoder_learning_rate=trainer.text_encoder_learning_rate or trainer.learning_rate,
-        distilled=True,
+        distillation=config.distillation,
     )
-    run = open_run(config, arms=[arm], teacher=teacher)
+    run = open_run(config, arms=[arm])
     if config.dry_run:
-        return dry_run(run, [arm], teacher)
-    cost = train_arm(run, arm, teacher)
+        return dry_run(run, [arm])
+    cost = train_arm(run, arm)
     results = {"base": evaluate_arm(run, "base", None)}
     if Path(teacher).is_dir() and not (Path(teacher) / "model_index.json").exists():
         results["teacher"] = evaluate_arm(run, "teacher", Path(teacher))

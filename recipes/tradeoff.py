@@ -5,6 +5,7 @@
     frozen     U-Net trained, text encoder frozen; it is also the teacher
     learnable  U-Net and text encoder trained
     distilled  like learnable, with the attention held to the frozen arm's
+    continued  like distilled, started from the frozen arm's weights, its text encoder left to the diffusion loss
     gated      like distilled, only in the layers and token groups where frozen localizes as well as learnable or better
     self_taught  like learnable, with the attention held to that of its own U-Net under the text encoder of the base
     rali       like learnable, with the image's labels inserted first into the training captions (RaLI of the paper)
@@ -48,27 +49,35 @@ def arms_of(config: TradeoffConfig) -> list[Arm]:
     rate = full_rate if config.method == "full" else lora_rate
     text_rate = config.trainer.text_encoder_learning_rate or full_rate
 
+    taught = replace(config.distillation, teacher=config.distillation.teacher or str(folder / "frozen"))
+
     def arm(name: str, text_encoder: Literal["frozen", "full"], **options: Any) -> Arm:
         return Arm(name, folder / name, config.method, text_encoder, rate, text_rate, **options)
 
     arms: dict[str, Arm] = {
         "frozen": arm("frozen", "frozen"),
         "learnable": arm("learnable", "full"),
-        "distilled": arm("distilled", "full", distilled=True),
+        "distilled": arm("distilled", "full", distillation=taught),
+        "continued": arm("continued", "full", distillation=replace(taught, start_from_teacher=True, detach_text=True)),
         "gated": arm(
             "gated",
             "full",
-            distilled=True,
-            gate_reference=str(folder / "learnable") if "learnable" in config.arms else "base",
+            distillation=replace(
+                taught, gate_reference=str(folder / "learnable") if "learnable" in config.arms else "base"
+            ),
         ),
         "self_taught": arm(
             "self_taught",
             "full",
-            distilled=True,
-            batch_share=config.self_taught_batch_share,
-            frozen_share=config.self_taught_frozen_share,
+            distillation=replace(
+                config.distillation,
+                teacher=FROZEN_TEXT_ENCODER,
+                start_from_teacher=False,
+                batch_share=config.self_taught_batch_share,
+                frozen_share=config.self_taught_frozen_share,
+            ),
         ),
-        "lora": Arm("lora", folder / "lora", "lora", "lora", lora_rate, lora_rate, distilled=True),
+        "lora": Arm("lora", folder / "lora", "lora", "lora", lora_rate, lora_rate, distillation=taught),
         "rali": arm("rali", "full", denoising=replace(config.denoising, insert_labels="first")),
         "rali_arm": arm(
             "rali_arm",
@@ -90,32 +99,32 @@ def arms_of(config: TradeoffConfig) -> list[Arm]:
         raise UserError(
             f"arms: gated needs a teacher of its own U-Net, not distillation.teacher {config.distillation.teacher}"
         )
-    taught = [arm for arm in chosen if arm.distilled and arm.name != "self_taught"]
-    if taught and "frozen" not in config.arms and config.distillation.teacher is None:
+    if "frozen" not in config.arms and any(needs_frozen(config, arm) for arm in chosen):
         raise UserError("arms: distilled and lora need the arm frozen as their teacher, or distillation.teacher")
     return chosen
 
 
+def needs_frozen(config: TradeoffConfig, arm: Arm) -> bool:
+    """Whether the teacher is this run's own frozen arm."""
+    return arm.distillation is not None and arm.distillation.teacher == str(Path(config.output_dir) / "frozen")
+
+
 def one_seed(config: TradeoffConfig) -> None:
     arms = arms_of(config)
-    teacher = config.distillation.teacher
-    run = open_run(config, arms=arms, teacher=teacher)
+    run = open_run(config, arms=arms)
     if config.dry_run:
-        return dry_run(run, arms, teacher)
+        return dry_run(run, arms)
     results: dict[str, Any] = {}
 
     def base() -> None:
         results["base"] = evaluate_arm(run, "base", None)
 
     def make(arm: Arm) -> None:
-        source = (teacher or str(Path(config.output_dir) / "frozen")) if arm.distilled else None
-        if arm.name == "self_taught":
-            source = FROZEN_TEXT_ENCODER
-        cost = train_arm(run, arm, source)
+        cost = train_arm(run, arm)
         results[arm.name] = evaluate_arm(run, arm.name, arm.folder, cost)
 
     def needs(arm: Arm) -> list[str]:
-        own = ["frozen"] if arm.distilled and teacher is None and arm.name != "self_taught" else []
+        own = ["frozen"] if needs_frozen(config, arm) else []
         return own + (["learnable"] if arm.name == "gated" and "learnable" in config.arms else [])
 
     jobs = {"base": Job(base)} | {arm.name: Job(partial(make, arm), needs(arm)) for arm in arms}

@@ -19,6 +19,7 @@ from accelerate import Accelerator
 from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tiny import save_tiny
 
 from distill import runs
@@ -55,6 +56,9 @@ def load_recipe(name: str) -> Callable[[Any], None]:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return getattr(module, name)
+
+
+UNET_FILE = "diffusion_pytorch_model.safetensors"
 
 
 def run(name: str, argv: list[str]) -> None:
@@ -295,7 +299,7 @@ def test_seeds_are_trained_evaluated_and_compared_in_one_report(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every arm, U-Net by LoRA, with two seeds; then a third seed into the same folder, which trains only its own."""
-    arms = ["frozen", "learnable", "distilled", "gated", "self_taught", "lora", "rali", "rali_arm"]
+    arms = ["frozen", "learnable", "distilled", "gated", "self_taught", "lora", "rali", "rali_arm", "supervised"]
     training = list(TRAINING)
     training[training.index("--evaluation.features") + 1] = "phantom"
     argv = [
@@ -320,7 +324,11 @@ def test_seeds_are_trained_evaluated_and_compared_in_one_report(
             key = f"{name} - frozen" if f"{name} - frozen" in metrics["paired"] else f"frozen - {name}"
             sign = 1 if key.startswith(name) else -1
             assert sign * metrics["paired"][key]["word.auc"]["value"] == pytest.approx(np.mean(gap))
-    for terms, name in (({"token_kl", "place_kl", "mass"}, "self_taught"), ({"arm"}, "rali_arm")):
+    for terms, name in (
+        ({"token_kl", "place_kl", "mass"}, "self_taught"),
+        ({"arm"}, "rali_arm"),
+        ({"region_token"}, "supervised"),
+    ):
         assert terms <= set(log_rows(folder / f"seed-0/{name}/train_log.jsonl")[0])
     gate = json.loads((folder / "seed-0/gated/gate.json").read_text(encoding="utf-8"))
     better = [
@@ -343,6 +351,29 @@ def test_seeds_are_trained_evaluated_and_compared_in_one_report(
     run("tradeoff", [*argv, "--seeds", "[5]"])
     assert trained == arms
     assert read_metrics(folder)["provenance"]["seeds"]["training"] == [0, 1, 5]
+
+
+def test_a_student_continues_from_its_teacher_or_follows_its_own_mean(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At its first step each is its teacher, so that the maps differ by nothing; at its second they differ."""
+    argv = ["--base.name", str(work / "sd"), "--data.cache_dir", str(work / "cache"), *TRAINING]
+    run("tradeoff", [*argv, "--arms", "[frozen,continued]", "--output_dir", str(tmp_path / "run")])
+    run(
+        "tradeoff",
+        [*argv, "--arms", "[distilled]", "--distillation.teacher", "ema", "--output_dir", str(tmp_path / "ema")],
+    )
+    for log in (tmp_path / "run/continued/train_log.jsonl", tmp_path / "ema/distilled/train_log.jsonl"):
+        first, second = log_rows(log)
+        assert max(first[name] for name in ("token_kl", "place_kl", "mass")) < 1e-6 < second["place_kl"]
+    trained, teacher = (load_file(tmp_path / f"run/{arm}/unet/{UNET_FILE}") for arm in ("continued", "frozen"))
+    base = load_file(work / "sd/unet" / UNET_FILE)
+    gap = [sum(float((a[k] - b[k]).abs().sum()) for k in a) for a, b in ((trained, teacher), (trained, base))]
+    assert 0 < gap[0] < gap[1]
+    out = tmp_path / "lora"
+    lora = [*argv, "--arms", "[frozen,continued]", "--method", "lora", "--output_dir", str(out)]
+    assert "continued trains adapters, which are of the base" in refusal("tradeoff", lora, capsys)
+    assert not out.exists()
 
 
 def test_processes_that_share_a_folder_share_its_arms(tmp_path: Path) -> None:
