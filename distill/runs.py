@@ -11,21 +11,20 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import diffusers
 import torch
 import transformers
-import yaml
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import set_seed
-from filelock import FileLock, Timeout
 from rich.console import Console
 
+from distill.arms import FROZEN_TEXT_ENCODER, OWN_TEACHERS, Arm, is_gated, label_readers, unused_options
 from distill.attention import attention_layers, record_attention
 from distill.cli import refuse_unused, to_yaml
 from distill.components import (
@@ -69,25 +68,9 @@ from distill.objectives import (
 from distill.provenance import provenance
 from distill.report import terminal_table, validate_metrics, write_model_card, write_report
 from distill.report.document import write_atomic
-from distill.seeds import combine, run_folders
 from distill.trainer import FitResult, fit, make_accelerator, peak_memory_gb
 
 TrainingConfig = FinetuneConfig | DistillAttentionConfig | TradeoffConfig
-
-
-@dataclass(frozen=True)
-class Arm:
-    """One way to train the base. folder: where its files go. distillation: with attention distillation from its teacher.
-    denoising: in place of the run's."""
-
-    name: str
-    folder: Path
-    method: Literal["lora", "full"]
-    text_encoder: Literal["frozen", "lora", "full"]
-    learning_rate: float
-    text_encoder_learning_rate: float
-    distillation: AttentionDistillationConfig | None = None
-    denoising: DenoisingConfig | None = None
 
 
 @dataclass
@@ -207,23 +190,6 @@ def open_run(config: Any, *, arms: list[Arm]) -> Run:
     return run
 
 
-def label_readers(config: Any, arms: list[Arm]) -> dict[str, bool]:
-    """Option -> whether a training would look for the labels of its images because of it."""
-    denoising = [arm.denoising or config.denoising for arm in arms]
-    return {
-        "distillation.words labels": any(arm.distillation and arm.distillation.words == "labels" for arm in arms),
-        "denoising.arm_weight": any(d.arm_weight > 0 for d in denoising),
-        "denoising.training_text": any(d.training_text != "caption" for d in denoising),
-        "denoising.insert_labels": any(d.insert_labels != "none" for d in denoising),
-        "denoising.caption_dropout_label": any(d.caption_dropout_label is not None for d in denoising),
-    }
-
-
-def is_gated(arm: Arm) -> bool:
-    c = arm.distillation
-    return c is not None and c.teacher not in OWN_TEACHERS and c.gate_reference is not None
-
-
 def load_validation(config: Any, arms: list[Arm]) -> PhantomDataset | RecordDataset | None:
     """The validation images, where a gate or localize_every_steps asks for them. Raises UserError if they cannot serve."""
     gate = any(is_gated(arm) for arm in arms)
@@ -252,98 +218,6 @@ def quiet_libraries() -> None:
         logging.disable_progress_bar()
 
 
-_FILE_OPTIONS = (
-    "root", "train_split", "test_split", "findings", "query_words", "allow_empty_captions", "truncate_captions",
-    "horizontal_flip",
-)  # fmt: skip
-DATA_OPTIONS: dict[str, tuple[str, ...]] = {
-    "phantom": ("seed", "train_size", "validation_size", "test_size"),
-    "folder": (
-        *_FILE_OPTIONS, "metadata_file", "image_column", "caption_column", "split_column", "finding_column",
-        "phrase_column", "box_column", "mask_column", "label_column",
-    ),
-    "mimic": (*_FILE_OPTIONS, "metadata_file"),
-    "mscxr": (*_FILE_OPTIONS, "metadata_file", "split_column", "mimic_file", "caption_source", "mentioned_only"),
-    "coco": (*_FILE_OPTIONS, "captions_file", "instances_file", "image_dir"),
-}  # fmt: skip
-"""Options of `data` that each kind reads, besides those that all read."""
-
-
-def unused_data_options(kind: str) -> dict[str, str]:
-    """Dotted key -> why data of this kind has no use for it."""
-    others = dict.fromkeys(name for options in DATA_OPTIONS.values() for name in options)
-    return {f"data.{name}": f"data.kind is {kind}" for name in others if name not in DATA_OPTIONS[kind]}
-
-
-def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
-    """Dotted key -> why this run never reads it, so that setting it is a mistake."""
-    unused: dict[str, str] = {}
-
-    def never(reason: str, *keys: str) -> None:
-        unused.update(dict.fromkeys(keys, reason))
-
-    unused |= unused_data_options(config.data.kind)
-    gated = any(is_gated(arm) for arm in arms)
-    if isinstance(config, EvaluateConfig) or (config.trainer.localize_every_steps is None and not gated):
-        never("no validation images are looked at", "data.validation_size")
-    if config.evaluation.protocol != "ours":
-        own = ("timesteps", "layers", "iou_threshold", "self_attention_power")
-        never("evaluation.protocol has its own", *(f"evaluation.{name}" for name in own))
-    if config.evaluation.map_threshold == "none":
-        never("evaluation.map_threshold is none", "evaluation.orphan_share")
-    if config.base.name == "phantom" or Path(config.base.name).is_dir():
-        never("base.name is not a hub id", "base.revision")
-    if isinstance(config, EvaluateConfig):
-        never(
-            "evaluate.py does not train",
-            "data.train_size",
-            "data.train_split",
-            "data.horizontal_flip",
-            "data.cache_dir",
-        )
-        never("evaluation runs in fp32", "base.frozen_dtype")
-        return unused
-    if not any("lora" in (arm.method, arm.text_encoder) for arm in arms):
-        never("nothing is trained by LoRA", "lora.rank", "lora.alpha", "lora.dropout")
-    if not any(arm.method == "lora" for arm in arms):
-        never("the U-Net is not trained by LoRA", "lora.unet_targets")
-    if not any(arm.text_encoder == "lora" for arm in arms):
-        never("no text encoder is trained by LoRA", "lora.text_encoder_targets")
-    if all(arm.text_encoder == "frozen" for arm in arms):
-        never("the text encoder is frozen", "trainer.text_encoder_learning_rate")
-    if isinstance(config, TradeoffConfig) and not any("lora" in (arm.method, arm.text_encoder) for arm in arms):
-        never("nothing is trained by LoRA", "lora_learning_rate")
-    if isinstance(config, TradeoffConfig) and not any(arm.distillation for arm in arms):
-        never("no arm is distilled", *(f"distillation.{item.name}" for item in fields(config.distillation)))
-    if config.denoising.training_text != "paraphrases":
-        never("denoising.training_text is not paraphrases", "denoising.paraphrases")
-    if config.trainer.checkpoint_every_steps is None:
-        never("trainer.checkpoint_every_steps is not set", "trainer.keep_checkpoints")
-    if arms and all(arm.distillation or arm.denoising for arm in arms):
-        own = ("arm_weight", "region_token_weight", "region_pixel_weight", "region_mask_weight")
-        never("distillation has its own terms", *(f"denoising.{name}" for name in own))
-    if isinstance(config, TradeoffConfig) and "supervised" not in config.arms:
-        never("arms has no supervised", "supervised_token_weight", "supervised_pixel_weight")
-    if isinstance(config, TradeoffConfig) and "rali_arm" not in config.arms:
-        never("arms has no rali_arm", "rali_arm_weight")
-    distilled = [arm for arm in arms if arm.distillation]
-    if distilled and all(arm.name == "self_taught" for arm in distilled):
-        never("only self_taught is distilled", "distillation.batch_share", "distillation.frozen_share")
-    if distilled and all(arm.text_encoder == "frozen" for arm in distilled):
-        never("no distilled text encoder is trained", "distillation.detach_text")
-    if not gated and not isinstance(config, FinetuneConfig):
-        never("no gate is asked for", "distillation.gate_images")
-    if config.trainer.localize_every_steps is None:
-        never("trainer.localize_every_steps is not set", "trainer.localize_images")
-    if isinstance(config, TradeoffConfig) and "self_taught" not in config.arms:
-        never("arms has no self_taught", "self_taught_batch_share", "self_taught_frozen_share")
-    if not config.trainer.cache_latents and not config.trainer.cache_text_embeddings:
-        never("nothing is cached", "data.cache_dir")
-    if config.denoising.caption_dropout == 0:
-        never("denoising.caption_dropout is 0", "denoising.caption_dropout_label")
-    return unused
-
-
 def _claim(folder: Path, config: Any) -> None:
     """Refuse a folder that holds a run with another configuration."""
     path = folder / "config.yaml"
@@ -355,12 +229,6 @@ def _claim(folder: Path, config: Any) -> None:
         raise UserError(
             f"{folder} holds a run with another configuration ({first}); choose another --output_dir, or delete the folder"
         )
-
-
-FROZEN_TEXT_ENCODER = "frozen_text_encoder"
-"""distillation.teacher: the student's own U-Net, fed by the text encoder as it was before the training."""
-OWN_TEACHERS = (FROZEN_TEXT_ENCODER, EMA)
-"""Values of distillation.teacher that name no model."""
 
 
 def load_teacher(base: BaseConfig, teacher: str) -> Components:
@@ -687,87 +555,6 @@ def finish(run: Run, arms: dict[str, dict[str, Any]], next_command: str) -> None
         if exported:
             run.say(f"{name}: {exported[0]}")
     run.say(f"report: {html}\n        {markdown}\nnumbers: {run.folder / 'metrics.json'}\nnext: {next_command}")
-
-
-@dataclass(frozen=True)
-class Job:
-    """call: makes one part of a run, or reads it if it is there. needs: names of jobs that have to be done before."""
-
-    call: Callable[[], None]
-    needs: Sequence[str] = ()
-
-
-def share_out(run: Run, jobs: dict[str, Job]) -> None:
-    """Do all jobs; if other processes share the run folder, each does those that no other is at, and waits for the rest.
-
-    The locks are the operating system's and end with their process. Under `accelerate launch` with several processes
-    these do every job together, in order.
-    """
-    waiting = list(jobs)
-    locks = run.folder / ".locks"
-    locks.mkdir(exist_ok=True)
-    if run.accelerator.num_processes > 1:
-        whole = FileLock(locks / "all", blocking=False)
-        if run.accelerator.is_main_process:
-            try:
-                whole.acquire()
-            except Timeout:
-                raise UserError(
-                    f"another launch is at {run.folder}; wait for it, or choose another output_dir"
-                ) from None
-        for name in waiting:
-            jobs[name].call()
-        whole.release()
-        return
-    told = False
-    while waiting:
-        for name in waiting:
-            if set(jobs[name].needs) & set(waiting):
-                continue
-            try:
-                with FileLock(locks / name, blocking=False):
-                    jobs[name].call()
-            except Timeout:
-                continue
-            waiting.remove(name)
-            break
-        else:
-            if not told:
-                run.say(f"waiting for {', '.join(waiting)}, which another process is at")
-            told = True
-            time.sleep(2)
-
-
-def share_base(folder: Path, config: TradeoffConfig) -> None:
-    """Copy the base's evaluation from another seed of the same configuration, since no seed changes it."""
-    target = Path(config.output_dir) / "base"
-    if target.exists() or not PartialState().is_main_process:
-        return
-    for path in run_folders(folder).values():
-        other = cast(dict[str, Any], yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
-        mine = cast(dict[str, Any], yaml.safe_load(to_yaml(config)))
-        if {**other, "seed": 0, "output_dir": ""} == {**mine, "seed": 0, "output_dir": ""}:
-            partial = target.with_name(f"base.{os.getpid()}.partial")
-            shutil.copytree(path / "base", partial)
-            try:
-                partial.rename(target)
-            except OSError:  # another process was first
-                shutil.rmtree(partial)
-            return
-
-
-def finish_seeds(folder: Path) -> None:
-    """metrics.json and report of all seeds in `folder`, the table in the terminal, and the paths."""
-    if not PartialState().is_main_process:
-        return
-    metrics = combine(folder)
-    validate_metrics(metrics)
-    write_json(folder / "metrics.json", metrics)
-    html, markdown = write_report(folder)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
-    console.print(terminal_table(metrics))
-    seeds = ", ".join(map(str, metrics["provenance"]["seeds"]["training"]))
-    console.print(f"seeds {seeds}\nreport: {html}\n        {markdown}\nnumbers: {folder / 'metrics.json'}")
 
 
 def dry_run(run: Run, arms: list[Arm]) -> None:

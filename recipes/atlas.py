@@ -18,6 +18,7 @@ import numpy as np
 from accelerate import Accelerator
 from rich.console import Console
 
+from distill.arms import unused_data_options
 from distill.atlas import (
     analyse,
     answer,
@@ -35,7 +36,7 @@ from distill.errors import UserError, raise_all
 from distill.localization import DEFAULT_TIMESTEPS, queries
 from distill.provenance import provenance
 from distill.report.figures import atlas_chart
-from distill.runs import quiet_libraries, unused_data_options, write_json
+from distill.runs import quiet_libraries, write_json
 from distill.trainer import peak_memory_gb
 
 IGNORED = {

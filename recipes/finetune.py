@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from distill.arms import Arm
 from distill.cli import main
 from distill.config import FinetuneConfig
-from distill.runs import Arm, dry_run, evaluate_arm, finish, open_run, train_arm
+from distill.runs import dry_run, evaluate_arm, finish, open_run, train_arm
 
 
 def finetune(config: FinetuneConfig) -> None:

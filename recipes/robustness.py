@@ -15,6 +15,7 @@ from typing import Any
 from accelerate import Accelerator
 from rich.console import Console
 
+from distill.arms import unused_data_options
 from distill.cli import main, refuse_unused, to_yaml
 from distill.components import load_components
 from distill.config import RobustnessConfig
@@ -26,7 +27,7 @@ from distill.provenance import provenance
 from distill.report.document import Table, markdown_table, write_atomic
 from distill.report.tables import format_number
 from distill.robustness import SHIFTS, ShiftedDataset, negations
-from distill.runs import quiet_libraries, unused_data_options, write_json
+from distill.runs import quiet_libraries, write_json
 
 IGNORED = {
     **dict.fromkeys(

@@ -15,13 +15,14 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 
+from distill.arms import unused_data_options
 from distill.cli import main, refuse_unused
 from distill.components import components_of, load_components, parameter_counts
 from distill.config import SwapTextEncoderConfig
 from distill.data import load_dataset
 from distill.errors import UserError
 from distill.export import prove_parity
-from distill.runs import quiet_libraries, unused_data_options
+from distill.runs import quiet_libraries
 from distill.swap import load_text_encoder, swap_text_encoder
 
 

@@ -25,23 +25,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from distill.arms import FROZEN_TEXT_ENCODER, OWN_TEACHERS, Arm
 from distill.cli import main
 from distill.config import TradeoffConfig
 from distill.errors import UserError
-from distill.runs import (
-    FROZEN_TEXT_ENCODER,
-    OWN_TEACHERS,
-    Arm,
-    Job,
-    dry_run,
-    evaluate_arm,
-    finish,
-    finish_seeds,
-    open_run,
-    share_base,
-    share_out,
-    train_arm,
-)
+from distill.runs import dry_run, evaluate_arm, finish, open_run, train_arm
+from distill.sharing import Job, finish_seeds, share_base, share_out
 
 
 def arms_of(config: TradeoffConfig) -> list[Arm]:

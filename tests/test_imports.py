@@ -17,7 +17,7 @@ LAYERS = (
     ("data",),
     ("attention", "embedded"),
     ("objectives",),
-    ("trainer",),
+    ("arms", "swap", "trainer"),
     ("export", "localization"),
     ("evaluate",),
     ("seeds",),
@@ -25,6 +25,7 @@ LAYERS = (
     ("atlas",),
     ("gate", "robustness"),
     ("runs",),
+    ("sharing",),
 )
 """A module may import those of the lines above its own, and nothing of its own line."""
 OPTIONAL = {"torchvision", "torchxrayvision", "torch_fidelity", "wandb"}

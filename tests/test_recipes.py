@@ -22,7 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import save_tiny
 
-from distill import runs
+from distill import runs, sharing
 from distill.cli import main, parse
 from distill.components import LORA_FILE, load_components, parameter_counts
 from distill.config import BaseConfig, DistillAttentionConfig, EvaluateConfig, FinetuneConfig, TradeoffConfig
@@ -390,8 +390,8 @@ def test_processes_that_share_a_folder_share_its_arms(tmp_path: Path) -> None:
     done: list[str] = []
     here = runs.Run(None, tmp_path, Accelerator(), None, None, Console(quiet=True), {})  # type: ignore[arg-type]
     jobs = {name: partial(done.append, name) for name in ("frozen", "learnable", "distilled")}
-    runs.share_out(
-        here, {name: runs.Job(call, ["frozen"] if name == "distilled" else []) for name, call in jobs.items()}
+    sharing.share_out(
+        here, {name: sharing.Job(call, ["frozen"] if name == "distilled" else []) for name, call in jobs.items()}
     )
     assert done == ["learnable", "frozen", "distilled"] and other.wait() == 0
 
