@@ -125,11 +125,12 @@ def _overlap(box: _Box, other: _Box) -> bool:
 
 
 def _label_points(axes: Axes, points: Mapping[str, _Point], colours: Mapping[str, str]) -> None:
-    """Write each name beside its point, on the side where it covers the fewest other names, points and bars."""
+    """Write each name beside its point, where it covers no other name and the fewest points and bars; near rather than far."""
     unit = axes.figure.dpi / 72
     reach, gap, height = 3 * unit, 5 * unit, 13 * unit
     pixels = {name: axes.transData.transform(np.array([point.x, point.y]).T) for name, point in points.items()}
     taken: list[_Box] = []
+    names: list[_Box] = []
     for ends in pixels.values():
         (x, y), (left, low), (right, high) = ends[0], ends.min(axis=0), ends.max(axis=0)
         taken += [(left, y - reach, right, y + reach), (x - reach, low, x + reach, high)]
@@ -137,11 +138,17 @@ def _label_points(axes: Axes, points: Mapping[str, _Point], colours: Mapping[str
         width = 6.4 * len(name) * unit
         boxes = [
             (ends[0, 0] + dx, ends[0, 1] + dy, ends[0, 0] + dx + width, ends[0, 1] + dy + height)
-            for dy in (gap, -gap - height)
+            for away in range(4)
+            for dy in (gap + away * height, -gap - height - away * height)
             for dx in (gap, -gap - width)
         ]
-        box = min(boxes, key=lambda box: sum(_overlap(box, other) for other in taken))
-        taken.append(box)
+
+        def cost(k: int, boxes: Sequence[_Box] = boxes) -> float:
+            lines = sum(_overlap(boxes[k], other) for other in taken)
+            return 10 * sum(_overlap(boxes[k], other) for other in names) + lines + 0.4 * (k // 4)
+
+        box = boxes[min(range(len(boxes)), key=cost)]
+        names.append(box)
         right_of = box[0] > ends[0, 0]
         axes.annotate(
             name,
