@@ -16,6 +16,7 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 from peft import LoraConfig as PeftLoraConfig
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.integrations.peft import MIN_PEFT_VERSION
 from transformers.utils import check_peft_version
 
@@ -245,6 +246,11 @@ def check_lora_targets(module: nn.Module, targets: Sequence[str], which: str) ->
             f"transformers {transformers.__version__} does not work with the installed peft {peft.__version__}: {error}. "
             "Where no such peft is released, install an earlier transformers"
         ) from None
+    if which == "text_encoder" and not isinstance(module, (CLIPTextModel, CLIPTextModelWithProjection)):
+        raise UserError(
+            f"text_encoder lora: the base's text encoder is a {type(module).__name__}, and stock diffusers loads adapters "
+            "of CLIP text encoders only; train it in full, or freeze it"
+        )
     layers = [n for n, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     unmatched = [t for t in targets if not any(n == t or n.endswith("." + t) for n in layers)]
     if unmatched:

@@ -153,6 +153,13 @@ def test_it_trains_and_its_run_loads_again(swapped: Path, tmp_path: Path) -> Non
     assert prove_parity(components, load_components(BaseConfig(name=str(swapped)), run=tmp_path), "cpu") == 0
 
 
+def test_adapters_that_stock_diffusers_could_not_load_are_refused(swapped: Path) -> None:
+    components = load_components(BaseConfig(name=str(swapped)))
+    lora = LoraConfig(text_encoder_targets=("query", "value"))
+    with pytest.raises(UserError, match="adapters of CLIP text encoders only"):
+        prepare_training(components, method="lora", text_encoder="lora", lora=lora)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
