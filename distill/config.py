@@ -376,7 +376,7 @@ class TradeoffConfig:
         "lora",
     )
     """Arms to train; `frozen` is the teacher of `distilled`, `continued`, `lora` and `gated`, and `self_taught` needs none.
-    `continued`: `distilled`, started from frozen's weights, with detach_text. `gated`: `distilled` in the layers and token
+    `continued`: `distilled`, started from frozen's weights. `gated`: `distilled` in the layers and token
     groups where frozen localizes at least as well as learnable. `rali`, `rali_arm`: `learnable` with the paper's own
     remedies, labels inserted into the captions, and attention regularization besides. `supervised`: `learnable` with
     TokenCompose's losses on the findings' boxes or masks."""

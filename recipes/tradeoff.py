@@ -5,7 +5,7 @@
     frozen     U-Net trained, text encoder frozen; it is also the teacher
     learnable  U-Net and text encoder trained
     distilled  like learnable, with the attention held to the frozen arm's
-    continued  like distilled, started from the frozen arm's weights, its text encoder left to the diffusion loss
+    continued  like distilled, started from the frozen arm's weights
     gated      like distilled, only in the layers and token groups where frozen localizes as well as learnable or better
     self_taught  like learnable, with the attention held to that of its own U-Net under the text encoder of the base
     rali       like learnable, with the image's labels inserted first into the training captions (RaLI of the paper)
@@ -47,7 +47,7 @@ def arms_of(config: TradeoffConfig) -> list[Arm]:
         "frozen": arm("frozen", "frozen"),
         "learnable": arm("learnable", "full"),
         "distilled": arm("distilled", "full", distillation=taught),
-        "continued": arm("continued", "full", distillation=replace(taught, start_from_teacher=True, detach_text=True)),
+        "continued": arm("continued", "full", distillation=replace(taught, start_from_teacher=True)),
         "gated": arm(
             "gated",
             "full",
