@@ -261,10 +261,24 @@ def check_lora_targets(module: nn.Module, targets: Sequence[str], which: str) ->
 
 
 def add_lora(module: nn.Module, lora: LoraConfig, targets: Sequence[str], which: str) -> None:
-    """Attach a fresh adapter named `default` to `module`; its parameters are float32 and the only trainable ones.
+    """Attach a fresh adapter named `default` to `module`, or go on with the one that it has; its parameters are float32 and
+    the only trainable ones.
 
-    Raises UserError if a target matches no layer.
+    Raises UserError if a target matches no layer, or if the adapter that is there is of another rank, scale or targets.
     """
+    there = getattr(module, "peft_config", {}).get("default")
+    if there is not None:
+        theirs = (there.r, float(there.lora_alpha), set(there.target_modules))
+        if theirs != (lora.rank, float(lora.alpha), set(targets)):
+            raise UserError(
+                f"the {which} has an adapter of rank {there.r}, alpha {there.lora_alpha} on {', '.join(sorted(theirs[2]))}; to "
+                f"go on with it, set lora.rank, lora.alpha and lora.{which}_targets to these"
+            )
+        for name, parameter in module.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(True)
+                parameter.data = parameter.data.float()
+        return
     check_lora_targets(module, targets, which)
     config = PeftLoraConfig(
         r=lora.rank,

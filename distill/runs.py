@@ -126,12 +126,15 @@ def open_run(config: Any, *, arms: list[Arm]) -> Run:
         )
     if training and training.cache_text_embeddings and any(arm.distillation for arm in arms):
         faults.append("trainer.cache_text_embeddings: distillation needs the tokens for the teacher; set it to false")
-    warm = [arm for arm in arms if arm.distillation and arm.distillation.start_from_teacher]
-    if adapted := [arm.name for arm in warm if "lora" in (arm.method, arm.text_encoder)]:
-        faults.append(
-            f"distillation.start_from_teacher is true, and {', '.join(adapted)} trains adapters, which are of the base; "
-            "train in full, or fine-tune the teacher as base.name"
-        )
+    for arm in arms:
+        if arm.distillation and arm.distillation.start_from_teacher and "lora" in (arm.method, arm.text_encoder):
+            own = isinstance(config, TradeoffConfig) and config.distillation.teacher is None
+            adapted = config.method == "lora" if own else (Path(arm.distillation.teacher or "") / LORA_FILE).exists()
+            if arm.method != "lora" or not adapted:
+                faults.append(
+                    f"distillation.start_from_teacher is true, and {arm.name} trains adapters, which are of the base: it can "
+                    "start only from a teacher that is an adapter of the U-Net too"
+                )
     raise_all("the configuration does not fit the base", faults)
     attention_layers(components.unet, config.evaluation.layers)
     if any(arm.distillation for arm in arms):
@@ -284,10 +287,11 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
     if distillation and distillation.start_from_teacher:
         assert teacher is not None
         components = load_teacher(config.base, teacher)
-        if any("lora_" in name for module in components.modules() for name, _ in module.named_parameters()):
+        adapted = any("lora_" in name for name, _ in components.unet.named_parameters())
+        if adapted and arm.method != "lora":
             raise UserError(
-                f"distillation.start_from_teacher: {teacher} is trained by LoRA, and a student starts from full weights; "
-                "fuse it into a pipeline (pipe.fuse_lora, pipe.unload_lora_weights, pipe.save_pretrained) and give that"
+                f"distillation.start_from_teacher: {teacher} is an adapter, and {arm.name} trains full weights; fuse it into "
+                "a pipeline (pipe.fuse_lora, pipe.unload_lora_weights, pipe.save_pretrained) and give that"
             )
     else:
         components = load_components(config.base)

@@ -7,7 +7,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import huggingface_hub.constants
@@ -348,3 +348,18 @@ def test_sd15_at_full_size_takes_a_real_lora_step_on_the_cpu(tmp_path: Path) -> 
 
 def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def test_an_adapter_that_is_there_is_gone_on_with(bases: dict[str, Path]) -> None:
+    lora = LoraConfig(rank=2, alpha=4.0)
+    components = load(bases["sd"]).freeze()
+    add_lora(components.unet, lora, lora.unet_targets, "unet")
+    before = {name: p.detach().clone() for name, p in components.unet.named_parameters()}
+    components.freeze()
+    add_lora(components.unet, lora, lora.unet_targets, "unet")
+    assert all(torch.equal(p, before[name]) for name, p in components.unet.named_parameters())
+    assert all(p.requires_grad == ("lora_" in name) for name, p in components.unet.named_parameters())
+    with pytest.raises(
+        UserError, match=r"an adapter of rank 2, alpha 4.* set lora.rank, lora.alpha and lora.unet_targets"
+    ):
+        add_lora(components.unet, replace(lora, rank=3), lora.unet_targets, "unet")

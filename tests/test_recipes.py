@@ -370,10 +370,15 @@ def test_a_student_continues_from_its_teacher_or_follows_its_own_mean(
     base = load_file(work / "sd/unet" / UNET_FILE)
     gap = [sum(float((a[k] - b[k]).abs().sum()) for k in a) for a, b in ((trained, teacher), (trained, base))]
     assert 0 < gap[0] < gap[1]
-    out = tmp_path / "lora"
-    lora = [*argv, "--arms", "[frozen,continued]", "--method", "lora", "--output_dir", str(out)]
-    assert "continued trains adapters, which are of the base" in refusal("tradeoff", lora, capsys)
+    out = tmp_path / "refused"
+    lora = [*argv, "--arms", "[frozen,lora]", "--distillation.start_from_teacher", "true", "--output_dir", str(out)]
+    assert "lora trains adapters, which are of the base: it can start only from" in refusal("tradeoff", lora, capsys)
     assert not out.exists()
+    out = tmp_path / "adapters"
+    run("tradeoff", [*argv, "--arms", "[frozen,continued]", "--method", "lora", "--output_dir", str(out)])
+    first, second = log_rows(out / "continued/train_log.jsonl")
+    assert max(first[name] for name in ("token_kl", "place_kl", "mass")) < 1e-6 < second["place_kl"]
+    assert (out / "continued" / LORA_FILE).exists() and not (out / "continued" / "unet").exists()
 
 
 def test_processes_that_share_a_folder_share_its_arms(tmp_path: Path) -> None:
