@@ -204,17 +204,22 @@ class RecordingAttnProcessor:
         )
         if attn.upcast_attention:
             query, key = query.float(), key.float()
-        scores = (query * attn.scale) @ key.transpose(-1, -2)
+        mask = None
         if attention_mask is not None:
-            mask = attn.prepare_attention_mask(attention_mask, tokens, batch)
-            scores = scores + mask.unflatten(0, (batch, attn.heads))
-        probabilities = scores.float().softmax(dim=-1)
-        stored = probabilities
-        if self.maps.detach_text and torch.is_grad_enabled():
-            key = attn.to_k(context.detach()).unflatten(-1, (attn.heads, -1)).transpose(1, 2).to(query.dtype)
-            stored = ((query * attn.scale) @ key.transpose(-1, -2)).float().softmax(dim=-1)
-        self.maps.store(self.layer, stored)
-        hidden_states = (probabilities.to(value.dtype) @ value).transpose(1, 2).flatten(2)
+            mask = attn.prepare_attention_mask(attention_mask, tokens, batch).unflatten(0, (batch, attn.heads))
+        detached = self.maps.detach_text and torch.is_grad_enabled()
+        recorded_key = key
+        if detached:
+            recorded_key = attn.to_k(context.detach()).unflatten(-1, (attn.heads, -1)).transpose(1, 2).to(query.dtype)
+        scores = (query * attn.scale) @ recorded_key.transpose(-1, -2)
+        probabilities = (scores if mask is None else scores + mask).float().softmax(dim=-1)
+        self.maps.store(self.layer, probabilities)
+        if detached:
+            query, key = query.to(value.dtype), key.to(value.dtype)
+            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attn.scale)
+        else:
+            attended = probabilities.to(value.dtype) @ value
+        hidden_states = attended.transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](hidden_states)) / attn.rescale_output_factor
 
 
