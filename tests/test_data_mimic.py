@@ -16,12 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from distill.arms import DATA_OPTIONS
 from distill.config import DataConfig
 from distill.data import FolderDataset, MimicDataset, MsCxrDataset, RecordDataset, load_dataset
 from distill.data.mimic import CHEXPERT_LABELS
 from distill.data.records import _same_aspect
 from distill.errors import UserError
-from distill.runs import DATA_OPTIONS
 
 SIZE = (40, 30)
 
