@@ -126,6 +126,7 @@ def _overlap(box: _Box, other: _Box) -> bool:
 
 def _label_points(axes: Axes, points: Mapping[str, _Point], colours: Mapping[str, str]) -> None:
     """Write each name beside its point, where it covers no other name and the fewest points and bars; near rather than far."""
+    axes.autoscale_view()  # transData is of the limits before, until someone asks for them
     unit = axes.figure.dpi / 72
     reach, gap, height = 3 * unit, 5 * unit, 13 * unit
     pixels = {name: axes.transData.transform(np.array([point.x, point.y]).T) for name, point in points.items()}
