@@ -10,6 +10,7 @@
     self_taught  like learnable, with the attention held to that of its own U-Net under the text encoder of the base
     rali       like learnable, with the image's labels inserted first into the training captions (RaLI of the paper)
     rali_arm   like rali, with attention regularization (ARM of the paper)
+    supervised  like learnable, with the attention of a finding's words drawn into its boxes or mask (TokenCompose)
     lora       LoRA on U-Net and text encoder, with the distillation from the frozen arm
 
 The same command again continues. Started several times at once, each takes the arms that no other is at, and the last to
