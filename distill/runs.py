@@ -242,6 +242,24 @@ def load_teacher(base: BaseConfig, teacher: str) -> Components:
     return load_components(replace(base, name=teacher, revision=None))
 
 
+def check_untrained(student: Components, base: Components, arm: Arm) -> None:
+    """UserError if a student that starts from its teacher has other weights than the base in a part that is not exported
+    in full: base and run folder would not give the trained model."""
+    parts = [("VAE", "frozen", student.vae, base.vae), ("U-Net", arm.method, student.unet, base.unet)]
+    encoders = zip(student.text_encoders, base.text_encoders, strict=True)
+    parts += [("text encoder", arm.text_encoder, ours, theirs) for ours, theirs in encoders]
+    for name, method, ours, theirs in parts:
+        if method == "full":
+            continue
+        found = {k.replace(".base_layer", ""): v for k, v in ours.state_dict().items() if ".lora_" not in k}
+        wanted = theirs.state_dict()
+        if found.keys() != wanted.keys() or not all(torch.equal(v, wanted[k]) for k, v in found.items()):
+            raise UserError(
+                f"distillation.start_from_teacher: the teacher's {name} is not the base's, and {arm.name} does not train it in "
+                "full, so that its export would lack it; give the teacher, saved as a pipeline, as base.name"
+            )
+
+
 def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
     """Train, export to arm.folder, and prove that the files give the trained model's outputs; returns `cost`.
 
@@ -293,6 +311,7 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
                 f"distillation.start_from_teacher: {teacher} is an adapter, and {arm.name} trains full weights; fuse it into "
                 "a pipeline (pipe.fuse_lora, pipe.unload_lora_weights, pipe.save_pretrained) and give that"
             )
+        check_untrained(components, load_components(config.base), arm)
     else:
         components = load_components(config.base)
     prepare_training(

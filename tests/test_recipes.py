@@ -20,7 +20,7 @@ from PIL import Image
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny import save_tiny
+from tiny import save_tiny, tiny_sd
 
 from distill import runs, sharing
 from distill.cli import main, parse
@@ -374,6 +374,11 @@ def test_a_student_continues_from_its_teacher_or_follows_its_own_mean(
     lora = [*argv, "--arms", "[frozen,lora]", "--distillation.start_from_teacher", "true", "--output_dir", str(out)]
     assert "lora trains adapters, which are of the base: it can start only from" in refusal("tradeoff", lora, capsys)
     assert not out.exists()
+    tiny_sd(seed=1).save_pretrained(tmp_path / "teacher")
+    other = ["--base.name", str(work / "sd"), "--distillation.teacher", str(tmp_path / "teacher")]
+    other += ["--distillation.start_from_teacher", "true", "--method", "full", "--text_encoder", "frozen"]
+    message = refusal("distill_attention", [*other, *TRAINING, "--output_dir", str(tmp_path / "other")], capsys)
+    assert "is not the base's, and model does not train it in full" in message
     out = tmp_path / "adapters"
     run("tradeoff", [*argv, "--arms", "[frozen,continued]", "--method", "lora", "--output_dir", str(out)])
     first, second = log_rows(out / "continued/train_log.jsonl")
@@ -609,17 +614,8 @@ def test_a_teacher_that_cannot_teach_is_refused_before_the_first_step(
 
 
 def test_seed_and_seeds_are_not_both_taken(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = [
-        "--base.name",
-        str(work / "sd"),
-        "--output_dir",
-        str(tmp_path / "run"),
-        "--seed",
-        "3",
-        "--seeds",
-        "[0,1]",
-        *TRAINING,
-    ]
+    argv = ["--base.name", str(work / "sd"), "--output_dir", str(tmp_path / "run"), *TRAINING]
+    argv += ["--seed", "3", "--seeds", "[0,1]"]
     assert "seed is 3 and seeds is [0, 1]" in refusal("tradeoff", argv, capsys)
     assert not (tmp_path / "run").exists()
 
@@ -630,9 +626,9 @@ def test_tradeoff_without_a_teacher_is_refused(work: Path, tmp_path: Path, capsy
         str(work / "sd"),
         "--output_dir",
         str(tmp_path / "run"),
+        *TRAINING,
         "--arms",
         "learnable,lora",
-        *TRAINING,
     ]
     assert "need the arm frozen as their teacher, or distillation.teacher" in refusal("tradeoff", argv, capsys)
 
