@@ -58,7 +58,9 @@ _FILE_OPTIONS = (
     "horizontal_flip",
 )  # fmt: skip
 DATA_OPTIONS: dict[str, tuple[str, ...]] = {
-    "phantom": ("seed", "train_size", "validation_size", "test_size"),
+    "phantom": (
+        "seed", "train_size", "validation_size", "test_size", "phantom_captions", "phantom_companions",
+    ),
     "folder": (
         *_FILE_OPTIONS, "metadata_file", "image_column", "caption_column", "split_column", "finding_column",
         "phrase_column", "box_column", "mask_column", "label_column",
@@ -137,7 +139,7 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
     if distilled and config.distillation.teacher != EMA:
         never("distillation.teacher is not ema", "distillation.ema_decay")
     if distilled and all(arm.text_encoder == "frozen" for arm in distilled):
-        never("no distilled text encoder is trained", "distillation.detach_text")
+        never("no distilled text encoder is trained", "distillation.text_gradient")
     if not gated and not isinstance(config, FinetuneConfig):
         never("no gate is asked for", "distillation.gate_images")
     if config.trainer.localize_every_steps is None:

@@ -93,9 +93,9 @@ class AttentionMaps:
         timesteps: tuple[int, int] = ALWAYS,
         rows: Callable[[], slice] | None = None,
         last: str = "",
-        detach_text: bool = False,
+        text_gradient: float = 1.0,
     ) -> None:
-        self.reduce, self.detach_text = reduce, detach_text
+        self.reduce, self.text_gradient = reduce, text_gradient
         self.accumulate, self.timesteps, self.rows = accumulate, timesteps, rows
         self.active = True
         self.by_layer: dict[str, torch.Tensor] = {}
@@ -207,14 +207,15 @@ class RecordingAttnProcessor:
         mask = None
         if attention_mask is not None:
             mask = attn.prepare_attention_mask(attention_mask, tokens, batch).unflatten(0, (batch, attn.heads))
-        detached = self.maps.detach_text and torch.is_grad_enabled()
+        scaled = self.maps.text_gradient != 1 and torch.is_grad_enabled()
         recorded_key = key
-        if detached:
-            recorded_key = attn.to_k(context.detach()).unflatten(-1, (attn.heads, -1)).transpose(1, 2).to(query.dtype)
+        if scaled:
+            text = torch.lerp(context.detach(), context, self.maps.text_gradient)
+            recorded_key = attn.to_k(text).unflatten(-1, (attn.heads, -1)).transpose(1, 2).to(query.dtype)
         scores = (query * attn.scale) @ recorded_key.transpose(-1, -2)
         probabilities = (scores if mask is None else scores + mask).float().softmax(dim=-1)
         self.maps.store(self.layer, probabilities)
-        if detached:
+        if scaled:
             query, key = query.to(value.dtype), key.to(value.dtype)
             attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attn.scale)
         else:
@@ -234,7 +235,7 @@ def record_attention(
     timesteps: tuple[int, int] = ALWAYS,
     rows: Callable[[], slice] | None = None,
     max_places: int | None = None,
-    detach_text: bool = False,
+    text_gradient: float = 1.0,
 ) -> Iterator[AttentionMaps]:
     """Record the attention of `layers` (prefixes of names; all for none) while the context is open.
 
@@ -243,7 +244,8 @@ def record_attention(
     reduce: what is kept of the (batch, heads, places, tokens) probabilities; `select_tokens` keeps token groups only.
     accumulate: keep the sum over forward passes, not the last. timesteps: record passes at these timesteps only, both
     ends included, all of the batch. rows: called at each layer, the part of the batch to keep (the conditional half
-    under guidance). detach_text: what is recorded has no gradient to the text through this layer's keys; the output does.
+    under guidance). text_gradient: share of the gradient of what is recorded that reaches the text through this layer's keys;
+    that of the output is whole.
 
     Works with LoRA attached, quantized layers, torch.compile (each recorded layer breaks the graph, so not with
     fullgraph=True), gradients and gradient checkpointing, whose second pass inside backward is not recorded. The output
@@ -253,7 +255,7 @@ def record_attention(
     inner = getattr(unet, "_orig_mod", unet)
     names = attention_layers(unet, layers, kind)
     maps = AttentionMaps(
-        reduce, accumulate=accumulate, timesteps=timesteps, rows=rows, last=names[-1], detach_text=detach_text
+        reduce, accumulate=accumulate, timesteps=timesteps, rows=rows, last=names[-1], text_gradient=text_gradient
     )
     modules: dict[str, Any] = {name: inner.get_submodule(name) for name in names}
     originals = {name: module.processor for name, module in modules.items()}

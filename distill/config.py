@@ -41,6 +41,11 @@ class DataConfig:
     """phantom: images of the validation split."""
     test_size: int = 500
     """phantom: images of the test split."""
+    phantom_captions: Literal["reports", "affirmed", "stated"] = "reports"
+    """phantom: reports state findings, negate others and add normal sentences; affirmed negates none; stated has nothing
+    but the findings."""
+    phantom_companions: float = 0.0
+    """phantom: probability that a finding brings its companion, such as an effusion an atelectasis; 0: independent."""
     root: str | None = None
     """The folder that holds the images; names of files are relative to it."""
     metadata_file: str = "metadata.csv"
@@ -177,10 +182,10 @@ class AttentionDistillationConfig:
     """Squared difference of the outputs of the U-Nets' self-attention layers (KOALA)."""
     place_groups: tuple[Literal["words", "eos", "padding"], ...] = ("words",)
     """Tokens whose maps (b) compares."""
-    detach_text: bool = False
-    """Keep the gradient of (a) to (c) out of the text encoder (but for what comes through the queries of later layers): the
-    U-Net alone keeps the teacher's maps, and the text encoder learns from the diffusion loss, whose gradient there is
-    hundreds of times smaller than that of the maps at a weight of 1."""
+    text_gradient: float = 1.0
+    """Share, 0 to 1, of the gradient of (a) to (c) that reaches the text encoder through the keys; the rest still comes
+    through the queries of later layers. The diffusion loss's gradient there is about a hundredth of that of the maps at a
+    weight of 1. At 0 the U-Net alone keeps the maps, and the text encoder learns from the diffusion loss."""
     words: Literal["all", "labels"] = "all"
     """labels: (a) and (b) compare, of the words, only those that name a label of the image; (a) takes all other tokens as
     one. It leaves the student free in what the teacher need not know, such as what `no` does to a finding's word."""
@@ -574,6 +579,7 @@ _ONCE: Rule = (lambda value: len(value) == len(set(value)), "each only once")
 RULES: Mapping[type, Mapping[str, Rule]] = {
     BaseConfig: {"name": _NOT_EMPTY},
     DataConfig: {
+        "phantom_companions": _PROBABILITY,
         "resolution": _COUNT,
         "seed": _NOT_NEGATIVE,
         "train_size": _COUNT,
@@ -605,6 +611,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "self_attention_weight": _NOT_NEGATIVE,
         "batch_share": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
         "frozen_share": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
+        "text_gradient": _PROBABILITY,
         "ema_decay": _PROBABILITY,
         "min_timestep": _NOT_NEGATIVE,
         "max_timestep": _NOT_NEGATIVE,

@@ -353,7 +353,7 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
                     layers = attention_layers(components.unet, distillation.layers)
                     distillation = _gated(run, frozen, distillation, layers, log_dir)
             student_maps = stack.enter_context(
-                record_attention(components.unet, distillation.layers, detach_text=distillation.detach_text)
+                record_attention(components.unet, distillation.layers, text_gradient=distillation.text_gradient)
             )
             teacher_maps = student_maps
             if frozen.unet is not components.unet:

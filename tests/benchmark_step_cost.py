@@ -28,7 +28,7 @@ from distill.objectives import AttentionDistillationObjective, DenoisingObjectiv
 
 KINDS = {
     "distilled": AttentionDistillationConfig(teacher="run"),
-    "distilled, detach_text": AttentionDistillationConfig(teacher="run", detach_text=True),
+    "distilled, text_gradient .1": AttentionDistillationConfig(teacher="run", text_gradient=0.1),
     "distilled, batch_share .5": AttentionDistillationConfig(teacher="run", batch_share=0.5),
     "self_taught .5": AttentionDistillationConfig(teacher="frozen_text_encoder", batch_share=0.5),
     "self_taught .5, frozen_share .5": AttentionDistillationConfig(
@@ -57,7 +57,7 @@ def stepper(
         teacher = load_components(BaseConfig(name="phantom"))
         if config.teacher == "frozen_text_encoder":
             teacher = replace(own, text_encoders=[copy.deepcopy(e).requires_grad_(False) for e in own.text_encoders])
-        maps = [stack.enter_context(record_attention(own.unet, detach_text=config.detach_text))]
+        maps = [stack.enter_context(record_attention(own.unet, text_gradient=config.text_gradient))]
         shared = teacher.unet is own.unet
         maps += maps if shared else [stack.enter_context(record_attention(teacher.unet))]
         objective = AttentionDistillationObjective(own, DenoisingConfig(), config, teacher, *maps)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from distill import config as config_module
@@ -23,7 +23,6 @@ from distill.cli import main, parse, refuse_unused, to_yaml
 from distill.config import (
     RULES,
     AtlasConfig,
-    AttentionDistillationConfig,
     BenchmarkLocalizationConfig,
     DistillAttentionConfig,
     EvaluateConfig,
@@ -33,6 +32,7 @@ from distill.config import (
     TradeoffConfig,
     TrainerConfig,
     check_values,
+    value_faults,
 )
 from distill.errors import UserError
 
@@ -108,8 +108,7 @@ def changed_configs(draw: st.DrawFn) -> Any:
         hint, owner = fields[key]
         is_legal = RULES.get(owner, {}).get(key.rpartition(".")[2], (lambda value: True, ""))[0]
         config = replaced(config, key, draw(values_of(hint).filter(lambda v, ok=is_legal: v is None or ok(v))))
-    if hasattr(config, "distillation") and config.distillation.min_timestep > config.distillation.max_timestep:
-        config = replaced(config, "distillation", AttentionDistillationConfig())
+    assume(not value_faults(config))  # rules that join two options
     return config
 
 

@@ -558,27 +558,31 @@ def test_part_of_the_batch_is_seen_through_the_frozen_text_encoder() -> None:
     assert has_gradient(student.text_encoders[0]) and not has_gradient(teacher.text_encoders[0])
 
 
-def test_detached_text_is_taught_by_the_diffusion_loss_alone() -> None:
-    """Through the keys of the only layer, the maps reach the text encoder; detached they do not, and the U-Net's they do."""
+def test_text_gradient_scales_what_the_maps_tell_the_text_encoder_alone() -> None:
+    """Through the keys of the only layer; the losses, and the gradients of the U-Net, stay what they are."""
     student, teacher = prepared(), prepared(lambda: tiny_sd(seed=1))
     layer = attention_layers(student.unet)[0]
     batch = batch_of(student)
-    values, gradients = [], []
-    for detach in (False, True):
+    values, of_text, of_unet = [], [], []
+    for share in (1.0, 0.25, 0.0):
         student.unet.zero_grad()
         student.text_encoders[0].zero_grad()
         with ExitStack() as stack:
-            mine = stack.enter_context(record_attention(student.unet, layer, detach_text=detach))
+            mine = stack.enter_context(record_attention(student.unet, layer, text_gradient=share))
             theirs = stack.enter_context(record_attention(teacher.unet, layer))
             config = AttentionDistillationConfig()
             objective = AttentionDistillationObjective(student, NO_DROPOUT, config, teacher, mine, theirs).train()
             terms = objective(batch, generator())
         values.append({name: float(value.detach()) for name, value in terms.items()})
         terms["place_kl"].backward()
-        gradients.append(has_gradient(student.text_encoders[0]))
-        assert has_gradient(student.unet)
-    assert values[0] == pytest.approx(values[1], rel=1e-5)
-    assert gradients == [True, False]
+        of_text.append([p.grad.clone() for p in student.text_encoders[0].parameters() if p.grad is not None])
+        of_unet.append([p.grad.clone() for p in student.unet.parameters() if p.grad is not None])
+    assert values[1] == pytest.approx(values[0], rel=1e-5)
+    assert values[2] == pytest.approx(values[0], rel=1e-5)
+    assert any(g.any() for g in of_text[0]) and any(g.any() for g in of_unet[0])
+    for share, text, unet in zip((0.25, 0.0), of_text[1:], of_unet[1:], strict=True):
+        torch.testing.assert_close(text, [share * g for g in of_text[0]], rtol=1e-3, atol=1e-6)
+        torch.testing.assert_close(unet, of_unet[0], rtol=1e-3, atol=1e-6)
 
 
 def test_regions_stand_at_the_words_of_their_finding() -> None:

@@ -213,3 +213,42 @@ def test_sheet_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: 
     plain = np.asarray(Image.open(path))
     outlined = np.asarray(picture_sheet(PhantomDataset("train", 2), columns=2, outlines=True))
     assert plain.shape == outlined.shape and (plain != outlined).any()
+
+
+def test_caption_styles_differ_in_what_they_add_to_the_findings() -> None:
+    reports, affirmed, stated = (
+        PhantomDataset("train", 300, captions=style) for style in ("reports", "affirmed", "stated")
+    )
+    counts = {"reports": 0, "affirmed": 0, "stated": 0}
+    words = dict.fromkeys(counts, 0)
+    for index in range(300):
+        assert reports.scene(index) == affirmed.scene(index) == stated.scene(index)
+        for dataset in (reports, affirmed, stated):
+            sample_words = dataset.caption(index).split()
+            words[dataset.captions] += len(sample_words)
+            counts[dataset.captions] += bool(
+                re.search(
+                    r"\b(no|negative for) [^.]*(atel|cardiom|consol|edema|opac|effus|pneum)",
+                    dataset.caption(index),
+                    re.I,
+                )
+            )
+            for name in dataset.labels(index):
+                assert find_words(dataset.caption(index), dataset.query_words[name])
+        if stated.labels(index):
+            assert stated.caption(index).count(".") <= len(stated.labels(index))
+    assert counts["reports"] > 100 and counts["affirmed"] == counts["stated"] == 0
+    assert words["stated"] < words["affirmed"] < words["reports"]
+    assert len({dataset.fingerprint(0) for dataset in (reports, affirmed, stated)}) == 3
+
+
+def test_companions_correlate_findings() -> None:
+    def together(companions: float) -> float:
+        labels = [PhantomDataset("train", 600, companions=companions).labels(i) for i in range(600)]
+        assert all(len(names) == len(set(names)) <= 3 for names in labels)
+        with_effusion = [names for names in labels if "pleural effusion" in names]
+        return sum("atelectasis" in names for names in with_effusion) / len(with_effusion)
+
+    assert together(0.0) < 0.3 < 0.6 < together(0.9)
+    with pytest.raises(UserError, match="companions is 1.5"):
+        PhantomDataset("train", 1, companions=1.5)

@@ -38,4 +38,6 @@ def load_dataset(config: DataConfig, split: Literal["train", "validation", "test
     if config.kind == "coco":
         return CocoDataset(config, split)
     size = {"train": config.train_size, "validation": config.validation_size, "test": config.test_size}[split]
-    return PhantomDataset(split, size, config.seed, config.resolution)
+    return PhantomDataset(
+        split, size, config.seed, config.resolution, config.phantom_captions, config.phantom_companions
+    )

@@ -48,6 +48,7 @@ Split = Literal["train", "validation", "test"]
 Side = Literal["left", "right", "bilateral"]
 Zone = Literal["upper", "mid", "lower"]
 Size = Literal["small", "moderate", "large"]
+CaptionStyle = Literal["reports", "affirmed", "stated"]
 Array = NDArray[np.floating[Any]]
 
 _SPLIT_CODES: dict[str, int] = {"train": 0, "validation": 1, "test": 2}
@@ -114,8 +115,8 @@ class Drawing:
 # --------------------------------------------------------------------------------------------------------- scene
 
 
-def draw_scene(seed: int, split: Split, index: int) -> Scene:
-    """The scene of row `index`: a pure function of its arguments."""
+def draw_scene(seed: int, split: Split, index: int, companions: float = 0.0) -> Scene:
+    """The scene of row `index`: a pure function of its arguments. companions: see `PhantomDataset`."""
     key = (seed, _SPLIT_CODES[split], index)
     rng = np.random.default_rng((*key, _SCENE))
 
@@ -149,24 +150,35 @@ def draw_scene(seed: int, split: Split, index: int) -> Scene:
         black=between(0.0, 0.12),
         white=between(0.88, 1.0),
         texture_seed=(*key, _TEXTURE),
-        findings=_draw_findings(rng),
+        findings=_draw_findings(rng, companions),
     )
 
 
-def _draw_findings(rng: np.random.Generator) -> tuple[Finding, ...]:
+_PAIRS = (
+    ("cardiomegaly", "edema"), ("pleural effusion", "atelectasis"), ("pneumonia", "consolidation"),
+    ("pneumothorax", "lung opacity"),
+)  # fmt: skip
+_COMPANIONS = {name: other for pair in _PAIRS for name, other in (pair, pair[::-1])}
+
+
+def _draw_findings(rng: np.random.Generator, companions: float) -> tuple[Finding, ...]:
     """0-3 findings that do not share a place; a finding that finds no free place is left out."""
     count = int(rng.choice(4, p=(0.19, 0.33, 0.31, 0.17)))
     taken: set[tuple[str, str]] = set()
     findings = []
-    for name in rng.permutation(FINDINGS)[:count]:
+    names = [str(name) for name in rng.permutation(FINDINGS)[:count]]
+    if companions:
+        paired = [(name, *[_COMPANIONS[name]] * (rng.random() < companions)) for name in names]
+        names = list(dict.fromkeys(name for pair in paired for name in pair))[:3]
+    for name in names:
         size = _SIZES[rng.integers(3)]
-        options = _places(str(name), size)
+        options = _places(name, size)
         free = [option for option in options if not taken & set(option[2])]
         if not free:
             continue
         side, zone, slots = free[rng.integers(len(free))]
         taken |= set(slots)
-        findings.append(Finding(str(name), side, zone, size, tuple(float(value) for value in rng.random(24))))
+        findings.append(Finding(name, side, zone, size, tuple(float(value) for value in rng.random(24))))
     return tuple(sorted(findings, key=lambda finding: FINDINGS.index(finding.name)))
 
 
@@ -679,11 +691,13 @@ _NORMAL_HEART = (
 _MAX_WORDS = 44
 
 
-def write_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, dict[str, str]]:
+def write_caption(
+    scene: Scene, rng: np.random.Generator, style: CaptionStyle = "reports"
+) -> tuple[str, dict[str, str]]:
     """A caption of 1-4 sentences and at most 44 words, and the phrase that names each finding in it.
 
     Findings are named in positive sentences only; negated ones name findings that the scene does not have. Sentences
-    come in any order, so that the place of a word does not tell the finding.
+    come in any order, so that the place of a word does not tell the finding. style: see `PhantomDataset`.
     """
 
     def pick(options: Sequence[str]) -> str:
@@ -709,7 +723,7 @@ def write_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, dict[str
         absent = absent[count:]
         listed = nouns[0] if count == 1 else f"{', '.join(nouns[:-1])} or {nouns[-1]}"
         negated.append(_render(pick(_NEGATIVE), listed))
-    optional = negated + [pick(options) for options in _NORMAL]
+    optional = (negated if style == "reports" else []) + [pick(options) for options in _NORMAL]
     if "cardiomegaly" not in names:
         optional.append(pick(_NORMAL_HEART))
     in_lungs = [finding for finding in present if finding.name != "cardiomegaly"]
@@ -723,6 +737,8 @@ def write_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, dict[str
         optional.append(pick(("The costophrenic angles are sharp.", "Sharp costophrenic angles.")))
 
     extra = int(rng.integers(0, 5 - len(stated))) if stated else int(rng.integers(1, 5))
+    if style == "stated":
+        extra = 0 if stated else 1
     # Negated findings are as frequent in reports as stated ones, hence the greater weight.
     weights = np.array([3.0 if sentence in negated else 1.0 for sentence in optional])
     chosen = rng.choice(len(optional), size=extra, replace=False, p=weights / weights.sum())
@@ -730,7 +746,8 @@ def write_caption(scene: Scene, rng: np.random.Generator) -> tuple[str, dict[str
     while sum(len(sentence.split()) for sentence in stated + added) > _MAX_WORDS:
         added.pop()
     sentences = stated + added
-    if in_lungs and "edema" not in names and len(sentences) < 4 and rng.random() < 0.2:
+    may_add = style != "stated" and in_lungs and "edema" not in names and len(sentences) < 4
+    if may_add and rng.random() < 0.2:
         order = [sentences[k] for k in rng.permutation(len(sentences))]
         return " ".join([*order, "The lungs are otherwise clear."]), phrases
     return " ".join(sentences[k] for k in rng.permutation(len(sentences))), phrases
@@ -771,13 +788,24 @@ class PhantomDataset:
     Row i is a pure function of (seed, split, i, resolution), whatever the size; no two splits share a row.
 
     split: train, validation or test. size: number of rows. seed: 0 to 2**32 - 1. resolution: side in pixels, 64 to 512.
+    captions: reports (findings, negated findings, normal sentences), affirmed (no negated findings), or stated (the findings
+    alone, or one normal sentence where there is none). companions: probability, 0 to 1, that a finding brings the one that it
+    is paired with (heart and edema, effusion and atelectasis, and so on); at 0 findings are independent.
     Raises UserError for values outside these.
     """
 
     findings: tuple[str, ...] = FINDINGS
     query_words: Mapping[str, tuple[str, ...]] = MS_CXR_QUERY_WORDS
 
-    def __init__(self, split: Split, size: int, seed: int = 0, resolution: int = 128) -> None:
+    def __init__(
+        self,
+        split: Split,
+        size: int,
+        seed: int = 0,
+        resolution: int = 128,
+        captions: CaptionStyle = "reports",
+        companions: float = 0.0,
+    ) -> None:
         faults = []
         if split not in _SPLIT_CODES:
             faults.append(f"no split '{split}'; available: {', '.join(_SPLIT_CODES)}")
@@ -787,9 +815,13 @@ class PhantomDataset:
             faults.append(f"seed is {seed}; it must be in 0 .. 2**32 - 1")
         if not 64 <= resolution <= 512:
             faults.append(f"resolution is {resolution}; phantoms are drawn at 64 to 512 pixels")
+        if not 0 <= companions <= 1:
+            faults.append(f"companions is {companions}; it must be in 0 .. 1")
         raise_all("phantom data", faults)
         self.split: Split = split
         self.size, self.seed, self.resolution = size, seed, resolution
+        self.captions: CaptionStyle = captions
+        self.companions = companions
 
     def __len__(self) -> int:
         return self.size
@@ -823,10 +855,11 @@ class PhantomDataset:
         """What row `index` shows; costs microseconds. Raises IndexError outside the data set."""
         if not 0 <= index < self.size:
             raise IndexError(f"row {index} of a phantom data set with {self.size} rows")
-        return draw_scene(self.seed, self.split, int(index))
+        return draw_scene(self.seed, self.split, int(index), self.companions)
 
     def _text(self, scene: Scene, index: int) -> tuple[str, dict[str, str]]:
-        return write_caption(scene, np.random.default_rng((self.seed, _SPLIT_CODES[self.split], int(index), _CAPTION)))
+        rng = np.random.default_rng((self.seed, _SPLIT_CODES[self.split], int(index), _CAPTION))
+        return write_caption(scene, rng, self.captions)
 
     def caption(self, index: int) -> str:
         """Caption of a row, without drawing it."""
@@ -839,6 +872,8 @@ class PhantomDataset:
     def fingerprint(self, index: int) -> str:
         """Hash of all that decides a row."""
         key = f"phantom {GENERATOR_VERSION} {self.seed} {self.split} {index} {self.resolution}"
+        if self.captions != "reports" or self.companions:
+            key += f" {self.captions} {self.companions}"
         return hashlib.sha256(key.encode()).hexdigest()
 
 
