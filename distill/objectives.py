@@ -240,6 +240,11 @@ class AttentionDistillationObjective(DenoisingObjective):
     ) -> None:
         super().__init__(components, config)
         check_same_shape(teacher, components)
+        if distillation.output_weight and teacher.prediction_type != components.prediction_type:
+            raise UserError(
+                f"distillation.output_weight: the teacher predicts {teacher.prediction_type}, the student "
+                f"{components.prediction_type}; only their attention and features can be compared"
+            )
         self.distillation = distillation
         self._teacher = (teacher if teacher.unet is components.unet else teacher.freeze(),)
         if distillation.teacher == EMA:  # a part of the module, so that it is in checkpoints
@@ -386,6 +391,9 @@ def check_same_shape(teacher: Components, student: Components) -> None:
     missing = set(attention_layers(student.unet)) - set(attention_layers(teacher.unet))
     if missing:
         faults.append(f"the teacher lacks the student's cross-attention layers {', '.join(sorted(missing))}")
+    theirs, ours = (components.noise_scheduler.alphas_cumprod for components in (teacher, student))
+    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-4):
+        faults.append("their noise schedules differ, so that one timestep is not one noise level")
     texts = ("a b", "pleural effusion")
     if any(not torch.equal(a, b) for a, b in zip(teacher.tokenize(texts), student.tokenize(texts), strict=False)):
         faults.append("the tokenizers give other tokens")

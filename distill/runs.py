@@ -245,6 +245,11 @@ def load_teacher(base: BaseConfig, teacher: str) -> Components:
 def check_untrained(student: Components, base: Components, arm: Arm) -> None:
     """UserError if a student that starts from its teacher has other weights than the base in a part that is not exported
     in full: base and run folder would not give the trained model."""
+    if student.prediction_type != base.prediction_type:
+        raise UserError(
+            f"distillation.start_from_teacher: the teacher predicts {student.prediction_type}, and the base "
+            f"{base.prediction_type}; give the teacher, saved as a pipeline, as base.name"
+        )
     parts = [("VAE", "frozen", student.vae, base.vae), ("U-Net", arm.method, student.unet, base.unet)]
     encoders = zip(student.text_encoders, base.text_encoders, strict=True)
     parts += [("text encoder", arm.text_encoder, ours, theirs) for ours, theirs in encoders]

@@ -307,6 +307,10 @@ def test_teacher_and_student_of_other_shape_are_refused_with_the_values(bases: d
     ):
         check_same_shape(load(bases["sdxl"]), load(bases["sd"]))
     check_same_shape(load(bases["v"]), load(bases["sd"]))
+    other = load(bases["sd"])
+    other.noise_scheduler = DDPMScheduler(beta_start=0.001, beta_end=0.02)
+    with pytest.raises(UserError, match="their noise schedules differ"):
+        check_same_shape(other, load(bases["sd"]))
 
 
 def test_a_run_folder_puts_back_what_was_trained(bases: dict[str, Path], tmp_path: Path) -> None:

@@ -675,3 +675,11 @@ def test_attention_regularization_is_the_papers_formula_and_reaches_the_text_enc
     config = DenoisingConfig(caption_dropout=1.0, arm_weight=0.5)
     x = DenoisingObjective(student, config).noised(batch, generator())
     assert x.label_tokens is not None and not x.label_tokens.any(), "a dropped caption has no label"
+
+
+def test_outputs_of_other_predictions_are_not_compared() -> None:
+    teacher, student = prepared(lambda: tiny_sd("v_prediction")), prepared()
+    with ExitStack() as stack:
+        distilling(stack, student, teacher, feature_weight=1.0)
+        with pytest.raises(UserError, match="output_weight: the teacher predicts v_prediction, the student epsilon"):
+            distilling(stack, student, teacher, output_weight=1.0)

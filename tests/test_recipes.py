@@ -379,6 +379,10 @@ def test_a_student_continues_from_its_teacher_or_follows_its_own_mean(
     other += ["--distillation.start_from_teacher", "true", "--method", "full", "--text_encoder", "frozen"]
     message = refusal("distill_attention", [*other, *TRAINING, "--output_dir", str(tmp_path / "other")], capsys)
     assert "is not the base's, and model does not train it in full" in message
+    tiny_sd("v_prediction").save_pretrained(tmp_path / "v")
+    other[3] = str(tmp_path / "v")
+    message = refusal("distill_attention", [*other, *TRAINING, "--output_dir", str(tmp_path / "v-other")], capsys)
+    assert "the teacher predicts v_prediction, and the base epsilon" in message
     out = tmp_path / "adapters"
     run("tradeoff", [*argv, "--arms", "[frozen,continued]", "--method", "lora", "--output_dir", str(out)])
     first, second = log_rows(out / "continued/train_log.jsonl")
