@@ -190,9 +190,9 @@ class AttentionDistillationConfig:
     """labels: (a) and (b) compare, of the words, only those that name a label of the image; (a) takes all other tokens as
     one. It leaves the student free in what the teacher need not know, such as what `no` does to a finding's word."""
     gate_reference: str | None = None
-    """Teach only the layers and token groups that localize, on validation images, at least as well in the teacher as in
-    this model: a run folder, such as the same training without a teacher, or `base`. The groups are those of (b), in place
-    of place_groups. None teaches all."""
+    """Teach only at the timesteps at which the teacher localizes on validation images, and the layers and token groups that
+    localize there at least as well in the teacher as in this model: a run folder, such as the same training without a
+    teacher, or `base`. The groups are those of (b), in place of place_groups. None teaches all."""
     gate_images: int = 100
     """Validation images of the gate."""
     layers: tuple[str, ...] = ()

@@ -1,8 +1,10 @@
-"""What a teacher may teach: the layers and token groups whose maps localize at least as well as the student's own would.
+"""What a teacher may teach: the timesteps at which its maps say where, and of those the layers and token groups whose maps
+localize at least as well as the student's own would.
 
 A student must never be pulled to maps worse than its own. Both models are looked at on validation images, layer by layer
 (distill/atlas.py); the reference stands for the student: the same training without a teacher, or the base. The token
-groups take the place of `place_groups`; the KL over tokens and the mass are of all tokens, in the layers that pass.
+groups take the place of `place_groups`; the KL over tokens and the mass are of all tokens, in the layers and at the
+timesteps that pass.
 """
 
 from __future__ import annotations
@@ -13,29 +15,45 @@ from typing import Any, Literal
 
 import numpy as np
 from accelerate import Accelerator
+from numpy.typing import NDArray
 
 from distill.atlas import compute_cells, gather_pairs, macro_mean
 from distill.components import Components
 from distill.config import AttentionDistillationConfig, EvaluationConfig
 from distill.data.sample import ImageCaptionDataset
 from distill.errors import UserError
-from distill.localization import DEFAULT_TIMESTEPS
 
 Group = Literal["words", "eos", "padding"]
 GROUPS: tuple[Group, ...] = ("words", "eos", "padding")
 """Token groups in the order of localization.TOKEN_MAPS."""
 
+WIDTH = 100
+"""Timesteps for which one looked at stands: those from WIDTH / 2 before it to WIDTH / 2 - 1 after it."""
+TIMESTEPS = tuple(range(WIDTH // 2, 1000, WIDTH))
+LEAD = 2 / 3
+"""Share of the best timestep's lead over chance that a timestep must have."""
+
 
 @dataclass(frozen=True)
 class Taught:
-    """layers, groups: what passes. auc: model -> layer -> group -> AUC on validation images, what it was decided by."""
+    """layers, groups, timesteps (first, last): what passes. What it was decided by, AUC on validation images: auc, model ->
+    layer -> group, at these timesteps; auc_of_timesteps, of the teacher's words in all layers, at TIMESTEPS."""
 
     layers: tuple[str, ...]
     groups: tuple[Group, ...]
+    timesteps: tuple[int, int]
     auc: dict[str, dict[str, dict[str, float]]]
+    auc_of_timesteps: tuple[float, ...]
 
     def narrow(self, config: AttentionDistillationConfig) -> AttentionDistillationConfig:
-        return replace(config, layers=self.layers, place_groups=self.groups)
+        """Its part of what `config` asks for."""
+        first, last = max(self.timesteps[0], config.min_timestep), min(self.timesteps[1], config.max_timestep)
+        if first > last:
+            raise UserError(
+                f"distillation.gate: the teacher localizes at timesteps {self.timesteps[0]} to {self.timesteps[1]}, and "
+                f"distillation.min_timestep and max_timestep ask for {config.min_timestep} to {config.max_timestep}"
+            )
+        return replace(config, layers=self.layers, place_groups=self.groups, min_timestep=first, max_timestep=last)
 
 
 def choose_taught(
@@ -48,29 +66,50 @@ def choose_taught(
     layers: Sequence[str],
     accelerator: Accelerator,
 ) -> Taught:
-    """Of `layers`, those whose word maps have at least the reference's AUC (macro over findings, mean over the timesteps of
-    config, or the default ones); then the groups whose maps have it in these layers, and are better than chance.
+    """The timesteps at which the teacher localizes (`localizing`); of `layers`, those whose word maps have at least the
+    reference's AUC there (macro over findings, mean over timesteps); then the groups whose maps have it in these layers, and
+    are better than chance.
 
     Raises UserError if the teacher has nothing to teach.
     """
     few = replace(config, localization_images=images)
-    table = {}
+    by_cell: dict[str, NDArray[np.float64]] = {}
+    names: tuple[str, ...] = ()
     for name, model in (("teacher", teacher), ("reference", reference)):
         model.to(accelerator.device)
-        cells = compute_cells(
-            model, dataset, few, config.timesteps or DEFAULT_TIMESTEPS, accelerator=accelerator, label=f"gate: {name}"
-        )
-        values, findings = gather_pairs(cells, cells.auc.mean(axis=3))
-        by_layer = macro_mean(values, findings)  # (groups, layers)
-        table[name] = {
-            layer: {group: float(by_layer[g, k]) for g, group in enumerate(GROUPS)}
-            for k, layer in enumerate(cells.layers)
+        cells = compute_cells(model, dataset, few, TIMESTEPS, accelerator=accelerator, label=f"gate: {name}")
+        by_cell[name], names = macro_mean(*gather_pairs(cells, cells.auc)), cells.layers  # (groups, layers, timesteps)
+    words = by_cell["teacher"][0, [names.index(layer) for layer in layers]].mean(axis=0)
+    first, last = localizing(words)
+    table: dict[str, dict[str, dict[str, float]]] = {
+        name: {
+            layer: {group: float(auc[g, k, first : last + 1].mean()) for g, group in enumerate(GROUPS)}
+            for k, layer in enumerate(names)
         }
-    return decide(table, layers)
+        for name, auc in by_cell.items()
+    }
+    kept, groups = decide(table, layers)
+    half = WIDTH // 2
+    return Taught(kept, groups, (TIMESTEPS[first] - half, TIMESTEPS[last] + half - 1), table, tuple(map(float, words)))
 
 
-def decide(table: dict[str, Any], layers: Sequence[str]) -> Taught:
-    """The rule of `choose_taught`, on its table."""
+def localizing(auc: NDArray[np.float64]) -> tuple[int, int]:
+    """First and last index of the timesteps around the best that have at least LEAD of its lead over chance; all where there
+    is no lead, of which `decide` then keeps the layers and groups that have one. auc: (timesteps,)."""
+    best = int(auc.argmax())
+    if auc[best] <= 0.5:
+        return 0, len(auc) - 1
+    enough = auc - 0.5 >= LEAD * (auc[best] - 0.5)
+    first = last = best
+    while first > 0 and enough[first - 1]:
+        first -= 1
+    while last < len(auc) - 1 and enough[last + 1]:
+        last += 1
+    return first, last
+
+
+def decide(table: dict[str, Any], layers: Sequence[str]) -> tuple[tuple[str, ...], tuple[Group, ...]]:
+    """Layers and groups by the rule of `choose_taught`, on its table."""
     teacher, reference = table["teacher"], table["reference"]
     kept = tuple(name for name in layers if teacher[name]["words"] >= reference[name]["words"])
     if not kept:
@@ -84,4 +123,4 @@ def decide(table: dict[str, Any], layers: Sequence[str]) -> Taught:
         raise UserError(
             "distillation.gate: no token group of the teacher localizes better than chance on validation images"
         )
-    return Taught(kept, groups, table)
+    return kept, groups

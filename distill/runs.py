@@ -412,8 +412,8 @@ def _gated(
     if run.accelerator.is_main_process:
         write_json(log_dir / "gate.json", asdict(taught))
     run.say(
-        f"gate: {len(taught.layers)} of {len(layers)} layers and the maps of "
-        f"{', '.join(taught.groups)} are taught; {log_dir / 'gate.json'}"
+        f"gate: {len(taught.layers)} of {len(layers)} layers and the maps of {', '.join(taught.groups)} are taught, at "
+        f"timesteps {taught.timesteps[0]} to {taught.timesteps[1]}; {log_dir / 'gate.json'}"
     )
     return taught.narrow(distillation)
 

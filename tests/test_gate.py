@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from distill.config import AttentionDistillationConfig
 from distill.errors import UserError
-from distill.gate import GROUPS, decide
+from distill.gate import GROUPS, TIMESTEPS, Taught, decide, localizing
 
 AUC = st.floats(0, 1)
 TABLE = st.fixed_dictionaries({name: st.fixed_dictionaries({g: AUC for g in GROUPS}) for name in ("a", "b", "c")})
@@ -26,11 +28,11 @@ def test_nothing_passes_that_localizes_worse_than_the_reference(teacher: dict, r
             decide(table, list(teacher))
         return
     try:
-        taught = decide(table, list(teacher))
+        layers, groups = decide(table, list(teacher))
     except UserError:
         return  # better than chance, and worse than the reference
-    assert list(taught.layers) == better and taught.groups
-    for group in taught.groups:
+    assert list(layers) == better and groups
+    for group in groups:
         gain = sum(teacher[name][group] - reference[name][group] for name in better)
         assert gain >= -1e-9
 
@@ -38,7 +40,26 @@ def test_nothing_passes_that_localizes_worse_than_the_reference(teacher: dict, r
 def test_only_the_layers_that_are_asked_for_are_looked_at() -> None:
     good, bad = dict.fromkeys(GROUPS, 0.8), dict.fromkeys(GROUPS, 0.6)
     table = {"teacher": {"a": good, "b": good}, "reference": {"a": bad, "b": bad}}
-    assert decide(table, ["b"]).layers == ("b",)
-    assert decide(table, ["b"]).groups == GROUPS
+    assert decide(table, ["b"]) == (("b",), GROUPS)
     chance = {"a": {"words": 0.8, "eos": 0.4, "padding": 0.3}}
-    assert decide({"teacher": chance, "reference": {"a": dict.fromkeys(GROUPS, 0.2)}}, ["a"]).groups == ("words",)
+    assert decide({"teacher": chance, "reference": {"a": dict.fromkeys(GROUPS, 0.2)}}, ["a"])[1] == ("words",)
+
+
+@given(st.lists(AUC, min_size=1, max_size=len(TIMESTEPS)))
+def test_timesteps_around_the_best_keep_two_thirds_of_its_lead(auc: list[float]) -> None:
+    if max(auc) <= 0.5:
+        assert localizing(np.array(auc)) == (0, len(auc) - 1)
+        return
+    first, last = localizing(np.array(auc))
+    needed = 0.5 + 2 / 3 * (max(auc) - 0.5)
+    assert max(auc) in auc[first : last + 1]
+    assert all(value >= needed - 1e-9 for value in auc[first : last + 1])
+    assert all(auc[k] < needed + 1e-9 for k in (first - 1, last + 1) if 0 <= k < len(auc))
+
+
+def test_the_gate_narrows_what_is_asked_for() -> None:
+    taught = Taught(("a",), ("words",), (0, 699), {}, ())
+    narrowed = taught.narrow(AttentionDistillationConfig(min_timestep=100))
+    assert (narrowed.min_timestep, narrowed.max_timestep, narrowed.layers) == (100, 699, ("a",))
+    with pytest.raises(UserError, match="timesteps 0 to 699, and .* ask for 800 to 999"):
+        taught.narrow(AttentionDistillationConfig(min_timestep=800))

@@ -348,9 +348,9 @@ def test_seeds_are_trained_evaluated_and_compared_in_one_report(
         return fit(*args, **kwargs)
 
     monkeypatch.setattr(runs, "fit", counted)
-    run("tradeoff", [*argv, "--seeds", "[5]"])
+    run("tradeoff", [*argv, "--seeds", "[7]"])
     assert trained == arms
-    assert read_metrics(folder)["provenance"]["seeds"]["training"] == [0, 1, 5]
+    assert read_metrics(folder)["provenance"]["seeds"]["training"] == [0, 1, 7]
 
 
 def test_a_student_continues_from_its_teacher_or_follows_its_own_mean(
