@@ -381,10 +381,10 @@ class TradeoffConfig:
         "lora",
     )
     """Arms to train; `frozen` is the teacher of `distilled`, `continued`, `lora` and `gated`, and `self_taught` needs none.
-    `continued`: `distilled`, started from frozen's weights. `gated`: `distilled` in the layers and token
-    groups where frozen localizes at least as well as learnable. `rali`, `rali_arm`: `learnable` with the paper's own
-    remedies, labels inserted into the captions, and attention regularization besides. `supervised`: `learnable` with
-    TokenCompose's losses on the findings' boxes or masks."""
+    `continued`: `distilled`, started from frozen's weights. `gated`: `continued`, taught at the timesteps at which frozen
+    localizes, and in the layers and token groups where it does so at least as well as learnable. `rali`, `rali_arm`:
+    `learnable` with the paper's own remedies, labels inserted into the captions, and attention regularization besides.
+    `supervised`: `learnable` with TokenCompose's losses on the findings' boxes or masks."""
     rali_arm_weight: float = 0.12
     """denoising.arm_weight of the arm rali_arm."""
     supervised_token_weight: float = 0.01

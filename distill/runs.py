@@ -400,6 +400,7 @@ def _gated(
     config, name = run.config, distillation.gate_reference
     assert run.validation is not None
     reference = load_components(config.base, run=None if name == "base" else name)
+    started = time.perf_counter()
     taught = choose_taught(
         teacher,
         reference,
@@ -410,7 +411,7 @@ def _gated(
         accelerator=run.accelerator,
     )
     if run.accelerator.is_main_process:
-        write_json(log_dir / "gate.json", asdict(taught))
+        write_json(log_dir / "gate.json", asdict(taught) | {"seconds": time.perf_counter() - started})
     run.say(
         f"gate: {len(taught.layers)} of {len(layers)} layers and the maps of {', '.join(taught.groups)} are taught, at "
         f"timesteps {taught.timesteps[0]} to {taught.timesteps[1]}; {log_dir / 'gate.json'}"

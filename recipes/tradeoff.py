@@ -6,7 +6,8 @@
     learnable  U-Net and text encoder trained
     distilled  like learnable, with the attention held to the frozen arm's
     continued  like distilled, started from the frozen arm's weights
-    gated      like distilled, only in the layers and token groups where frozen localizes as well as learnable or better
+    gated      like continued, only at the timesteps at which frozen localizes, and in the layers and token groups where it
+               does so at least as well as learnable
     self_taught  like learnable, with the attention held to that of its own U-Net under the text encoder of the base
     rali       like learnable, with the image's labels inserted first into the training captions (RaLI of the paper)
     rali_arm   like rali, with attention regularization (ARM of the paper)
@@ -53,7 +54,9 @@ def arms_of(config: TradeoffConfig) -> list[Arm]:
             "gated",
             "full",
             distillation=replace(
-                taught, gate_reference=str(folder / "learnable") if "learnable" in config.arms else "base"
+                taught,
+                start_from_teacher=True,
+                gate_reference=str(folder / "learnable") if "learnable" in config.arms else "base",
             ),
         ),
         "self_taught": arm(
