@@ -129,6 +129,8 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
     if arms and all(arm.distillation or arm.denoising for arm in arms):
         own = ("arm_weight", "region_token_weight", "region_pixel_weight", "region_mask_weight")
         never("distillation has its own terms", *(f"denoising.{name}" for name in own))
+    if not any((arm.denoising or config.denoising).reads_regions for arm in arms if not arm.distillation):
+        never("no regions are read", "denoising.region_images")
     if isinstance(config, TradeoffConfig) and "supervised" not in config.arms:
         never("arms has no supervised", "supervised_token_weight", "supervised_pixel_weight")
     if isinstance(config, TradeoffConfig) and "rali_arm" not in config.arms:

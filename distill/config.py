@@ -142,6 +142,9 @@ class DenoisingConfig:
     region_mask_weight: float = 0.0
     """Break-A-Scene's loss (it uses 1e-2): squared difference of that attention, over its largest, and the region."""
 
+    region_images: int | None = None
+    """Use the regions of the first this many training images alone, as where few have been drawn; None uses all."""
+
     @property
     def reads_regions(self) -> bool:
         return max(self.region_token_weight, self.region_pixel_weight, self.region_mask_weight) > 0
@@ -595,6 +598,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "min_snr_gamma": _POSITIVE,
         "caption_dropout": _PROBABILITY,
         "arm_weight": _NOT_NEGATIVE,
+        "region_images": _COUNT,
         "region_token_weight": _NOT_NEGATIVE,
         "region_pixel_weight": _NOT_NEGATIVE,
         "region_mask_weight": _NOT_NEGATIVE,

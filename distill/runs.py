@@ -166,7 +166,8 @@ def open_run(config: Any, *, arms: list[Arm]) -> Run:
         denoising = arm.denoising or config.denoising
         check_training_text(train, components, denoising, truncate=truncate)
     supervised = any((arm.denoising or config.denoising).reads_regions for arm in arms if not arm.distillation)
-    if train is not None and supervised and not any(train[i].regions for i in range(len(train))):
+    few = len(train or ()) if config.denoising.region_images is None else config.denoising.region_images
+    if train is not None and supervised and not any(train[i].regions for i in range(min(few, len(train)))):
         raise UserError(
             "denoising.region_*_weight needs training images with regions of findings: set data.box_column or "
             "data.mask_column"

@@ -24,9 +24,13 @@ from distill.components import Components, load_components, prepare_training
 from distill.config import AttentionDistillationConfig, BaseConfig, DenoisingConfig, LoraConfig
 from distill.data import PhantomDataset
 from distill.data.training import TrainingRows
-from distill.objectives import AttentionDistillationObjective, DenoisingObjective
+from distill.objectives import AttentionDistillationObjective, DenoisingObjective, SupervisedAttentionObjective
 
-KINDS = {
+KINDS: dict[str, AttentionDistillationConfig | DenoisingConfig] = {
+    "supervised": DenoisingConfig(region_token_weight=0.01),
+    "gated, 4 of 7 layers": AttentionDistillationConfig(
+        teacher="run", layers=("down_blocks", "up_blocks.0"), max_timestep=699
+    ),
     "distilled": AttentionDistillationConfig(teacher="run"),
     "distilled, text_gradient .1": AttentionDistillationConfig(teacher="run", text_gradient=0.1),
     "distilled, batch_share .5": AttentionDistillationConfig(teacher="run", batch_share=0.5),
@@ -47,19 +51,20 @@ def student() -> Components:
 
 
 def stepper(
-    stack: ExitStack, config: AttentionDistillationConfig | None
+    stack: ExitStack, config: AttentionDistillationConfig | DenoisingConfig | None
 ) -> Callable[[dict[str, torch.Tensor], int], None]:
     """A function that trains one step of a student of its own."""
     own = student()
     objective = DenoisingObjective(own, DenoisingConfig())
-    maps = []
-    if config is not None:
+    if isinstance(config, DenoisingConfig):
+        objective = SupervisedAttentionObjective(own, config, stack.enter_context(record_attention(own.unet)))
+    elif config is not None:
         teacher = load_components(BaseConfig(name="phantom"))
         if config.teacher == "frozen_text_encoder":
             teacher = replace(own, text_encoders=[copy.deepcopy(e).requires_grad_(False) for e in own.text_encoders])
-        maps = [stack.enter_context(record_attention(own.unet, text_gradient=config.text_gradient))]
+        maps = [stack.enter_context(record_attention(own.unet, config.layers, text_gradient=config.text_gradient))]
         shared = teacher.unet is own.unet
-        maps += maps if shared else [stack.enter_context(record_attention(teacher.unet))]
+        maps += maps if shared else [stack.enter_context(record_attention(teacher.unet, config.layers))]
         objective = AttentionDistillationObjective(own, DenoisingConfig(), config, teacher, *maps)
     objective.train()
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-5)
@@ -77,7 +82,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     steps = parser.parse_args().steps
     own = student()
-    rows = TrainingRows(PhantomDataset("train", 16, 0, 128), own)
+    rows = TrainingRows(PhantomDataset("train", 16, 0, 128), own, label_tokens=True, regions=True)
     batch = default_collate([rows[i] for i in range(16)])
     with torch.no_grad():
         posterior = own.vae.encode(batch.pop("pixel_values")).latent_dist

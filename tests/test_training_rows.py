@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from distill.components import Components
@@ -38,3 +40,15 @@ def test_texts_that_the_encoder_would_cut_are_refused(sd: Components) -> None:
     with pytest.raises(UserError, match=r"77 tokens .* of row \d+: 'word"):
         check_training_text(ROWS, sd, long, truncate=False)
     check_training_text(ROWS, sd, long, truncate=True)
+
+
+def test_regions_of_the_first_images_alone(sd: Components) -> None:
+    config = DenoisingConfig(region_token_weight=0.01, region_images=10)
+    few, every = (
+        TrainingRows(ROWS, sd, denoising=denoising, regions=True)
+        for denoising in (config, replace(config, region_images=None))
+    )
+    drawn = [index for index in range(len(ROWS)) if every[index]["regions"].any()]
+    assert (
+        [index for index in drawn if few[index]["regions"].any()] == [index for index in drawn if index < 10] != drawn
+    )

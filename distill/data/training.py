@@ -114,7 +114,8 @@ class TrainingRows(Dataset[dict[str, Any]]):
             row["label_tokens"][[k for label in labels for k in self._tokens_of(label, caption)]] = True
         if self.regions:
             row["regions"] = torch.zeros(length, REGION_SIZE, REGION_SIZE, dtype=torch.uint8)
-            for label, mask in self._regions_of(index).items():
+            limit = self.denoising.region_images
+            for label, mask in self._regions_of(index).items() if limit is None or index < limit else ():
                 for k in self._tokens_of(label, caption):
                     row["regions"][k] |= mask
         row["droppable"] = torch.tensor(self.drop_only_label is None or self.drop_only_label in labels)
