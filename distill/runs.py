@@ -165,13 +165,14 @@ def open_run(config: Any, *, arms: list[Arm]) -> Run:
         assert train is not None
         denoising = arm.denoising or config.denoising
         check_training_text(train, components, denoising, truncate=truncate)
-    supervised = any((arm.denoising or config.denoising).reads_regions for arm in arms if not arm.distillation)
-    few = len(train or ()) if config.denoising.region_images is None else config.denoising.region_images
-    if train is not None and supervised and not any(train[i].regions for i in range(min(few, len(train)))):
-        raise UserError(
-            "denoising.region_*_weight needs training images with regions of findings: set data.box_column or "
-            "data.mask_column"
-        )
+    if any((arm.denoising or config.denoising).reads_regions for arm in arms if not arm.distillation):
+        assert train is not None
+        few = len(train) if config.denoising.region_images is None else min(len(train), config.denoising.region_images)
+        if not any(train[i].regions for i in range(few)):
+            raise UserError(
+                "denoising.region_*_weight needs training images with regions of findings: set data.box_column or "
+                "data.mask_column, and look at denoising.region_images"
+            )
     by_words = config.evaluation.localization_text == "caption" and config.evaluation.protocol == "ours"
     if isinstance(test, RecordDataset) and by_words:
         test.check_queries()
