@@ -141,7 +141,6 @@ class DenoisingConfig:
     """TokenCompose's pixel loss (it uses 5e-5): cross-entropy of that attention and the region."""
     region_mask_weight: float = 0.0
     """Break-A-Scene's loss (it uses 1e-2): squared difference of that attention, over its largest, and the region."""
-
     region_images: int | None = None
     """Use the regions of the first this many training images alone, as where few have been drawn; None uses all."""
 
@@ -161,8 +160,9 @@ class AttentionDistillationConfig:
     ema_decay: float = 0.999
     """With teacher ema: share of the average that each forward pass keeps. Tarvainen and Valpola 2017 use .999."""
     start_from_teacher: bool = False
-    """Start from the teacher's weights and not the base's: a run folder trained in full, or a pipeline. The teacher's
-    training then is the first part of the student's. With it the student's FID was 22 % below the teacher's, without 10 %."""
+    """Start from the teacher's weights and not the base's: a run folder trained in full, a pipeline, or, for a student of
+    adapters, a run folder of such adapters. The teacher's training then is the first part of the student's. With it the
+    student's FID was 22 % below the teacher's, without 10 % (three seeds)."""
     batch_share: float = 1.0
     """Share of each batch that is distilled, at least one image; a smaller one costs less time."""
     frozen_share: float = 0.0

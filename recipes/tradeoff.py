@@ -88,12 +88,17 @@ def arms_of(config: TradeoffConfig) -> list[Arm]:
         ),
     )
     chosen = [arm for name, arm in arms.items() if name in config.arms]
-    if "gated" in config.arms and config.distillation.teacher in OWN_TEACHERS:
+    started = [arm.name for arm in chosen if arm.distillation and arm.distillation.start_from_teacher]
+    if started and config.distillation.teacher in OWN_TEACHERS:
         raise UserError(
-            f"arms: gated needs a teacher of its own U-Net, not distillation.teacher {config.distillation.teacher}"
+            f"arms: {', '.join(started)} start from a teacher of weights of its own, and distillation.teacher is "
+            f"{config.distillation.teacher}"
         )
-    if "frozen" not in config.arms and any(needs_frozen(config, arm) for arm in chosen):
-        raise UserError("arms: distilled and lora need the arm frozen as their teacher, or distillation.teacher")
+    taught_by_frozen = [arm.name for arm in chosen if needs_frozen(config, arm)]
+    if "frozen" not in config.arms and taught_by_frozen:
+        raise UserError(
+            f"arms: {', '.join(taught_by_frozen)} need the arm frozen as their teacher, or distillation.teacher"
+        )
     return chosen
 
 
