@@ -24,7 +24,7 @@ OWN_TEACHERS = (FROZEN_TEXT_ENCODER, EMA)
 @dataclass(frozen=True)
 class Arm:
     """One way to train the base. folder: where its files go. distillation: with attention distillation from its teacher.
-    denoising: in place of the run's."""
+    denoising: in place of the run's. lock_keys: distill/keylock.py."""
 
     name: str
     folder: Path
@@ -34,6 +34,7 @@ class Arm:
     text_encoder_learning_rate: float
     distillation: AttentionDistillationConfig | None = None
     denoising: DenoisingConfig | None = None
+    lock_keys: bool = False
 
 
 def label_readers(config: Any, arms: list[Arm]) -> dict[str, bool]:
@@ -114,6 +115,8 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
         never("no text encoder is trained by LoRA", "lora.text_encoder_targets")
     if all(arm.text_encoder == "frozen" for arm in arms):
         never("the text encoder is frozen", "trainer.text_encoder_learning_rate")
+        if isinstance(config, FinetuneConfig):
+            never("the text encoder is frozen", "lock_keys")
     elif isinstance(config, TradeoffConfig) and not any(arm.text_encoder == "full" for arm in arms):
         never("the text encoder is trained by LoRA, at lora_learning_rate", "trainer.text_encoder_learning_rate")
     if isinstance(config, TradeoffConfig) and all(arm.name == "lora" for arm in arms):

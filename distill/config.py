@@ -324,6 +324,10 @@ class FinetuneConfig:
     """How the U-Net is trained."""
     text_encoder: Literal["frozen", "lora", "full"] = "frozen"
     """How the text encoder(s) are trained."""
+    lock_keys: bool = False
+    """While training, the keys of cross-attention see the text encoder as it was, and only the values the trained one, so
+    that attention maps stay those of a frozen encoder (distill/keylock.py). Merged at the end: the export is stock. Needs
+    method full."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
@@ -377,6 +381,7 @@ class TradeoffConfig:
             "rali_arm",
             "supervised",
             "continued",
+            "key_locked",
         ],
         ...,
     ] = (
@@ -389,7 +394,8 @@ class TradeoffConfig:
     `continued`: `distilled`, started from frozen's weights. `gated`: `continued`, taught at the timesteps at which frozen
     localizes, and in the layers and token groups where it does so at least as well as learnable. `rali`, `rali_arm`:
     `learnable` with the paper's own remedies, labels inserted into the captions, and attention regularization besides.
-    `supervised`: `learnable` with TokenCompose's losses on the findings' boxes or masks."""
+    `supervised`: `learnable` with TokenCompose's losses on the findings' boxes or masks. `key_locked`: `learnable` with the
+    keys of cross-attention locked to the text encoder as it was; it needs no teacher."""
     rali_arm_weight: float = 0.12
     """denoising.arm_weight of the arm rali_arm."""
     supervised_token_weight: float = 0.01

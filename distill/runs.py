@@ -56,6 +56,7 @@ from distill.errors import UserError, raise_all
 from distill.evaluate import HeldOut, evaluate, generate, held_out, quality, save_png
 from distill.export import export, prove_parity
 from distill.gate import choose_taught
+from distill.keylock import MERGE_CAPTIONS, KeyLock, lock_keys, merge_keys
 from distill.localization import localization
 from distill.metrics.features import load_features
 from distill.objectives import (
@@ -135,6 +136,13 @@ def open_run(config: Any, *, arms: list[Arm]) -> Run:
                     f"distillation.start_from_teacher is true, and {arm.name} trains adapters, which are of the base: it can "
                     "start only from a teacher that is an adapter of the U-Net too"
                 )
+        if arm.lock_keys and arm.method != "full":
+            faults.append(
+                f"{arm.name}: lock_keys needs method full: the keys are merged into the U-Net's weights at the end, and "
+                "adapters cannot hold that"
+            )
+        if arm.lock_keys and components.unet.config.get("encoder_hid_dim") is not None:
+            faults.append(f"{arm.name}: lock_keys: this U-Net projects the text before its cross-attention")
     raise_all("the configuration does not fit the base", faults)
     attention_layers(components.unet, config.evaluation.layers)
     if any(arm.distillation for arm in arms):
@@ -329,6 +337,7 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
         frozen_dtype=config.base.frozen_dtype,
         gradient_checkpointing=trainer.gradient_checkpointing,
     )
+    lock = lock_keys(components) if arm.lock_keys else None
     components.to(accelerator.device)
     denoising = arm.denoising or config.denoising
     label_tokens = distillation.words == "labels" if distillation else denoising.arm_weight > 0
@@ -392,7 +401,21 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
             on_localize=lambda step: _localize(run, components, log_dir, step),
             label=arm.name,
         )
+    if lock is not None:
+        _merge(run, arm, lock, denoising, log_dir)
     return components, result
+
+
+def _merge(run: Run, arm: Arm, lock: KeyLock, denoising: DenoisingConfig, log_dir: Path) -> None:
+    """The keys are the trained text encoder's again; key_lock.json says how well that goes."""
+    assert run.train is not None
+    started = time.perf_counter()
+    count = min(32 if run.config.dry_run else MERGE_CAPTIONS, len(run.train))
+    merged = merge_keys(lock, [training_caption(run.train, i, denoising) for i in range(count)])
+    if run.accelerator.is_main_process:
+        write_json(log_dir / "key_lock.json", asdict(merged) | {"seconds": time.perf_counter() - started})
+    fit_of = ", ".join(f"{group} {value:.2f}" for group, value in merged.r2.items())
+    run.say(f"{arm.name}: keys merged into the trained text encoder's; R^2 of {fit_of}; {log_dir / 'key_lock.json'}")
 
 
 def _gated(

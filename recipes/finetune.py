@@ -24,6 +24,7 @@ def finetune(config: FinetuneConfig) -> None:
         text_encoder=config.text_encoder,
         learning_rate=trainer.learning_rate,
         text_encoder_learning_rate=trainer.text_encoder_learning_rate or trainer.learning_rate,
+        lock_keys=config.lock_keys,
     )
     run = open_run(config, arms=[arm])
     if config.dry_run:

@@ -8,6 +8,7 @@
     continued  like distilled, started from the frozen arm's weights
     gated      like continued, only at the timesteps at which frozen localizes, and in the layers and token groups where it
                does so at least as well as learnable
+    key_locked  like learnable, with the keys of cross-attention locked to the text encoder as it was; no teacher
     self_taught  like learnable, with the attention held to that of its own U-Net under the text encoder of the base
     rali       like learnable, with the image's labels inserted first into the training captions (RaLI of the paper)
     rali_arm   like rali, with attention regularization (ARM of the paper)
@@ -49,6 +50,7 @@ def arms_of(config: TradeoffConfig) -> list[Arm]:
         "frozen": arm("frozen", "frozen"),
         "learnable": arm("learnable", "full"),
         "distilled": arm("distilled", "full", distillation=taught),
+        "key_locked": arm("key_locked", "full", lock_keys=True),
         "continued": arm("continued", "full", distillation=replace(taught, start_from_teacher=True)),
         "gated": arm(
             "gated",

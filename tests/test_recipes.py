@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from accelerate import Accelerator
 from PIL import Image
 from rich.console import Console
@@ -351,6 +352,29 @@ def test_seeds_are_trained_evaluated_and_compared_in_one_report(
     run("tradeoff", [*argv, "--seeds", "[7]"])
     assert trained == arms
     assert read_metrics(folder)["provenance"]["seeds"]["training"] == [0, 1, 7]
+
+
+def test_locked_keys_are_merged_into_stock_weights(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = ["--base.name", str(work / "sd"), "--data.cache_dir", str(work / "cache"), *TRAINING]
+    out = tmp_path / "run"
+    run("tradeoff", [*argv, "--arms", "[frozen,key_locked]", "--output_dir", str(out)])
+    r2 = json.loads((out / "key_locked/key_lock.json").read_text(encoding="utf-8"))["r2"]
+    assert min(r2.values()) > 0.9  # two steps change little
+    assert set(read_metrics(out)["arms"]) == {"base", "frozen", "key_locked"}
+    base = load_components(BaseConfig(name=str(work / "sd")))
+    trained = load_components(BaseConfig(name=str(work / "sd")), run=out / "key_locked")
+    for ours, theirs in ((trained.unet, base.unet), (trained.text_encoders[0], base.text_encoders[0])):
+        assert parameter_counts(ours)[0] == parameter_counts(theirs)[0]
+        assert any(not torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
+    locked = ["--text_encoder", "full", "--lock_keys", "true", *argv, "--output_dir", str(tmp_path / "refused")]
+    assert "lock_keys needs method full" in refusal("finetune", locked, capsys)
+    frozen = ["--method", "full", "--lock_keys", "true", *argv, "--output_dir", str(tmp_path / "refused")]
+    assert "lock_keys: the text encoder is frozen" in refusal("finetune", frozen, capsys)
+    assert not (tmp_path / "refused").exists()
+    run("finetune", ["--method", "full", *locked, "--dry_run", "true"])
+    assert "keys merged" in capsys.readouterr().out
 
 
 def test_a_student_continues_from_its_teacher_or_follows_its_own_mean(

@@ -1,0 +1,175 @@
+"""Key-locking: keys of cross-attention from the text encoder as it was, values from the one that is trained.
+
+Where a word looks is decided by keys, what it draws there by values. A trained text encoder moves both, and the maps are
+lost. With the keys locked to the frozen encoder the maps cannot move with the trained one, at the cost of a forward pass of
+a text encoder, and no teacher has to be trained. Keys are locked so in Perfusion (Tewel et al. 2023, arXiv 2305.01644),
+there per concept and to its class. Afterwards `merge_keys` gives the keys back to the trained encoder, in closed form, so
+that what is exported is a stock U-Net and a stock text encoder.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.hooks import RemovableHandle
+from tqdm.auto import tqdm
+
+from distill.attention import attention_layers
+from distill.components import Components, encode_text
+from distill.data.captions import EOS, PADDING, WORD, token_groups
+from distill.errors import UserError
+
+MERGE_CAPTIONS = 2000
+"""Training captions that the merge is fitted on, where there are as many."""
+RIDGE = 1e-4
+"""Of the mean square of the hidden states: pulls the merge to the identity where captions say nothing."""
+
+
+class KeyLockedTextEncoder(nn.Module):
+    """Two text encoders in place of one: every hidden state is (batch, tokens, 2 * width), the frozen encoder's, then the
+    trained one's. All else (pooled states, config) is the trained one's. Only `trained` ever has gradients."""
+
+    def __init__(self, frozen: nn.Module, trained: nn.Module) -> None:
+        super().__init__()
+        self.frozen, self.trained = frozen.requires_grad_(False).eval(), trained
+
+    @property
+    def config(self) -> Any:
+        return self.trained.config
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = self.trained.dtype  # type: ignore[assignment]
+        return dtype
+
+    @property
+    def device(self) -> torch.device:
+        device: torch.device = self.trained.device  # type: ignore[assignment]
+        return device
+
+    def train(self, mode: bool = True) -> KeyLockedTextEncoder:
+        super().train(mode)
+        self.frozen.eval()
+        return self
+
+    def forward(self, input_ids: torch.Tensor, **options: Any) -> Any:
+        out = self.trained(input_ids, **options)
+        with torch.no_grad():
+            reference = self.frozen(input_ids, **options)
+        for key in ("last_hidden_state", "hidden_states"):
+            ours, theirs = out.get(key), reference.get(key)
+            if isinstance(ours, tuple):
+                out[key] = tuple(torch.cat(pair, dim=-1) for pair in zip(theirs, ours, strict=True))
+            elif ours is not None:
+                out[key] = torch.cat([theirs, ours], dim=-1)
+        return out
+
+
+@dataclass(frozen=True)
+class Merged:
+    """r2: by token group, how much of the locked keys' hidden states the merge restores on held-out captions; 1 is all."""
+
+    r2: dict[str, float]
+
+
+class KeyLock:
+    """The lock of one model: the hooks that part the hidden states, and the encoders to give back."""
+
+    def __init__(self, components: Components, frozen: Sequence[nn.Module]) -> None:
+        """Lock `components` in place: its text encoders, its pipeline's and its U-Net. frozen: the encoders that the keys
+        see. After adapters are attached, since the hooks are on the outermost module of each projection.
+        Raises UserError for a U-Net that projects the text itself."""
+        if components.unet.config.get("encoder_hid_dim") is not None:
+            raise UserError("lock_keys: this U-Net projects the text before its cross-attention, and cannot be locked")
+        self.components, self.trained = components, list(components.text_encoders)
+        joint = [KeyLockedTextEncoder(*pair) for pair in zip(frozen, self.trained, strict=True)]
+        keys: list[int] = []
+        values: list[int] = []
+        start = 0
+        for encoder in self.trained:
+            width = encoder.config.hidden_size
+            keys += range(start, start + width)
+            values += range(start + width, start + 2 * width)
+            start += 2 * width
+        self.columns = (torch.tensor(keys), torch.tensor(values))
+        self.handles: list[RemovableHandle] = []
+        for name in attention_layers(components.unet):
+            layer = components.unet.get_submodule(name)
+            for module, columns in zip((layer.to_k, layer.to_v), self.columns, strict=True):
+                self.handles.append(module.register_forward_pre_hook(_select(columns)))
+        self._place(joint)
+
+    def _place(self, encoders: Sequence[nn.Module]) -> None:
+        self.components.text_encoders[:] = encoders
+        for name, encoder in zip(("text_encoder", "text_encoder_2"), encoders, strict=False):
+            setattr(self.components.pipeline, name, encoder)
+
+    def release(self) -> None:
+        """The trained encoders alone again; keys see them, as they are."""
+        for handle in self.handles:
+            handle.remove()
+        self._place(self.trained)
+
+
+def _select(columns: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0].index_select(-1, columns.to(inputs[0].device)), *inputs[1:])
+
+    return hook
+
+
+def lock_keys(components: Components) -> KeyLock:
+    """Before the first training step and after prepare_training, which knows nothing of the lock."""
+    return KeyLock(components, [copy.deepcopy(encoder) for encoder in components.text_encoders])
+
+
+@torch.no_grad()
+def merge_keys(lock: KeyLock, captions: Sequence[str], *, batch_size: int = 32) -> Merged:
+    """Give the keys back to the trained encoder, and release the lock.
+
+    With x and y the hidden states of the trained and the frozen encoder, W is the linear map with W x closest to y in
+    least squares over the tokens of nine in ten of `captions` and the empty one (a token group counts as the square root of
+    its tokens, or padding would be all), pulled to the identity by RIDGE. Every to_k becomes to_k W. Values are untouched.
+    """
+    components = lock.components
+    key_columns, value_columns = lock.columns
+    texts = [*captions, *[""] * max(1, len(captions) // 50)]
+    width = len(key_columns)
+    groups = [token_groups(components.tokenizers[0], text, components.max_tokens) for text in texts]
+    codes = torch.stack(groups)
+    share = {int(code): float((codes == code).double().mean()) for code in codes.unique()}
+    gram, cross = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
+    held: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {code: [] for code in share}
+    device = components.unet.device
+    for start in tqdm(range(0, len(texts), batch_size), desc="merging keys", unit="batch"):
+        part = texts[start : start + batch_size]
+        states, _ = encode_text(components.text_encoders, [ids.to(device) for ids in components.tokenize(part)])
+        states = states.double().cpu()
+        x, y = states[..., value_columns], states[..., key_columns]
+        out = torch.arange(start, start + len(part)) % 10 == 0
+        for code, amount in share.items():
+            chosen = codes[start : start + len(part)] == code
+            fitted, kept = chosen & ~out[:, None], chosen & out[:, None]
+            a, b = x[fitted], (y - x)[fitted]
+            gram += a.T @ a / amount**0.5
+            cross += a.T @ b / amount**0.5
+            held[code].append((x[kept], y[kept]))
+    eye = torch.eye(width, dtype=torch.float64)
+    merge = eye + torch.linalg.solve(gram + RIDGE * gram.diagonal().mean() * eye, cross).T
+    r2 = {}
+    for name, code in (("words", WORD), ("eos", EOS), ("padding", PADDING)):
+        if held.get(code):
+            x, y = (torch.cat(states) for states in zip(*held[code], strict=True))
+            spread = (y - y.mean(dim=0)).pow(2).sum()
+            if spread > 0:  # one token alone has none
+                r2[name] = float(1 - (y - x @ merge.T).pow(2).sum() / spread)
+    for name in attention_layers(components.unet):
+        projection = components.unet.get_submodule(name).to_k
+        projection.weight.copy_((projection.weight.double().cpu() @ merge).to(projection.weight.dtype))
+    lock.release()
+    return Merged(r2)

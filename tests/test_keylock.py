@@ -1,0 +1,146 @@
+"""Key-locking: it changes nothing by itself, keys never see the trained encoder, and the merge is exact where it can be."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import save_tiny
+
+from distill.attention import attention_layers
+from distill.components import Components, encode_text, load_components, prepare_training
+from distill.config import BaseConfig, LoraConfig
+from distill.data import PhantomDataset
+from distill.export import export, prove_parity
+from distill.keylock import lock_keys, merge_keys
+
+CAPTIONS = [PhantomDataset("train", 60, 0, 64).caption(i) for i in range(60)]
+
+
+@pytest.fixture(params=["sd", "sdxl"])
+def components(request: pytest.FixtureRequest, tmp_path: Path) -> Components:
+    found = load_components(BaseConfig(name=str(save_tiny(tmp_path / "base", request.param))))
+    prepare_training(found, method="full", text_encoder="full", lora=LoraConfig())
+    return found
+
+
+def seen(components: Components) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """Output of the U-Net on fixed inputs, and what the keys and the values of each layer are."""
+    unet, found = components.unet, {"to_k": {}, "to_v": {}}  # type: ignore[var-annotated]
+    handles = [
+        getattr(unet.get_submodule(name), part).register_forward_hook(
+            lambda _m, _i, out, into=found[part], name=name: into.__setitem__(name, out)
+        )
+        for name in attention_layers(unet)
+        for part in found
+    ]
+    embeds, pooled = encode_text(components.text_encoders, components.tokenize(CAPTIONS[:2]))
+    added = (
+        None if pooled is None else {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
+    )
+    latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    out = unet(latents, torch.tensor([300, 600]), embeds, added_cond_kwargs=added, return_dict=False)[0]
+    for handle in handles:
+        handle.remove()
+    return out, found["to_k"], found["to_v"]
+
+
+def disturb(components: Components) -> None:
+    """Other weights for the encoders that are trained, as a training would give."""
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for encoder in components.text_encoders:
+            for parameter in getattr(encoder, "trained", encoder).parameters():
+                parameter += 0.3 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+
+
+def test_untrained_it_changes_nothing_and_merges_to_nothing(components: Components) -> None:
+    images = draw(components)
+    before = seen(components)
+    weights = copy.deepcopy(components.unet.state_dict())
+    encoders = list(components.text_encoders)
+    lock = lock_keys(components)
+    torch.testing.assert_close(seen(components)[0], before[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(draw(components), images, atol=1e-5, rtol=0)
+    merged = merge_keys(lock, CAPTIONS)
+    assert components.text_encoders == encoders and components.pipeline.text_encoder is encoders[0]
+    assert merged.r2 == pytest.approx(dict.fromkeys(("words", "eos", "padding"), 1.0))
+    torch.testing.assert_close(dict(components.unet.state_dict()), dict(weights), atol=1e-6, rtol=0)
+    torch.testing.assert_close(seen(components)[0], before[0], atol=1e-6, rtol=0)
+
+
+def draw(components: Components) -> torch.Tensor:
+    size: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
+    images: torch.Tensor = components.pipeline(
+        CAPTIONS[:2], generator=[torch.Generator().manual_seed(i) for i in range(2)], **size
+    ).images
+    return images
+
+
+def test_keys_see_the_encoder_as_it_was_and_values_the_trained_one(components: Components) -> None:
+    _, keys, values = seen(components)
+    lock_keys(components)
+    disturb(components)
+    _, now, drawn = seen(components)
+    for name in keys:
+        torch.testing.assert_close(now[name], keys[name], atol=1e-6, rtol=0)
+        assert (drawn[name] - values[name]).abs().max() > 1e-3
+
+
+def test_no_gradient_reaches_the_trained_encoder_through_keys(components: Components) -> None:
+    lock_keys(components)
+    torch.stack([key.square().sum() for key in seen(components)[1].values()]).sum().backward()
+    for encoder in components.text_encoders:
+        assert all(p.grad is None or not p.grad.any() for p in encoder.trained.parameters())
+        assert all(p.requires_grad for p in encoder.trained.parameters())
+        assert not any(p.requires_grad for p in encoder.frozen.parameters())
+
+
+def test_the_images_reach_the_trained_encoder_and_resting_dropout_stays_off(components: Components) -> None:
+    lock_keys(components)
+    torch.nn.ModuleList(components.text_encoders).train()
+    seen(components)[0].square().sum().backward()
+    for encoder in components.text_encoders:
+        assert encoder.trained.training and not encoder.frozen.training
+        assert any(p.grad is not None and p.grad.any() for p in encoder.trained.parameters())
+
+
+def test_a_linear_change_of_the_hidden_states_is_merged_exactly(tmp_path: Path) -> None:
+    components = load_components(BaseConfig(name=str(save_tiny(tmp_path / "base", "sd"))))
+    prepare_training(components, method="full", text_encoder="full", lora=LoraConfig())
+    _, keys, _ = seen(components)
+    lock = lock_keys(components)
+    norm = components.text_encoders[0].trained.get_submodule(
+        next(n for n, _ in components.text_encoders[0].trained.named_modules() if n.endswith("final_layer_norm"))
+    )
+    with torch.no_grad():  # its bias is 0, so that hidden states are scaled, each column by its own
+        norm.weight *= torch.linspace(0.5, 2.0, len(norm.weight))
+    merged = merge_keys(lock, CAPTIONS)
+    assert min(merged.r2.values()) > 0.999
+    _, now, _ = seen(components)
+    for name in keys:
+        torch.testing.assert_close(now[name], keys[name], atol=2e-3, rtol=0)
+
+
+def test_after_any_change_the_merge_is_nearer_to_the_locked_keys_and_exports_stock(
+    components: Components, tmp_path: Path
+) -> None:
+    _, keys, _ = seen(components)
+    lock = lock_keys(components)
+    disturb(components)
+    plain = copy.deepcopy(lock)
+    plain.release()
+    merge_keys(lock, CAPTIONS)
+    gaps = []
+    for model in (plain.components, components):
+        with torch.no_grad():
+            now = seen(model)[1]
+        gaps.append(sum(float((now[name] - keys[name].detach()).square().sum()) for name in keys))
+    assert gaps[1] < 0.5 * gaps[0]
+    written = export(components, tmp_path / "run")
+    assert {"unet", "text_encoder"} <= set(written)
+    loaded = load_components(BaseConfig(name=str(tmp_path / "base")), run=tmp_path / "run")
+    assert prove_parity(components, loaded, "cpu") < 1e-5
