@@ -133,8 +133,8 @@ def merge_keys(lock: KeyLock, captions: Sequence[str], *, batch_size: int = 32) 
     """Give the keys back to the trained encoder, and release the lock.
 
     With x and y the hidden states of the trained and the frozen encoder, W is the linear map with W x closest to y in
-    least squares over the tokens of nine in ten of `captions` and the empty one (a token group counts as the square root of
-    its tokens, or padding would be all), pulled to the identity by RIDGE. Every to_k becomes to_k W. Values are untouched.
+    least squares over the tokens of nine in ten of `captions` and the empty one (each token group counts
+    alike, or padding would be all), pulled to the identity by RIDGE. Every to_k becomes to_k W. Values are untouched.
     """
     components = lock.components
     key_columns, value_columns = lock.columns
@@ -156,8 +156,8 @@ def merge_keys(lock: KeyLock, captions: Sequence[str], *, batch_size: int = 32) 
             chosen = codes[start : start + len(part)] == code
             fitted, kept = chosen & ~out[:, None], chosen & out[:, None]
             a, b = x[fitted], (y - x)[fitted]
-            gram += a.T @ a / amount**0.5
-            cross += a.T @ b / amount**0.5
+            gram += a.T @ a / amount
+            cross += a.T @ b / amount
             held[code].append((x[kept], y[kept]))
     eye = torch.eye(width, dtype=torch.float64)
     merge = eye + torch.linalg.solve(gram + RIDGE * gram.diagonal().mean() * eye, cross).T

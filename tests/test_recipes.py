@@ -371,7 +371,9 @@ def test_locked_keys_are_merged_into_stock_weights(
     locked = ["--text_encoder", "full", "--lock_keys", "true", *argv, "--output_dir", str(tmp_path / "refused")]
     assert "lock_keys needs method full" in refusal("finetune", locked, capsys)
     frozen = ["--method", "full", "--lock_keys", "true", *argv, "--output_dir", str(tmp_path / "refused")]
-    assert "lock_keys: the text encoder is frozen" in refusal("finetune", frozen, capsys)
+    assert "lock_keys is set to True (default False), without effect: the text encoder is frozen" in refusal(
+        "finetune", frozen, capsys
+    )
     assert not (tmp_path / "refused").exists()
     run("finetune", ["--method", "full", *locked, "--dry_run", "true"])
     assert "keys merged" in capsys.readouterr().out
