@@ -326,8 +326,8 @@ class FinetuneConfig:
     """How the text encoder(s) are trained."""
     lock_keys: bool = False
     """While training, the keys of cross-attention see the text encoder as it was, and only the values the trained one, so
-    that attention maps stay those of a frozen encoder (distill/keylock.py). Merged at the end: the export is stock. Needs
-    method full."""
+    that attention maps stay those of a frozen encoder (distill/keylock.py). Merged at the end, so that the export is stock;
+    adapters of to_k then have twice lora.rank."""
     lora: LoraConfig = field(default_factory=LoraConfig)
     denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)

@@ -4,7 +4,7 @@ Where a word looks is decided by keys, what it draws there by values. A trained 
 lost. With the keys locked to the frozen encoder the maps cannot move with the trained one, at the cost of a forward pass of
 a text encoder, and no teacher has to be trained. Keys are locked so in Perfusion (Tewel et al. 2023, arXiv 2305.01644),
 there per concept and to its class. Afterwards `merge_keys` gives the keys back to the trained encoder, in closed form, so
-that what is exported is a stock U-Net and a stock text encoder.
+that what is exported is a stock U-Net and a stock text encoder, or adapters of both.
 """
 
 from __future__ import annotations
@@ -129,12 +129,15 @@ def lock_keys(components: Components) -> KeyLock:
 
 
 @torch.no_grad()
-def merge_keys(lock: KeyLock, captions: Sequence[str], *, batch_size: int = 32) -> Merged:
+def merge_keys(lock: KeyLock, captions: Sequence[str], *, rank: int | None = None, batch_size: int = 32) -> Merged:
     """Give the keys back to the trained encoder, and release the lock.
 
     With x and y the hidden states of the trained and the frozen encoder, W is the linear map with W x closest to y in
     least squares over the tokens of nine in ten of `captions` and the empty one (each token group counts
     alike, or padding would be all), pulled to the identity by RIDGE. Every to_k becomes to_k W. Values are untouched.
+
+    rank: where the projections are LoRA layers, W - 1 is the best map of this rank (reduced-rank regression, Izenman 1975),
+    so that the adapter `default` of to_k takes it in exactly, by as many ranks more. Not for other layers.
     """
     components = lock.components
     key_columns, value_columns = lock.columns
@@ -160,7 +163,13 @@ def merge_keys(lock: KeyLock, captions: Sequence[str], *, batch_size: int = 32) 
             cross += a.T @ b / amount
             held[code].append((x[kept], y[kept]))
     eye = torch.eye(width, dtype=torch.float64)
-    merge = eye + torch.linalg.solve(gram + RIDGE * gram.diagonal().mean() * eye, cross).T
+    gram += RIDGE * gram.diagonal().mean() * eye
+    change = torch.linalg.solve(gram, cross).T
+    if rank is not None:
+        basis = torch.linalg.eigh(change @ gram @ change.T).eigenvectors[:, -rank:]
+        factors = (basis, basis.T @ change)
+        change = factors[0] @ factors[1]
+    merge = eye + change
     r2 = {}
     for name, code in (("words", WORD), ("eos", EOS), ("padding", PADDING)):
         if held.get(code):
@@ -170,6 +179,28 @@ def merge_keys(lock: KeyLock, captions: Sequence[str], *, batch_size: int = 32) 
                 r2[name] = float(1 - (y - x @ merge.T).pow(2).sum() / spread)
     for name in attention_layers(components.unet):
         projection = components.unet.get_submodule(name).to_k
-        projection.weight.copy_((projection.weight.double().cpu() @ merge).to(projection.weight.dtype))
+        if rank is not None:
+            _widen(projection, *factors)
+        else:
+            projection.weight.copy_((projection.weight.double().cpu() @ merge).to(projection.weight.dtype))
+    if rank is not None:
+        adapter = components.unet.peft_config["default"]
+        ranks = {"attn2.to_k": adapter.r + rank}
+        adapter.rank_pattern, adapter.alpha_pattern = adapter.rank_pattern | ranks, adapter.alpha_pattern | ranks
     lock.release()
     return Merged(r2)
+
+
+def _widen(layer: Any, left: torch.Tensor, right: torch.Tensor) -> None:
+    """A LoRA layer of weight w + s B A becomes, as an adapter of w, (w + s B A) (1 + left right)."""
+    down, up = layer.lora_A["default"], layer.lora_B["default"]
+    a, b = down.weight.double().cpu(), up.weight.double().cpu() * layer.scaling["default"]
+    whole = layer.base_layer.weight.double().cpu() + b @ a
+    wide = {"lora_A": torch.cat([a, right]), "lora_B": torch.cat([b, whole @ left], dim=1)}
+    for name, weight in wide.items():
+        old = getattr(layer, name)["default"]
+        new = nn.Linear(weight.shape[1], weight.shape[0], bias=False).to(old.weight)
+        new.weight.copy_(weight)
+        getattr(layer, name)["default"] = new
+    size = len(wide["lora_A"])
+    layer.r["default"], layer.lora_alpha["default"], layer.scaling["default"] = size, size, 1.0

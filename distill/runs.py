@@ -136,10 +136,9 @@ def open_run(config: Any, *, arms: list[Arm]) -> Run:
                     f"distillation.start_from_teacher is true, and {arm.name} trains adapters, which are of the base: it can "
                     "start only from a teacher that is an adapter of the U-Net too"
                 )
-        if arm.lock_keys and arm.method != "full":
+        if arm.lock_keys and arm.method == "lora" and not {"to_k", "attn2.to_k"} & set(config.lora.unet_targets):
             faults.append(
-                f"{arm.name}: lock_keys needs method full: the keys are merged into the U-Net's weights at the end, and "
-                "adapters cannot hold that"
+                f"{arm.name}: lock_keys: lora.unet_targets must hold to_k, whose adapters take in the keys at the end"
             )
         if arm.lock_keys and components.unet.config.get("encoder_hid_dim") is not None:
             faults.append(f"{arm.name}: lock_keys: this U-Net projects the text before its cross-attention")
@@ -411,7 +410,8 @@ def _merge(run: Run, arm: Arm, lock: KeyLock, denoising: DenoisingConfig, log_di
     assert run.train is not None
     started = time.perf_counter()
     count = min(32 if run.config.dry_run else MERGE_CAPTIONS, len(run.train))
-    merged = merge_keys(lock, [training_caption(run.train, i, denoising) for i in range(count)])
+    rank = run.config.lora.rank if arm.method == "lora" else None
+    merged = merge_keys(lock, [training_caption(run.train, i, denoising) for i in range(count)], rank=rank)
     if run.accelerator.is_main_process:
         write_json(log_dir / "key_lock.json", asdict(merged) | {"seconds": time.perf_counter() - started})
     fit_of = ", ".join(f"{group} {value:.2f}" for group, value in merged.r2.items())

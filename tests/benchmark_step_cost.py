@@ -24,9 +24,13 @@ from distill.components import Components, load_components, prepare_training
 from distill.config import AttentionDistillationConfig, BaseConfig, DenoisingConfig, LoraConfig
 from distill.data import PhantomDataset
 from distill.data.training import TrainingRows
+from distill.keylock import lock_keys
 from distill.objectives import AttentionDistillationObjective, DenoisingObjective, SupervisedAttentionObjective
 
-KINDS: dict[str, AttentionDistillationConfig | DenoisingConfig] = {
+LOCKED = "key_locked"
+Kind = AttentionDistillationConfig | DenoisingConfig | str | None
+KINDS: dict[str, Kind] = {
+    "key_locked": LOCKED,
     "supervised": DenoisingConfig(region_token_weight=0.01),
     "gated, 4 of 7 layers": AttentionDistillationConfig(
         teacher="run", layers=("down_blocks", "up_blocks.0"), max_timestep=699
@@ -50,15 +54,15 @@ def student() -> Components:
     return components
 
 
-def stepper(
-    stack: ExitStack, config: AttentionDistillationConfig | DenoisingConfig | None
-) -> Callable[[dict[str, torch.Tensor], int], None]:
+def stepper(stack: ExitStack, config: Kind) -> Callable[[dict[str, torch.Tensor], int], None]:
     """A function that trains one step of a student of its own."""
     own = student()
+    if config == LOCKED:
+        lock_keys(own)
     objective = DenoisingObjective(own, DenoisingConfig())
     if isinstance(config, DenoisingConfig):
         objective = SupervisedAttentionObjective(own, config, stack.enter_context(record_attention(own.unet)))
-    elif config is not None:
+    elif isinstance(config, AttentionDistillationConfig):
         teacher = load_components(BaseConfig(name="phantom"))
         if config.teacher == "frozen_text_encoder":
             teacher = replace(own, text_encoders=[copy.deepcopy(e).requires_grad_(False) for e in own.text_encoders])

@@ -144,3 +144,48 @@ def test_after_any_change_the_merge_is_nearer_to_the_locked_keys_and_exports_sto
     assert {"unet", "text_encoder"} <= set(written)
     loaded = load_components(BaseConfig(name=str(tmp_path / "base")), run=tmp_path / "run")
     assert prove_parity(components, loaded, "cpu") < 1e-5
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_adapters_take_the_keys_in_exactly_and_stock_diffusers_loads_them(kind: str, tmp_path: Path) -> None:
+    """The map between the encoders has at most 16 dimensions here, so that this rank merges as full weights do."""
+    base = BaseConfig(name=str(save_tiny(tmp_path / "base", kind)))
+    width = 16 if kind == "sd" else 32
+    merged = []
+    for method in ("lora", "full"):
+        components = load_components(base)
+        torch.manual_seed(0)
+        prepare_training(components, method="lora", text_encoder="lora", lora=LoraConfig(rank=2, alpha=3.0))
+        disturb_adapters(components)
+        if method == "full":  # the same model without adapters in the U-Net
+            for name in attention_layers(components.unet):
+                layer = components.unet.get_submodule(name).to_k
+                layer.merge()
+        lock = lock_keys(components)
+        with torch.no_grad():
+            for encoder in components.text_encoders:
+                for name, parameter in encoder.trained.named_parameters():
+                    if "lora_B" in name:
+                        parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
+        r2 = merge_keys(lock, CAPTIONS, rank=width if method == "lora" else None)
+        merged.append((components, r2))
+    (lora, r2), (full, wanted) = merged
+    assert r2.r2 == pytest.approx(wanted.r2, abs=1e-6)
+    with torch.no_grad():
+        ours, theirs = seen(lora)[1], seen(full)[1]
+    for name in ours:
+        torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=0)
+    assert set(export(lora, tmp_path / "run")) == {"lora"}
+    loaded = load_components(base, run=tmp_path / "run")
+    assert prove_parity(lora, loaded, "cpu") < 1e-5
+    layer = loaded.unet.get_submodule(attention_layers(loaded.unet)[0])
+    assert (layer.to_k.r["default"], layer.to_v.r["default"]) == (2 + width, 2)
+
+
+def disturb_adapters(components: Components) -> None:
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in (components.unet, *components.text_encoders):
+            for name, parameter in module.named_parameters():
+                if "lora_B" in name:
+                    parameter += 0.3 * torch.randn(parameter.shape, generator=generator)

@@ -368,15 +368,21 @@ def test_locked_keys_are_merged_into_stock_weights(
     for ours, theirs in ((trained.unet, base.unet), (trained.text_encoders[0], base.text_encoders[0])):
         assert parameter_counts(ours)[0] == parameter_counts(theirs)[0]
         assert any(not torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-    locked = ["--text_encoder", "full", "--lock_keys", "true", *argv, "--output_dir", str(tmp_path / "refused")]
-    assert "lock_keys needs method full" in refusal("finetune", locked, capsys)
+    locked = ["--text_encoder", "lora", "--lock_keys", "true", "--lora.rank", "2", *argv]
+    no_keys = [*locked, "--lora.unet_targets", "[to_q,to_v]", "--output_dir", str(tmp_path / "refused")]
+    assert "lora.unet_targets must hold to_k" in refusal("finetune", no_keys, capsys)
     frozen = ["--method", "full", "--lock_keys", "true", *argv, "--output_dir", str(tmp_path / "refused")]
     assert "lock_keys is set to True (default False), without effect: the text encoder is frozen" in refusal(
         "finetune", frozen, capsys
     )
     assert not (tmp_path / "refused").exists()
-    run("finetune", ["--method", "full", *locked, "--dry_run", "true"])
-    assert "keys merged" in capsys.readouterr().out
+    run("finetune", [*locked, "--dry_run", "true", "--output_dir", str(tmp_path / "refused")])
+    assert "keys merged" in capsys.readouterr().out and not (tmp_path / "refused").exists()
+    run("finetune", [*locked, "--output_dir", str(tmp_path / "lora")])
+    weights = load_file(tmp_path / "lora" / LORA_FILE)
+    down = {key: len(weight) for key, weight in weights.items() if "attn2" in key and key.endswith("lora.down.weight")}
+    ranks = {key.split(".attn2.")[1].removesuffix(".lora.down.weight"): rank for key, rank in down.items()}
+    assert ranks == {"to_q": 2, "to_k": 4, "to_v": 2, "to_out.0": 2}
 
 
 def test_a_student_continues_from_its_teacher_or_follows_its_own_mean(
