@@ -13,9 +13,11 @@ import torch
 from PIL import Image
 from scipy.fft import dctn, idctn
 
-from distill.data import phantom
+from distill.data import phantom, phantom_pixels
 from distill.data.captions import find_words, query_words_for
-from distill.data.phantom import FINDINGS, PhantomDataset, Scene, draw, draw_scene, picture_sheet
+from distill.data.phantom import PhantomDataset, picture_sheet
+from distill.data.phantom_pixels import draw
+from distill.data.phantom_scene import FINDINGS, Scene, draw_scene
 from distill.data.sample import ImageCaptionDataset, Sample
 from distill.errors import UserError
 
@@ -89,7 +91,7 @@ def test_splits_share_no_row() -> None:
 def test_masks_lie_in_the_lungs_on_the_named_side(dataset: PhantomDataset, samples: list[Sample]) -> None:
     for index, sample in enumerate(samples):
         scene = dataset.scene(index)
-        x, _, lungs = phantom._place(scene, 128)
+        x, _, lungs = phantom_pixels._place(scene, 128)
         outline = {side: lung.shape() > 0 for side, lung in lungs.items()}
         for finding, region in zip(scene.findings, sample.regions, strict=True):
             mask = region.mask.numpy()
