@@ -17,7 +17,7 @@ LAYERS = (
     ("data",),
     ("attention", "embedded"),
     ("objectives",),
-    ("arms", "swap", "trainer"),
+    ("arms", "keylock", "swap", "trainer"),
     ("export", "localization"),
     ("evaluate",),
     ("seeds",),
