@@ -41,9 +41,9 @@ class DataConfig:
     """phantom: images of the validation split."""
     test_size: int = 500
     """phantom: images of the test split."""
-    phantom_captions: Literal["reports", "affirmed", "stated"] = "reports"
+    phantom_captions: Literal["reports", "affirmed", "stated", "labels"] = "reports"
     """phantom: reports state findings, negate others and add normal sentences; affirmed negates none; stated has nothing
-    but the findings."""
+    but the findings; labels is their names alone, in random order, or `no finding`."""
     phantom_companions: float = 0.0
     """phantom: probability that a finding brings its companion, such as an effusion an atelectasis; 0: independent."""
     root: str | None = None
@@ -488,7 +488,8 @@ class SwapTextEncoderConfig:
 
     base: BaseConfig = field(default_factory=BaseConfig)
     text_encoder: str | None = None
-    """Folder or hub id of a transformers encoder and its tokenizer: BERT, CXR-BERT, MiniLM, T5 and others."""
+    """Folder or hub id of a transformers encoder and its tokenizer: BERT, CXR-BERT, MiniLM, T5 and others. Or `multi_label`:
+    no language model, but one token for each label of the training images, for captions that are lists of labels."""
     model_type: str | None = None
     """In place of the encoder's own, where that names a class outside transformers: `bert` for CXR-BERT."""
     max_tokens: int = 77

@@ -13,13 +13,22 @@ from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
+from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer, PretrainedConfig
+from transformers import (
+    AutoConfig,
+    AutoModelForTextEncoding,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedTokenizerFast,
+    T5Config,
+    T5EncoderModel,
+)
 from transformers.utils import cached_file
 
 from distill.components import UNREADABLE, Components, encode_text, first_line
-from distill.data.captions import BOS, EOS, PADDING, token_groups
+from distill.data.captions import BOS, EOS, NO_LABEL, PADDING, token_groups
 from distill.errors import UserError
 
 RIDGE = 1e-3
@@ -75,6 +84,52 @@ def load_text_encoder(name: str, model_type: str | None = None, *, max_tokens: i
     encoder.config.pad_token_id = tokenizer.pad_token_id
     # The stock pipeline and components.encode_text then tell the encoder which tokens are padding.
     encoder.config.use_attention_mask = True
+    return encoder.eval(), tokenizer
+
+
+MULTI_LABEL = "multi_label"
+"""In place of an encoder's name: multi_label_encoder."""
+
+
+def multi_label_encoder(labels: Sequence[str], *, width: int, max_tokens: int) -> tuple[Any, Any]:
+    """(encoder, tokenizer) of one token for each label, for captions that are lists of labels.
+
+    The multi-label tokens of Dombrowski et al. (AAAI 2024): no word pieces, no positions, and no token sees another, which
+    is a T5 encoder without a layer: a table of vectors (of the same norm, at random; `swap_text_encoder` fits the U-Net to
+    them). Case, the length of white space, and commas or semicolons between labels do not count; anything else is one unknown token a word.
+    Raises UserError for no label, and for more than `max_tokens` can hold.
+    """
+    names = sorted({" ".join(label.lower().split()) for label in labels} | {NO_LABEL})
+    if len(names) == 1:
+        raise UserError("text_encoder multi_label: no training image has a label")
+    if len(names) + 1 > max_tokens:
+        raise UserError(
+            f"text_encoder multi_label: max_tokens is {max_tokens}, and {len(names) - 1} labels need 2 more"
+        )
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    core = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(special)}, unk_token="[UNK]"))
+    core.normalizer = normalizers.Sequence([normalizers.Lowercase(), normalizers.Replace(Regex(r"\s+"), " ")])
+    core.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s,;]+"), "removed")
+    core.add_tokens([AddedToken(name, single_word=True) for name in names])
+    core.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(piece, special.index(piece)) for piece in ("[CLS]", "[SEP]")]
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+    tokenizer.model_max_length = max_tokens
+    config = T5Config(
+        vocab_size=len(special) + len(names),
+        d_model=width,
+        num_layers=0,
+        dropout_rate=0.0,
+        pad_token_id=0,
+        eos_token_id=3,
+    )
+    encoder = T5EncoderModel(config)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        encoder.shared.weight.copy_(torch.randn(encoder.shared.weight.shape, generator=generator))
     return encoder.eval(), tokenizer
 
 

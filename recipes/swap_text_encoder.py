@@ -23,7 +23,7 @@ from distill.data import load_dataset
 from distill.errors import UserError
 from distill.export import prove_parity
 from distill.runs import quiet_libraries
-from distill.swap import load_text_encoder, swap_text_encoder
+from distill.swap import MULTI_LABEL, load_text_encoder, multi_label_encoder, swap_text_encoder
 
 
 def unused_options(config: SwapTextEncoderConfig) -> dict[str, str]:
@@ -31,6 +31,8 @@ def unused_options(config: SwapTextEncoderConfig) -> dict[str, str]:
     unread = ("validation_size", "test_size", "test_split", "resolution", "horizontal_flip", "cache_dir")
     unused = {f"data.{name}": "only training captions are read" for name in unread}
     unused["base.frozen_dtype"] = "nothing is trained"
+    if config.text_encoder == MULTI_LABEL:
+        unused["model_type"] = "multi_label loads no encoder"
     return unused | unused_data_options(config.data.kind)
 
 
@@ -39,15 +41,22 @@ def swap(config: SwapTextEncoderConfig) -> None:
     if not PartialState().is_main_process:
         return
     if config.text_encoder is None:
-        raise UserError("text_encoder is missing: a folder or hub id of a transformers encoder and its tokenizer")
+        raise UserError(
+            "text_encoder is missing: a folder or hub id of a transformers encoder and its tokenizer, or multi_label"
+        )
     refuse_unused(config, unused_options(config))
     folder = Path(config.output_dir)
     if folder.exists() and not config.dry_run:
         raise UserError(f"{folder} is there already; choose another --output_dir, or delete it")
     components = load_components(config.base)
-    encoder, tokenizer = load_text_encoder(config.text_encoder, config.model_type, max_tokens=config.max_tokens)
     train = load_dataset(config.data, "train")
     captions = [train.caption(i) for i in range(min(config.captions, len(train)))]
+    if config.text_encoder == MULTI_LABEL:
+        labels = sorted({label for i in range(len(train)) for label in train.labels(i)})
+        width = components.text_encoders[0].config.hidden_size
+        encoder, tokenizer = multi_label_encoder(labels, width=width, max_tokens=config.max_tokens)
+    else:
+        encoder, tokenizer = load_text_encoder(config.text_encoder, config.model_type, max_tokens=config.max_tokens)
     old, new = parameter_counts(components.text_encoders[0])[0], parameter_counts(encoder)[0]
     print(
         f"{config.base.name}: text encoder of {old / 1e6:.1f} M parameters -> {config.text_encoder}, {new / 1e6:.1f} M"

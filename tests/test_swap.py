@@ -25,7 +25,7 @@ from distill.data import PhantomDataset
 from distill.data.captions import BOS, EOS, PADDING, WORD, find_words, token_groups, token_spans
 from distill.errors import UserError
 from distill.export import export, prove_parity
-from distill.swap import load_text_encoder, swap_text_encoder
+from distill.swap import load_text_encoder, multi_label_encoder, swap_text_encoder
 
 LENGTH = 64
 CAPTIONS = [PhantomDataset("train", 60, 0, 64).caption(i) for i in range(60)]
@@ -205,3 +205,40 @@ def test_bases_that_cannot_be_swapped(loaded: dict[str, Components], tmp_path: P
         swap_text_encoder(loaded["sdxl"], encoder, tokenizer, CAPTIONS)
     with pytest.raises(UserError, match="at least 10"):
         swap_text_encoder(loaded["sd"], encoder, tokenizer, CAPTIONS[:9])
+
+
+def test_multi_label_tokens_stand_alone(sd: Components, tmp_path: Path) -> None:
+    """One token a label, the same in any order and company; read back from a stock pipeline, with maps of each word."""
+    train = PhantomDataset("train", 60, 0, 64, captions="labels")
+    captions = [train.caption(i) for i in range(60)]
+    assert "no finding" in captions and "pleural effusion" in " ".join(captions)
+    labels = {label for i in range(60) for label in train.labels(i)}
+    encoder, tokenizer = multi_label_encoder(sorted(labels), width=16, max_tokens=12)
+    assert len(tokenizer) == 4 + len(labels) + 1
+    pipeline, _ = swap_text_encoder(sd, encoder, tokenizer, captions)
+    pipeline.save_pretrained(tmp_path / "base")
+    components = load_components(BaseConfig(name=str(tmp_path / "base")))
+    texts = ["Edema, pleural effusion", "pleural  effusion; edema", "edema", "edema, oedema"]
+    ids = components.tokenize(texts)[0]
+    assert [(row != 0).sum() for row in ids] == [4, 4, 3, 4] and (ids == 1).sum() == 1  # [UNK]
+    with torch.no_grad():
+        states, _ = encode_text(components.text_encoders, [ids])
+    assert sorted(ids[0].tolist()) == sorted(ids[1].tolist())
+    for row, other in ((0, 1), (0, 2), (0, 3)):
+        mine, theirs = ids[row].tolist(), ids[other].tolist()
+        for token in set(mine) & set(theirs):
+            torch.testing.assert_close(states[row, mine.index(token)], states[other, theirs.index(token)])
+    one = components.tokenizers[0]
+    assert token_spans(one, texts[0], find_words(texts[0], ["effusion"]), 12) == [2]
+    assert token_spans(one, texts[0], find_words(texts[0], ["pleural", "effusion"]), 12) == [2]
+    prepare_training(components, method="full", text_encoder="full", lora=LoraConfig())
+    export(components, tmp_path / "run")
+    loaded = load_components(BaseConfig(name=str(tmp_path / "base")), run=tmp_path / "run")
+    assert prove_parity(components, loaded, "cpu") < 1e-5
+
+
+def test_multi_label_tokens_need_labels_and_room() -> None:
+    with pytest.raises(UserError, match="no training image has a label"):
+        multi_label_encoder([], width=16, max_tokens=12)
+    with pytest.raises(UserError, match="max_tokens is 3, and 2 labels need 2 more"):
+        multi_label_encoder(["Edema", "opacity"], width=16, max_tokens=3)

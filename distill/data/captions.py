@@ -117,11 +117,15 @@ def insert_labels(caption: str, labels: Sequence[str], where: Literal["first", "
     return " ".join([*words[:place], *shuffled, *words[place:]])
 
 
+NO_LABEL = "no finding"
+"""Text of an image without a label."""
+
+
 def text_of_labels(labels: Sequence[str], paraphrases: Mapping[str, Sequence[str]] | None, key: int) -> str:
     """The labels in random order, joined by commas; or of each one of its paraphrases, as sentences. `no finding` without
     labels. The draw depends on `key` only. Caption sources of Dombrowski et al. (AAAI 2024)."""
     if not labels:
-        return "no finding"
+        return NO_LABEL
     rng = np.random.default_rng(key)
     shuffled = [labels[i] for i in rng.permutation(len(labels))]
     if paraphrases is None:

@@ -44,9 +44,10 @@ class PhantomDataset:
     Row i is a pure function of (seed, split, i, resolution), whatever the size; no two splits share a row.
 
     split: train, validation or test. size: number of rows. seed: 0 to 2**32 - 1. resolution: side in pixels, 64 to 512.
-    captions: reports (findings, negated findings, normal sentences), affirmed (no negated findings), or stated (the findings
-    alone, or one normal sentence where there is none). companions: probability, 0 to 1, that a finding brings the one that it
-    is paired with (heart and edema, effusion and atelectasis, and so on); at 0 findings are independent.
+    captions: reports (findings, negated findings, normal sentences), affirmed (no negated findings), stated (the findings
+    alone, or one normal sentence where there is none), or labels (their names). companions: probability, 0 to 1, that a
+    finding brings the one that it is paired with (heart and edema, effusion and atelectasis, and so on); at 0 findings are
+    independent.
     Raises UserError for values outside these.
     """
 

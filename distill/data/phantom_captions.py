@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from distill.data.captions import text_of_labels
 from distill.data.phantom_scene import FINDINGS, CaptionStyle, Finding, Scene, Size
 
 # Phrases that name a finding. A leading "a" is an article, left out or kept as the sentence needs.
@@ -162,6 +163,8 @@ def write_caption(
 
     present = [scene.findings[k] for k in rng.permutation(len(scene.findings))]
     names = {finding.name for finding in present}
+    if style == "labels":
+        return text_of_labels(sorted(names), None, int(rng.integers(2**32))), {name: name for name in names}
     phrases = {finding.name: _phrase(finding, pick) for finding in present}
     queue = list(phrases.values())
     stated = []

@@ -27,7 +27,7 @@ Split = Literal["train", "validation", "test"]
 Side = Literal["left", "right", "bilateral"]
 Zone = Literal["upper", "mid", "lower"]
 Size = Literal["small", "moderate", "large"]
-CaptionStyle = Literal["reports", "affirmed", "stated"]
+CaptionStyle = Literal["reports", "affirmed", "stated", "labels"]
 Array = NDArray[np.floating[Any]]
 
 SPLIT_CODES: dict[str, int] = {"train": 0, "validation": 1, "test": 2}
