@@ -96,7 +96,8 @@ def multi_label_encoder(labels: Sequence[str], *, width: int, max_tokens: int) -
 
     The multi-label tokens of Dombrowski et al. (AAAI 2024): no word pieces, no positions, and no token sees another, which
     is a T5 encoder without a layer: a table of vectors (of the same norm, at random; `swap_text_encoder` fits the U-Net to
-    them). Case, the length of white space, and commas or semicolons between labels do not count; anything else is one unknown token a word.
+    them). Case, the length of white space, and commas or semicolons between labels do not count; anything else is one
+    unknown token a word.
     Raises UserError for no label, and for more than `max_tokens` can hold.
     """
     names = sorted({" ".join(label.lower().split()) for label in labels} | {NO_LABEL})
