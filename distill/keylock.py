@@ -72,9 +72,11 @@ class KeyLockedTextEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class Merged:
-    """r2: by token group, how much of the locked keys' hidden states the merge restores on held-out captions; 1 is all."""
+    """By token group, how much of the hidden states that locked keys saw is restored on held-out captions, 1 for all. r2: by
+    the merge. r2_unmerged: by the trained encoder as it is; a merge that is below it has failed."""
 
     r2: dict[str, float]
+    r2_unmerged: dict[str, float]
 
 
 class KeyLock:
@@ -118,18 +120,24 @@ class KeyLock:
 
 def _select(columns: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
     def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (inputs[0].index_select(-1, columns.to(inputs[0].device)), *inputs[1:])
+        nonlocal columns
+        if columns.device != inputs[0].device:  # once: a copy at every call would wait for the device
+            columns = columns.to(inputs[0].device)
+        return (inputs[0].index_select(-1, columns), *inputs[1:])
 
     return hook
 
 
-def lock_keys(components: Components) -> KeyLock:
-    """Before the first training step and after prepare_training, which knows nothing of the lock."""
-    return KeyLock(components, [copy.deepcopy(encoder) for encoder in components.text_encoders])
+def lock_keys(components: Components, dtype: torch.dtype = torch.float32) -> KeyLock:
+    """Before the first training step and after prepare_training, which knows nothing of the lock. dtype: of the copies that
+    the keys see."""
+    return KeyLock(components, [copy.deepcopy(encoder).to(dtype) for encoder in components.text_encoders])
 
 
 @torch.no_grad()
-def merge_keys(lock: KeyLock, captions: Sequence[str], *, rank: int | None = None, batch_size: int = 32) -> Merged:
+def merge_keys(
+    lock: KeyLock, captions: Sequence[str], *, rank: int | None = None, batch_size: int = 32, progress: bool = True
+) -> Merged:
     """Give the keys back to the trained encoder, and release the lock.
 
     With x and y the hidden states of the trained and the frozen encoder, W is the linear map with W x closest to y in
@@ -149,12 +157,13 @@ def merge_keys(lock: KeyLock, captions: Sequence[str], *, rank: int | None = Non
     gram, cross = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
     held: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {code: [] for code in share}
     device = components.unet.device
-    for start in tqdm(range(0, len(texts), batch_size), desc="merging keys", unit="batch"):
+    for start in tqdm(range(0, len(texts), batch_size), desc="merging keys", unit="batch", disable=not progress):
         part = texts[start : start + batch_size]
         states, _ = encode_text(components.text_encoders, [ids.to(device) for ids in components.tokenize(part)])
-        states = states.double().cpu()
+        states = states.cpu().double()
         x, y = states[..., value_columns], states[..., key_columns]
-        out = torch.arange(start, start + len(part)) % 10 == 0
+        places = torch.arange(start, start + len(part))
+        out = (places % 10 == 0) & (places < len(captions))
         for code, amount in share.items():
             chosen = codes[start : start + len(part)] == code
             fitted, kept = chosen & ~out[:, None], chosen & out[:, None]
@@ -170,32 +179,32 @@ def merge_keys(lock: KeyLock, captions: Sequence[str], *, rank: int | None = Non
         factors = (basis, basis.T @ change)
         change = factors[0] @ factors[1]
     merge = eye + change
-    r2 = {}
+    r2: dict[str, float] = {}
+    unmerged: dict[str, float] = {}
     for name, code in (("words", WORD), ("eos", EOS), ("padding", PADDING)):
         if held.get(code):
             x, y = (torch.cat(states) for states in zip(*held[code], strict=True))
             spread = (y - y.mean(dim=0)).pow(2).sum()
             if spread > 0:  # one token alone has none
                 r2[name] = float(1 - (y - x @ merge.T).pow(2).sum() / spread)
+                unmerged[name] = float(1 - (y - x).pow(2).sum() / spread)
     for name in attention_layers(components.unet):
         projection = components.unet.get_submodule(name).to_k
-        if rank is not None:
-            _widen(projection, *factors)
+        if rank is None:
+            projection.weight.copy_(projection.weight.cpu().double() @ merge)
         else:
-            projection.weight.copy_((projection.weight.double().cpu() @ merge).to(projection.weight.dtype))
-    if rank is not None:
-        adapter = components.unet.peft_config["default"]
-        ranks = {"attn2.to_k": adapter.r + rank}
-        adapter.rank_pattern, adapter.alpha_pattern = adapter.rank_pattern | ranks, adapter.alpha_pattern | ranks
+            ranks = {"attn2.to_k": _widen(projection, *factors)}
+            adapter = components.unet.peft_config["default"]
+            adapter.rank_pattern, adapter.alpha_pattern = adapter.rank_pattern | ranks, adapter.alpha_pattern | ranks
     lock.release()
-    return Merged(r2)
+    return Merged(r2, unmerged)
 
 
-def _widen(layer: Any, left: torch.Tensor, right: torch.Tensor) -> None:
-    """A LoRA layer of weight w + s B A becomes, as an adapter of w, (w + s B A) (1 + left right)."""
+def _widen(layer: Any, left: torch.Tensor, right: torch.Tensor) -> int:
+    """A LoRA layer of weight w + s B A becomes, as an adapter of w, (w + s B A) (1 + left right). Returns its rank."""
     down, up = layer.lora_A["default"], layer.lora_B["default"]
-    a, b = down.weight.double().cpu(), up.weight.double().cpu() * layer.scaling["default"]
-    whole = layer.base_layer.weight.double().cpu() + b @ a
+    a, b = down.weight.cpu().double(), up.weight.cpu().double() * layer.scaling["default"]
+    whole = layer.base_layer.weight.cpu().double() + b @ a
     wide = {"lora_A": torch.cat([a, right]), "lora_B": torch.cat([b, whole @ left], dim=1)}
     for name, weight in wide.items():
         old = getattr(layer, name)["default"]
@@ -204,3 +213,4 @@ def _widen(layer: Any, left: torch.Tensor, right: torch.Tensor) -> None:
         getattr(layer, name)["default"] = new
     size = len(wide["lora_A"])
     layer.r["default"], layer.lora_alpha["default"], layer.scaling["default"] = size, size, 1.0
+    return size

@@ -336,7 +336,7 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
         frozen_dtype=config.base.frozen_dtype,
         gradient_checkpointing=trainer.gradient_checkpointing,
     )
-    lock = lock_keys(components) if arm.lock_keys else None
+    lock = lock_keys(components, DTYPES[config.base.frozen_dtype]) if arm.lock_keys else None
     components.to(accelerator.device)
     denoising = arm.denoising or config.denoising
     label_tokens = distillation.words == "labels" if distillation else denoising.arm_weight > 0
@@ -400,22 +400,36 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
             on_localize=lambda step: _localize(run, components, log_dir, step),
             label=arm.name,
         )
-    if lock is not None:
-        _merge(run, arm, lock, denoising, log_dir)
+    if lock is not None and config.dry_run:
+        lock.release()
+    elif lock is not None:
+        result = replace(result, seconds=result.seconds + _merge(run, arm, lock, denoising, log_dir))
     return components, result
 
 
-def _merge(run: Run, arm: Arm, lock: KeyLock, denoising: DenoisingConfig, log_dir: Path) -> None:
-    """The keys are the trained text encoder's again; key_lock.json says how well that goes."""
+def _merge(run: Run, arm: Arm, lock: KeyLock, denoising: DenoisingConfig, log_dir: Path) -> float:
+    """The keys are the trained text encoder's again; key_lock.json says how well that goes. Returns the seconds."""
     assert run.train is not None
     started = time.perf_counter()
-    count = min(32 if run.config.dry_run else MERGE_CAPTIONS, len(run.train))
+    # From the whole data set, which may be sorted.
+    rows = sorted({round(i * (len(run.train) - 1) / (MERGE_CAPTIONS - 1)) for i in range(MERGE_CAPTIONS)})
+    captions = [training_caption(run.train, i, denoising) for i in rows]
     rank = run.config.lora.rank if arm.method == "lora" else None
-    merged = merge_keys(lock, [training_caption(run.train, i, denoising) for i in range(count)], rank=rank)
-    if run.accelerator.is_main_process:
-        write_json(log_dir / "key_lock.json", asdict(merged) | {"seconds": time.perf_counter() - started})
-    fit_of = ", ".join(f"{group} {value:.2f}" for group, value in merged.r2.items())
-    run.say(f"{arm.name}: keys merged into the trained text encoder's; R^2 of {fit_of}; {log_dir / 'key_lock.json'}")
+    main = run.accelerator.is_main_process
+    merged = merge_keys(lock, captions, rank=rank, progress=main)
+    seconds = time.perf_counter() - started
+    if main:
+        write_json(log_dir / "key_lock.json", asdict(merged) | {"seconds": seconds})
+    fits = ", ".join(
+        f"{name} {value:.2f} (without {merged.r2_unmerged[name]:.2f})" for name, value in merged.r2.items()
+    )
+    run.say(f"{arm.name}: keys merged into the trained text encoder's; R^2 of {fits}; {log_dir / 'key_lock.json'}")
+    worse = [name for name, value in merged.r2.items() if value < merged.r2_unmerged[name]]
+    if worse:
+        run.say(
+            f"warning: {arm.name}: for {', '.join(worse)} the merge is worse than none; compare the maps, or train shorter"
+        )
+    return seconds
 
 
 def _gated(

@@ -49,14 +49,16 @@ def swap(config: SwapTextEncoderConfig) -> None:
     if folder.exists() and not config.dry_run:
         raise UserError(f"{folder} is there already; choose another --output_dir, or delete it")
     components = load_components(config.base)
+    loaded = None
+    if config.text_encoder != MULTI_LABEL:
+        loaded = load_text_encoder(config.text_encoder, config.model_type, max_tokens=config.max_tokens)
     train = load_dataset(config.data, "train")
     captions = [train.caption(i) for i in range(min(config.captions, len(train)))]
-    if config.text_encoder == MULTI_LABEL:
+    if loaded is None:
         labels = sorted({label for i in range(len(train)) for label in train.labels(i)})
         width = components.text_encoders[0].config.hidden_size
-        encoder, tokenizer = multi_label_encoder(labels, width=width, max_tokens=config.max_tokens)
-    else:
-        encoder, tokenizer = load_text_encoder(config.text_encoder, config.model_type, max_tokens=config.max_tokens)
+        loaded = multi_label_encoder(labels, width=width, max_tokens=config.max_tokens)
+    encoder, tokenizer = loaded
     old, new = parameter_counts(components.text_encoders[0])[0], parameter_counts(encoder)[0]
     print(
         f"{config.base.name}: text encoder of {old / 1e6:.1f} M parameters -> {config.text_encoder}, {new / 1e6:.1f} M"

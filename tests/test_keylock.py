@@ -146,6 +146,26 @@ def test_after_any_change_the_merge_is_nearer_to_the_locked_keys_and_exports_sto
     assert prove_parity(components, loaded, "cpu") < 1e-5
 
 
+def test_few_captions_fit_the_empty_one_and_a_rank_beyond_the_width_is_the_width(tmp_path: Path) -> None:
+    base = BaseConfig(name=str(save_tiny(tmp_path / "base", "sd")))
+    components = load_components(base)
+    prepare_training(components, method="lora", text_encoder="full", lora=LoraConfig(rank=2, alpha=2.0))
+    lock = lock_keys(components)
+    disturb(components)
+    with torch.no_grad():
+        wanted, mine = encode_text(components.text_encoders, components.tokenize([""]))[0].chunk(2, dim=-1)
+    before = components.unet.get_submodule(attention_layers(components.unet)[0]).to_k
+    with torch.no_grad():
+        target, unmerged = before.base_layer(wanted), before.base_layer(mine)
+    merged = merge_keys(lock, CAPTIONS[:10], rank=40)
+    assert all(merged.r2_unmerged[name] < value for name, value in merged.r2.items())
+    with torch.no_grad():
+        found = components.unet.get_submodule(attention_layers(components.unet)[0]).to_k(mine)
+    assert (found - target).square().sum() < 0.3 * (unmerged - target).square().sum()
+    export(components, tmp_path / "run")
+    assert prove_parity(components, load_components(base, run=tmp_path / "run"), "cpu") < 1e-5
+
+
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_adapters_take_the_keys_in_exactly_and_stock_diffusers_loads_them(kind: str, tmp_path: Path) -> None:
     """The map between the encoders has at most 16 dimensions here, so that this rank merges as full weights do."""
