@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import platform
 import subprocess
@@ -25,13 +26,21 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def provenance() -> dict[str, Any]:
-    """Commit (null outside a checkout), whether files differ from it, versions, device, threads, time in UTC."""
+@functools.cache
+def code_version() -> tuple[str | None, bool | None]:
+    """Commit (None outside a checkout) and whether files differ from it, as at the first call: a run calls it at start, since
+    the checkout may change before its end."""
     status = _git("status", "--porcelain", "--untracked-files=no")
+    return _git("rev-parse", "HEAD"), None if status is None else bool(status)
+
+
+def provenance() -> dict[str, Any]:
+    """Commit, whether files differ from it, versions, device, threads, time in UTC."""
+    commit, changed = code_version()
     cuda = torch.cuda.is_available()
     return {
-        "commit": _git("rev-parse", "HEAD"),
-        "uncommitted_changes": None if status is None else bool(status),
+        "commit": commit,
+        "uncommitted_changes": changed,
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "python": platform.python_version(),
         "platform": platform.platform(),

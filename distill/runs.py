@@ -66,7 +66,7 @@ from distill.objectives import (
     SupervisedAttentionObjective,
     check_same_shape,
 )
-from distill.provenance import provenance
+from distill.provenance import code_version, provenance
 from distill.report import terminal_table, validate_metrics, write_model_card, write_report
 from distill.report.document import write_atomic
 from distill.trainer import FitResult, fit, make_accelerator, peak_memory_gb
@@ -99,6 +99,7 @@ def open_run(config: Any, *, arms: list[Arm]) -> Run:
     Raises UserError, before anything is written, with all faults of the data or the first of the rest.
     """
     quiet_libraries()
+    code_version()
     refuse_unused(config, unused_options(config, arms))
     folder = Path(config.output_dir)
     if not config.dry_run:
