@@ -343,6 +343,7 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
     label_tokens = distillation.words == "labels" if distillation else denoising.arm_weight > 0
     regions = denoising.reads_regions and not distillation
     rows = training_rows(run, components, trainer, denoising, label_tokens=label_tokens, regions=regions)
+    besides = 0.0  # seconds of what belongs to the training and is not a step
     with ExitStack() as stack:
         if distillation:
             if teacher is None:
@@ -367,7 +368,9 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
                 frozen.to(accelerator.device)
                 if distillation.gate_reference is not None and not config.dry_run:
                     layers = attention_layers(components.unet, distillation.layers)
+                    began = time.perf_counter()
                     distillation = _gated(run, frozen, distillation, layers, log_dir)
+                    besides += time.perf_counter() - began
             student_maps = stack.enter_context(
                 record_attention(components.unet, distillation.layers, text_gradient=distillation.text_gradient)
             )
@@ -404,8 +407,8 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
     if lock is not None and config.dry_run:
         lock.release()
     elif lock is not None:
-        result = replace(result, seconds=result.seconds + _merge(run, arm, lock, denoising, log_dir))
-    return components, result
+        besides += _merge(run, arm, lock, denoising, log_dir)
+    return components, replace(result, seconds=result.seconds + besides)
 
 
 def _merge(run: Run, arm: Arm, lock: KeyLock, denoising: DenoisingConfig, log_dir: Path) -> float:
