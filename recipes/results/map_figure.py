@@ -25,6 +25,8 @@ def regimes() -> dict[str, dict[str, Any]]:
     """Regime -> its arms frozen and learnable; mean over seeds where there are several."""
     benchmark = json.loads((FOLDER / "metrics.json").read_text(encoding="utf-8"))["arms"]
     found = {"benchmark (3 seeds)": benchmark}
+    longer = json.loads((FOLDER / "equal_length.json").read_text(encoding="utf-8"))["arms"]
+    found["benchmark, 800 steps (3 seeds)"] = longer
     found["all-MiniLM-L6-v2 as encoder"] = json.loads((FOLDER / "minilm.json").read_text(encoding="utf-8"))["arms"]
     for name, regime in json.loads((FOLDER / "map.json").read_text(encoding="utf-8")).items():
         if {"frozen", "learnable"} <= set(regime["arms"]):
