@@ -1,10 +1,10 @@
 """Key-locking: keys of cross-attention from the text encoder as it was, values from the one that is trained.
 
 Where a word looks is decided by keys, what it draws there by values. A trained text encoder moves both, and the maps are
-lost. With the keys locked to the frozen encoder the maps cannot move with the trained one, at the cost of a forward pass of
-a text encoder, and no teacher has to be trained. Keys are locked so in Perfusion (Tewel et al. 2023, arXiv 2305.01644),
-there per concept and to its class. Afterwards `merge_keys` gives the keys back to the trained encoder, in closed form, so
-that what is exported is a stock U-Net and a stock text encoder, or adapters of both.
+lost. With the keys locked to the frozen encoder the trained one moves the maps through the queries of later layers alone, at
+the cost of a forward pass of a text encoder, and no teacher has to be trained. Keys are locked so in Perfusion (Tewel et al.
+2023, arXiv 2305.01644), there per concept and to its class. Afterwards `merge_keys` gives the keys back to the trained
+encoder, in closed form, so that what is exported is a stock U-Net and a stock text encoder, or adapters of both.
 """
 
 from __future__ import annotations
