@@ -483,6 +483,22 @@ class RobustnessConfig:
 
 
 @dataclass(frozen=True)
+class CompareConfig:
+    """recipes/compare.py: runs of several commands in one report, with paired differences."""
+
+    arms: dict[str, str] = field(default_factory=dict)
+    """Name in the report -> its evaluated folder, `<run>/<arm>`, or a run folder that holds one trained arm."""
+    seeds: tuple[int, ...] = ()
+    """Training seeds that `{seed}` in the folders of `arms` stands for; none where each arm is one run."""
+    references: tuple[str, ...] = ()
+    """Arms that every other is compared with; none takes `frozen` and `learnable` where they are arms, else the first."""
+    output_dir: str = "checkpoints/compare"
+    """Where metrics.json and the report are written, with a copy of what they are made from; no weights."""
+    dry_run: bool = False
+    """Check that the runs can be compared, print what would be, and stop."""
+
+
+@dataclass(frozen=True)
 class SwapTextEncoderConfig:
     """recipes/swap_text_encoder.py: put another text encoder into a base, as a stock pipeline to fine-tune."""
 
@@ -586,6 +602,7 @@ _INSIDE: Rule = (lambda value: 0 < value < 1, "above 0 and below 1")
 _NOT_EMPTY: Rule = (lambda value: len(value) > 0, "something, not an empty value")
 _TIMESTEPS: Rule = (lambda value: len(value) > 0 and all(step >= 0 for step in value), "timesteps of at least 0")
 _DISTINCT: Rule = (lambda value: 0 < len(value) == len(set(value)), "at least one, and each only once")
+_SEEDS: Rule = (lambda value: len(value) == len(set(value)) and all(s >= 0 for s in value), "distinct, at least 0")
 _ONCE: Rule = (lambda value: len(value) == len(set(value)), "each only once")
 
 RULES: Mapping[type, Mapping[str, Rule]] = {
@@ -670,7 +687,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
     DistillAttentionConfig: {"output_dir": _NOT_EMPTY, "seed": _NOT_NEGATIVE},
     TradeoffConfig: {
         "arms": _DISTINCT,
-        "seeds": (lambda value: len(value) == len(set(value)) and all(s >= 0 for s in value), "distinct, at least 0"),
+        "seeds": _SEEDS,
         "self_taught_batch_share": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
         "self_taught_frozen_share": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
         "rali_arm_weight": _POSITIVE,
@@ -692,6 +709,11 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "output_dir": _NOT_EMPTY,
     },
     RobustnessConfig: {"runs": _ONCE, "output_dir": _NOT_EMPTY},
+    CompareConfig: {
+        "seeds": _SEEDS,
+        "references": _ONCE,
+        "output_dir": _NOT_EMPTY,
+    },
     SwapTextEncoderConfig: {
         "max_tokens": (lambda value: value >= 4, "at least 4"),
         "captions": (lambda value: value >= 10, "at least 10"),

@@ -103,7 +103,7 @@ def open_run(config: Any, *, arms: list[Arm]) -> Run:
     refuse_unused(config, unused_options(config, arms))
     folder = Path(config.output_dir)
     if not config.dry_run:
-        _claim(folder, config)
+        claim(folder, config)
     began = time.perf_counter()
     training = None if isinstance(config, EvaluateConfig) else config.trainer
     # A tracker of a dry run would leave its files in the run folder.
@@ -231,7 +231,7 @@ def quiet_libraries() -> None:
         logging.disable_progress_bar()
 
 
-def _claim(folder: Path, config: Any) -> None:
+def claim(folder: Path, config: Any) -> None:
     """Refuse a folder that holds a run with another configuration."""
     path = folder / "config.yaml"
     if path.exists() and path.read_text(encoding="utf-8") != to_yaml(config):

@@ -37,10 +37,11 @@ def run_folders(folder: Path) -> dict[int, Path]:
     return {seed: found[seed] for seed in sorted(found) if (found[seed] / "metrics.json").exists()}
 
 
-def combine(folder: Path, samples: int | None = None) -> dict[str, Any]:
+def combine(folder: Path, samples: int | None = None, references: Sequence[str] = REFERENCES) -> dict[str, Any]:
     """metrics.json of `folder`: each arm's means over the seeds, `per_seed` values, and `paired` differences.
 
-    samples: resamples of the bootstrap, by default as many as the runs had.
+    samples: resamples of the bootstrap, by default as many as the runs had. references: the arms that all others but the
+    base are compared with.
     Raises UserError if the seeds' runs differ in configuration, arms or images.
     """
     runs = run_folders(folder)
@@ -92,7 +93,7 @@ def combine(folder: Path, samples: int | None = None) -> dict[str, Any]:
             if where is not None and where.get(name) is not None:
                 where[f"{name}_ci"] = interval
     paired: dict[str, Any] = {}
-    for other in REFERENCES:
+    for other in references:
         for arm in arms:
             if other not in arms or arm in ("base", other) or f"{other} - {arm}" in paired:
                 continue

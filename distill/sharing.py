@@ -20,7 +20,7 @@ from distill.config import TradeoffConfig
 from distill.errors import UserError
 from distill.report import terminal_table, validate_metrics, write_report
 from distill.runs import Run, write_json
-from distill.seeds import combine, run_folders
+from distill.seeds import REFERENCES, combine, run_folders
 
 
 @dataclass(frozen=True)
@@ -90,11 +90,11 @@ def share_base(folder: Path, config: TradeoffConfig) -> None:
             return
 
 
-def finish_seeds(folder: Path) -> None:
+def finish_seeds(folder: Path, references: Sequence[str] = REFERENCES) -> None:
     """metrics.json and report of all seeds in `folder`, the table in the terminal, and the paths."""
     if not PartialState().is_main_process:
         return
-    metrics = combine(folder)
+    metrics = combine(folder, references=references)
     validate_metrics(metrics)
     write_json(folder / "metrics.json", metrics)
     html, markdown = write_report(folder)

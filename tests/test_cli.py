@@ -24,6 +24,7 @@ from distill.config import (
     RULES,
     AtlasConfig,
     BenchmarkLocalizationConfig,
+    CompareConfig,
     DistillAttentionConfig,
     EvaluateConfig,
     FinetuneConfig,
@@ -62,10 +63,10 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
     origin, arguments = get_origin(hint), get_args(hint)
     if origin is Literal:
         return st.sampled_from(arguments)
-    if origin is tuple:
-        return st.lists(values_of(arguments[0]), max_size=3).map(tuple)
+    if origin is tuple or origin is list:
+        return st.lists(values_of(arguments[0]), max_size=3).map(origin)
     if origin is dict:
-        return st.dictionaries(values_of(arguments[0]), st.lists(values_of(str), max_size=2), max_size=2)
+        return st.dictionaries(values_of(arguments[0]), values_of(arguments[1]), max_size=2)
     if type(None) in arguments:
         return st.one_of(*(st.none() if part is type(None) else values_of(part) for part in arguments))
     if hint is str:
@@ -163,6 +164,7 @@ def test_every_shipped_config_is_legal(path: Path) -> None:
     classes = {
         "atlas": AtlasConfig,
         "benchmark_localization": BenchmarkLocalizationConfig,
+        "compare": CompareConfig,
         "distill_attention": DistillAttentionConfig,
         "evaluate": EvaluateConfig,
         "finetune": FinetuneConfig,

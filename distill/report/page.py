@@ -216,26 +216,27 @@ _SEVERAL = "Intervals are of resamples of seeds and images; a few seeds show the
 
 
 def _verdict(metrics: Mapping[str, Any]) -> Section:
+    training = tables.lookup(metrics, "provenance", "seeds", "training")
+    several = isinstance(training, list) and len(training) > 1
     found = tables.verdicts(metrics)
     said = tables.outcomes(metrics, found)
     blocks: list[Block] = [tables.outcome_table(said)] if said else []
-    comparison = tables.comparison_table(metrics)
+    comparison, paired = tables.comparison_table(metrics), tables.paired_table(metrics)
     if comparison is not None:
         blocks.append(comparison)
         blocks.append(
             Text(
                 "“Better” and “worse” are said only where the two 95 % intervals do not overlap. All arms are measured "
                 "on the same held-out images, so this is a careful rule: overlap does not prove that two arms are "
-                f"equal. {_SEVERAL if 'paired' in metrics else _ONE}"
+                f"equal.{'' if paired else f' {_ONE}'}"
             )
         )
-    paired = tables.paired_table(metrics)
     if paired is not None:
         blocks.append(paired)
         blocks.append(
             Text(
                 "Differences of the first arm from the second, on the same images, captions, noise and seeds, with 95 % "
-                "intervals; coloured where the interval does not hold 0."
+                f"intervals; coloured where the interval does not hold 0. {_SEVERAL if several else _ONE}"
             )
         )
     if found:

@@ -1,0 +1,123 @@
+"""recipes/compare.py: on run folders as recipes leave them; what cannot be compared is refused in one message."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from test_seeds import write_run
+
+from distill.cli import main, parse, to_yaml
+from distill.config import CompareConfig, FinetuneConfig
+from distill.report import validate_metrics
+
+EACH = "{frozen: 'RUN/seed-{seed}/frozen', longer: 'RUN/seed-{seed}/longer'}"
+
+
+def recipe() -> Callable[[CompareConfig], None]:
+    path = Path(__file__).parents[1] / "recipes" / "compare.py"
+    spec = importlib.util.spec_from_file_location("recipe_compare", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # for its dataclass
+    spec.loader.exec_module(module)
+    return module.compare
+
+
+def finished(folder: Path, seed: int, shift: dict[str, float], **options: Any) -> Path:
+    """A run folder with what its recipe writes besides: config.yaml, and metrics.json of each arm."""
+    write_run(folder, seed, shift)
+    run = folder / f"seed-{seed}"
+    (run / "config.yaml").write_text(to_yaml(parse(FinetuneConfig, ["--seed", str(seed)])), encoding="utf-8")
+    change(run, **options)
+    whole = json.loads((run / "metrics.json").read_text())
+    for arm in shift:
+        found = {"arms": {arm: whole["arms"][arm]}, "provenance": {"commit": f"of {arm}"}}
+        (run / arm / "metrics.json").write_text(json.dumps(found))
+    return run
+
+
+def change(run: Path, **options: Any) -> None:
+    """Set `group__key` in the run's config.yaml; a value of None takes the key out, as in a run of an older version."""
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    for key, value in options.items():
+        group, name = key.split("__")
+        config[group][name] = value
+        if value is None:
+            del config[group][name]
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+
+
+def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    with pytest.raises(SystemExit) as caught:
+        main(recipe(), CompareConfig, argv)
+    message = capsys.readouterr().err
+    assert caught.value.code == 2 and message.count("error: ") == 1 and "Traceback" not in message
+    return message
+
+
+def test_arms_of_several_commands_are_compared_pair_by_pair(tmp_path: Path) -> None:
+    for seed, gain in ((1, 0.1), (2, 0.3)):
+        finished(tmp_path / "a", seed, {"frozen": 0.0, "other": 0.0})
+        finished(tmp_path / "b", seed, {"longer": gain}, trainer__max_steps=800, data__phantom_companions=None)
+    arms = "{frozen: 'A/seed-{seed}/frozen', longer: 'B/seed-{seed}/longer'}"
+    arms = arms.replace("A/", f"{tmp_path}/a/").replace("B/", f"{tmp_path}/b/")
+    argv = ["--arms", arms, "--seeds", "[1,2]", "--output_dir", str(tmp_path / "out")]
+    for _ in range(2):  # the same command again
+        recipe()(parse(CompareConfig, argv))
+        metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+        validate_metrics(metrics)
+        assert list(metrics["arms"]) == ["frozen", "longer"] and list(metrics["paired"]) == ["longer - frozen"]
+        found = metrics["paired"]["longer - frozen"]["word.auc"]
+        assert found["value"] == pytest.approx(0.2) and found["per_seed"] == pytest.approx({"1": 0.1, "2": 0.3})
+    origin = metrics["provenance"]
+    assert origin["arms"]["longer"]["differs"] == {"trainer.max_steps": "800"}
+    assert origin["arms"]["longer"]["commit"] == "of longer" and origin["seeds"]["training"] == [1, 2]
+    assert origin["seconds"]["longer: training"] == 2.0, "of both seeds"
+    assert "longer - frozen" in (tmp_path / "out/report.md").read_text()
+
+
+def test_single_runs_are_compared_with_intervals_of_images_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = finished(tmp_path / "a", 0, {"base": 0.0, "model": 0.1}, evaluation__batch_size=2)
+    two = finished(tmp_path / "b", 5, {"model": 0.4}, data__train_size=7)
+    arms = f"{{plain: '{one}', better: '{two}/model', start: '{one}/base'}}"
+    argv = ["--arms", arms, "--references", "plain", "--output_dir", str(tmp_path / "out")]
+    recipe()(parse(CompareConfig, [*argv, "--dry_run"]))
+    assert not (tmp_path / "out").exists() and "nothing was written" in capsys.readouterr().out
+    recipe()(parse(CompareConfig, argv))
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    found = {name: entry["word.auc"]["value"] for name, entry in metrics["paired"].items()}
+    assert found == {"better - plain": pytest.approx(0.3), "start - plain": pytest.approx(-0.1)}
+    text = (tmp_path / "out/report.md").read_text()
+    assert "One training seed an arm" in text and "resamples of seeds" not in text
+
+
+def test_what_cannot_be_compared_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished(tmp_path, 0, {"frozen": 0.0, "longer": 0.1})
+    other = finished(
+        tmp_path / "other", 0, {"longer": 0.1}, evaluation__guidance_scale=2.0, data__phantom_captions="affirmed"
+    )
+    out = ["--output_dir", str(tmp_path / "out")]
+    each = EACH.replace("RUN", str(tmp_path))
+    message = refusal(["--arms", f"{{a: '{run}/frozen', b: '{other}/longer'}}", *out], capsys)
+    assert "evaluation.guidance_scale is 2.0, and 4.0" in message and "data.phantom_captions is 'affirmed'" in message
+    message = refusal(["--arms", each, "--seeds", "[0,3]", *out], capsys)
+    assert "frozen: " in message and "longer: " in message and "seed-3" in message
+    assert "needs seeds for {seed}" in refusal(["--arms", each, *out], capsys)
+    message = refusal(["--arms", f"{{'../a': '{run}', b: '{run}'}}", "--references", "c", *out], capsys)
+    assert "'../a' cannot be a folder's name" in message and "references: 'c' is no arm" in message
+    message = refusal(["--arms", f"{{a: '{run}', b: '{run}/longer'}}", *out], capsys)
+    assert "is a run folder of ['frozen', 'longer']; give the folder of one arm" in message
+    assert "give at least two" in refusal(["--arms", f"{{a: '{run}/longer'}}", *out], capsys)
+    assert not (tmp_path / "out").exists()
+    recipe()(parse(CompareConfig, ["--arms", each, "--seeds", "[0]", *out]))
+    message = refusal(["--arms", each.replace("longer:", "l:"), "--seeds", "[0]", *out], capsys)
+    assert "holds a run with another configuration" in message
