@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from distill.attention import attention_layers
 from distill.components import Components, encode_text
 from distill.data.captions import EOS, PADDING, WORD, token_groups
-from distill.errors import UserError
+from distill.errors import raise_all
 
 MERGE_CAPTIONS = 2000
 """Training captions that the merge is fitted on, where there are as many."""
@@ -79,6 +79,13 @@ class Merged:
     r2_unmerged: dict[str, float]
 
 
+def lock_faults(components: Components) -> list[str]:
+    """Why the keys of these components cannot be locked; empty where they can."""
+    if components.unet.config.get("encoder_hid_dim") is None:
+        return []
+    return ["lock_keys: this U-Net projects the text before its cross-attention (encoder_hid_dim)"]
+
+
 class KeyLock:
     """The lock of one model: the hooks that part the hidden states, and the encoders to give back."""
 
@@ -86,8 +93,7 @@ class KeyLock:
         """Lock `components` in place: its text encoders, its pipeline's and its U-Net. frozen: the encoders that the keys
         see. After adapters are attached, since the hooks are on the outermost module of each projection.
         Raises UserError for a U-Net that projects the text itself."""
-        if components.unet.config.get("encoder_hid_dim") is not None:
-            raise UserError("lock_keys: this U-Net projects the text before its cross-attention, and cannot be locked")
+        raise_all("the keys cannot be locked", lock_faults(components))
         self.components, self.trained = components, list(components.text_encoders)
         joint = [KeyLockedTextEncoder(*pair) for pair in zip(frozen, self.trained, strict=True)]
         keys: list[int] = []

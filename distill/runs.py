@@ -56,7 +56,7 @@ from distill.errors import UserError, raise_all
 from distill.evaluate import HeldOut, evaluate, generate, held_out, quality, save_png
 from distill.export import export, prove_parity
 from distill.gate import choose_taught
-from distill.keylock import MERGE_CAPTIONS, KeyLock, lock_keys, merge_keys
+from distill.keylock import MERGE_CAPTIONS, KeyLock, lock_faults, lock_keys, merge_keys
 from distill.localization import localization
 from distill.metrics.features import load_features
 from distill.objectives import (
@@ -141,8 +141,7 @@ def open_run(config: Any, *, arms: list[Arm]) -> Run:
             faults.append(
                 f"{arm.name}: lock_keys: lora.unet_targets must hold to_k, whose adapters take in the keys at the end"
             )
-        if arm.lock_keys and components.unet.config.get("encoder_hid_dim") is not None:
-            faults.append(f"{arm.name}: lock_keys: this U-Net projects the text before its cross-attention")
+        faults += [f"{arm.name}: {fault}" for fault in lock_faults(components)] if arm.lock_keys else []
     raise_all("the configuration does not fit the base", faults)
     attention_layers(components.unet, config.evaluation.layers)
     if any(arm.distillation for arm in arms):

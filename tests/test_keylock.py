@@ -14,6 +14,7 @@ from distill.attention import attention_layers
 from distill.components import Components, encode_text, load_components, prepare_training
 from distill.config import BaseConfig, LoraConfig
 from distill.data import PhantomDataset
+from distill.errors import UserError
 from distill.export import export, prove_parity
 from distill.keylock import lock_keys, merge_keys
 
@@ -209,3 +210,9 @@ def disturb_adapters(components: Components) -> None:
             for name, parameter in module.named_parameters():
                 if "lora_B" in name:
                     parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+
+
+def test_a_unet_that_projects_the_text_itself_is_refused(components: Components) -> None:
+    components.unet.register_to_config(encoder_hid_dim=8)
+    with pytest.raises(UserError, match="projects the text before its cross-attention"):
+        lock_keys(components)

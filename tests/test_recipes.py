@@ -27,6 +27,7 @@ from distill import runs, sharing
 from distill.cli import main, parse
 from distill.components import LORA_FILE, load_components, parameter_counts
 from distill.config import BaseConfig, DistillAttentionConfig, EvaluateConfig, FinetuneConfig, TradeoffConfig
+from distill.keylock import Merged
 from distill.report import validate_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -384,6 +385,28 @@ def test_locked_keys_are_merged_into_stock_weights(
     down = {key: len(weight) for key, weight in weights.items() if "attn2" in key and key.endswith("lora.down.weight")}
     ranks = {key.split(".attn2.")[1].removesuffix(".lora.down.weight"): rank for key, rank in down.items()}
     assert ranks == {"to_q": 2, "to_k": 4, "to_v": 2, "to_out.0": 2}
+
+
+def test_locked_keys_in_half_precision_and_a_merge_that_is_worse_than_none(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copies that keys see in bf16, beside a trained encoder in fp32, under autocast; and what a failed merge says."""
+    merge = runs.merge_keys
+
+    def worse_than_none(*arguments: Any, **options: Any) -> Merged:
+        merged = merge(*arguments, **options)
+        assert min(merged.r2.values()) > 0.9
+        return Merged(merged.r2 | {"eos": 0.2}, merged.r2_unmerged | {"eos": 0.3})
+
+    monkeypatch.setattr(runs, "merge_keys", worse_than_none)
+    argv = ["--base.name", str(work / "sd"), "--data.cache_dir", str(work / "cache"), *TRAINING, "--method", "full"]
+    argv += ["--text_encoder", "full", "--lock_keys", "true", "--base.frozen_dtype", "bf16", "--seed", "3"]
+    run("finetune", [*argv, "--trainer.mixed_precision", "bf16", "--output_dir", str(tmp_path / "half")])
+    said = capsys.readouterr().out
+    assert "for eos the merge is worse than none" in said and "R^2 of words" in said
+    assert json.loads((tmp_path / "half/model/key_lock.json").read_text(encoding="utf-8"))["r2"]["eos"] == 0.2
+    encoder = load_components(BaseConfig(name=str(work / "sd")), run=tmp_path / "half").text_encoders[0]
+    assert all(parameter.dtype == torch.float32 for parameter in encoder.parameters())
 
 
 def test_a_student_continues_from_its_teacher_or_follows_its_own_mean(
