@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
 import os
@@ -23,6 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from listed import WORDS, Listed, sample
 from PIL import Image
+from recipe import recipe_module, refusal_of
 from sklearn.metrics import roc_auc_score
 from tiny import save_tiny, tiny_sd
 
@@ -38,7 +38,7 @@ from distill.atlas import (
     paired_difference,
     short_layer,
 )
-from distill.cli import main, parse
+from distill.cli import parse
 from distill.components import AttentionSubset, Components, load_components, read_subset
 from distill.config import AtlasConfig, BaseConfig, EvaluationConfig
 from distill.data import PhantomDataset
@@ -46,7 +46,6 @@ from distill.errors import UserError
 from distill.localization import DEFAULT_TIMESTEPS, TOKEN_MAPS, localization, with_subset
 from distill.metrics import macro_mean_interval
 
-ROOT = Path(__file__).parents[1]
 CONFIG = EvaluationConfig(localization_images=4, batch_size=3, bootstrap_samples=20)
 
 
@@ -329,14 +328,6 @@ def test_short_names_of_layers_differ() -> None:
 # --- the recipe -----------------------------------------------------------------------------------------------------
 
 
-def load_recipe() -> Any:
-    spec = importlib.util.spec_from_file_location("recipe_atlas", ROOT / "recipes" / "atlas.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 @pytest.fixture
 def work(base: Path, tmp_path: Path) -> tuple[Path, list[str]]:
     """A folder with a base and a trained run, and the command line for both."""
@@ -356,18 +347,13 @@ def files_of(folder: Path) -> set[str]:
 
 
 def run(argv: list[str]) -> None:
-    recipe = load_recipe()
+    recipe = recipe_module("atlas")
     recipe.atlas(parse(AtlasConfig, argv, ignored=recipe.IGNORED))
 
 
 def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    recipe = load_recipe()
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(recipe.atlas, AtlasConfig, argv, ignored=recipe.IGNORED)
-    message = capsys.readouterr().err
-    assert caught.value.code == 2 and "Traceback" not in message
-    return message[message.index("error: ") :]
+    recipe = recipe_module("atlas")
+    return refusal_of(recipe.atlas, AtlasConfig, argv, capsys, ignored=recipe.IGNORED)
 
 
 def test_the_recipe_writes_what_it_says_and_the_run_is_evaluated_by_its_subset(
@@ -503,7 +489,7 @@ def test_data_without_a_validation_split_or_regions_is_refused(
 
 
 def test_run_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
-    names = load_recipe().models_of
+    names = recipe_module("atlas").models_of
     config = AtlasConfig(runs=(str(tmp_path / "a" / "frozen"), str(tmp_path / "b" / "frozen")))
     assert names(config) == {"base": None, "a-frozen": Path(config.runs[0]), "b-frozen": Path(config.runs[1])}
     assert list(names(AtlasConfig(runs=("x/frozen", "x/learnable")))) == ["base", "frozen", "learnable"]

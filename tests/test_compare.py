@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from recipe import recipe_module, refusal_of
 from test_seeds import write_run
 
-from distill.cli import main, parse, to_yaml
+from distill.cli import parse, to_yaml
 from distill.config import CompareConfig, FinetuneConfig
 from distill.report import validate_metrics
 
@@ -21,13 +20,7 @@ EACH = "{frozen: 'RUN/seed-{seed}/frozen', longer: 'RUN/seed-{seed}/longer'}"
 
 
 def recipe() -> Callable[[CompareConfig], None]:
-    path = Path(__file__).parents[1] / "recipes" / "compare.py"
-    spec = importlib.util.spec_from_file_location("recipe_compare", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # for its dataclass
-    spec.loader.exec_module(module)
-    return module.compare
+    return recipe_module("compare").compare
 
 
 def finished(folder: Path, seed: int, shift: dict[str, float], **options: Any) -> Path:
@@ -55,11 +48,7 @@ def change(run: Path, **options: Any) -> None:
 
 
 def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    with pytest.raises(SystemExit) as caught:
-        main(recipe(), CompareConfig, argv)
-    message = capsys.readouterr().err
-    assert caught.value.code == 2 and message.count("error: ") == 1 and "Traceback" not in message
-    return message
+    return refusal_of(recipe(), CompareConfig, argv, capsys)
 
 
 def test_arms_of_several_commands_are_compared_pair_by_pair(tmp_path: Path) -> None:

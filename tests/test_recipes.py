@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -18,13 +17,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 from PIL import Image
+from recipe import recipe_module, refusal_of
 from rich.console import Console
 from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_sd
 
 from distill import runs, sharing
-from distill.cli import main, parse
+from distill.cli import parse
 from distill.components import LORA_FILE, load_components, parameter_counts
 from distill.config import BaseConfig, DistillAttentionConfig, EvaluateConfig, FinetuneConfig, TradeoffConfig
 from distill.keylock import Merged
@@ -53,11 +53,7 @@ RUN_FILES = {"config.yaml", "metrics.json", "report.html", "report.md", "real/00
 
 
 def load_recipe(name: str) -> Callable[[Any], None]:
-    spec = importlib.util.spec_from_file_location(f"recipe_{name}", ROOT / "recipes" / f"{name}.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return getattr(module, name)
+    return getattr(recipe_module(name), name)
 
 
 UNET_FILE = "diffusion_pytorch_model.safetensors"
@@ -68,13 +64,7 @@ def run(name: str, argv: list[str]) -> None:
 
 
 def refusal(name: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as caught:
-        main(load_recipe(name), CLASSES[name], argv)
-    message = capsys.readouterr().err
-    assert caught.value.code == 2
-    assert "Traceback" not in message and message.count("error: ") == 1
-    return message[message.index("error: ") :]
+    return refusal_of(load_recipe(name), CLASSES[name], argv, capsys)
 
 
 def files_of(folder: Path) -> set[str]:

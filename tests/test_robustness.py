@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from recipe import recipe_module
 from tiny import save_tiny
 
 from distill.cli import parse
@@ -78,17 +78,12 @@ def test_negated_findings_are_those_that_the_caption_names_and_the_image_has_not
 
 def test_the_recipe_scores_every_model_under_every_shift(tmp_path: Path) -> None:
     save_tiny(tmp_path / "sd", "sd")
-    path = Path(__file__).parents[1] / "recipes" / "robustness.py"
-    spec = importlib.util.spec_from_file_location("recipe_robustness", path)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     argv = [
         "--base.name", str(tmp_path / "sd"), "--data.resolution", "64", "--data.test_size", "30",
         "--evaluation.localization_images", "3", "--evaluation.timesteps", "[300]", "--output_dir", str(tmp_path / "out"),
         "--evaluation.bootstrap_samples", "20",
     ]  # fmt: skip
-    module.robustness(parse(RobustnessConfig, argv))
+    recipe_module("robustness").robustness(parse(RobustnessConfig, argv))
     found = json.loads((tmp_path / "out/robustness.json").read_text())["models"]["base"]
     assert set(found["shifts"]) == set(SHIFTS) and all(0 <= s["auc"] <= 1 for s in found["shifts"].values())
     assert found["negations"]["images"] >= 1 and found["negations"]["peak_ratio"] > 0
