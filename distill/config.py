@@ -134,6 +134,9 @@ class DenoisingConfig:
     the words 0 to 5 (random)."""
     arm_weight: float = 0.0
     """ARM of the paper (it uses 0.12): rewards attention on the words that name a label; not with distillation."""
+    tail_weight: float = 0.0
+    """Penalty on the attention mass of EOS and padding, in captions with words: what a trained text encoder gathers there
+    stays in the words. It needs no labels and no teacher; not with distillation, which has its own."""
     region_token_weight: float = 0.0
     """TokenCompose's token loss (it uses 1e-3): attention of the words that name a label belongs in the label's boxes or
     mask, where the training data has them; not with distillation."""
@@ -147,6 +150,10 @@ class DenoisingConfig:
     @property
     def reads_regions(self) -> bool:
         return max(self.region_token_weight, self.region_pixel_weight, self.region_mask_weight) > 0
+
+    @property
+    def reads_attention(self) -> bool:
+        return self.reads_regions or max(self.arm_weight, self.tail_weight) > 0
 
 
 @dataclass(frozen=True)
@@ -624,6 +631,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "min_snr_gamma": _POSITIVE,
         "caption_dropout": _PROBABILITY,
         "arm_weight": _NOT_NEGATIVE,
+        "tail_weight": _NOT_NEGATIVE,
         "region_images": _COUNT,
         "region_token_weight": _NOT_NEGATIVE,
         "region_pixel_weight": _NOT_NEGATIVE,

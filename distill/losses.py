@@ -90,6 +90,14 @@ def tail_leak(
     return _masked_mean(beyond.clamp(min=0), rows)
 
 
+def tail_mass(maps: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+    """Attention mass of EOS and padding, 0 to 1, averaged over the images whose caption has words; 0 without any.
+
+    `tail_leak` without a teacher. Maps and groups as in `attention_mass`.
+    """
+    return _masked_mean(attention_mass(maps, groups)[:, 2:].sum(dim=1), (groups == GROUPS.index("words")).any(dim=1))
+
+
 ARM_EPSILON = 2.0**-10
 """Machine epsilon of fp16."""
 

@@ -27,6 +27,7 @@ from distill.losses import (
     region_pixel_loss,
     region_token_loss,
     tail_leak,
+    tail_mass,
     token_attention_kl,
 )
 
@@ -168,9 +169,10 @@ class DenoisingObjective(nn.Module):
 
 
 class SupervisedAttentionObjective(DenoisingObjective):
-    """What labels and regions tell about attention, without a teacher: the baselines of distillation.
+    """What labels, regions and token groups tell about attention, without a teacher: the baselines of distillation.
 
     L = L_denoising + arm_weight * ARM on the words that name a label (losses.attention_regularization, the paper's remedy)
+      + tail_weight * mean over layers of the mass of EOS and padding
       + mean over layers, on the words whose label has boxes or a mask, of
         region_token_weight * region_token_loss + region_pixel_weight * region_pixel_loss              (TokenCompose)
       + region_mask_weight * region_mask_loss                                                          (Break-A-Scene).
@@ -192,6 +194,9 @@ class SupervisedAttentionObjective(DenoisingObjective):
             assert x.label_tokens is not None
             terms["arm"] = attention_regularization(maps, x.label_tokens)
             terms["loss"] = terms["loss"] + c.arm_weight * terms["arm"]
+        if c.tail_weight:
+            terms["tail"] = torch.stack([tail_mass(maps[n], x.groups) for n in maps]).mean()
+            terms["loss"] = terms["loss"] + c.tail_weight * terms["tail"]
         for name, weight, loss in (
             ("region_token", c.region_token_weight, region_token_loss),
             ("region_pixel", c.region_pixel_weight, region_pixel_loss),

@@ -379,7 +379,7 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
             objective: DenoisingObjective = AttentionDistillationObjective(
                 components, denoising, distillation, frozen, student_maps, teacher_maps
             )
-        elif denoising.arm_weight or denoising.reads_regions:
+        elif denoising.reads_attention:
             maps = stack.enter_context(record_attention(components.unet))
             objective = SupervisedAttentionObjective(components, denoising, maps)
         else:

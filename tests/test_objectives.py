@@ -20,7 +20,7 @@ from distill.attention import attention_layers, record_attention
 from distill.components import Components, components_of, encode_text, prepare_training
 from distill.config import AttentionDistillationConfig, DenoisingConfig, LoraConfig
 from distill.data.cache import cache_latents, cache_text_embeddings
-from distill.data.captions import WORD, names_side
+from distill.data.captions import EOS, WORD, names_side
 from distill.data.phantom import PhantomDataset
 from distill.data.training import TrainingRows
 from distill.errors import UserError
@@ -683,3 +683,26 @@ def test_outputs_of_other_predictions_are_not_compared() -> None:
         distilling(stack, student, teacher, feature_weight=1.0)
         with pytest.raises(UserError, match="output_weight: the teacher predicts v_prediction, the student epsilon"):
             distilling(stack, student, teacher, output_weight=1.0)
+
+
+def test_the_tail_penalty_is_the_mass_of_eos_and_padding_of_captions_with_words() -> None:
+    student = prepared()
+    batch = batch_of(student)
+    with ExitStack() as stack:
+        maps = stack.enter_context(record_attention(student.unet))
+        found = {}
+        for dropout in (0.0, 1.0):
+            config = DenoisingConfig(caption_dropout=dropout, tail_weight=0.5)
+            objective = SupervisedAttentionObjective(student, config, maps)
+            found[dropout] = objective(batch, generator())
+        maps.start()
+        x = DenoisingObjective(student, DenoisingConfig(caption_dropout=0.0)).noised(batch, generator())
+        objective.predict(student.unet, student.text_encoders, x)
+        tail = (x.groups >= EOS).float()
+        expected = torch.stack([(m.mean(dim=1) * tail).sum(dim=1).mean() for m in maps.take().values()]).mean()
+    terms = found[0.0]
+    torch.testing.assert_close(terms["tail"], expected)
+    torch.testing.assert_close(terms["loss"], terms["denoising"] + 0.5 * terms["tail"])
+    terms["tail"].backward()
+    assert has_gradient(student.text_encoders[0]) and has_gradient(student.unet)
+    assert float(found[1.0]["tail"].detach()) == 0, "the empty caption has nowhere else to look"
