@@ -130,8 +130,8 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
     if config.trainer.checkpoint_every_steps is None:
         never("trainer.checkpoint_every_steps is not set", "trainer.keep_checkpoints")
     if arms and all(arm.distillation or arm.denoising for arm in arms):
-        own = ("arm_weight", "tail_weight", "region_token_weight", "region_pixel_weight", "region_mask_weight")
-        never("distillation has its own terms", *(f"denoising.{name}" for name in own))
+        terms = ("arm_weight", "tail_weight", "region_token_weight", "region_pixel_weight", "region_mask_weight")
+        never("distillation has its own terms", *(f"denoising.{name}" for name in terms))
     if not any((arm.denoising or config.denoising).reads_regions for arm in arms if not arm.distillation):
         never("no regions are read", "denoising.region_images")
     if isinstance(config, TradeoffConfig) and "supervised" not in config.arms:
