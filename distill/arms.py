@@ -136,6 +136,8 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
         never("no regions are read", "denoising.region_images")
     if isinstance(config, TradeoffConfig) and "supervised" not in config.arms:
         never("arms has no supervised", "supervised_token_weight", "supervised_pixel_weight")
+    if isinstance(config, TradeoffConfig) and "tail_penalized" not in config.arms:
+        never("arms has no tail_penalized", "tail_penalty_weight")
     if isinstance(config, TradeoffConfig) and "rali_arm" not in config.arms:
         never("arms has no rali_arm", "rali_arm_weight")
     distilled = [arm for arm in arms if arm.distillation]

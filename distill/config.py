@@ -389,6 +389,7 @@ class TradeoffConfig:
             "supervised",
             "continued",
             "key_locked",
+            "tail_penalized",
         ],
         ...,
     ] = (
@@ -402,7 +403,10 @@ class TradeoffConfig:
     localizes, and in the layers and token groups where it does so at least as well as learnable. `rali`, `rali_arm`:
     `learnable` with the paper's own remedies, labels inserted into the captions, and attention regularization besides.
     `supervised`: `learnable` with TokenCompose's losses on the findings' boxes or masks. `key_locked`: `learnable` with the
-    keys of cross-attention locked to the text encoder as it was; it needs no teacher."""
+    keys of cross-attention locked to the text encoder as it was; it needs no teacher. `tail_penalized`: `learnable` with a
+    penalty on the attention mass of EOS and padding; it needs no teacher either."""
+    tail_penalty_weight: float = 0.1
+    """denoising.tail_weight of the arm tail_penalized."""
     rali_arm_weight: float = 0.12
     """denoising.arm_weight of the arm rali_arm."""
     supervised_token_weight: float = 0.01
@@ -699,6 +703,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "self_taught_batch_share": (lambda value: 0 < value <= 1, "above 0 and at most 1"),
         "self_taught_frozen_share": (lambda value: 0 <= value < 1, "at least 0 and below 1"),
         "rali_arm_weight": _POSITIVE,
+        "tail_penalty_weight": _POSITIVE,
         "supervised_token_weight": _NOT_NEGATIVE,
         "supervised_pixel_weight": _NOT_NEGATIVE,
         "lora_learning_rate": _POSITIVE,

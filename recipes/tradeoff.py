@@ -9,6 +9,7 @@
     gated      like continued, only at the timesteps at which frozen localizes, and in the layers and token groups where it
                does so at least as well as learnable
     key_locked  like learnable, with the keys of cross-attention locked to the text encoder as it was; no teacher
+    tail_penalized  like learnable, with a penalty on the attention mass of EOS and padding; no teacher
     self_taught  like learnable, with the attention held to that of its own U-Net under the text encoder of the base
     rali       like learnable, with the image's labels inserted first into the training captions (RaLI of the paper)
     rali_arm   like rali, with attention regularization (ARM of the paper)
@@ -51,6 +52,9 @@ def arms_of(config: TradeoffConfig) -> list[Arm]:
         "learnable": arm("learnable", "full"),
         "distilled": arm("distilled", "full", distillation=taught),
         "key_locked": arm("key_locked", "full", lock_keys=True),
+        "tail_penalized": arm(
+            "tail_penalized", "full", denoising=replace(config.denoising, tail_weight=config.tail_penalty_weight)
+        ),
         "continued": arm("continued", "full", distillation=replace(taught, start_from_teacher=True)),
         "gated": arm(
             "gated",

@@ -33,6 +33,8 @@ SELF = arm("self_taught", distillation=AttentionDistillationConfig(teacher=FROZE
         ([FROZEN, DISTILLED], "distillation.ema_decay", "distillation.batch_share"),
         ([SELF], "distillation.batch_share", "distillation.token_kl_weight"),
         ([DISTILLED], "denoising.arm_weight", "denoising.caption_dropout"),
+        ([DISTILLED], "denoising.tail_weight", "distillation.tail_weight"),
+        ([FROZEN, LEARNABLE], "tail_penalty_weight", "denoising.tail_weight"),
         ([FROZEN, DISTILLED], "denoising.paraphrases", "denoising.arm_weight"),
     ],
 )

@@ -291,7 +291,8 @@ def test_seeds_are_trained_evaluated_and_compared_in_one_report(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Every arm, U-Net by LoRA, with two seeds; then a third seed into the same folder, which trains only its own."""
-    arms = ["frozen", "learnable", "distilled", "gated", "self_taught", "lora", "rali", "rali_arm", "supervised"]
+    arms = ["frozen", "learnable", "distilled", "tail_penalized", "gated", "self_taught", "lora", "rali", "rali_arm"]
+    arms.append("supervised")
     training = list(TRAINING)
     training[training.index("--evaluation.features") + 1] = "phantom"
     argv = [
@@ -319,6 +320,7 @@ def test_seeds_are_trained_evaluated_and_compared_in_one_report(
     for terms, name in (
         ({"token_kl", "place_kl", "mass"}, "self_taught"),
         ({"arm"}, "rali_arm"),
+        ({"tail"}, "tail_penalized"),
         ({"region_token"}, "supervised"),
     ):
         assert terms <= set(log_rows(folder / f"seed-0/{name}/train_log.jsonl")[0])
