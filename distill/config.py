@@ -135,8 +135,8 @@ class DenoisingConfig:
     arm_weight: float = 0.0
     """ARM of the paper (it uses 0.12): rewards attention on the words that name a label; not with distillation."""
     tail_weight: float = 0.0
-    """Penalty on the attention mass of EOS and padding, in captions with words: what a trained text encoder gathers there
-    stays in the words. It needs no labels and no teacher; not with distillation, which has its own."""
+    """Penalty on the attention mass of EOS and padding beyond that of the model before the training, at the same layer and
+    noise level. It needs no labels and no teacher; not with distillation, which has its own."""
     region_token_weight: float = 0.0
     """TokenCompose's token loss (it uses 1e-3): attention of the words that name a label belongs in the label's boxes or
     mask, where the training data has them; not with distillation."""

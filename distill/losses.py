@@ -80,22 +80,19 @@ def attention_mass_loss(
 
 
 def tail_leak(
-    teacher: torch.Tensor, student: torch.Tensor, groups: torch.Tensor, rows: torch.Tensor | None = None
+    allowed: torch.Tensor, student: torch.Tensor, groups: torch.Tensor, rows: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention mass of EOS and padding of the student beyond the teacher's, 0 where it is less; averaged over images.
+    """Attention mass of EOS and padding of the student beyond what is allowed, 0 where it is less; averaged over images.
 
-    The leak that Dombrowski et al. (AAAI 2024) find in trained encoders. Maps and groups as in `attention_mass`.
+    allowed: (batch,), such as `tail_mass` of a teacher. The leak that Dombrowski et al. (AAAI 2024) find in trained
+    encoders. Maps and groups as in `attention_mass`.
     """
-    beyond = (attention_mass(student, groups) - attention_mass(teacher, groups))[:, 2:].sum(dim=1)
-    return _masked_mean(beyond.clamp(min=0), rows)
+    return _masked_mean((tail_mass(student, groups) - allowed).clamp(min=0), rows)
 
 
 def tail_mass(maps: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
-    """Attention mass of EOS and padding, 0 to 1, averaged over the images whose caption has words; 0 without any.
-
-    `tail_leak` without a teacher. Maps and groups as in `attention_mass`.
-    """
-    return _masked_mean(attention_mass(maps, groups)[:, 2:].sum(dim=1), (groups == GROUPS.index("words")).any(dim=1))
+    """(batch,): share of the attention on EOS and padding, 0 to 1. Maps and groups as in `attention_mass`."""
+    return attention_mass(maps, groups)[:, 2:].sum(dim=1)
 
 
 ARM_EPSILON = 2.0**-10

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +35,8 @@ Terms = dict[str, torch.Tensor]
 
 EMA = "ema"
 """distillation.teacher: an average of the student's own weights."""
+TAIL_BINS = 10
+"""Noise levels at which SupervisedAttentionObjective measures the untrained model's tail."""
 CODES = {"words": WORD, "eos": EOS, "padding": PADDING}
 
 
@@ -172,16 +174,40 @@ class SupervisedAttentionObjective(DenoisingObjective):
     """What labels, regions and token groups tell about attention, without a teacher: the baselines of distillation.
 
     L = L_denoising + arm_weight * ARM on the words that name a label (losses.attention_regularization, the paper's remedy)
-      + tail_weight * mean over layers of the mass of EOS and padding
+      + tail_weight * mean over layers of the mass of EOS and padding beyond the untrained model's (losses.tail_leak)
       + mean over layers, on the words whose label has boxes or a mask, of
         region_token_weight * region_token_loss + region_pixel_weight * region_pixel_loss              (TokenCompose)
       + region_mask_weight * region_mask_loss                                                          (Break-A-Scene).
-    student_maps: a recorder of the U-Net that stays open for as long as the objective is used.
+    student_maps: a recorder of the U-Net that stays open for as long as the objective is used. With tail_weight,
+    `measure_tail` goes before the first step.
     """
 
     def __init__(self, components: Components, config: DenoisingConfig, student_maps: AttentionMaps) -> None:
         super().__init__(components, config)
         self._student_maps = student_maps
+        self._tail: dict[str, torch.Tensor] = {}
+
+    @torch.no_grad()
+    def measure_tail(self, batches: Iterable[dict[str, Any]], generator: torch.Generator) -> None:
+        """Allow what the model has now: for each layer the mean mass of EOS and padding, by noise level (TAIL_BINS equal
+        parts of the timesteps), and apart for captions without a word; a bin without an image is not limited."""
+        sums: dict[str, torch.Tensor] = {}
+        count = torch.zeros(2 * TAIL_BINS)
+        for batch in batches:
+            x = self.noised(batch, generator)
+            self._student_maps.start()
+            self.predict(self.unet, list(self.text_encoders), x)
+            bins = self._bins(x).cpu()
+            count += torch.bincount(bins, minlength=len(count))
+            for name, maps in self._student_maps.take().items():
+                mass = tail_mass(maps, x.groups).float().cpu()
+                sums[name] = sums.get(name, torch.zeros(len(count))).index_add(0, bins, mass)
+        self._tail = {n: torch.where(count > 0, total / count.clamp(min=1), 1.0) for n, total in sums.items()}
+
+    def _bins(self, x: Noised) -> torch.Tensor:
+        """(batch,): which entry of the measured tail an image is of."""
+        level = x.timesteps * TAIL_BINS // int(self.noise_scheduler.config.num_train_timesteps)
+        return level + TAIL_BINS * (x.groups != WORD).all(dim=1)
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Terms:
         x = self.noised(batch, generator)
@@ -195,7 +221,9 @@ class SupervisedAttentionObjective(DenoisingObjective):
             terms["arm"] = attention_regularization(maps, x.label_tokens)
             terms["loss"] = terms["loss"] + c.arm_weight * terms["arm"]
         if c.tail_weight:
-            terms["tail"] = torch.stack([tail_mass(maps[n], x.groups) for n in maps]).mean()
+            bins = self._bins(x)
+            allowed = {n: self._tail[n].to(bins.device)[bins] for n in maps}
+            terms["tail"] = torch.stack([tail_leak(allowed[n], maps[n], x.groups) for n in maps]).mean()
             terms["loss"] = terms["loss"] + c.tail_weight * terms["tail"]
         for name, weight, loss in (
             ("region_token", c.region_token_weight, region_token_loss),
@@ -295,7 +323,8 @@ class AttentionDistillationObjective(DenoisingObjective):
             "mass": (c.mass_weight, lambda n: attention_mass_loss(teacher[n], student[n], part.groups, rows)),
         }
         if c.tail_weight:
-            losses["tail"] = (c.tail_weight, lambda n: tail_leak(teacher[n], student[n], part.groups, rows))
+            allowed = {name: tail_mass(maps, part.groups) for name, maps in teacher.items()}
+            losses["tail"] = (c.tail_weight, lambda n: tail_leak(allowed[n], student[n], part.groups, rows))
         terms = {"loss": denoising, "denoising": denoising}
         for name, (weight, of_layer) in losses.items():
             with torch.set_grad_enabled(weight > 0 and torch.is_grad_enabled()):

@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -23,6 +23,8 @@ import transformers
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
 from distill.arms import FROZEN_TEXT_ENCODER, OWN_TEACHERS, Arm, is_gated, label_readers, unused_options
 from distill.attention import attention_layers, record_attention
@@ -69,7 +71,10 @@ from distill.objectives import (
 from distill.provenance import code_version, provenance
 from distill.report import terminal_table, validate_metrics, write_model_card, write_report
 from distill.report.document import write_atomic
-from distill.trainer import FitResult, fit, make_accelerator, peak_memory_gb
+from distill.trainer import FitResult, StepSampler, fit, generator_at, make_accelerator, peak_memory_gb
+
+TAIL_IMAGES = 512
+"""Training images that denoising.tail_weight's allowance is measured on."""
 
 TrainingConfig = FinetuneConfig | DistillAttentionConfig | TradeoffConfig
 
@@ -382,6 +387,10 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
         elif denoising.reads_attention:
             maps = stack.enter_context(record_attention(components.unet))
             objective = SupervisedAttentionObjective(components, denoising, maps)
+            if denoising.tail_weight:
+                began = time.perf_counter()
+                objective.measure_tail(_first_batches(run, rows, trainer), generator_at(config.seed, 0, 0))
+                besides += time.perf_counter() - began
         else:
             objective = DenoisingObjective(components, denoising)
         groups = [
@@ -408,6 +417,18 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
     elif lock is not None:
         besides += _merge(run, arm, lock, denoising, log_dir)
     return components, replace(result, seconds=result.seconds + besides)
+
+
+def _first_batches(run: Run, rows: TrainingRows, trainer: TrainerConfig) -> Iterator[dict[str, Any]]:
+    """About TAIL_IMAGES training images in batches, the same on every process."""
+    size = trainer.batch_size
+    count = 1 if run.config.dry_run else -(-TAIL_IMAGES // size)
+    sampler = StepSampler(len(rows), size, run.config.seed, 0, 1, 0, count)
+    device, main = run.accelerator.device, run.accelerator.is_main_process
+    for batch in tqdm(
+        DataLoader(rows, batch_sampler=sampler), desc="tail before training", unit="batch", disable=not main
+    ):
+        yield {key: value.to(device) for key, value in batch.items()}
 
 
 def _merge(run: Run, arm: Arm, lock: KeyLock, denoising: DenoisingConfig, log_dir: Path) -> float:

@@ -24,7 +24,7 @@ from distill.data.captions import EOS, WORD, names_side
 from distill.data.phantom import PhantomDataset
 from distill.data.training import TrainingRows
 from distill.errors import UserError
-from distill.losses import tail_leak
+from distill.losses import tail_leak, tail_mass
 from distill.objectives import (
     AttentionDistillationObjective,
     AutoencoderObjective,
@@ -475,7 +475,8 @@ def test_further_terms_vanish_on_the_teacher_itself_and_reach_the_student(build:
 
 def test_tail_leak_counts_only_what_is_beyond_the_teacher() -> None:
     groups = torch.tensor([[0, 1, 2, 3]])
-    teacher = torch.tensor([[[0.4, 0.3, 0.2, 0.1]]])
+    teacher = tail_mass(torch.tensor([[[0.4, 0.3, 0.2, 0.1]]]), groups)
+    assert teacher.tolist() == pytest.approx([0.3])
     assert float(tail_leak(teacher, torch.tensor([[[0.2, 0.3, 0.3, 0.2]]]), groups)) == pytest.approx(0.2)
     assert float(tail_leak(teacher, torch.tensor([[[0.6, 0.3, 0.1, 0.0]]]), groups)) == 0
 
@@ -685,24 +686,53 @@ def test_outputs_of_other_predictions_are_not_compared() -> None:
             distilling(stack, student, teacher, output_weight=1.0)
 
 
-def test_the_tail_penalty_is_the_mass_of_eos_and_padding_of_captions_with_words() -> None:
+def test_the_tail_penalty_is_the_mass_of_eos_and_padding_beyond_that_before_the_training() -> None:
     student = prepared()
     batch = batch_of(student)
     with ExitStack() as stack:
         maps = stack.enter_context(record_attention(student.unet))
-        found = {}
-        for dropout in (0.0, 1.0):
-            config = DenoisingConfig(caption_dropout=dropout, tail_weight=0.5)
-            objective = SupervisedAttentionObjective(student, config, maps)
-            found[dropout] = objective(batch, generator())
+        objective = SupervisedAttentionObjective(student, DenoisingConfig(caption_dropout=0.3, tail_weight=0.5), maps)
+        objective.measure_tail([batch] * 4, generator())
+        level = objective.noised(batch, generator()).timesteps * 10 // 1000
+        x = objective.noised(batch, generator())
         maps.start()
-        x = DenoisingObjective(student, DenoisingConfig(caption_dropout=0.0)).noised(batch, generator())
         objective.predict(student.unet, student.text_encoders, x)
-        tail = (x.groups >= EOS).float()
-        expected = torch.stack([(m.mean(dim=1) * tail).sum(dim=1).mean() for m in maps.take().values()]).mean()
-    terms = found[0.0]
-    torch.testing.assert_close(terms["tail"], expected)
-    torch.testing.assert_close(terms["loss"], terms["denoising"] + 0.5 * terms["tail"])
-    terms["tail"].backward()
-    assert has_gradient(student.text_encoders[0]) and has_gradient(student.unet)
-    assert float(found[1.0]["tail"].detach()) == 0, "the empty caption has nowhere else to look"
+        now = {n: (m.mean(dim=1) * (x.groups >= EOS)).sum(dim=1) for n, m in maps.take().items()}
+        assert set(objective._tail) == set(now)
+        bins = level + 10 * (x.groups != WORD).all(dim=1)
+        allowed = {n: objective._tail[n][bins] for n in now}
+        expected = torch.stack([(now[n] - allowed[n]).clamp(min=0).mean() for n in now]).mean()
+        terms = objective(batch, generator())
+        torch.testing.assert_close(terms["tail"], expected)
+        torch.testing.assert_close(terms["loss"], terms["denoising"] + 0.5 * terms["tail"])
+        objective._tail = {name: torch.zeros(20) for name in now}
+        terms = objective(batch, generator())
+        torch.testing.assert_close(terms["tail"], torch.stack([m.mean() for m in now.values()]).mean())
+        terms["tail"].backward()
+        assert has_gradient(student.text_encoders[0]) and has_gradient(student.unet)
+        objective._tail = dict.fromkeys(now, torch.ones(20))
+        assert float(objective(batch, generator())["tail"].detach()) == 0
+
+
+def test_the_tail_before_the_training_is_a_mean_by_noise_level_and_unseen_levels_are_free() -> None:
+    student = prepared()
+    batch = batch_of(student)
+    with ExitStack() as stack:
+        maps = stack.enter_context(record_attention(student.unet))
+        objective = SupervisedAttentionObjective(student, DenoisingConfig(caption_dropout=0.5, tail_weight=0.1), maps)
+        draws = generator()
+        objective.measure_tail([batch, batch], draws)
+        draws, seen = generator(), []
+        for _ in range(2):
+            x = objective.noised(batch, draws)
+            maps.start()
+            objective.predict(student.unet, student.text_encoders, x)
+            found = maps.take()
+            name = next(iter(found))
+            mass = (found[name].mean(dim=1) * (x.groups >= EOS)).sum(dim=1).detach()
+            level = x.timesteps * 10 // 1000 + 10 * (x.groups != WORD).all(dim=1)
+            seen += list(zip(level.tolist(), mass.tolist(), strict=True))
+    for index, value in enumerate(objective._tail[name].tolist()):
+        here = [mass for level, mass in seen if level == index]
+        assert value == pytest.approx(sum(here) / len(here) if here else 1.0, abs=1e-6)
+    assert len({level for level, _ in seen}) > 2
