@@ -11,6 +11,7 @@ from distill.config import (
     DenoisingConfig,
     EvaluateConfig,
     FinetuneConfig,
+    LoraConfig,
     TradeoffConfig,
 )
 from distill.objectives import EMA
@@ -24,7 +25,7 @@ OWN_TEACHERS = (FROZEN_TEXT_ENCODER, EMA)
 @dataclass(frozen=True)
 class Arm:
     """One way to train the base. folder: where its files go. distillation: with attention distillation from its teacher.
-    denoising: in place of the run's. lock_keys: distill/keylock.py."""
+    denoising, lora, max_steps: in place of the run's. lock_keys: distill/keylock.py."""
 
     name: str
     folder: Path
@@ -35,6 +36,8 @@ class Arm:
     distillation: AttentionDistillationConfig | None = None
     denoising: DenoisingConfig | None = None
     lock_keys: bool = False
+    lora: LoraConfig | None = None
+    max_steps: int | None = None
 
 
 def label_readers(config: Any, arms: list[Arm]) -> dict[str, bool]:
@@ -119,7 +122,7 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
             never("the text encoder is frozen", "lock_keys")
     elif isinstance(config, TradeoffConfig) and not any(arm.text_encoder == "full" for arm in arms):
         never("the text encoder is trained by LoRA, at lora_learning_rate", "trainer.text_encoder_learning_rate")
-    if isinstance(config, TradeoffConfig) and all(arm.name == "lora" for arm in arms):
+    if isinstance(config, TradeoffConfig) and all(arm.text_encoder == "lora" for arm in arms):
         never("lora is the only arm", "method", "trainer.learning_rate")
     if isinstance(config, TradeoffConfig) and not any("lora" in (arm.method, arm.text_encoder) for arm in arms):
         never("nothing is trained by LoRA", "lora_learning_rate")

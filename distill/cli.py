@@ -380,6 +380,32 @@ def parse(
     return config
 
 
+def override(config: T, words: Sequence[str]) -> tuple[T, list[str]]:
+    """`config` with `--dotted.key value` words applied, and their keys. Raises one UserError that lists all faults."""
+    schema = _Schema(type(config))
+    faults: list[str] = []
+    files, overrides, flags = _arguments(words, schema, faults)
+    faults += [f"--{name} is not an override" for name in sorted(flags | ({"config"} if files else set()))]
+    merged = _merge(overrides, schema, faults)
+    raise_all("overrides that are not valid", faults)
+
+    def replaced(node: Any, changes: dict[str, Any]) -> Any:
+        hints = typing.get_type_hints(type(node))
+        return dataclasses.replace(
+            node,
+            **{
+                name: replaced(getattr(node, name), value)
+                if dataclasses.is_dataclass(getattr(node, name))
+                else _built(value, hints[name])
+                for name, value in changes.items()
+            },
+        )
+
+    changed: T = replaced(config, merged)
+    raise_all("overrides that are not valid", list(value_faults(changed).values()))
+    return changed, [assignment.key for assignment in overrides]
+
+
 def to_yaml(config: Any) -> str:
     """YAML of every key of a configuration; `parse` of it gives an equal configuration."""
 

@@ -417,6 +417,10 @@ class TradeoffConfig:
     """distillation.batch_share of the arm self_taught."""
     self_taught_frozen_share: float = 0.5
     """distillation.frozen_share of the arm self_taught."""
+    variants: dict[str, str] = field(default_factory=dict)
+    """Further arms: name -> an arm, not necessarily of `arms`, and what it has otherwise, as on the command line, such as
+    `lora --lora.rank 4 --lora.alpha 4`. Of the options, those that say how an arm is trained: distillation.*, denoising.*,
+    lora.*, method, learning rates, trainer.max_steps, and weights of the named arms."""
     method: Literal["full", "lora"] = "full"
     """How the U-Net of the arms frozen, learnable, distilled and self_taught is trained; their text encoder is trained in
     full, or not at all."""

@@ -135,30 +135,37 @@ def open_run(config: Any, *, arms: list[Arm]) -> Run:
         faults.append("trainer.cache_text_embeddings: distillation needs the tokens for the teacher; set it to false")
     for arm in arms:
         if arm.distillation and arm.distillation.start_from_teacher and "lora" in (arm.method, arm.text_encoder):
-            own = isinstance(config, TradeoffConfig) and config.distillation.teacher is None
+            own = trains_teacher(config, arm)
             adapted = config.method == "lora" if own else (Path(arm.distillation.teacher or "") / LORA_FILE).exists()
             if arm.method != "lora" or not adapted:
                 faults.append(
                     f"distillation.start_from_teacher is true, and {arm.name} trains adapters, which are of the base: it can "
                     "start only from a teacher that is an adapter of the U-Net too"
                 )
-        if arm.lock_keys and arm.method == "lora" and not {"to_k", "attn2.to_k"} & set(config.lora.unet_targets):
+        if (
+            arm.lock_keys
+            and arm.method == "lora"
+            and not {"to_k", "attn2.to_k"} & set((arm.lora or config.lora).unet_targets)
+        ):
             faults.append(
                 f"{arm.name}: lock_keys: lora.unet_targets must hold to_k, whose adapters take in the keys at the end"
             )
         faults += [f"{arm.name}: {fault}" for fault in lock_faults(components)] if arm.lock_keys else []
     raise_all("the configuration does not fit the base", faults)
     attention_layers(components.unet, config.evaluation.layers)
-    if any(arm.distillation for arm in arms):
-        attention_layers(components.unet, config.distillation.layers)
-        if config.distillation.teacher not in (None, *OWN_TEACHERS):
-            check_same_shape(load_teacher(config.base, config.distillation.teacher), components)
+    teachers = {arm.distillation.teacher for arm in arms if arm.distillation and not trains_teacher(config, arm)}
+    for teacher in teachers - {None, *OWN_TEACHERS}:
+        assert teacher is not None
+        check_same_shape(load_teacher(config.base, teacher), components)
     for arm in arms:
+        lora = arm.lora or config.lora
+        if arm.distillation:
+            attention_layers(components.unet, arm.distillation.layers)
         if arm.method == "lora":
-            check_lora_targets(components.unet, config.lora.unet_targets, "unet")
+            check_lora_targets(components.unet, lora.unet_targets, "unet")
         if arm.text_encoder == "lora":
             for encoder in components.text_encoders:
-                check_lora_targets(encoder, config.lora.text_encoder_targets, "text_encoder")
+                check_lora_targets(encoder, lora.text_encoder_targets, "text_encoder")
     with accelerator.main_process_first():
         test = load_dataset(config.data, "test")
         train = load_dataset(config.data, "train") if arms else None
@@ -177,10 +184,10 @@ def open_run(config: Any, *, arms: list[Arm]) -> Run:
         assert train is not None
         denoising = arm.denoising or config.denoising
         check_training_text(train, components, denoising, truncate=truncate)
-    if any((arm.denoising or config.denoising).reads_regions for arm in arms if not arm.distillation):
+    supervised = [arm.denoising or config.denoising for arm in arms if not arm.distillation]
+    for count in {denoising.region_images for denoising in supervised if denoising.reads_regions}:
         assert train is not None
-        few = len(train) if config.denoising.region_images is None else min(len(train), config.denoising.region_images)
-        if not any(train[i].regions for i in range(few)):
+        if not any(train[i].regions for i in range(len(train) if count is None else min(len(train), count))):
             raise UserError(
                 "denoising.region_*_weight needs training images with regions of findings: set data.box_column or "
                 "data.mask_column, and look at denoising.region_images"
@@ -248,6 +255,12 @@ def claim(folder: Path, config: Any) -> None:
         )
 
 
+def trains_teacher(config: Any, arm: Arm) -> bool:
+    """Whether the arm's teacher is a comparison's own frozen arm, which may not be there yet."""
+    own = str(Path(config.output_dir) / "frozen")
+    return isinstance(config, TradeoffConfig) and arm.distillation is not None and arm.distillation.teacher == own
+
+
 def load_teacher(base: BaseConfig, teacher: str) -> Components:
     """A run folder on the base, a pipeline folder, or a hub id."""
     folder = Path(teacher)
@@ -292,7 +305,7 @@ def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
     taught = f", teacher {arm.distillation.teacher}" if arm.distillation else ""
     run.say(f"{arm.name}: U-Net {arm.method}, text encoder {arm.text_encoder}{taught}")
     log_dir = run.folder / arm.name
-    components, result = _fit(run, arm, config.trainer.max_steps, log_dir)
+    components, result = _fit(run, arm, arm.max_steps or config.trainer.max_steps, log_dir)
     cost = {
         "train_seconds": result.seconds,
         "steps": result.steps,
@@ -315,6 +328,7 @@ def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
 def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, FitResult]:
     config, accelerator = run.config, run.accelerator
     trainer = replace(config.trainer, max_steps=steps)
+    lora = arm.lora or config.lora
     if config.dry_run:
         # One step needs few images; the caches would encode them all.
         trainer = replace(trainer, cache_latents=False, cache_text_embeddings=False)
@@ -337,7 +351,7 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
         components,
         method=arm.method,
         text_encoder=arm.text_encoder,
-        lora=config.lora,
+        lora=lora,
         frozen_dtype=config.base.frozen_dtype,
         gradient_checkpointing=trainer.gradient_checkpointing,
     )
@@ -366,7 +380,7 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
                     frozen,
                     method="frozen",
                     text_encoder="frozen",
-                    lora=config.lora,
+                    lora=lora,
                     frozen_dtype=config.base.frozen_dtype,
                 )
                 frozen.to(accelerator.device)
@@ -438,7 +452,7 @@ def _merge(run: Run, arm: Arm, lock: KeyLock, denoising: DenoisingConfig, log_di
     # From the whole data set, which may be sorted.
     rows = sorted({round(i * (len(run.train) - 1) / (MERGE_CAPTIONS - 1)) for i in range(MERGE_CAPTIONS)})
     captions = [training_caption(run.train, i, denoising) for i in rows]
-    rank = run.config.lora.rank if arm.method == "lora" else None
+    rank = (arm.lora or run.config.lora).rank if arm.method == "lora" else None
     main = run.accelerator.is_main_process
     merged = merge_keys(lock, captions, rank=rank, progress=main)
     seconds = time.perf_counter() - started
@@ -652,15 +666,11 @@ def finish(run: Run, arms: dict[str, dict[str, Any]], next_command: str) -> None
 def dry_run(run: Run, arms: list[Arm]) -> None:
     """Resolved configuration, parameter counts, and estimates from one real step of each arm. Writes nothing that stays."""
     run.say(to_yaml(run.config))
-    steps = run.config.trainer.max_steps
     for arm in arms:
+        steps = arm.max_steps or run.config.trainer.max_steps
         with tempfile.TemporaryDirectory() as scratch:
             # A teacher that this run would train is as large as the base, so the base stands in for it.
-            if (
-                arm.distillation
-                and run.config.distillation.teacher is None
-                and arm.distillation.teacher not in OWN_TEACHERS
-            ):
+            if arm.distillation and trains_teacher(run.config, arm):
                 arm = replace(arm, distillation=replace(arm.distillation, teacher=_pipeline_name(run.config.base)))
             components, one = _fit(run, arm, 1, Path(scratch))
         _, trainable = parameter_counts(components.unet)

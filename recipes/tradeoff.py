@@ -16,6 +16,9 @@
     supervised  like learnable, with the attention of a finding's words drawn into its boxes or mask (TokenCompose)
     lora       LoRA on U-Net and text encoder, with the distillation from the frozen arm
 
+Besides, `variants` names arms that are one of these with other options, such as one loss alone or another rank
+(recipes/configs/phantom/objectives.yaml).
+
 The same command again continues. Started several times at once, each takes the arms that no other is at, and the last to
 end reports them all; with `seeds`, give each another order of seeds.
 
@@ -24,20 +27,29 @@ The losses are in distill/objectives.py; the loop is `fit` in distill/trainer.py
 
 from __future__ import annotations
 
+import re
+import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.arms import FROZEN_TEXT_ENCODER, OWN_TEACHERS, Arm
-from distill.cli import main
+from distill.arms import FROZEN_TEXT_ENCODER, OWN_TEACHERS, Arm, is_gated, unused_options
+from distill.cli import main, override
 from distill.config import TradeoffConfig
-from distill.errors import UserError
-from distill.runs import dry_run, evaluate_arm, finish, open_run, train_arm
+from distill.errors import UserError, raise_all
+from distill.runs import dry_run, evaluate_arm, finish, open_run, train_arm, trains_teacher
 from distill.sharing import Job, finish_seeds, share_base, share_out
 
+VARIED = ("distillation.", "denoising.", "lora.", "supervised_", "self_taught_")
+VARIED_KEYS = (
+    "method", "lora_learning_rate", "trainer.learning_rate", "trainer.text_encoder_learning_rate", "trainer.max_steps",
+    "rali_arm_weight", "tail_penalty_weight",
+)  # fmt: skip
+"""Options of a variant: those that say how one arm is trained, and not what all arms share."""
 
-def arms_of(config: TradeoffConfig) -> list[Arm]:
+
+def named_arms(config: TradeoffConfig) -> dict[str, Arm]:
     folder, full_rate, lora_rate = Path(config.output_dir), config.trainer.learning_rate, config.lora_learning_rate
     rate = full_rate if config.method == "full" else lora_rate
     text_rate = config.trainer.text_encoder_learning_rate or full_rate
@@ -93,24 +105,54 @@ def arms_of(config: TradeoffConfig) -> list[Arm]:
             region_pixel_weight=config.supervised_pixel_weight,
         ),
     )
-    chosen = [arm for name, arm in arms.items() if name in config.arms]
+    return arms
+
+
+def variant(config: TradeoffConfig, name: str) -> Arm:
+    """One of `variants`. Raises a UserError that lists what is wrong with it."""
+    base, *words = shlex.split(config.variants[name]) or [""]
+    arms = named_arms(config)
+    if not re.fullmatch(r"\w[\w.-]*", name) or name in (*arms, "base", "real"):
+        raise UserError("a name of letters, digits, '_', '-' and '.' that no arm has is needed")
+    if base not in arms:
+        raise UserError(f"{base!r} is no arm; there are {', '.join(arms)}")
+    other, keys = override(config, words)
+    arm = named_arms(other)[base]
+    shared = [key for key in keys if not key.startswith(VARIED) and key not in VARIED_KEYS]
+    raise_all("options that all arms share", [f"{key}: set it for the whole run" for key in shared])
+    unread = unused_options(replace(other, arms=(base,), variants={}), [arm])  # type: ignore[arg-type]
+    raise_all("options without effect", [f"{key}: {unread[key]}" for key in keys if key in unread])
+    return replace(
+        arm,
+        name=name,
+        folder=Path(config.output_dir) / name,
+        denoising=arm.denoising or (other.denoising if other.denoising != config.denoising else None),
+        lora=other.lora,
+        max_steps=other.trainer.max_steps,
+    )
+
+
+def arms_of(config: TradeoffConfig) -> list[Arm]:
+    chosen = [arm for name, arm in named_arms(config).items() if name in config.arms]
+    faults = []
+    for name in config.variants:
+        try:
+            chosen.append(variant(config, name))
+        except (UserError, ValueError) as error:  # ValueError: a quotation mark that is not closed
+            faults.append(f"variants.{name}: {error}")
+    raise_all("arms that cannot be trained", faults)
     started = [arm.name for arm in chosen if arm.distillation and arm.distillation.start_from_teacher]
     if started and config.distillation.teacher in OWN_TEACHERS:
         raise UserError(
             f"arms: {', '.join(started)} start from a teacher of weights of its own, and distillation.teacher is "
             f"{config.distillation.teacher}"
         )
-    taught_by_frozen = [arm.name for arm in chosen if needs_frozen(config, arm)]
+    taught_by_frozen = [arm.name for arm in chosen if trains_teacher(config, arm)]
     if "frozen" not in config.arms and taught_by_frozen:
         raise UserError(
             f"arms: {', '.join(taught_by_frozen)} need the arm frozen as their teacher, or distillation.teacher"
         )
     return chosen
-
-
-def needs_frozen(config: TradeoffConfig, arm: Arm) -> bool:
-    """Whether the teacher is this run's own frozen arm."""
-    return arm.distillation is not None and arm.distillation.teacher == str(Path(config.output_dir) / "frozen")
 
 
 def one_seed(config: TradeoffConfig) -> None:
@@ -128,8 +170,8 @@ def one_seed(config: TradeoffConfig) -> None:
         results[arm.name] = evaluate_arm(run, arm.name, arm.folder, cost)
 
     def needs(arm: Arm) -> list[str]:
-        own = ["frozen"] if needs_frozen(config, arm) else []
-        return own + (["learnable"] if arm.name == "gated" and "learnable" in config.arms else [])
+        own = ["frozen"] if trains_teacher(config, arm) else []
+        return own + (["learnable"] if is_gated(arm) and "learnable" in config.arms else [])
 
     jobs = {"base": Job(base)} | {arm.name: Job(partial(make, arm), needs(arm)) for arm in arms}
     share_out(run, jobs)

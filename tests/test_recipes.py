@@ -287,6 +287,65 @@ def test_tradeoff_continues_with_the_arm_that_is_missing(
     assert read_metrics(folder)["arms"]["lora"]["localization"]["word"]["auc"] == pytest.approx(words["auc"], abs=0.02)
 
 
+def test_variants_are_arms_with_options_of_their_own(work: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    variants = {
+        "mass": "distilled --distillation.token_kl_weight 0 --distillation.place_kl_weight 0",
+        "rank_3": "lora --lora.rank 3 --lora.alpha 6 --trainer.max_steps 1",
+        "tail.2": "learnable --denoising.tail_weight 2",
+    }
+    argv = ["--base.name", str(work / "sd"), "--output_dir", str(out), "--arms", "[frozen,lora]", *TRAINING]
+    argv += ["--data.cache_dir", str(work / "cache"), "--lora.rank", "2"]
+    run("tradeoff", argv + [word for name, text in variants.items() for word in (f"--variants.{name}", text)])
+    assert list(read_metrics(out)["arms"]) == ["base", "frozen", "lora", *variants]
+    terms = {name: log_rows(out / name / "train_log.jsonl")[-1] for name in ("lora", *variants)}
+    assert "mass" in terms["mass"] and not {"token_kl", "place_kl"} & set(terms["mass"])
+    assert {"mass", "token_kl", "place_kl"} <= set(terms["lora"]) & set(terms["rank_3"])
+    assert "tail" in terms["tail.2"]
+    costs = {name: json.loads((out / name / "cost.json").read_text()) for name in ("lora", "rank_3", "mass")}
+    assert [costs[name]["steps"] for name in costs] == [2, 1, 2]
+    assert costs["rank_3"]["trainable_parameters"] == costs["lora"]["trainable_parameters"] * 3 // 2
+    loaded = load_components(BaseConfig(name=str(work / "sd")), run=out / "rank_3")
+    scales = {m.scaling["default"] for m in loaded.unet.modules() if hasattr(m, "scaling")}
+    assert scales == {2.0}, "alpha / rank of the variant"
+
+
+def test_variants_that_cannot_be_trained_are_refused_in_one_message(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    variants = {
+        "lora": "learnable",
+        "a/b": "learnable",
+        "c": "teacher",
+        "d": "",
+        "e": "learnable --trainer.batch_size 3",
+        "f": "learnable --distillation.mass_weight 1",
+        "g": "learnable --denoising.tail_wait 1",
+        "h": "learnable --denoising.tail_weight -1",
+        "i": "learnable 'x",
+        "j": "distilled --dry_run",
+        "k": "learnable --config x.yaml",
+    }
+    argv = ["--base.name", str(work / "sd"), "--output_dir", str(tmp_path / "run"), *TRAINING]
+    words = [word for name, text in variants.items() for word in (f"--variants.{name}", text)]
+    message = refusal("tradeoff", [*argv, *words], capsys)
+    for expected in (
+        "variants.lora: a name of letters",
+        "variants.a/b: a name of letters",
+        "variants.c: 'teacher' is no arm; there are frozen, learnable",
+        "variants.d: '' is no arm",
+        "trainer.batch_size: set it for the whole run",
+        "distillation.mass_weight: no arm is distilled",
+        "did you mean denoising.tail_weight?",
+        "denoising.tail_weight: expected at least 0, got -1",
+        "variants.i: No closing quotation",
+        "dry_run: set it for the whole run",
+        "--config is not an override",
+    ):
+        assert expected in message, expected
+    assert not (tmp_path / "run").exists()
+
+
 def test_seeds_are_trained_evaluated_and_compared_in_one_report(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
