@@ -17,7 +17,7 @@
     lora       LoRA on U-Net and text encoder, with the distillation from the frozen arm
 
 Besides, `variants` names arms that are one of these with other options, such as one loss alone or another rank
-(recipes/configs/phantom/objectives.yaml).
+(recipes/configs/phantom/tradeoff_objectives.yaml).
 
 The same command again continues. Started several times at once, each takes the arms that no other is at, and the last to
 end reports them all; with `seeds`, give each another order of seeds.

@@ -17,6 +17,7 @@ from typing import Any, Literal, get_args, get_origin
 import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
+from recipe import recipe_module
 
 from distill import config as config_module
 from distill.cli import main, parse, refuse_unused, to_yaml
@@ -173,7 +174,11 @@ def test_every_shipped_config_is_legal(path: Path) -> None:
         "tradeoff": TradeoffConfig,
     }
     recipe = next(name for name in classes if path.stem == name or path.stem.startswith(f"{name}_"))
-    assert parse(classes[recipe], ["--config", str(path)]) != classes[recipe]()
+    config = parse(classes[recipe], ["--config", str(path)])
+    assert config != classes[recipe]()
+    if isinstance(config, TradeoffConfig):
+        names = [arm.name for arm in recipe_module("tradeoff").arms_of(config)]
+        assert sorted(names) == sorted([*config.arms, *config.variants])
 
 
 def test_overrides_go_before_files_and_later_files_before_earlier(yaml_file: Callable[..., str]) -> None:
