@@ -567,8 +567,29 @@ class PretrainConfig:
     """recipes/pretrain_phantom.py: the embedded base, from nothing, on generic captioned pictures."""
 
     stages: tuple[
-        Literal["pictures", "tokenizer", "text_encoder", "vae", "unet", "unet_longer", "classifier", "record"], ...
-    ] = ("pictures", "tokenizer", "text_encoder", "vae", "unet", "unet_longer", "classifier", "record")
+        Literal[
+            "pictures",
+            "tokenizer",
+            "text_encoder",
+            "vae",
+            "unet",
+            "unet_longer",
+            "classifier",
+            "picture_classifier",
+            "record",
+        ],
+        ...,
+    ] = (
+        "pictures",
+        "tokenizer",
+        "text_encoder",
+        "vae",
+        "unet",
+        "unet_longer",
+        "classifier",
+        "picture_classifier",
+        "record",
+    )
     """What to run, in this order; a stage whose result exists is skipped, a stage that was cut off continues."""
     pictures: int = 30000
     """Training pictures."""
@@ -588,6 +609,10 @@ class PretrainConfig:
     """Finding classifier, on real phantoms."""
     classifier_images: int = 6000
     """Phantoms that the classifier is trained on."""
+    picture_classifier: TrainerConfig = field(default_factory=TrainerConfig)
+    """Object classifier, on real pictures: whether what the base draws in its own domain is recognised."""
+    picture_classifier_images: int = 12000
+    """Pictures that the object classifier is trained on, others than the base's held-out ones."""
     kl_weight: float = 1e-6
     """Weight of the VAE's KL term."""
     caption_dropout: float = 0.1
@@ -748,6 +773,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "resolution": _COUNT,
         "vocabulary_size": (lambda value: value >= 514, "at least 514 (512 bytes and two special tokens)"),
         "classifier_images": _COUNT,
+        "picture_classifier_images": _COUNT,
         "kl_weight": _NOT_NEGATIVE,
         "caption_dropout": _PROBABILITY,
         "work_dir": _NOT_EMPTY,

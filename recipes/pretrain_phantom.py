@@ -22,10 +22,10 @@ from accelerate import Accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
-from transformers import CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModelWithProjection, CLIPTokenizer, ResNetForImageClassification
 
 from distill.cli import main, to_yaml
-from distill.components import components_of, load_components, parameter_counts, prepare_training, read_json
+from distill.components import Components, components_of, load_components, parameter_counts, prepare_training, read_json
 from distill.config import BaseConfig, DenoisingConfig, LoraConfig, PretrainConfig, TrainerConfig
 from distill.data import PhantomDataset
 from distill.data.cache import cache_latents
@@ -51,7 +51,9 @@ from distill.runs import quiet_libraries, write_json
 from distill.trainer import fit, make_accelerator
 
 Row = dict[str, Any]
-TRAINED = ("text_encoder", "vae", "unet", "unet_longer", "classifier")
+TRAINED = ("text_encoder", "vae", "unet", "unet_longer", "classifier", "picture_classifier")
+RECOGNISED_PICTURES = 400
+"""Held-out captions whose drawings the object classifier looks at."""
 
 
 def train(objective: nn.Module, rows: Any, trainer: TrainerConfig, work: Path, seed: int, collate: Any = None) -> None:
@@ -138,21 +140,23 @@ def train_unet(config: PretrainConfig, stage: str, work: Path, output_dir: Path)
     os.replace(partial, output_dir)
 
 
-def train_classifier(config: PretrainConfig, work: Path, output_dir: Path) -> None:
-    """On real phantoms; its features serve the phantom's FID, its scores the faithfulness to captions."""
-    phantoms = PhantomDataset("train", config.classifier_images, config.seed, config.resolution)
+def train_classifier(
+    dataset: PhantomDataset | PicturesDataset, trainer: TrainerConfig, work: Path, output_dir: Path, seed: int
+) -> None:
+    """On real images, never on generated ones. Of phantoms: its features serve FID, its scores the faithfulness to captions.
+    Of pictures: it tells whether the base's own drawings are recognised."""
     rows = []
-    for i in tqdm(range(len(phantoms)), desc="phantoms", unit="image"):
-        sample = phantoms[i]
-        labels = torch.tensor([name in sample.labels for name in phantoms.findings], dtype=torch.float32)
+    for i in tqdm(range(len(dataset)), desc="images", unit="image"):
+        sample = dataset[i]
+        labels = torch.tensor([name in sample.labels for name in dataset.findings], dtype=torch.float32)
         rows.append({"pixel_values": sample.pixel_values.half(), "labels": labels})
 
     def collate(batch: list[Row]) -> Row:
         return {key: torch.stack([row[key] for row in batch]).float() for key in batch[0]}
 
-    torch.manual_seed(config.seed)
-    classifier = new_classifier(phantoms.findings)
-    train(ClassificationObjective(classifier), rows, config.classifier, work, config.seed, collate)
+    torch.manual_seed(seed)
+    classifier = new_classifier(dataset.findings)
+    train(ClassificationObjective(classifier), rows, trainer, work, seed, collate)
     partial = output_dir.with_suffix(".partial")
     classifier.half().save_pretrained(partial)
     os.replace(partial, output_dir)
@@ -187,21 +191,51 @@ def record(config: PretrainConfig, work: Path) -> None:
     for name in TRAINED:
         if (work / name / "cost.json").exists():
             stages[name] = read_json(work / name / "cost.json") | {"last": _last_losses(work / name)}
+    recognised = None
+    if (work / "picture_classifier" / "model").exists():
+        recognised = recognition(components, config, work)
     result = {
         "stages": stages,
         "vae_psnr_db": {"pictures": psnr_db(pictures), "phantoms": psnr_db(phantoms)},
-        "pictures": {"localization": located, "captions_of_samples": captions},
+        "pictures": {"localization": located, "recognition": recognised, "captions_of_samples": captions},
         "classifier": finding_auroc(scores, labels) | {"images": len(phantoms)},
         "seed": config.seed,
         "provenance": provenance(),
     }
     write_json(output_dir / "pretraining.json", result)
     words = located["word"]
+    if recognised is not None:
+        drawn, real = recognised["generated"], recognised["real"]
+        print(
+            f"objects recognised in drawn pictures: AUC {drawn['auc']:.3f} {drawn['auc_ci']}, in real ones {real['auc']:.3f}"
+        )
     print(
         f"VAE {result['vae_psnr_db']} dB; word AUC on held-out pictures {words['auc']:.3f} {words['auc_ci']}; "
         f"classifier AUC {result['classifier']['auc']:.3f}\nrecorded in {output_dir / 'pretraining.json'}\n"
         "next: accelerate launch recipes/tradeoff.py --config recipes/configs/phantom/tradeoff_quick.yaml"
     )
+
+
+@torch.no_grad()
+def recognition(components: Components, config: PretrainConfig, work: Path) -> dict[str, Any]:
+    """Per object: AUC of the object classifier's scores of held-out pictures, and of what the base draws for their captions,
+    against the objects that the captions name."""
+    pictures = PicturesDataset("test", RECOGNISED_PICTURES, config.seed, config.resolution)
+    model = ResNetForImageClassification.from_pretrained(work / "picture_classifier" / "model").float().eval()
+    labels = torch.tensor([[kind in pictures.labels(i) for kind in pictures.findings] for i in range(len(pictures))])
+    scores: dict[str, list[torch.Tensor]] = {"real": [], "generated": []}
+    size = config.evaluation.batch_size
+    for start in tqdm(range(0, len(pictures), size), desc="drawing pictures", unit="batch"):
+        some = list(range(start, min(start + size, len(pictures))))
+        captions = [pictures.caption(i) for i in some]
+        drawn = generate(components, captions, some, config.resolution, config.evaluation)
+        scores["generated"].append(model(drawn * 2 - 1).logits)
+        scores["real"].append(model(torch.stack([pictures[i].pixel_values for i in some])).logits)
+    found = {key: finding_auroc(torch.cat(parts), labels) for key, parts in scores.items()}
+    return {
+        key: value | {"per_finding": dict(zip(pictures.findings, value["per_finding"], strict=True))}
+        for key, value in found.items()
+    } | {"images": len(pictures)}
 
 
 def _last_losses(work: Path) -> Row:
@@ -216,7 +250,12 @@ def rehearse(config: PretrainConfig) -> PretrainConfig:
         for name in TRAINED
     }
     return replace(
-        config, stages=tuple(s for s in config.stages if s != "record"), pictures=256, classifier_images=64, **one
+        config,
+        stages=tuple(s for s in config.stages if s != "record"),
+        pictures=256,
+        classifier_images=64,
+        picture_classifier_images=64,
+        **one,
     )
 
 
@@ -245,7 +284,11 @@ def pretrain(config: PretrainConfig) -> None:
     if "unet_longer" in config.stages and not (work / "unet_longer" / "before").exists():
         train_unet(config, "unet_longer", work, base)
     if "classifier" in config.stages and not classifier.exists():
-        train_classifier(config, work / "classifier", classifier)
+        phantoms = PhantomDataset("train", config.classifier_images, config.seed, config.resolution)
+        train_classifier(phantoms, config.classifier, work / "classifier", classifier, config.seed)
+    if "picture_classifier" in config.stages and not (objects := work / "picture_classifier" / "model").exists():
+        pictures = PicturesDataset("train", config.picture_classifier_images, config.seed, config.resolution)
+        train_classifier(pictures, config.picture_classifier, objects.parent, objects, config.seed)
     if "record" in config.stages:
         record(config, work)
 
