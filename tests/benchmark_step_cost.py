@@ -32,6 +32,7 @@ Kind = AttentionDistillationConfig | DenoisingConfig | str | None
 KINDS: dict[str, Kind] = {
     "key_locked": LOCKED,
     "supervised": DenoisingConfig(region_token_weight=0.01),
+    "tail_penalized": DenoisingConfig(tail_weight=0.1),
     "gated, 4 of 7 layers": AttentionDistillationConfig(
         teacher="run", layers=("down_blocks", "up_blocks.0"), max_timestep=699
     ),
@@ -54,7 +55,9 @@ def student() -> Components:
     return components
 
 
-def stepper(stack: ExitStack, config: Kind) -> Callable[[dict[str, torch.Tensor], int], None]:
+def stepper(
+    stack: ExitStack, config: Kind, batch: dict[str, torch.Tensor]
+) -> Callable[[dict[str, torch.Tensor], int], None]:
     """A function that trains one step of a student of its own."""
     own = student()
     if config == LOCKED:
@@ -62,6 +65,8 @@ def stepper(stack: ExitStack, config: Kind) -> Callable[[dict[str, torch.Tensor]
     objective = DenoisingObjective(own, DenoisingConfig())
     if isinstance(config, DenoisingConfig):
         objective = SupervisedAttentionObjective(own, config, stack.enter_context(record_attention(own.unet)))
+        if config.tail_weight:
+            objective.measure_tail([batch], torch.Generator().manual_seed(0))
     elif isinstance(config, AttentionDistillationConfig):
         teacher = load_components(BaseConfig(name="phantom"))
         if config.teacher == "frozen_text_encoder":
@@ -93,7 +98,8 @@ def main() -> None:
     batch |= {"latents_mean": posterior.mean, "latents_std": posterior.std}
     times: dict[str, list[float]] = {}
     with ExitStack() as stack:
-        kinds = {"plain": stepper(stack, None)} | {name: stepper(stack, config) for name, config in KINDS.items()}
+        kinds = {"plain": stepper(stack, None, batch)}
+        kinds |= {name: stepper(stack, config, batch) for name, config in KINDS.items()}
         for turn in range(steps + 2):
             for name, step in kinds.items():
                 began = time.perf_counter()

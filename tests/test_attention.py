@@ -526,7 +526,10 @@ def test_self_attention_is_recorded_up_to_a_number_of_places(any_unet: UNet2DCon
         torch.testing.assert_close(m.sum(dim=-1), torch.full((2, 16), 2.0))
 
 
-@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "backend",
+    ["eager", pytest.param("aot_eager", marks=pytest.mark.slow), pytest.param("inductor", marks=pytest.mark.slow)],
+)
 @torch.no_grad()
 def test_compiled_u_nets_give_the_same_maps(backend: str) -> None:
     torch.compiler.reset()
