@@ -86,6 +86,9 @@ def values_of(hint: Any) -> st.SearchStrategy[Any]:
             "",
             "- a",
             "a: b",
+            "\x85",
+            "a\u2028b",
+            "\u2029 c\n",
         ]
         return st.one_of(st.sampled_from(tricky), st.text(max_size=12))
     return {
