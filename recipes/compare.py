@@ -29,9 +29,9 @@ from distill.runs import claim, write_json
 from distill.seeds import REFERENCES
 from distill.sharing import finish_seeds
 
-TRAINING_DATA = {"train_size", "validation_size", "train_split", "mimic_file", "horizontal_flip", "cache_dir"}
+TRAINING_DATA = {"train_size", "validation_size", "train_split", "horizontal_flip", "cache_dir"}
 """Of data: what says nothing of the held-out images."""
-SPEED = {"batch_size", "examples"}
+SPEED = {"batch_size"}
 """Of evaluation: what changes no number."""
 KEPT = (
     "pairs.jsonl",
@@ -129,6 +129,11 @@ def compare(config: CompareConfig) -> None:
         print(to_yaml(config) + "dry run: the runs can be compared; nothing was written")
         return
     claim(folder, config)
+    if not (folder / "config.yaml").exists() and any(folder.glob("seed-*")):
+        # As of tradeoff.py with several seeds: its trained arms would be deleted below.
+        raise UserError(f"{folder} holds seed-N folders that are not of a comparison; choose another --output_dir")
+    folder.mkdir(parents=True, exist_ok=True)
+    write_atomic(folder / "config.yaml", to_yaml(config))
     for old in folder.glob("seed-*"):
         shutil.rmtree(old)
     for seed, arms in tqdm(runs.items(), desc="runs", unit="run"):
@@ -157,7 +162,6 @@ def compare(config: CompareConfig) -> None:
             for name, one in arms.items()
         }
         write_json(run / "metrics.json", {"arms": entries, "real": real, "provenance": origin})
-    write_atomic(folder / "config.yaml", to_yaml(config))
     finish_seeds(folder, references)
     print(f"next: open {folder / 'report.html'}")
 

@@ -188,10 +188,10 @@ def record(config: PretrainConfig, work: Path) -> None:
     labels = torch.tensor([[name in phantoms.labels(i) for name in features.findings] for i in range(len(phantoms))])
     earlier = output_dir / "pretraining.json"  # of stages whose work folder is gone
     stages = read_json(earlier)["stages"] if earlier.exists() else {}
+    recognised = read_json(earlier)["pictures"].get("recognition") if earlier.exists() else None
     for name in TRAINED:
         if (work / name / "cost.json").exists():
             stages[name] = read_json(work / name / "cost.json") | {"last": _last_losses(work / name)}
-    recognised = None
     if (work / "picture_classifier" / "model").exists():
         recognised = recognition(components, config, work)
     result = {

@@ -141,12 +141,12 @@ def arms_of(config: TradeoffConfig) -> list[Arm]:
         except (UserError, ValueError) as error:  # ValueError: a quotation mark that is not closed
             faults.append(f"variants.{name}: {error}")
     raise_all("arms that cannot be trained", faults)
-    started = [arm.name for arm in chosen if arm.distillation and arm.distillation.start_from_teacher]
-    if started and config.distillation.teacher in OWN_TEACHERS:
-        raise UserError(
-            f"arms: {', '.join(started)} start from a teacher of weights of its own, and distillation.teacher is "
-            f"{config.distillation.teacher}"
-        )
+    for arm in chosen:
+        c = arm.distillation
+        if c and c.start_from_teacher and c.teacher in OWN_TEACHERS:
+            raise UserError(
+                f"arms: {arm.name} starts from a teacher of weights of its own, and distillation.teacher is {c.teacher}"
+            )
     taught_by_frozen = [arm.name for arm in chosen if trains_teacher(config, arm)]
     if "frozen" not in config.arms and taught_by_frozen:
         raise UserError(

@@ -72,6 +72,16 @@ def test_arms_of_several_commands_are_compared_pair_by_pair(tmp_path: Path) -> N
     assert "longer - frozen" in (tmp_path / "out/report.md").read_text()
 
 
+def test_a_folder_of_trained_seeds_is_never_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for seed in (1, 2):
+        finished(tmp_path / "a", seed, {"frozen": 0.0, "other": 0.0})
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    arms = "{frozen: 'A/seed-{seed}/frozen', other: 'A/seed-{seed}/other'}".replace("A/", f"{tmp_path}/a/")
+    message = refusal(["--arms", arms, "--seeds", "[1,2]", "--output_dir", str(tmp_path / "a")], capsys)
+    assert "seed-N folders that are not of a comparison" in message
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
 def test_single_runs_are_compared_with_intervals_of_images_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -482,7 +482,7 @@ def test_a_student_continues_from_its_teacher_or_follows_its_own_mean(
     out = tmp_path / "refused"
     mean = [*argv, "--arms", "[frozen,continued]", "--distillation.teacher", "ema", "--output_dir", str(out)]
     message = refusal("tradeoff", mean, capsys)
-    assert "continued start from a teacher of weights of its own, and distillation.teacher is ema" in message
+    assert "continued starts from a teacher of weights of its own, and distillation.teacher is ema" in message
     lora = [*argv, "--arms", "[frozen,lora]", "--distillation.start_from_teacher", "true", "--output_dir", str(out)]
     assert "lora trains adapters, which are of the base: it can start only from" in refusal("tradeoff", lora, capsys)
     assert not out.exists()
