@@ -122,6 +122,12 @@ def variant(config: TradeoffConfig, name: str) -> Arm:
     raise_all("options that all arms share", [f"{key}: set it for the whole run" for key in shared])
     unread = unused_options(replace(other, arms=(base,), variants={}), [arm])  # type: ignore[arg-type]
     raise_all("options without effect", [f"{key}: {unread[key]}" for key in keys if key in unread])
+    used = {"distillation": arm.distillation, "denoising": arm.denoising or other.denoising, "method": arm.method}
+    for key in keys:
+        group, option, *_ = [*key.split("."), ""]
+        asked, has = getattr(other, group), used.get(group)
+        if has is not None and (getattr(asked, option, asked) != getattr(has, option, has)):
+            raise UserError(f"{key}: {base} has its own, {getattr(has, option, has)!r}")
     return replace(
         arm,
         name=name,

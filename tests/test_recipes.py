@@ -327,6 +327,9 @@ def test_variants_that_cannot_be_trained_are_refused_in_one_message(
         "i": "learnable 'x",
         "j": "distilled --dry_run",
         "k": "learnable --config x.yaml",
+        "l": "rali --denoising.insert_labels random",
+        "m": "continued --distillation.start_from_teacher false",
+        "n": "lora --method full --lora.rank 2",
     }
     argv = ["--base.name", str(work / "sd"), "--output_dir", str(tmp_path / "run"), *TRAINING]
     words = [word for name, text in variants.items() for word in (f"--variants.{name}", text)]
@@ -343,6 +346,9 @@ def test_variants_that_cannot_be_trained_are_refused_in_one_message(
         "variants.i: No closing quotation",
         "dry_run: set it for the whole run",
         "--config is not an override",
+        "denoising.insert_labels: rali has its own, 'first'",
+        "distillation.start_from_teacher: continued has its own, True",
+        "variants.n: ",
     ):
         assert expected in message, expected
     assert not (tmp_path / "run").exists()
