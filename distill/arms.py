@@ -25,7 +25,8 @@ OWN_TEACHERS = (FROZEN_TEXT_ENCODER, EMA)
 @dataclass(frozen=True)
 class Arm:
     """One way to train the base. folder: where its files go. distillation: with attention distillation from its teacher.
-    denoising, lora, max_steps: in place of the run's. lock_keys: distill/keylock.py."""
+    denoising, lora, max_steps: in place of the run's. lock_keys: distill/keylock.py. variant_of: the named arm that it is with
+    other options."""
 
     name: str
     folder: Path
@@ -38,6 +39,7 @@ class Arm:
     lock_keys: bool = False
     lora: LoraConfig | None = None
     max_steps: int | None = None
+    variant_of: str | None = None
 
 
 def label_readers(config: Any, arms: list[Arm]) -> dict[str, bool]:
@@ -128,25 +130,29 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
         never("nothing is trained by LoRA", "lora_learning_rate")
     if isinstance(config, TradeoffConfig) and not any(arm.distillation for arm in arms):
         never("no arm is distilled", *(f"distillation.{item.name}" for item in fields(config.distillation)))
-    if config.denoising.training_text != "paraphrases":
+    kinds = {arm.variant_of or arm.name for arm in arms}
+    texts = [arm.denoising or config.denoising for arm in arms]
+    if not any(denoising.training_text == "paraphrases" for denoising in texts):
         never("denoising.training_text is not paraphrases", "denoising.paraphrases")
     if config.trainer.checkpoint_every_steps is None:
         never("trainer.checkpoint_every_steps is not set", "trainer.keep_checkpoints")
-    if arms and all(arm.distillation or arm.denoising for arm in arms):
-        terms = ("arm_weight", "tail_weight", "region_token_weight", "region_pixel_weight", "region_mask_weight")
-        never("distillation has its own terms", *(f"denoising.{name}" for name in terms))
+    for name in ("arm_weight", "tail_weight", "region_token_weight", "region_pixel_weight", "region_mask_weight"):
+        asked = getattr(config.denoising, name)
+        undistilled = [denoising for arm, denoising in zip(arms, texts, strict=True) if not arm.distillation]
+        if arms and not any(getattr(denoising, name) == asked for denoising in undistilled):
+            never("each arm has its own, or is distilled, which has its own terms", f"denoising.{name}")
     if not any((arm.denoising or config.denoising).reads_regions for arm in arms if not arm.distillation):
         never("no regions are read", "denoising.region_images")
-    if isinstance(config, TradeoffConfig) and "supervised" not in config.arms:
-        never("arms has no supervised", "supervised_token_weight", "supervised_pixel_weight")
-    if isinstance(config, TradeoffConfig) and "tail_penalized" not in config.arms:
-        never("arms has no tail_penalized", "tail_penalty_weight")
-    if isinstance(config, TradeoffConfig) and "rali_arm" not in config.arms:
-        never("arms has no rali_arm", "rali_arm_weight")
+    if isinstance(config, TradeoffConfig) and "supervised" not in kinds:
+        never("no arm is supervised", "supervised_token_weight", "supervised_pixel_weight")
+    if isinstance(config, TradeoffConfig) and "tail_penalized" not in kinds:
+        never("no arm is tail_penalized", "tail_penalty_weight")
+    if isinstance(config, TradeoffConfig) and "rali_arm" not in kinds:
+        never("no arm is rali_arm", "rali_arm_weight")
     distilled = [arm for arm in arms if arm.distillation]
-    if distilled and all(arm.name == "self_taught" for arm in distilled):
+    if distilled and all((arm.variant_of or arm.name) == "self_taught" for arm in distilled):
         never("only self_taught is distilled", "distillation.batch_share", "distillation.frozen_share")
-    if distilled and config.distillation.teacher != EMA:
+    if distilled and not any(arm.distillation and arm.distillation.teacher == EMA for arm in distilled):
         never("distillation.teacher is not ema", "distillation.ema_decay")
     if distilled and all(arm.text_encoder == "frozen" for arm in distilled):
         never("no distilled text encoder is trained", "distillation.text_gradient")
@@ -154,10 +160,10 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
         never("no gate is asked for", "distillation.gate_images")
     if config.trainer.localize_every_steps is None:
         never("trainer.localize_every_steps is not set", "trainer.localize_images")
-    if isinstance(config, TradeoffConfig) and "self_taught" not in config.arms:
-        never("arms has no self_taught", "self_taught_batch_share", "self_taught_frozen_share")
+    if isinstance(config, TradeoffConfig) and "self_taught" not in kinds:
+        never("no arm is self_taught", "self_taught_batch_share", "self_taught_frozen_share")
     if not config.trainer.cache_latents and not config.trainer.cache_text_embeddings:
         never("nothing is cached", "data.cache_dir")
-    if config.denoising.caption_dropout == 0:
+    if all(denoising.caption_dropout == 0 for denoising in texts):
         never("denoising.caption_dropout is 0", "denoising.caption_dropout_label")
     return unused

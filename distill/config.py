@@ -123,7 +123,8 @@ class DenoisingConfig:
     caption_dropout: float = 0.1
     """Probability that a caption is replaced by the empty one, for classifier-free guidance."""
     caption_dropout_label: str | None = None
-    """Drop captions only of images with this label (the paper: `No Finding`); none drops any caption."""
+    """Drop captions only of images with this label (the paper: `No Finding`), or, with `no finding`, also of images without
+    a label; None drops any caption."""
     training_text: Literal["caption", "labels", "paraphrases"] = "caption"
     """Text of a training image, as the paper compares: its caption; the names of its labels in random order; or of each
     label, in random order, one of `paraphrases`. Images without a label then have the text `no finding`."""
@@ -602,7 +603,10 @@ class PretrainConfig:
     vae: TrainerConfig = field(default_factory=TrainerConfig)
     """Autoencoder."""
     unet: TrainerConfig = field(default_factory=TrainerConfig)
-    """U-Net, with the text encoder frozen."""
+    """U-Net, beside the trained text encoder and VAE."""
+    unet_text_encoder: Literal["frozen", "full"] = "frozen"
+    """Text encoder of the stage unet. frozen: that of the stage text_encoder, as Stable Diffusion is made. full: a new one, which
+    the diffusion loss alone trains; to compare."""
     unet_longer: TrainerConfig = field(default_factory=TrainerConfig)
     """The same U-Net again, from where output_dir has it, with a learning rate that starts anew."""
     classifier: TrainerConfig = field(default_factory=TrainerConfig)

@@ -112,17 +112,28 @@ def train_unet(config: PretrainConfig, stage: str, work: Path, output_dir: Path)
     if longer:
         pipeline = StableDiffusionPipeline.from_pretrained(output_dir, torch_dtype=torch.float32)
     else:
-        pipeline = new_pipeline(
-            CLIPTokenizer.from_pretrained(work / "tokenizer"),
-            CLIPTextModelWithProjection.from_pretrained(work / "text_encoder" / "text_encoder_with_projection"),
-            AutoencoderKL.from_pretrained(work / "vae" / "vae"),
-        )
+        tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
+        if config.unet_text_encoder == "frozen":
+            folder = work / "text_encoder" / "text_encoder_with_projection"
+            text_encoder = CLIPTextModelWithProjection.from_pretrained(folder)
+        else:
+            text_encoder = new_text_encoder(tokenizer)
+        pipeline = new_pipeline(tokenizer, text_encoder, AutoencoderKL.from_pretrained(work / "vae" / "vae"))
     components = components_of(pipeline)
-    prepare_training(components, method="full", text_encoder="frozen", lora=LoraConfig())
+    text_encoder_mode = "frozen" if longer else config.unet_text_encoder
+    prepare_training(components, method="full", text_encoder=text_encoder_mode, lora=LoraConfig())
     device = make_accelerator(trainer, work / stage).device
     components.to(device)
     pictures = PicturesDataset("train", config.pictures, config.seed, config.resolution)
-    latents = cache_latents(pictures, components.vae, work / "latents", batch_size=8, flip=False, device=device)
+    latents = cache_latents(
+        pictures,
+        components.vae,
+        work / "latents",
+        batch_size=8,
+        flip=False,
+        device=device,
+        num_workers=trainer.num_workers,
+    )
     objective = DenoisingObjective(components, DenoisingConfig(caption_dropout=config.caption_dropout))
     rows = TrainingRows(pictures, components, latents=latents)
     # The seed gives the noise too: the longer training must not see that of the first one again.

@@ -135,6 +135,7 @@ def variant(config: TradeoffConfig, name: str) -> Arm:
         denoising=arm.denoising or (other.denoising if other.denoising != config.denoising else None),
         lora=other.lora,
         max_steps=other.trainer.max_steps,
+        variant_of=base,
     )
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from distill.arms import FROZEN_TEXT_ENCODER, Arm, is_gated, label_readers, unused_options
 from distill.config import AttentionDistillationConfig, DenoisingConfig, TradeoffConfig
+from distill.objectives import EMA
 
 
 def arm(name: str, **options: object) -> Arm:
@@ -19,6 +20,15 @@ FROZEN = arm("frozen", text_encoder="frozen")
 LEARNABLE = arm("learnable")
 DISTILLED = arm("distilled", distillation=AttentionDistillationConfig(teacher="frozen"))
 LORA = arm("lora", method="lora", text_encoder="lora", distillation=AttentionDistillationConfig(teacher="frozen"))
+SHARED_SELF = arm(
+    "half",
+    variant_of="self_taught",
+    distillation=AttentionDistillationConfig(teacher=FROZEN_TEXT_ENCODER, batch_share=0.25),
+)
+PARAPHRASED = arm("texts", variant_of="learnable", denoising=DenoisingConfig(training_text="paraphrases"))
+PENALIZED = arm("more", variant_of="tail_penalized", denoising=DenoisingConfig(tail_weight=0.3))
+RALI = arm("rali", denoising=DenoisingConfig(insert_labels="first"))
+EMA_TAUGHT = arm("mean", variant_of="distilled", distillation=AttentionDistillationConfig(teacher=EMA))
 SELF = arm("self_taught", distillation=AttentionDistillationConfig(teacher=FROZEN_TEXT_ENCODER))
 
 
@@ -36,6 +46,12 @@ SELF = arm("self_taught", distillation=AttentionDistillationConfig(teacher=FROZE
         ([DISTILLED], "denoising.tail_weight", "distillation.tail_weight"),
         ([FROZEN, LEARNABLE], "tail_penalty_weight", "denoising.tail_weight"),
         ([FROZEN, DISTILLED], "denoising.paraphrases", "denoising.arm_weight"),
+        ([FROZEN, PARAPHRASED], "tail_penalty_weight", "denoising.paraphrases"),
+        ([FROZEN, PENALIZED], "rali_arm_weight", "tail_penalty_weight"),
+        ([PENALIZED], "denoising.tail_weight", "denoising.region_mask_weight"),
+        ([SHARED_SELF], "distillation.batch_share", "self_taught_batch_share"),
+        ([RALI], "rali_arm_weight", "denoising.tail_weight"),
+        ([EMA_TAUGHT], "self_taught_batch_share", "distillation.ema_decay"),
     ],
 )
 def test_options_that_no_arm_reads(arms: list[Arm], unread: str, read: str) -> None:

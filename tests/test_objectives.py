@@ -138,13 +138,13 @@ def test_only_flippable_rows_are_mirrored_and_those_about_half_of_the_time(tmp_p
     assert torch.all((mirrored[batch["flippable"]] > 8) & (mirrored[batch["flippable"]] < 32))
 
 
-@pytest.mark.parametrize("label", [None, LABEL])
+@pytest.mark.parametrize("label", [None, LABEL, NO_LABEL])
 def test_only_captions_with_the_label_are_dropped(label: str | None) -> None:
     components = prepared()
     data = phantoms()
     rows = range(12)
     batch = batch_of(components, rows, drop_only_label=label)
-    dropped = torch.tensor([label is None or label in data.labels(i) for i in rows])
+    dropped = torch.tensor([label is None or label in (data.labels(i) or (NO_LABEL,)) for i in rows])
     assert dropped.any() and (label is None or not dropped.all())
     x = DenoisingObjective(components, DenoisingConfig(caption_dropout=1.0)).noised(batch, generator())
     (empty,) = components.tokenize([""])

@@ -11,7 +11,15 @@ from torch.utils.data import Dataset
 from distill.components import Components
 from distill.config import DenoisingConfig
 from distill.data.cache import LatentCache, TextEmbeddingCache
-from distill.data.captions import find_words, insert_labels, names_side, text_of_labels, token_groups, token_spans
+from distill.data.captions import (
+    NO_LABEL,
+    find_words,
+    insert_labels,
+    names_side,
+    text_of_labels,
+    token_groups,
+    token_spans,
+)
 from distill.data.sample import ImageCaptionDataset
 from distill.errors import UserError
 
@@ -118,7 +126,7 @@ class TrainingRows(Dataset[dict[str, Any]]):
             for label, mask in self._regions_of(index).items() if limit is None or index < limit else ():
                 for k in self._tokens_of(label, caption):
                     row["regions"][k] |= mask
-        row["droppable"] = torch.tensor(self.drop_only_label is None or self.drop_only_label in labels)
+        row["droppable"] = torch.tensor(self.drop_only_label is None or self.drop_only_label in (labels or (NO_LABEL,)))
         if self.components.is_sdxl:
             row["time_ids"] = torch.tensor(self._time_ids(index), dtype=torch.float32)
         return row
