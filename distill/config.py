@@ -605,8 +605,8 @@ class PretrainConfig:
     unet: TrainerConfig = field(default_factory=TrainerConfig)
     """U-Net, beside the trained text encoder and VAE."""
     unet_text_encoder: Literal["frozen", "full"] = "frozen"
-    """Text encoder of the stage unet. frozen: that of the stage text_encoder, as Stable Diffusion is made. full: a new one, which
-    the diffusion loss alone trains; to compare."""
+    """Text encoder of the stage unet. frozen: that of the stage text_encoder, as Stable Diffusion is made. full: a new one,
+    which the diffusion loss alone trains; to compare."""
     unet_longer: TrainerConfig = field(default_factory=TrainerConfig)
     """The same U-Net again, from where output_dir has it, with a learning rate that starts anew."""
     classifier: TrainerConfig = field(default_factory=TrainerConfig)

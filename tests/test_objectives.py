@@ -20,7 +20,7 @@ from distill.attention import attention_layers, record_attention
 from distill.components import Components, components_of, encode_text, prepare_training
 from distill.config import AttentionDistillationConfig, DenoisingConfig, LoraConfig
 from distill.data.cache import cache_latents, cache_text_embeddings
-from distill.data.captions import EOS, WORD, names_side
+from distill.data.captions import EOS, NO_LABEL, WORD, names_side
 from distill.data.phantom import PhantomDataset
 from distill.data.training import TrainingRows
 from distill.errors import UserError
