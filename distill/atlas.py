@@ -109,7 +109,7 @@ def compute_cells(
     timesteps: in ascending order. The maps stay in memory: 4 bytes x pairs x layers x timesteps x latent places, shared
     between the processes. Raises UserError if no region can be scored.
     """
-    asked = queries(dataset, components, config)
+    asked = queries(dataset, components, config, accelerator)
     starts = np.cumsum([0, *(len(query.findings) for query in asked)])
     layers = attention_layers(components.unet)
     mine = list(range(len(asked)))[accelerator.process_index :: accelerator.num_processes]

@@ -233,7 +233,7 @@ def held_out(
     The FID of the real row is between the real images that the arms are compared with and as many others, so that it
     shows what the distance is at this number of images when nothing is wrong.
     """
-    located = list(dict.fromkeys(query.image for query in queries(dataset, components, config)))
+    located = list(dict.fromkeys(query.image for query in queries(dataset, components, config, accelerator)))
     examples = (located or list(range(len(dataset))))[: config.examples]
     if accelerator.is_main_process:
         write_examples(dataset, examples, run_dir / "real")

@@ -79,46 +79,66 @@ class Query:
     truth: str = ""
 
 
-def queries(dataset: ImageCaptionDataset, components: Components, config: EvaluationConfig) -> list[Query]:
+def queries(
+    dataset: ImageCaptionDataset,
+    components: Components,
+    config: EvaluationConfig,
+    accelerator: Accelerator | None = None,
+) -> list[Query]:
     """The (image, finding) pairs of the first `localization_images` images that have any, the same for every model.
 
     `caption`: the image's caption. `phrase`: the region's phrase, or the finding's name; one text a pair.
     A text that names the finding by none of its words is left out, or with the protocols `dombrowski` and `vilouras`,
     and with phrases, asked for by all of its word tokens.
+    With an accelerator its processes share the images, which each has to decode for its regions; all must call this.
     Empty if no image has a region. Raises UserError if there are regions and no text names any of their findings.
     """
-    tokenizer, length = components.tokenizers[0], components.max_tokens
-    names = list(dataset.findings)
+    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
+    together = 16 * world if world > 1 else 1
     found: list[Query] = []
     images = regions = 0
-    for index in range(len(dataset) if dataset.findings else 0):
+    for start in range(0, len(dataset) if dataset.findings else 0, together):
         if images == config.localization_images:
             break
-        texts: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
-        found_regions = dataset[index].regions
-        phrases = {region.finding: region.phrase for region in found_regions}
-        regions += len(phrases)
-        for finding in phrases:
-            words = dataset.query_words[finding]
-            text = dataset.caption(index)
-            if config.localization_text == "phrase":
-                text = phrases[finding] or finding
-            tokens = tuple(token_spans(tokenizer, text, find_words(text, words), length))
-            if not tokens and (config.localization_text == "phrase" or config.protocol != "ours"):
-                tokens = tuple((token_groups(tokenizer, text, length) == WORD).nonzero().flatten().tolist())
-            if tokens:
-                texts.setdefault(text, []).append((names.index(finding), tokens))
-        for text, pairs in texts.items():
-            groups = token_groups(tokenizer, text, length)
-            own = tuple(f for f, _ in pairs), tuple(t for _, t in pairs)
-            found.append(Query(index, text, *own, groups, _hash_of(found_regions)))
-        images += bool(texts)
+        indices = range(start, min(start + together, len(dataset)))
+        looked = [(index, *_queries_of(dataset, index, components, config)) for index in indices[rank::world]]
+        for _, count, own in sorted(gather_object(looked) if world > 1 else looked, key=lambda part: part[0]):
+            if images < config.localization_images:
+                regions += count
+                found += own
+                images += bool(own)
     if regions and not found:
         raise UserError(
             "no held-out image has a region of a finding that its text names; check data.findings, data.query_words and "
             "evaluation.localization_text"
         )
     return found
+
+
+def _queries_of(
+    dataset: ImageCaptionDataset, index: int, components: Components, config: EvaluationConfig
+) -> tuple[int, list[Query]]:
+    """How many findings have a region in an image, and its queries."""
+    tokenizer, length = components.tokenizers[0], components.max_tokens
+    names, regions = list(dataset.findings), dataset[index].regions
+    texts: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
+    phrases = {region.finding: region.phrase for region in regions}
+    for finding in phrases:
+        text = dataset.caption(index)
+        if config.localization_text == "phrase":
+            text = phrases[finding] or finding
+        tokens = tuple(token_spans(tokenizer, text, find_words(text, dataset.query_words[finding]), length))
+        if not tokens and (config.localization_text == "phrase" or config.protocol != "ours"):
+            tokens = tuple((token_groups(tokenizer, text, length) == WORD).nonzero().flatten().tolist())
+        if tokens:
+            texts.setdefault(text, []).append((names.index(finding), tokens))
+    own = []
+    for text, pairs in texts.items():
+        groups = token_groups(tokenizer, text, length)
+        own.append(
+            Query(index, text, tuple(f for f, _ in pairs), tuple(t for _, t in pairs), groups, _hash_of(regions))
+        )
+    return len(phrases), own
 
 
 def _hash_of(regions: Sequence[Region]) -> str:
@@ -498,7 +518,7 @@ def localization(
 
     Writes the examples' maps to maps.safetensors, and the scores of each pair to pairs.jsonl.
     """
-    asked = queries(dataset, components, config)
+    asked = queries(dataset, components, config, accelerator)
     if not asked:
         return None
     config = with_subset(config, components)

@@ -1,20 +1,23 @@
 """Does localization survive what training never showed? Other words, swapped sides, other images, and negations.
 
 Each shift wraps a data set and changes captions or pixels; the ground truth stays. What is measured is the same metric of
-distill/localization.py, and for negations how much attention a negated finding's word still gathers.
+distill/localization.py, for negations how much attention a negated finding's word still gathers, and where a finding lies in
+two places of one image whether both are found.
 """
 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
@@ -24,8 +27,8 @@ from distill.components import Components
 from distill.config import EvaluationConfig
 from distill.data.captions import find_words, token_groups, token_spans
 from distill.data.sample import ImageCaptionDataset, Sample
-from distill.localization import PROTOCOLS, Query, open_recorder, prepare_inputs, with_subset
-from distill.metrics import bootstrap_interval
+from distill.localization import PROTOCOLS, Query, open_recorder, prepare_inputs, queries, with_subset
+from distill.metrics import PixelAUROC, bootstrap_interval
 
 SYNONYMS: tuple[tuple[str, str], ...] = (
     (r"pleural effusions?|effusions?|pleural fluid", "fluid collection"),
@@ -173,6 +176,45 @@ def negation_queries(dataset: ImageCaptionDataset, components: Components, count
 
 
 @torch.no_grad()
+def maps_of(
+    components: Components,
+    dataset: ImageCaptionDataset,
+    asked: Sequence[Query],
+    config: EvaluationConfig,
+    *,
+    accelerator: Accelerator,
+    label: str,
+) -> Iterator[tuple[Query, Sample, torch.Tensor]]:
+    """Of this process's share of the queries: the image, and its maps by protocol ours at latent size, not normalized, of
+    shape (findings, height, width)."""
+    config = with_subset(replace(config, protocol="ours"), components)
+    mine = asked[accelerator.process_index :: accelerator.num_processes]
+    components.to(accelerator.device).freeze()
+    with ExitStack() as stack:
+        recorder = open_recorder(stack, components, attention_layers(components.unet, config.layers), config)
+        starts = range(0, len(mine), config.batch_size)
+        for start in tqdm(starts, desc=label, unit="batch", disable=not accelerator.is_main_process):
+            batch = mine[start : start + config.batch_size]
+            samples = [dataset[query.image] for query in batch]
+            inputs = prepare_inputs(components, samples, batch, accelerator.device)
+            recorder.cross.reduce = inputs.reduce
+            maps, _ = PROTOCOLS["ours"].maps(inputs, config, recorder)
+            for query, sample, own in zip(batch, samples, maps, strict=True):
+                yield query, sample, own[4 : 4 + len(query.findings)]
+
+
+def means(columns: Mapping[str, Sequence[float]], images: Sequence[int], config: EvaluationConfig) -> dict[str, Any]:
+    """Mean of each column over its rows, and its interval by images drawn with replacement."""
+    found: dict[str, Any] = {}
+    for name, values in columns.items():
+        row = np.asarray(values, dtype=np.float64)
+        found[name] = float(row.mean())
+        found[f"{name}_ci"] = bootstrap_interval(
+            row, np.asarray(images), lambda v: float(v.mean()), config.bootstrap_samples, config.seed
+        )
+    return found
+
+
 def negations(
     components: Components,
     dataset: ImageCaptionDataset,
@@ -188,33 +230,64 @@ def negations(
     larger, "stated_wins_ci", "images"}. Attention is that of protocol ours, not normalized.
     """
     asked = negation_queries(dataset, components, config.localization_images)
-    config = with_subset(replace(config, protocol="ours"), components)
-    mine = asked[accelerator.process_index :: accelerator.num_processes]
     rows: list[tuple[int, float]] = []
-    components.to(accelerator.device).freeze()
-    names = attention_layers(components.unet, config.layers)
-    with ExitStack() as stack:
-        recorder = open_recorder(stack, components, names, config)
-        starts = range(0, len(mine), config.batch_size)
-        for start in tqdm(starts, desc=f"{label} negations", unit="batch", disable=not accelerator.is_main_process):
-            batch = mine[start : start + config.batch_size]
-            inputs = prepare_inputs(components, [dataset[q.image] for q in batch], batch, accelerator.device)
-            recorder.cross.reduce = inputs.reduce
-            maps, _ = PROTOCOLS["ours"].maps(inputs, config, recorder)
-            for query, own in zip(batch, maps, strict=True):
-                peaks = own[4 : 4 + len(query.findings)].flatten(1).amax(dim=1)
-                stated = int(query.truth)
-                rows.append((query.image, float(peaks[stated:].mean() / peaks[:stated].mean())))
+    label = f"{label} negations"
+    for query, _, maps in maps_of(components, dataset, asked, config, accelerator=accelerator, label=label):
+        peaks = maps.flatten(1).amax(dim=1)
+        stated = int(query.truth)
+        rows.append((query.image, float(peaks[stated:].mean() / peaks[:stated].mean())))
     rows = sorted(gather_object(rows))
     if not rows:
         return None
-    ratio = np.array([value for _, value in rows])
-    images = np.array([image for image, _ in rows])
-    samples, seed = config.bootstrap_samples, config.seed
-    return {
-        "peak_ratio": float(ratio.mean()),
-        "peak_ratio_ci": bootstrap_interval(ratio, images, lambda v: float(v.mean()), samples, seed),
-        "stated_wins": float((ratio < 1).mean()),
-        "stated_wins_ci": bootstrap_interval(ratio < 1, images, lambda v: float(v.mean()), samples, seed),
-        "images": len(rows),
-    }
+    images, ratio = zip(*rows, strict=True)
+    columns = {"peak_ratio": ratio, "stated_wins": [float(value < 1) for value in ratio]}
+    return means(columns, images, config) | {"images": len(rows)}
+
+
+def two_places(
+    components: Components,
+    dataset: ImageCaptionDataset,
+    config: EvaluationConfig,
+    *,
+    accelerator: Accelerator,
+    label: str,
+) -> dict[str, Any] | None:
+    """Two findings of one kind: is each found, where one word names both? None if no finding has two boxes in an image.
+
+    {"auc": of all places of the finding, "lesser_auc": of the place that the map shows least, against all that is outside
+    both, "auc_ci", "lesser_auc_ci", "images", "pairs"}: means over the (image, finding) pairs of two boxes or more among
+    the first `localization_images` images. A place is a box's part of the mask.
+    """
+    asked = queries(dataset, components, replace(config, protocol="ours"), accelerator)
+    metric, rows = PixelAUROC(), []
+    label = f"{label} two places"
+    for query, sample, maps in maps_of(components, dataset, asked, config, accelerator=accelerator, label=label):
+        regions = {region.finding: region for region in sample.regions}
+        for finding, small in zip(query.findings, maps, strict=True):
+            region = regions[dataset.findings[finding]]
+            if len(region.boxes) < 2:
+                continue
+            side = region.mask.shape
+            drawn = F.interpolate(small.cpu()[None, None], side, mode="bilinear", align_corners=False)[0]
+            scores = []
+            for box in region.boxes:
+                place = region.mask & box_mask(box, side)
+                kept = place | ~region.mask
+                if place.any():
+                    scores.append(float(metric.pair_scores(drawn[:, kept][None], place[kept][None, None])))
+            whole = float(metric.pair_scores(drawn, region.mask[None]))
+            rows.append((query.image, finding, whole, min(scores)))
+    rows = sorted(gather_object(rows))
+    if not rows:
+        return None
+    images, _, whole_auc, lesser = zip(*rows, strict=True)
+    found = means({"auc": whole_auc, "lesser_auc": lesser}, images, config)
+    return found | {"images": len(set(images)), "pairs": len(rows)}
+
+
+def box_mask(box: tuple[float, float, float, float], size: Sequence[int]) -> torch.Tensor:
+    """(height, width) bool, the pixels that a box (x, y, width, height) touches."""
+    x, y, width, height = box
+    mask = torch.zeros(*size, dtype=torch.bool)
+    mask[int(y) : math.ceil(y + height), int(x) : math.ceil(x + width)] = True
+    return mask

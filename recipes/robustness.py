@@ -1,4 +1,5 @@
-"""Localization of a base and its runs under what training never showed: synonyms, swapped sides, other images, negations.
+"""Localization of a base and its runs under what training never showed: synonyms, swapped sides, other images, negations,
+and two findings of one kind.
 
     accelerate launch recipes/robustness.py --config recipes/configs/phantom/robustness.yaml \
         --runs "[checkpoints/tradeoff_quick/frozen, checkpoints/tradeoff_quick/distilled]"
@@ -26,7 +27,7 @@ from distill.localization import localization, queries
 from distill.provenance import provenance
 from distill.report.document import Table, markdown_table, write_atomic
 from distill.report.tables import format_number
-from distill.robustness import SHIFTS, ShiftedDataset, negations
+from distill.robustness import SHIFTS, ShiftedDataset, negations, two_places
 from distill.runs import quiet_libraries, write_json
 
 IGNORED = {
@@ -71,12 +72,18 @@ def tables(models: dict[str, Any]) -> str:
         ]
         for shift in next(iter(models.values()))["shifts"]
     ]
-    for key, name in (("peak_ratio", "negated over stated"), ("stated_wins", "stated above negated")):
-        cells = [e["negations"] or {} for e in models.values()]
+    for part, key, name in (
+        ("two_places", "auc", "in two places"),
+        ("two_places", "lesser_auc", "the lesser of two places"),
+        ("negations", "peak_ratio", "negated over stated"),
+        ("negations", "stated_wins", "stated above negated"),
+    ):
+        cells = [entry[part] or {} for entry in models.values()]
         rows.append([name, *(interval(cell.get(key), cell.get(f"{key}_ci")) for cell in cells)])
     table = markdown_table(Table(["", *models], rows, "numbers"))
     return (
-        "# Localization under shift\n\nWord AUC on test images; the last two rows: the peak of attention on a negated "
+        "# Localization under shift\n\nWord AUC on test images. In two places: of findings that lie in two places of an image, "
+        "and of the place of theirs that the map shows least. The last two rows: the peak of attention on a negated "
         "finding's word over that on a stated one's in the same caption (1 is as much), and the share of images where the "
         f"stated one's is larger. 95 % bootstrap intervals over images.\n\n{table}\n"
     )
@@ -117,8 +124,9 @@ def robustness(config: RobustnessConfig) -> None:
                 label=f"{name}, {shift}",
             )
             shifts[shift] = result["word"] if result else {"auc": None, "auc_ci": None}
-        negated = negations(components, test, config.evaluation, accelerator=accelerator, label=name)
-        found[name] = {"model": str(run or config.base.name), "shifts": shifts, "negations": negated}
+        found[name] = {"model": str(run or config.base.name), "shifts": shifts}
+        for part, look in (("negations", negations), ("two_places", two_places)):
+            found[name][part] = look(components, test, config.evaluation, accelerator=accelerator, label=name)
     if accelerator.is_main_process:
         write_json(
             folder / "robustness.json",

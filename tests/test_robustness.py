@@ -3,21 +3,35 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from recipe import recipe_module
 from tiny import save_tiny
 
+from distill import robustness
 from distill.cli import parse
 from distill.components import Components
-from distill.config import RobustnessConfig
+from distill.config import EvaluationConfig, RobustnessConfig
 from distill.data.captions import find_words
 from distill.data.phantom import PhantomDataset
-from distill.robustness import SHIFTS, ShiftedDataset, negation_queries, with_swapped_sides, with_synonyms
+from distill.data.sample import Sample
+from distill.localization import Query
+from distill.robustness import (
+    SHIFTS,
+    ShiftedDataset,
+    box_mask,
+    negation_queries,
+    two_places,
+    with_swapped_sides,
+    with_synonyms,
+)
 
 PHANTOMS = PhantomDataset("test", 60, resolution=64)
 
@@ -76,15 +90,44 @@ def test_negated_findings_are_those_that_the_caption_names_and_the_image_has_not
         assert not set(sum(query.tokens[:stated], ())) & set(sum(query.tokens[stated:], ()))
 
 
+def test_a_map_of_one_of_two_places_is_worse_by_the_place_that_it_lacks(
+    sd: Components, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With maps that are the true mask, and the mask of its first box alone."""
+    config = EvaluationConfig(localization_images=40, timesteps=(300,), bootstrap_samples=20)
+
+    def score(places: int) -> dict[str, float]:
+        def true_maps(*arguments: Any, **options: Any) -> Iterator[tuple[Query, Sample, torch.Tensor]]:
+            for query in arguments[2]:
+                sample = PHANTOMS[query.image]
+                regions = {region.finding: region for region in sample.regions}
+                maps = []
+                for finding in query.findings:
+                    region = regions[PHANTOMS.findings[finding]]
+                    shown = sum(box_mask(box, region.mask.shape) for box in region.boxes[:places]) > 0
+                    maps.append((region.mask & shown).float())
+                yield query, sample, torch.stack(maps)
+
+        monkeypatch.setattr(robustness, "maps_of", true_maps)
+        found = two_places(sd, PHANTOMS, config, accelerator=accelerator, label="")
+        assert found is not None and found["pairs"] >= 5
+        return found
+
+    both, first = score(2), score(1)
+    assert both["auc"] == both["lesser_auc"] == 1
+    assert first["lesser_auc"] == pytest.approx(0.5, abs=0.02) and 0.5 < first["auc"] < 1
+
+
 def test_the_recipe_scores_every_model_under_every_shift(tmp_path: Path) -> None:
     save_tiny(tmp_path / "sd", "sd")
     argv = [
         "--base.name", str(tmp_path / "sd"), "--data.resolution", "64", "--data.test_size", "30",
-        "--evaluation.localization_images", "3", "--evaluation.timesteps", "[300]", "--output_dir", str(tmp_path / "out"),
+        "--evaluation.localization_images", "12", "--evaluation.timesteps", "[300]", "--output_dir", str(tmp_path / "out"),
         "--evaluation.bootstrap_samples", "20",
     ]  # fmt: skip
     recipe_module("robustness").robustness(parse(RobustnessConfig, argv))
     found = json.loads((tmp_path / "out/robustness.json").read_text())["models"]["base"]
     assert set(found["shifts"]) == set(SHIFTS) and all(0 <= s["auc"] <= 1 for s in found["shifts"].values())
+    assert 0 <= found["two_places"]["lesser_auc"] <= found["two_places"]["auc"] <= 1
     assert found["negations"]["images"] >= 1 and found["negations"]["peak_ratio"] > 0
     assert "| mirrored |" in (tmp_path / "out/robustness.md").read_text()
