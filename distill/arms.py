@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import re
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -40,6 +41,31 @@ class Arm:
     lora: LoraConfig | None = None
     max_steps: int | None = None
     variant_of: str | None = None
+
+
+ARM_NAMES = "an arm's name has letters, digits, '_', '-' and '.', and is not that of another entry of a run folder"
+
+
+def is_arm_name(name: str) -> bool:
+    taken = (
+        name in ("real", "figures")
+        or name.startswith("seed-")
+        or Path(name).suffix in (".json", ".yaml", ".html", ".md")
+    )
+    return re.fullmatch(r"\w[\w.-]*", name) is not None and not taken
+
+
+def settings_of(config: Any, arm: Arm) -> dict[str, Any]:
+    """The run's configuration as nested dictionaries, with what this arm has in its place."""
+    found = asdict(config) | {"method": arm.method, "text_encoder": arm.text_encoder, "lock_keys": arm.lock_keys}
+    rates = {"learning_rate": arm.learning_rate, "text_encoder_learning_rate": arm.text_encoder_learning_rate}
+    found["trainer"] |= rates | ({"max_steps": arm.max_steps} if arm.max_steps else {})
+    for name, own in (("denoising", arm.denoising), ("distillation", arm.distillation), ("lora", arm.lora)):
+        if own is not None:
+            found[name] = asdict(own)
+    if arm.distillation is None:
+        found.pop("distillation", None)
+    return found
 
 
 def label_readers(config: Any, arms: list[Arm]) -> dict[str, bool]:

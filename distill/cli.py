@@ -398,17 +398,17 @@ def override(config: T, words: Sequence[str]) -> tuple[T, list[str]]:
     merged = _merge(overrides, schema, faults)
     raise_all("overrides that are not valid", faults)
 
-    def replaced(node: Any, changes: dict[str, Any]) -> Any:
-        hints = typing.get_type_hints(type(node))
-        return dataclasses.replace(
-            node,
-            **{
-                name: replaced(getattr(node, name), value)
-                if dataclasses.is_dataclass(getattr(node, name))
-                else _built(value, hints[name])
-                for name, value in changes.items()
-            },
-        )
+    def replaced(node: Any, changes: dict[str, Any], place: str = "") -> Any:
+        hints, values = typing.get_type_hints(type(node)), {}
+        for name, value in changes.items():
+            now, key = getattr(node, name), f"{place}{name}."
+            if dataclasses.is_dataclass(now):
+                values[name] = replaced(now, value, key)
+            elif any(assignment.key.startswith(key) for assignment in overrides):  # one entry of a mapping
+                values[name] = now | _built(value, hints[name])
+            else:
+                values[name] = _built(value, hints[name])
+        return dataclasses.replace(node, **values)
 
     changed: T = replaced(config, merged)
     raise_all("overrides that are not valid", list(value_faults(changed).values()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from distill.errors import raise_all
 
@@ -563,34 +563,24 @@ class BenchmarkLocalizationConfig:
     """Check everything, print what would be measured, and stop."""
 
 
+PretrainStage = Literal[
+    "pictures",
+    "tokenizer",
+    "text_encoder",
+    "vae",
+    "unet",
+    "unet_longer",
+    "classifier",
+    "picture_classifier",
+    "record",
+]
+
+
 @dataclass(frozen=True)
 class PretrainConfig:
     """recipes/pretrain_phantom.py: the embedded base, from nothing, on generic captioned pictures."""
 
-    stages: tuple[
-        Literal[
-            "pictures",
-            "tokenizer",
-            "text_encoder",
-            "vae",
-            "unet",
-            "unet_longer",
-            "classifier",
-            "picture_classifier",
-            "record",
-        ],
-        ...,
-    ] = (
-        "pictures",
-        "tokenizer",
-        "text_encoder",
-        "vae",
-        "unet",
-        "unet_longer",
-        "classifier",
-        "picture_classifier",
-        "record",
-    )
+    stages: tuple[PretrainStage, ...] = get_args(PretrainStage)
     """What to run, in this order; a stage whose result exists is skipped, a stage that was cut off continues."""
     pictures: int = 30000
     """Training pictures."""

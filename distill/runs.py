@@ -26,7 +26,7 @@ from rich.console import Console
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from distill.arms import FROZEN_TEXT_ENCODER, OWN_TEACHERS, Arm, is_gated, label_readers, unused_options
+from distill.arms import FROZEN_TEXT_ENCODER, OWN_TEACHERS, Arm, is_gated, label_readers, settings_of, unused_options
 from distill.attention import attention_layers, record_attention
 from distill.cli import refuse_unused, to_yaml
 from distill.components import (
@@ -142,6 +142,10 @@ def open_run(config: Any, *, arms: list[Arm]) -> Run:
                     f"distillation.start_from_teacher is true, and {arm.name} trains adapters, which are of the base: it can "
                     "start only from a teacher that is an adapter of the U-Net too"
                 )
+            if own and arm.method == "lora" and (arm.lora or config.lora) != config.lora:
+                faults.append(
+                    f"{arm.name} starts from the adapters of frozen: its lora.* must be the run's, {config.lora}"
+                )
         if (
             arm.lock_keys
             and arm.method == "lora"
@@ -154,6 +158,8 @@ def open_run(config: Any, *, arms: list[Arm]) -> Run:
     raise_all("the configuration does not fit the base", faults)
     attention_layers(components.unet, config.evaluation.layers)
     teachers = {arm.distillation.teacher for arm in arms if arm.distillation and not trains_teacher(config, arm)}
+    references = {arm.distillation.gate_reference for arm in arms if arm.distillation and is_gated(arm)}
+    teachers |= references - {"base", str(folder / "learnable")}
     for teacher in teachers - {None, *OWN_TEACHERS}:
         assert teacher is not None
         check_same_shape(load_teacher(config.base, teacher), components)
@@ -305,9 +311,9 @@ def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
     taught = f", teacher {arm.distillation.teacher}" if arm.distillation else ""
     run.say(f"{arm.name}: U-Net {arm.method}, text encoder {arm.text_encoder}{taught}")
     log_dir = run.folder / arm.name
-    components, result = _fit(run, arm, arm.max_steps or config.trainer.max_steps, log_dir)
+    components, result, besides = _fit(run, arm, arm.max_steps or config.trainer.max_steps, log_dir)
     cost = {
-        "train_seconds": result.seconds,
+        "train_seconds": result.seconds + besides,
         "steps": result.steps,
         "peak_memory_gb": result.peak_memory_gb,
         "trainable_parameters": result.trainable_parameters,
@@ -325,7 +331,8 @@ def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
     return cost
 
 
-def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, FitResult]:
+def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, FitResult, float]:
+    """The trained model, what its steps cost, and the seconds of what belongs to the training besides them."""
     config, accelerator = run.config, run.accelerator
     trainer = replace(config.trainer, max_steps=steps)
     lora = arm.lora or config.lora
@@ -361,7 +368,7 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
     label_tokens = distillation.words == "labels" if distillation else denoising.arm_weight > 0
     regions = denoising.reads_regions and not distillation
     rows = training_rows(run, components, trainer, denoising, label_tokens=label_tokens, regions=regions)
-    besides = 0.0  # seconds of what belongs to the training and is not a step
+    besides = 0.0
     with ExitStack() as stack:
         if distillation:
             if teacher is None:
@@ -430,7 +437,7 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
         lock.release()
     elif lock is not None:
         besides += _merge(run, arm, lock, denoising, log_dir)
-    return components, replace(result, seconds=result.seconds + besides)
+    return components, result, besides
 
 
 def _first_batches(run: Run, rows: TrainingRows, trainer: TrainerConfig) -> Iterator[dict[str, Any]]:
@@ -591,8 +598,13 @@ def _localize(run: Run, components: Components, log_dir: Path, step: int) -> Non
     write_atomic(path, "\n".join(lines) + "\n")
 
 
-def evaluate_arm(run: Run, name: str, folder: Path | None, cost: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Load base and run folder as a user would, evaluate, and write <run>/<arm>/metrics.json; returns its entry."""
+def evaluate_arm(
+    run: Run, name: str, folder: Path | None, cost: dict[str, Any] | None = None, arm: Arm | None = None
+) -> dict[str, Any]:
+    """Load base and run folder as a user would, evaluate, and write <run>/<arm>/metrics.json; returns its entry.
+
+    cost, arm: of what this run has trained; its metrics.json then has the settings of its training, and it gets a model card.
+    """
     assert run.against is not None
     config = run.config
     path = run.folder / name / "metrics.json"
@@ -613,12 +625,13 @@ def evaluate_arm(run: Run, name: str, folder: Path | None, cost: dict[str, Any] 
     empty = {"train_seconds": None, "steps": None, "peak_memory_gb": peak_memory_gb(), "trainable_parameters": None}
     entry = result | {"cost": (cost or empty) | seconds}
     if run.accelerator.is_main_process:
-        write_json(path, {"arms": {name: entry}, "provenance": provenance()})
+        settings = settings_of(config, arm) if arm else asdict(config)
+        write_json(path, {"arms": {name: entry}, "provenance": provenance(), "settings": settings})
         if folder is not None and cost is not None:
             found = {part: part for part in ("unet", "text_encoder", "text_encoder_2") if (folder / part).is_dir()}
             if (folder / LORA_FILE).exists():
                 found["lora"] = LORA_FILE
-            write_model_card(folder, entry, asdict(config), provenance(), base_name=config.base.name, export=found)
+            write_model_card(folder, entry, settings, provenance(), base_name=config.base.name, export=found)
     run.accelerator.wait_for_everyone()
     return entry
 
@@ -672,7 +685,7 @@ def dry_run(run: Run, arms: list[Arm]) -> None:
             # A teacher that this run would train is as large as the base, so the base stands in for it.
             if arm.distillation and trains_teacher(run.config, arm):
                 arm = replace(arm, distillation=replace(arm.distillation, teacher=_pipeline_name(run.config.base)))
-            components, one = _fit(run, arm, 1, Path(scratch))
+            components, one, _ = _fit(run, arm, 1, Path(scratch))
         _, trainable = parameter_counts(components.unet)
         trainable_text = sum(parameter_counts(encoder)[1] for encoder in components.text_encoders)
         run.say(

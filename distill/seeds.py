@@ -95,7 +95,8 @@ def combine(folder: Path, samples: int | None = None, references: Sequence[str] 
     paired: dict[str, Any] = {}
     for other in references:
         for arm in arms:
-            if other not in arms or arm in ("base", other) or f"{other} - {arm}" in paired:
+            untrained = arm == "base" and "arms" not in first["provenance"]  # of compare.py an arm as any other
+            if other not in arms or arm == other or untrained or f"{other} - {arm}" in paired:
                 continue
             estimates = _estimates(scores, distances, areas, (arm, other), samples, micro)
             paired[f"{arm} - {other}"] = {

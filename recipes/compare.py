@@ -18,6 +18,7 @@ import yaml
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
+from distill.arms import ARM_NAMES, is_arm_name
 from distill.cli import main, to_yaml
 from distill.components import read_json
 from distill.config import CompareConfig, DataConfig, EvaluationConfig
@@ -46,12 +47,14 @@ KEPT = (
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One evaluated model: its folder, its entry in metrics.json, the code's commit, and the configuration of its run."""
+    """One evaluated model: its folder, its entry in metrics.json, the code's commit, the configuration of its run, and the
+    settings of its own training."""
 
     folder: Path
     entry: dict[str, Any]
     commit: str | None
     config: dict[str, Any]
+    settings: dict[str, Any]
 
 
 def read_evaluated(path: Path) -> Evaluated:
@@ -66,7 +69,11 @@ def read_evaluated(path: Path) -> Evaluated:
         raise UserError(f"{path}: no evaluated arm; expected {path / 'metrics.json'} and {run}, as recipes write them")
     found = read_json(path / "metrics.json")
     config = cast(dict[str, Any], yaml.safe_load(run.read_text(encoding="utf-8")))
-    return Evaluated(path, found["arms"][path.name], found["provenance"]["commit"], config)
+    if path.name not in found["arms"]:
+        raise UserError(f"{path} was renamed: its metrics.json is of {', '.join(found['arms'])}; name it so again")
+    return Evaluated(
+        path, found["arms"][path.name], found["provenance"]["commit"], config, found.get("settings", config)
+    )
 
 
 def measured_on(found: Evaluated) -> dict[str, Any]:
@@ -78,13 +85,15 @@ def measured_on(found: Evaluated) -> dict[str, Any]:
     ):
         known = cast(dict[str, Any], yaml.safe_load(to_yaml(default))) | found.config[group]
         result |= {f"{group}.{key}": value for key, value in known.items() if key not in besides}
-    return result
+    # Not configured, but chosen with the model: recipes/atlas.py.
+    located = found.entry["localization"] or {}
+    return result | {f"localization.{key}": located.get(key) for key in ("protocol", "layers", "timesteps")}
 
 
 def differing(one: Evaluated, first: Evaluated) -> dict[str, Any]:
     """Dotted key -> value in `one`, of what is configured otherwise in `first`."""
-    theirs = dict(flatten(first.config))
-    return {k: v for k, v in flatten(one.config) if k != "output_dir" and theirs.get(k) != v}
+    theirs = dict(flatten(first.settings))
+    return {k: v for k, v in flatten(one.settings) if k != "output_dir" and theirs.get(k) != v}
 
 
 def gather(config: CompareConfig) -> dict[int, dict[str, Evaluated]]:
@@ -93,8 +102,8 @@ def gather(config: CompareConfig) -> dict[int, dict[str, Evaluated]]:
     if len(config.arms) < 2:
         raise UserError("arms: give at least two, as {name: folder}")
     for name, path in config.arms.items():
-        if Path(name).name != name or name in ("", "..", "real"):
-            faults.append(f"arms: {name!r} cannot be a folder's name")
+        if not is_arm_name(name):
+            faults.append(f"arms: {name!r}: {ARM_NAMES}")
         if ("{seed}" in path) != bool(config.seeds):
             faults.append(f"arms: {name}: {path!r} {'lacks' if config.seeds else 'needs seeds for'} {{seed}}")
     faults += [f"references: {name!r} is no arm" for name in config.references if name not in config.arms]
@@ -116,7 +125,9 @@ def gather(config: CompareConfig) -> dict[int, dict[str, Evaluated]]:
             if have.get(key) != wanted[key]
         ]
     raise_all("the runs were not evaluated alike", faults)
-    return {seed: {name: found[seed, name] for name in config.arms} for seed in config.seeds or (0,)}
+    if not config.seeds:
+        return {int(first.config.get("seed") or 0): {name: one for (_, name), one in found.items()}}
+    return {seed: {name: found[seed, name] for name in config.arms} for seed in config.seeds}
 
 
 def compare(config: CompareConfig) -> None:
@@ -134,10 +145,10 @@ def compare(config: CompareConfig) -> None:
         raise UserError(f"{folder} holds seed-N folders that are not of a comparison; choose another --output_dir")
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / "config.yaml", to_yaml(config))
-    for old in folder.glob("seed-*"):
-        shutil.rmtree(old)
+    partial = folder / ".partial"
+    shutil.rmtree(partial, ignore_errors=True)
     for seed, arms in tqdm(runs.items(), desc="runs", unit="run"):
-        run, first = folder / f"seed-{seed}", next(iter(arms.values()))
+        run, first = partial / f"seed-{seed}", next(iter(arms.values()))
         for name, one in arms.items():
             (run / name).mkdir(parents=True)
             for part in KEPT:
@@ -162,6 +173,12 @@ def compare(config: CompareConfig) -> None:
             for name, one in arms.items()
         }
         write_json(run / "metrics.json", {"arms": entries, "real": real, "provenance": origin})
+    # Only now, so that a kill before leaves the earlier comparison whole.
+    for old in folder.glob("seed-*"):
+        shutil.rmtree(old)
+    for new in partial.iterdir():
+        new.rename(folder / new.name)
+    partial.rmdir()
     finish_seeds(folder, references)
     print(f"next: open {folder / 'report.html'}")
 

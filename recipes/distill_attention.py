@@ -37,7 +37,7 @@ def distill_attention(config: DistillAttentionConfig) -> None:
     results = {"base": evaluate_arm(run, "base", None)}
     if Path(teacher).is_dir() and not (Path(teacher) / "model_index.json").exists():
         results["teacher"] = evaluate_arm(run, "teacher", Path(teacher))
-    results["model"] = evaluate_arm(run, "model", arm.folder, cost)
+    results["model"] = evaluate_arm(run, "model", arm.folder, cost, arm)
     finish(run, results, next_command=f"load it in diffusers as {arm.folder / 'README.md'} shows")
 
 

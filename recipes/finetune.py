@@ -30,7 +30,7 @@ def finetune(config: FinetuneConfig) -> None:
     if config.dry_run:
         return dry_run(run, [arm])
     cost = train_arm(run, arm)
-    results = {"base": evaluate_arm(run, "base", None), "model": evaluate_arm(run, "model", arm.folder, cost)}
+    results = {"base": evaluate_arm(run, "base", None), "model": evaluate_arm(run, "model", arm.folder, cost, arm)}
     finish(run, results, next_command=f"load it in diffusers as {arm.folder / 'README.md'} shows")
 
 

@@ -27,14 +27,13 @@ The losses are in distill/objectives.py; the loop is `fit` in distill/trainer.py
 
 from __future__ import annotations
 
-import re
 import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.arms import FROZEN_TEXT_ENCODER, OWN_TEACHERS, Arm, is_gated, unused_options
+from distill.arms import ARM_NAMES, FROZEN_TEXT_ENCODER, OWN_TEACHERS, Arm, is_arm_name, is_gated, unused_options
 from distill.cli import main, override
 from distill.config import TradeoffConfig
 from distill.errors import UserError, raise_all
@@ -112,8 +111,8 @@ def variant(config: TradeoffConfig, name: str) -> Arm:
     """One of `variants`. Raises a UserError that lists what is wrong with it."""
     base, *words = shlex.split(config.variants[name]) or [""]
     arms = named_arms(config)
-    if not re.fullmatch(r"\w[\w.-]*", name) or name in (*arms, "base", "real"):
-        raise UserError("a name of letters, digits, '_', '-' and '.' that no arm has is needed")
+    if not is_arm_name(name) or name in (*arms, "base"):
+        raise UserError(f"another name is needed: {ARM_NAMES}")
     if base not in arms:
         raise UserError(f"{base!r} is no arm; there are {', '.join(arms)}")
     other, keys = override(config, words)
@@ -174,7 +173,7 @@ def one_seed(config: TradeoffConfig) -> None:
 
     def make(arm: Arm) -> None:
         cost = train_arm(run, arm)
-        results[arm.name] = evaluate_arm(run, arm.name, arm.folder, cost)
+        results[arm.name] = evaluate_arm(run, arm.name, arm.folder, cost, arm)
 
     def needs(arm: Arm) -> list[str]:
         own = ["frozen"] if trains_teacher(config, arm) else []

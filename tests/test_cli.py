@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from recipe import recipe_module
 
 from distill import config as config_module
-from distill.cli import main, parse, refuse_unused, to_yaml
+from distill.cli import main, override, parse, refuse_unused, to_yaml
 from distill.config import (
     RULES,
     AtlasConfig,
@@ -182,6 +182,17 @@ def test_every_shipped_config_is_legal(path: Path) -> None:
     if isinstance(config, TradeoffConfig):
         names = [arm.name for arm in recipe_module("tradeoff").arms_of(config)]
         assert sorted(names) == sorted([*config.arms, *config.variants])
+
+
+def test_an_override_of_one_entry_of_a_mapping_keeps_the_others() -> None:
+    config = parse(
+        FinetuneConfig, ["--denoising.training_text", "paraphrases", "--denoising.paraphrases", "{a: [x], b: [y]}"]
+    )
+    one, keys = override(config, ["--denoising.paraphrases.b", "[z]"])
+    assert one.denoising.paraphrases == {"a": ["x"], "b": ["z"]} and keys == ["denoising.paraphrases.b"]
+    assert config.denoising.paraphrases == {"a": ["x"], "b": ["y"]}
+    all_of_it, _ = override(config, ["--denoising.paraphrases", "{b: [z]}"])
+    assert all_of_it.denoising.paraphrases == {"b": ["z"]}
 
 
 def test_overrides_go_before_files_and_later_files_before_earlier(yaml_file: Callable[..., str]) -> None:

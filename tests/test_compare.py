@@ -87,16 +87,48 @@ def test_single_runs_are_compared_with_intervals_of_images_alone(
 ) -> None:
     one = finished(tmp_path / "a", 0, {"base": 0.0, "model": 0.1}, evaluation__batch_size=2)
     two = finished(tmp_path / "b", 5, {"model": 0.4}, data__train_size=7)
-    arms = f"{{plain: '{one}', better: '{two}/model', start: '{one}/base'}}"
+    arms = f"{{plain: '{one}', better: '{two}/model', base: '{one}/base'}}"
     argv = ["--arms", arms, "--references", "plain", "--output_dir", str(tmp_path / "out")]
     recipe()(parse(CompareConfig, [*argv, "--dry_run"]))
     assert not (tmp_path / "out").exists() and "nothing was written" in capsys.readouterr().out
     recipe()(parse(CompareConfig, argv))
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     found = {name: entry["word.auc"]["value"] for name, entry in metrics["paired"].items()}
-    assert found == {"better - plain": pytest.approx(0.3), "start - plain": pytest.approx(-0.1)}
+    assert found == {"better - plain": pytest.approx(0.3), "base - plain": pytest.approx(-0.1)}
+    assert metrics["provenance"]["seeds"]["training"] == [0]
     text = (tmp_path / "out/report.md").read_text()
     assert "One training seed an arm" in text and "resamples of seeds" not in text
+
+
+def test_the_settings_of_arms_of_one_run_and_its_seed_are_told(tmp_path: Path) -> None:
+    run = finished(tmp_path / "a", 7, {"frozen": 0.0, "longer": 0.1})
+    for arm, steps in (("frozen", 400), ("longer", 800)):
+        found = json.loads((run / arm / "metrics.json").read_text())
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        settings["trainer"]["max_steps"] = steps
+        (run / arm / "metrics.json").write_text(json.dumps(found | {"settings": settings}))
+    argv = ["--arms", f"{{a: '{run}/frozen', b: '{run}/longer'}}", "--output_dir", str(tmp_path / "out")]
+    recipe()(parse(CompareConfig, argv))
+    origin = json.loads((tmp_path / "out/metrics.json").read_text())["provenance"]
+    assert origin["arms"]["b"]["differs"] == {"trainer.max_steps": "800"} and origin["seeds"]["training"] == [7]
+
+
+def test_a_kill_leaves_the_earlier_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished(tmp_path, 0, {"frozen": 0.0, "longer": 0.1})
+    argv = ["--arms", EACH.replace("RUN", str(tmp_path)), "--seeds", "[0]", "--output_dir", str(tmp_path / "out")]
+    module = recipe_module("compare")
+    module.compare(parse(CompareConfig, argv))
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+
+    def killed(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(module, "write_json", killed)
+        module.compare(parse(CompareConfig, argv))
+    assert {path: path.read_bytes() for path in before} == before
+    module.compare(parse(CompareConfig, argv))
+    assert not (tmp_path / "out/.partial").exists()
 
 
 def test_what_cannot_be_compared_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -112,11 +144,21 @@ def test_what_cannot_be_compared_is_refused_at_once(tmp_path: Path, capsys: pyte
     assert "frozen: " in message and "longer: " in message and "seed-3" in message
     assert "needs seeds for {seed}" in refusal(["--arms", each, *out], capsys)
     message = refusal(["--arms", f"{{'../a': '{run}', b: '{run}'}}", "--references", "c", *out], capsys)
-    assert "'../a' cannot be a folder's name" in message and "references: 'c' is no arm" in message
+    assert "arms: '../a': an arm's name has letters" in message and "references: 'c' is no arm" in message
     message = refusal(["--arms", f"{{a: '{run}', b: '{run}/longer'}}", *out], capsys)
     assert "is a run folder of ['frozen', 'longer']; give the folder of one arm" in message
     assert "give at least two" in refusal(["--arms", f"{{a: '{run}/longer'}}", *out], capsys)
     assert not (tmp_path / "out").exists()
     recipe()(parse(CompareConfig, ["--arms", each, "--seeds", "[0]", *out]))
+    (run / "longer").rename(run / "renamed")
+    message = refusal(["--arms", each.replace("/longer", "/renamed"), "--seeds", "[0]", *out], capsys)
+    assert "was renamed: its metrics.json is of longer" in message
+    (run / "renamed").rename(run / "longer")
+    found = json.loads((run / "longer/metrics.json").read_text())
+    found["arms"]["longer"]["localization"]["timesteps"] = [1]
+    whole = (run / "longer/metrics.json").read_bytes()
+    (run / "longer/metrics.json").write_text(json.dumps(found))
+    assert "localization.timesteps is [1]" in refusal(["--arms", each, "--seeds", "[0]", *out], capsys)
+    (run / "longer/metrics.json").write_bytes(whole)
     message = refusal(["--arms", each.replace("longer:", "l:"), "--seeds", "[0]", *out], capsys)
     assert "holds a run with another configuration" in message

@@ -287,8 +287,11 @@ def test_tradeoff_continues_with_the_arm_that_is_missing(
     assert read_metrics(folder)["arms"]["lora"]["localization"]["word"]["auc"] == pytest.approx(words["auc"], abs=0.02)
 
 
-def test_variants_are_arms_with_options_of_their_own(work: Path, tmp_path: Path) -> None:
+def test_variants_are_arms_with_options_of_their_own(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     out = tmp_path / "run"
+    monkeypatch.setattr(runs, "TAIL_IMAGES", 8)
     variants = {
         "mass": "distilled --distillation.token_kl_weight 0 --distillation.place_kl_weight 0",
         "rank_3": "lora --lora.rank 3 --lora.alpha 6 --trainer.max_steps 1",
@@ -307,9 +310,30 @@ def test_variants_are_arms_with_options_of_their_own(work: Path, tmp_path: Path)
     costs = {name: json.loads((out / name / "cost.json").read_text()) for name in ("lora", "rank_3", "mass")}
     assert [costs[name]["steps"] for name in costs] == [2, 1, 2]
     assert costs["rank_3"]["trainable_parameters"] == costs["lora"]["trainable_parameters"] * 3 // 2
+    card = (out / "rank_3" / "README.md").read_text(encoding="utf-8")
+    assert "| lora.rank | 3 |" in card and "| trainer.max\\_steps | 1 |" in card
     loaded = load_components(BaseConfig(name=str(work / "sd")), run=out / "rank_3")
     scales = {m.scaling["default"] for m in loaded.unet.modules() if hasattr(m, "scaling")}
     assert scales == {2.0}, "alpha / rank of the variant"
+
+
+def test_what_a_variant_needs_of_other_runs_is_looked_for_at_start(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        "--base.name",
+        str(work / "sd"),
+        "--output_dir",
+        str(tmp_path / "run"),
+        "--arms",
+        "[frozen,learnable]",
+        *TRAINING,
+    ]
+    variants = ["--variants.a", "continued --distillation.gate_reference nowhere"]
+    assert "nowhere" in refusal("tradeoff", [*argv, *variants], capsys)
+    variants = ["--method", "lora", "--variants.a", "continued --lora.rank 2"]
+    assert "a starts from the adapters of frozen" in refusal("tradeoff", [*argv, *variants], capsys)
+    assert not (tmp_path / "run/frozen").exists()
 
 
 def test_variants_that_cannot_be_trained_are_refused_in_one_message(
@@ -330,13 +354,15 @@ def test_variants_that_cannot_be_trained_are_refused_in_one_message(
         "l": "rali --denoising.insert_labels random",
         "m": "continued --distillation.start_from_teacher false",
         "n": "lora --method full --lora.rank 2",
+        "metrics.json": "learnable",
     }
     argv = ["--base.name", str(work / "sd"), "--output_dir", str(tmp_path / "run"), *TRAINING]
     words = [word for name, text in variants.items() for word in (f"--variants.{name}", text)]
     message = refusal("tradeoff", [*argv, *words], capsys)
     for expected in (
-        "variants.lora: a name of letters",
-        "variants.a/b: a name of letters",
+        "variants.lora: another name is needed",
+        "variants.a/b: another name is needed",
+        "variants.metrics.json: another name is needed",
         "variants.c: 'teacher' is no arm; there are frozen, learnable",
         "variants.d: '' is no arm",
         "trainer.batch_size: set it for the whole run",
