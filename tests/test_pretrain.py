@@ -20,11 +20,17 @@ CONFIG = ["--config", str(ROOT / "recipes/configs/phantom/pretrain.yaml")]
 
 
 @pytest.mark.slow
-def test_a_dry_run_takes_one_step_of_every_stage(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("text_encoder", ["frozen", "full"])
+def test_a_dry_run_takes_one_step_of_every_stage(text_encoder: str, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = recipe_module("pretrain_phantom")
     before = {path: path.stat().st_mtime_ns for path in PHANTOM_BASE.rglob("*")}
-    recipe.pretrain(parse(PretrainConfig, [*CONFIG, "--dry_run", "true"]))
+    recipe.pretrain(parse(PretrainConfig, [*CONFIG, "--dry_run", "true", "--unet_text_encoder", text_encoder]))
     printed = capsys.readouterr().out
+    trained = {
+        name: int(n.replace(",", ""))
+        for name, n in re.findall(r"^(\w+): [\d,]+ parameters, ([\d,]+) tr", printed, re.M)
+    }
+    assert (trained["unet"] > trained["unet_longer"]) == (text_encoder == "full")
     assert re.findall(r"^(\w+): [\d,]+ parameters, .* 1 steps", printed, re.M) == list(recipe.TRAINED)
     assert {path: path.stat().st_mtime_ns for path in PHANTOM_BASE.rglob("*")} == before
 
