@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -43,28 +42,28 @@ class Arm:
     variant_of: str | None = None
 
 
-ARM_NAMES = "an arm's name has letters, digits, '_', '-' and '.', and is not that of another entry of a run folder"
-
-
-def is_arm_name(name: str) -> bool:
-    taken = (
-        name in ("real", "figures")
-        or name.startswith("seed-")
-        or Path(name).suffix in (".json", ".yaml", ".html", ".md")
+def can_be_arm(name: str) -> bool:
+    """Whether a run folder can hold a folder of this name besides what it holds anyway."""
+    files = Path(name).suffix in (".json", ".yaml", ".html", ".md")
+    return (
+        Path(name).name == name
+        and name not in ("", "..", "real", "figures")
+        and not (files or name.startswith("seed-"))
     )
-    return re.fullmatch(r"\w[\w.-]*", name) is not None and not taken
 
 
 def settings_of(config: Any, arm: Arm) -> dict[str, Any]:
     """The run's configuration as nested dictionaries, with what this arm has in its place."""
     found = asdict(config) | {"method": arm.method, "text_encoder": arm.text_encoder, "lock_keys": arm.lock_keys}
-    rates = {"learning_rate": arm.learning_rate, "text_encoder_learning_rate": arm.text_encoder_learning_rate}
+    text_rate = None if arm.text_encoder == "frozen" else arm.text_encoder_learning_rate
+    rates = {"learning_rate": arm.learning_rate, "text_encoder_learning_rate": text_rate}
+    found.pop("lora_learning_rate", None)  # of an arm that is trained by LoRA it is trainer.learning_rate
     found["trainer"] |= rates | ({"max_steps": arm.max_steps} if arm.max_steps else {})
     for name, own in (("denoising", arm.denoising), ("distillation", arm.distillation), ("lora", arm.lora)):
         if own is not None:
             found[name] = asdict(own)
-    if arm.distillation is None:
-        found.pop("distillation", None)
+    if arm.distillation is None and "distillation" in found:
+        found["distillation"] = "none"
     return found
 
 

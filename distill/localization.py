@@ -101,8 +101,16 @@ def queries(
         if images == config.localization_images:
             break
         indices = range(start, min(start + together, len(dataset)))
-        looked = [(index, *_queries_of(dataset, index, components, config)) for index in indices[rank::world]]
-        for _, count, own in sorted(gather_object(looked) if world > 1 else looked, key=lambda part: part[0]):
+        looked, faults = [], []
+        try:
+            looked = [(index, *_queries_of(dataset, index, components, config)) for index in indices[rank::world]]
+        except UserError as error:  # an image that cannot be read; the other processes must not wait for this one
+            faults.append(str(error))
+        if world > 1:
+            looked, faults = gather_object(looked), gather_object(faults)
+        if faults:
+            raise UserError(faults[0])
+        for _, count, own in sorted(looked, key=lambda part: part[0]):
             if images < config.localization_images:
                 regions += count
                 found += own

@@ -256,7 +256,7 @@ def two_places(
 
     {"auc": of all places of the finding, "lesser_auc": of the place that the map shows least, against all that is outside
     both, "auc_ci", "lesser_auc_ci", "images", "pairs"}: means over the (image, finding) pairs of two boxes or more among
-    the first `localization_images` images. A place is a box's part of the mask.
+    the first `localization_images` images, without post-processing of the maps. A place is a box's part of the mask.
     """
     asked = queries(dataset, components, replace(config, protocol="ours"), accelerator)
     metric, rows = PixelAUROC(), []
@@ -273,10 +273,10 @@ def two_places(
             for box in region.boxes:
                 place = region.mask & box_mask(box, side)
                 kept = place | ~region.mask
-                if place.any():
-                    scores.append(float(metric.pair_scores(drawn[:, kept][None], place[kept][None, None])))
+                scores.append(float(metric.pair_scores(drawn[:, kept][None], place[kept][None, None])))
             whole = float(metric.pair_scores(drawn, region.mask[None]))
-            rows.append((query.image, finding, whole, min(scores)))
+            if np.isfinite([whole, *scores]).all():  # neither a place nor what is around it is empty
+                rows.append((query.image, finding, whole, min(scores)))
     rows = sorted(gather_object(rows))
     if not rows:
         return None

@@ -53,6 +53,7 @@ from distill.config import (
 )
 from distill.data import PhantomDataset, RecordDataset, load_dataset
 from distill.data.cache import cache_latents, cache_text_embeddings, model_fingerprint
+from distill.data.captions import NO_LABEL
 from distill.data.training import TrainingRows, check_training_text, training_caption
 from distill.errors import UserError, raise_all
 from distill.evaluate import HeldOut, evaluate, generate, held_out, quality, save_png
@@ -159,7 +160,8 @@ def open_run(config: Any, *, arms: list[Arm]) -> Run:
     attention_layers(components.unet, config.evaluation.layers)
     teachers = {arm.distillation.teacher for arm in arms if arm.distillation and not trains_teacher(config, arm)}
     references = {arm.distillation.gate_reference for arm in arms if arm.distillation and is_gated(arm)}
-    teachers |= references - {"base", str(folder / "learnable")}
+    for reference in references - {None, "base", str(folder / "learnable")}:
+        check_same_shape(load_components(config.base, run=reference), components)
     for teacher in teachers - {None, *OWN_TEACHERS}:
         assert teacher is not None
         check_same_shape(load_teacher(config.base, teacher), components)
@@ -185,6 +187,14 @@ def open_run(config: Any, *, arms: list[Arm]) -> Run:
             f"{reads_labels[0]} needs labels of the training images, and none has one; see data.label_column and "
             "data.finding_column, or the format's own column"
         )
+    for label in {(arm.denoising or config.denoising).caption_dropout_label for arm in arms} - {None}:
+        assert train is not None
+        if not any(label in (train.labels(i) or (NO_LABEL,)) for i in range(len(train))):
+            names = sorted({name for i in range(len(train)) for name in train.labels(i)})
+            raise UserError(
+                f"denoising.caption_dropout_label is {label!r}, and no training image has that label; there are "
+                f"{', '.join(names)}, and {NO_LABEL!r} for images without one"
+            )
     truncate = config.data.truncate_captions or not isinstance(train, RecordDataset)
     for arm in arms:
         assert train is not None
@@ -625,13 +635,16 @@ def evaluate_arm(
     empty = {"train_seconds": None, "steps": None, "peak_memory_gb": peak_memory_gb(), "trainable_parameters": None}
     entry = result | {"cost": (cost or empty) | seconds}
     if run.accelerator.is_main_process:
-        settings = settings_of(config, arm) if arm else asdict(config)
-        write_json(path, {"arms": {name: entry}, "provenance": provenance(), "settings": settings})
+        settings = settings_of(config, arm) if arm else None
+        written = {"arms": {name: entry}, "provenance": provenance()}
+        write_json(path, written | ({"settings": settings} if settings else {}))
         if folder is not None and cost is not None:
             found = {part: part for part in ("unet", "text_encoder", "text_encoder_2") if (folder / part).is_dir()}
             if (folder / LORA_FILE).exists():
                 found["lora"] = LORA_FILE
-            write_model_card(folder, entry, settings, provenance(), base_name=config.base.name, export=found)
+            write_model_card(
+                folder, entry, settings or asdict(config), provenance(), base_name=config.base.name, export=found
+            )
     run.accelerator.wait_for_everyone()
     return entry
 

@@ -104,7 +104,8 @@ def combine(folder: Path, samples: int | None = None, references: Sequence[str] 
                 for key, (value, interval, each) in estimates.items()
             }
     origin = dict(first["provenance"])
-    origin["seeds"] = origin["seeds"] | {"training": list(runs)}
+    single = origin["seeds"]["training"]  # a list: compare.py, of runs of a seed each
+    origin["seeds"] = origin["seeds"] | {"training": single if isinstance(single, list) else list(runs)}
     origin["commits"] = sorted({found["provenance"]["commit"] or "" for found in metrics.values()})
     origin["seconds"] = {
         name: sum(found["provenance"]["seconds"].get(name, 0.0) for found in metrics.values())

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import multiprocessing
 import os
 import statistics
@@ -251,6 +252,8 @@ def full_size_pass(batch: int, records: bool, dtype: torch.dtype) -> Row:
     torch.manual_seed(0)
     with torch.device(device):
         unet = UNet2DConditionModel(sample_size=64, cross_attention_dim=768).eval().to(dtype)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()  # of the weights in fp32
     loaded = peak_memory_gb()
     inputs = forward_inputs(unet, batch, 64, device)
     inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
@@ -277,7 +280,7 @@ def full_size(budget_gb: float, dtype: torch.dtype) -> Row:
 
     plain, one, three = run(1, records=False), run(1), run(3)
     per_image = (three["peak_gb"] - one["peak_gb"]) / 2
-    largest = 1 + int((budget_gb - one["peak_gb"]) / per_image)
+    largest = 1 + math.floor((budget_gb - one["peak_gb"]) / per_image)
     result = {
         "parameters": one["parameters"],
         "seconds_plain": plain["seconds"],
@@ -285,9 +288,9 @@ def full_size(budget_gb: float, dtype: torch.dtype) -> Row:
         "peak_gb_plain": plain["peak_gb"],
         "peak_gb_recorded": one["peak_gb"],
         "gb_per_further_image": per_image,
-        f"largest_batch_at_{budget_gb:g}_gb": largest,
+        f"largest_batch_at_{budget_gb:g}_gb": max(0, largest),
     }
-    if torch.cuda.is_available():
+    if torch.cuda.is_available() and largest > 0:
         whole, plain = run(largest), run(largest, records=False)
         result |= {"peak_gb_of_largest": whole["peak_gb"], "seconds_of_largest": whole["seconds"]}
         result |= {"seconds_of_largest_plain": plain["seconds"]}

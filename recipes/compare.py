@@ -18,7 +18,7 @@ import yaml
 from accelerate import PartialState
 from tqdm.auto import tqdm
 
-from distill.arms import ARM_NAMES, is_arm_name
+from distill.arms import can_be_arm
 from distill.cli import main, to_yaml
 from distill.components import read_json
 from distill.config import CompareConfig, DataConfig, EvaluationConfig
@@ -27,7 +27,7 @@ from distill.provenance import provenance
 from distill.report.document import write_atomic
 from distill.report.tables import flatten
 from distill.runs import claim, write_json
-from distill.seeds import REFERENCES
+from distill.seeds import REFERENCES, combine
 from distill.sharing import finish_seeds
 
 TRAINING_DATA = {"train_size", "validation_size", "train_split", "horizontal_flip", "cache_dir"}
@@ -92,8 +92,8 @@ def measured_on(found: Evaluated) -> dict[str, Any]:
 
 def differing(one: Evaluated, first: Evaluated) -> dict[str, Any]:
     """Dotted key -> value in `one`, of what is configured otherwise in `first`."""
-    theirs = dict(flatten(first.settings))
-    return {k: v for k, v in flatten(one.settings) if k != "output_dir" and theirs.get(k) != v}
+    ours, theirs = dict(flatten(one.settings)), dict(flatten(first.settings))
+    return {k: v for k, v in ours.items() if k != "output_dir" and theirs.get(k) != v}
 
 
 def gather(config: CompareConfig) -> dict[int, dict[str, Evaluated]]:
@@ -102,8 +102,8 @@ def gather(config: CompareConfig) -> dict[int, dict[str, Evaluated]]:
     if len(config.arms) < 2:
         raise UserError("arms: give at least two, as {name: folder}")
     for name, path in config.arms.items():
-        if not is_arm_name(name):
-            faults.append(f"arms: {name!r}: {ARM_NAMES}")
+        if not can_be_arm(name):
+            faults.append(f"arms: {name!r} cannot be a folder's name, or is another entry of a run folder")
         if ("{seed}" in path) != bool(config.seeds):
             faults.append(f"arms: {name}: {path!r} {'lacks' if config.seeds else 'needs seeds for'} {{seed}}")
     faults += [f"references: {name!r} is no arm" for name in config.references if name not in config.arms]
@@ -167,12 +167,14 @@ def compare(config: CompareConfig) -> None:
             for stage, key in (("training", "train"), ("evaluation", "evaluation"))
             if entry["cost"][f"{key}_seconds"] is not None
         }
-        origin = provenance() | {"seeds": {"training": seed}, "seconds": seconds, "config": asdict(config)}
+        trained = sorted({int(one.config.get("seed") or 0) for one in arms.values()}) if not config.seeds else seed
+        origin = provenance() | {"seeds": {"training": trained}, "seconds": seconds, "config": asdict(config)}
         origin["arms"] = {
             name: {"folder": str(one.folder), "commit": one.commit, "differs": differing(one, first)}
             for name, one in arms.items()
         }
         write_json(run / "metrics.json", {"arms": entries, "real": real, "provenance": origin})
+    combine(partial, samples=2, references=references)  # refuses what cannot be compared
     # Only now, so that a kill before leaves the earlier comparison whole.
     for old in folder.glob("seed-*"):
         shutil.rmtree(old)

@@ -210,6 +210,7 @@ def record(config: PretrainConfig, work: Path) -> None:
         "vae_psnr_db": {"pictures": psnr_db(pictures), "phantoms": psnr_db(phantoms)},
         "pictures": {"localization": located, "recognition": recognised, "captions_of_samples": captions},
         "classifier": finding_auroc(scores, labels) | {"images": len(phantoms)},
+        "unet_text_encoder": config.unet_text_encoder,
         "seed": config.seed,
         "provenance": provenance(),
     }

@@ -102,7 +102,7 @@ def robustness(config: RobustnessConfig) -> None:
         components = load_components(config.base, run)
     if isinstance(test, RecordDataset):
         test.check_captions(components.tokenizers, components.max_tokens)
-    asked = queries(test, components, config.evaluation)
+    asked = queries(test, components, config.evaluation, accelerator)
     if not asked:
         raise UserError("no test image has a region of a finding: there is nothing to localize")
     console.print(f"{len(models)} models, {len({q.image for q in asked})} images, {len(SHIFTS)} shifts and negations")

@@ -27,13 +27,14 @@ The losses are in distill/objectives.py; the loop is `fit` in distill/trainer.py
 
 from __future__ import annotations
 
+import re
 import shlex
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.arms import ARM_NAMES, FROZEN_TEXT_ENCODER, OWN_TEACHERS, Arm, is_arm_name, is_gated, unused_options
+from distill.arms import FROZEN_TEXT_ENCODER, OWN_TEACHERS, Arm, can_be_arm, is_gated, unused_options
 from distill.cli import main, override
 from distill.config import TradeoffConfig
 from distill.errors import UserError, raise_all
@@ -111,8 +112,10 @@ def variant(config: TradeoffConfig, name: str) -> Arm:
     """One of `variants`. Raises a UserError that lists what is wrong with it."""
     base, *words = shlex.split(config.variants[name]) or [""]
     arms = named_arms(config)
-    if not is_arm_name(name) or name in (*arms, "base"):
-        raise UserError(f"another name is needed: {ARM_NAMES}")
+    if not re.fullmatch(r"\w[\w.-]*", name) or not can_be_arm(name) or name in (*arms, "base"):
+        raise UserError(
+            "another name is needed, of letters, digits, '_', '-' and '.', that no arm and no other entry of a run folder has"
+        )
     if base not in arms:
         raise UserError(f"{base!r} is no arm; there are {', '.join(arms)}")
     other, keys = override(config, words)
@@ -120,7 +123,8 @@ def variant(config: TradeoffConfig, name: str) -> Arm:
     shared = [key for key in keys if not key.startswith(VARIED) and key not in VARIED_KEYS]
     raise_all("options that all arms share", [f"{key}: set it for the whole run" for key in shared])
     unread = unused_options(replace(other, arms=(base,), variants={}), [arm])  # type: ignore[arg-type]
-    raise_all("options without effect", [f"{key}: {unread[key]}" for key in keys if key in unread])
+    idle = [(key, name) for key in keys for name in unread if key == name or key.startswith(f"{name}.")]
+    raise_all("options without effect", [f"{key}: {unread[name]}" for key, name in idle])
     used = {"distillation": arm.distillation, "denoising": arm.denoising or other.denoising, "method": arm.method}
     for key in keys:
         group, option, *_ = [*key.split("."), ""]

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import yaml
-from recipe import recipe_module, refusal_of
+from recipe import ROOT, recipe_module, refusal_of
 from test_seeds import write_run
 
 from distill.cli import parse, to_yaml
@@ -95,7 +95,7 @@ def test_single_runs_are_compared_with_intervals_of_images_alone(
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     found = {name: entry["word.auc"]["value"] for name, entry in metrics["paired"].items()}
     assert found == {"better - plain": pytest.approx(0.3), "base - plain": pytest.approx(-0.1)}
-    assert metrics["provenance"]["seeds"]["training"] == [0]
+    assert metrics["provenance"]["seeds"]["training"] == [0, 5]
     text = (tmp_path / "out/report.md").read_text()
     assert "One training seed an arm" in text and "resamples of seeds" not in text
 
@@ -111,6 +111,12 @@ def test_the_settings_of_arms_of_one_run_and_its_seed_are_told(tmp_path: Path) -
     recipe()(parse(CompareConfig, argv))
     origin = json.loads((tmp_path / "out/metrics.json").read_text())["provenance"]
     assert origin["arms"]["b"]["differs"] == {"trainer.max_steps": "800"} and origin["seeds"]["training"] == [7]
+
+
+def test_names_of_shipped_comparisons_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
+    for path in (ROOT / "recipes/configs").rglob("compare*.yaml"):
+        message = refusal(["--config", str(path), "--arms.nowhere", "nowhere/{seed}"], capsys)
+        assert "runs that cannot be read" in message and "folder's name" not in message
 
 
 def test_a_kill_leaves_the_earlier_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +150,7 @@ def test_what_cannot_be_compared_is_refused_at_once(tmp_path: Path, capsys: pyte
     assert "frozen: " in message and "longer: " in message and "seed-3" in message
     assert "needs seeds for {seed}" in refusal(["--arms", each, *out], capsys)
     message = refusal(["--arms", f"{{'../a': '{run}', b: '{run}'}}", "--references", "c", *out], capsys)
-    assert "arms: '../a': an arm's name has letters" in message and "references: 'c' is no arm" in message
+    assert "arms: '../a' cannot be a folder's name" in message and "references: 'c' is no arm" in message
     message = refusal(["--arms", f"{{a: '{run}', b: '{run}/longer'}}", *out], capsys)
     assert "is a run folder of ['frozen', 'longer']; give the folder of one arm" in message
     assert "give at least two" in refusal(["--arms", f"{{a: '{run}/longer'}}", *out], capsys)

@@ -44,8 +44,6 @@ def test_recording_leaves_the_output_and_gives_the_softmax(unet: Any, change: Ch
     change(unet)
     unet.to("cuda", dtype) if change in (nothing, attach_lora) else unet.to("cuda")
     call = on_gpu(unet, torch.float32 if change in (nf4, int8) else dtype)
-    if change in (nf4, int8) and dtype != torch.float32:
-        call = on_gpu(unet, torch.float32)
     with torch.autocast("cuda", dtype, enabled=dtype != torch.float32):
         plain = unet(**call).sample
         with record_attention(unet) as maps:

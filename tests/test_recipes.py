@@ -330,7 +330,10 @@ def test_what_a_variant_needs_of_other_runs_is_looked_for_at_start(
         *TRAINING,
     ]
     variants = ["--variants.a", "continued --distillation.gate_reference nowhere"]
-    assert "nowhere" in refusal("tradeoff", [*argv, *variants], capsys)
+    assert "no run folder" in refusal("tradeoff", [*argv, *variants], capsys)
+    dropped = ["--denoising.caption_dropout", "0.5", "--denoising.caption_dropout_label", "No Finding"]
+    message = refusal("tradeoff", [*argv, *dropped], capsys)
+    assert "no training image has that label" in message and "'no finding' for images without one" in message
     variants = ["--method", "lora", "--variants.a", "continued --lora.rank 2"]
     assert "a starts from the adapters of frozen" in refusal("tradeoff", [*argv, *variants], capsys)
     assert not (tmp_path / "run/frozen").exists()
@@ -355,6 +358,7 @@ def test_variants_that_cannot_be_trained_are_refused_in_one_message(
         "m": "continued --distillation.start_from_teacher false",
         "n": "lora --method full --lora.rank 2",
         "metrics.json": "learnable",
+        "o": "learnable --denoising.paraphrases.edema [x]",
     }
     argv = ["--base.name", str(work / "sd"), "--output_dir", str(tmp_path / "run"), *TRAINING]
     words = [word for name, text in variants.items() for word in (f"--variants.{name}", text)]
@@ -363,6 +367,7 @@ def test_variants_that_cannot_be_trained_are_refused_in_one_message(
         "variants.lora: another name is needed",
         "variants.a/b: another name is needed",
         "variants.metrics.json: another name is needed",
+        "denoising.paraphrases.edema: denoising.training_text is not paraphrases",
         "variants.c: 'teacher' is no arm; there are frozen, learnable",
         "variants.d: '' is no arm",
         "trainer.batch_size: set it for the whole run",

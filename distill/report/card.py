@@ -146,7 +146,7 @@ def write_model_card(
     flat = dict(flatten(config))
     settings = [[key, flat[key]] for key in _SETTINGS if key in flat]
     if settings:
-        parts.append("Main settings (all of them are in the run folder's `config.yaml`):")
+        parts.append("Main settings (all of them: `settings` in the `metrics.json` of this model):")
         parts.append(markdown_table(Table(["setting", "value"], settings)))
     parts += ["## How to load it", f"```python\n{loading_code(base_name, _folder_location(arm_dir), export)}\n```"]
     parts += ["## How it was measured", markdown_table(_metrics_table(metrics_for_arm))]

@@ -216,8 +216,7 @@ _SEVERAL = "Intervals are of resamples of seeds and images; a few seeds show the
 
 
 def _verdict(metrics: Mapping[str, Any]) -> Section:
-    training = tables.lookup(metrics, "provenance", "seeds", "training")
-    several = isinstance(training, list) and len(training) > 1
+    several = any(len(entry.get("per_seed", ())) > 1 for entry in metrics["arms"].values())
     found = tables.verdicts(metrics)
     said = tables.outcomes(metrics, found)
     blocks: list[Block] = [tables.outcome_table(said)] if said else []
