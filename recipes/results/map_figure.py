@@ -31,6 +31,8 @@ def regimes() -> dict[str, dict[str, Any]]:
     for name, regime in json.loads((FOLDER / "map.json").read_text(encoding="utf-8")).items():
         if {"frozen", "learnable"} <= set(regime["arms"]):
             found[name] = regime["arms"]
+    texts = json.loads((FOLDER / "baselines.json").read_text(encoding="utf-8"))["arms"]
+    found["shuffled labels for captions"] = {"frozen": texts["frozen_labels"], "learnable": texts["labels"]}
     return found
 
 
