@@ -19,8 +19,8 @@ from typing import Any, Literal, NoReturn, TypeVar, Union, get_args, get_origin
 
 import yaml
 
-from distill.config import value_faults
 from distill.errors import UserError, raise_all
+from distill.rules import value_faults
 
 T = TypeVar("T")
 

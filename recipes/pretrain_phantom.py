@@ -17,6 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline
@@ -43,7 +44,7 @@ from distill.embedded import (
 )
 from distill.evaluate import generate, save_png
 from distill.localization import localization
-from distill.metrics import finding_auroc
+from distill.metrics import bootstrap_interval, finding_auroc
 from distill.metrics.features import PhantomFeatures
 from distill.objectives import AutoencoderObjective, ClassificationObjective, ContrastiveObjective, DenoisingObjective
 from distill.provenance import provenance
@@ -51,9 +52,11 @@ from distill.runs import quiet_libraries, write_json
 from distill.trainer import fit, make_accelerator
 
 Row = dict[str, Any]
-TRAINED = ("text_encoder", "vae", "unet", "unet_longer", "classifier", "picture_classifier")
+UNET_STAGES = ("unet", "unet_longer", "unet_clear")
+TRAINED = ("text_encoder", "vae", *UNET_STAGES, "classifier", "picture_classifier")
+HELD_OUT_PICTURES = 3000
 RECOGNISED_PICTURES = 400
-"""Held-out captions whose drawings the object classifier looks at."""
+"""Held-out captions whose drawings the object classifier looks at; and as many of one object."""
 
 
 def train(objective: nn.Module, rows: Any, trainer: TrainerConfig, work: Path, seed: int, collate: Any = None) -> None:
@@ -63,11 +66,12 @@ def train(objective: nn.Module, rows: Any, trainer: TrainerConfig, work: Path, s
         objective, rows, trainer, accelerator=accelerator, output_dir=work, seed=seed, collate=collate, label=work.name
     )
     total, trainable = parameter_counts(objective)
-    print(f"{work.name}: {total:,} parameters, {trainable:,} trained, {result.steps} steps, {result.seconds:.1f} s")
     objective.to("cpu")
-    write_json(
-        work / "cost.json", {"steps": result.steps, "seconds": round(result.seconds, 1), "parameters": trainable}
-    )
+    if not accelerator.is_main_process:
+        return
+    print(f"{work.name}: {total:,} parameters, {trainable:,} trained, {result.steps} steps, {result.seconds:.1f} s")
+    cost = {"steps": result.steps, "seconds": round(result.seconds, 1), "parameters": trainable}
+    write_json(work / "cost.json", cost | {"processes": accelerator.num_processes})
 
 
 def stack_pixels(rows: list[Row]) -> Row:
@@ -106,10 +110,11 @@ def train_vae(config: PretrainConfig, pictures: RenderedPictures, work: Path) ->
 
 
 def train_unet(config: PretrainConfig, stage: str, work: Path, output_dir: Path) -> None:
-    """Stage unet: a new U-Net beside the trained parts. Stage unet_longer: the U-Net of output_dir, which it replaces."""
-    longer, trainer = stage == "unet_longer", getattr(config, stage)
+    """Stage unet: a new U-Net beside the trained parts. The later stages: the U-Net of output_dir, which they replace."""
+    trainer = getattr(config, stage)
+    accelerator = make_accelerator(trainer, work / stage)
     torch.manual_seed(config.seed)
-    if longer:
+    if stage != "unet":
         pipeline = StableDiffusionPipeline.from_pretrained(output_dir, torch_dtype=torch.float32)
     else:
         tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
@@ -120,27 +125,39 @@ def train_unet(config: PretrainConfig, stage: str, work: Path, output_dir: Path)
             text_encoder = new_text_encoder(tokenizer)
         pipeline = new_pipeline(tokenizer, text_encoder, AutoencoderKL.from_pretrained(work / "vae" / "vae"))
     components = components_of(pipeline)
-    text_encoder_mode = "frozen" if longer else config.unet_text_encoder
+    text_encoder_mode = config.unet_text_encoder if stage == "unet" else "frozen"
     prepare_training(components, method="full", text_encoder=text_encoder_mode, lora=LoraConfig())
-    device = make_accelerator(trainer, work / stage).device
-    components.to(device)
-    pictures = PicturesDataset("train", config.pictures, config.seed, config.resolution)
-    latents = cache_latents(
-        pictures,
-        components.vae,
-        work / "latents",
-        batch_size=8,
-        flip=False,
-        device=device,
-        num_workers=trainer.num_workers,
+    components.to(accelerator.device)
+    clear = stage == "unet_clear"
+    count = config.clear_pictures if clear else config.pictures
+    pictures = PicturesDataset("train", count, config.seed, config.resolution, clear)
+    with accelerator.main_process_first():
+        latents = cache_latents(
+            pictures,
+            components.vae,
+            work / "latents",
+            batch_size=8,
+            flip=False,
+            device=accelerator.device,
+            num_workers=trainer.num_workers,
+        )
+    denoising = DenoisingConfig(
+        caption_dropout=config.caption_dropout, min_snr_gamma=config.min_snr_gamma if clear else None
     )
-    objective = DenoisingObjective(components, DenoisingConfig(caption_dropout=config.caption_dropout))
+    objective = DenoisingObjective(components, denoising)
     rows = TrainingRows(pictures, components, latents=latents)
-    # The seed gives the noise too: the longer training must not see that of the first one again.
-    train(objective, rows, trainer, work / stage, config.seed + longer)
+    # The seed gives the noise too: a later stage must not see that of an earlier one again.
+    train(objective, rows, trainer, work / stage, config.seed + UNET_STAGES.index(stage))
+    if accelerator.is_main_process:
+        save_base(pipeline, stage, work, output_dir)
+    accelerator.wait_for_everyone()
+
+
+def save_base(pipeline: StableDiffusionPipeline, stage: str, work: Path, output_dir: Path) -> None:
+    """The pipeline as output_dir, in fp16; what a later stage replaces goes to its work folder."""
     pipeline.to("cpu", torch.float16)
     partial = output_dir.with_suffix(".partial")
-    if longer:
+    if stage != "unet":
         # Only the weights change; saved configurations would name the folder that they were loaded from.
         shutil.copytree(output_dir, partial, dirs_exist_ok=True)
         pipeline.unet.save_pretrained(partial / "unet")
@@ -178,8 +195,11 @@ def record(config: PretrainConfig, work: Path) -> None:
     """pretraining.json and samples.png beside the base: what each stage took, and what the result can do, held out."""
     accelerator, output_dir = Accelerator(), Path(config.output_dir)
     components = load_components(BaseConfig(name=str(output_dir))).to(accelerator.device).freeze()
-    pictures = PicturesDataset("test", 200, config.seed, config.resolution)
     phantoms = PhantomDataset("test", 500, config.seed, config.resolution)
+    domains = {
+        name: PicturesDataset("test", HELD_OUT_PICTURES, config.seed, config.resolution, clear)
+        for name, clear in (("pictures", False), ("clear_pictures", True))
+    }
 
     def psnr_db(dataset: Any) -> float:
         pixels = torch.stack([dataset[i].pixel_values for i in range(200)]).to(accelerator.device)
@@ -188,10 +208,7 @@ def record(config: PretrainConfig, work: Path) -> None:
         )
         return float((10 * torch.log10(4 / (drawn.clamp(-1, 1) - pixels).square().mean(dim=(1, 2, 3)))).mean())
 
-    located = localization(
-        components, pictures, config.evaluation, accelerator=accelerator, arm_dir=work / "maps", label="pictures"
-    )
-    captions = [pictures.caption(i) for i in range(16)]
+    captions = [domains["clear_pictures"].caption(i) for i in range(16)]
     images = generate(components, captions, list(range(16)), config.resolution, config.evaluation)
     save_png(torch.cat([torch.cat(list(row), dim=-1) for row in images.split(8)], dim=-2), output_dir / "samples.png")
     features = PhantomFeatures(Path(config.classifier_dir))
@@ -199,55 +216,72 @@ def record(config: PretrainConfig, work: Path) -> None:
     labels = torch.tensor([[name in phantoms.labels(i) for name in features.findings] for i in range(len(phantoms))])
     earlier = output_dir / "pretraining.json"  # of stages whose work folder is gone
     stages = read_json(earlier)["stages"] if earlier.exists() else {}
-    recognised = read_json(earlier)["pictures"].get("recognition") if earlier.exists() else None
     for name in TRAINED:
         if (work / name / "cost.json").exists():
             stages[name] = read_json(work / name / "cost.json") | {"last": _last_losses(work / name)}
-    if (work / "picture_classifier" / "model").exists():
-        recognised = recognition(components, config, work)
     result = {
         "stages": stages,
-        "vae_psnr_db": {"pictures": psnr_db(pictures), "phantoms": psnr_db(phantoms)},
-        "pictures": {"localization": located, "recognition": recognised, "captions_of_samples": captions},
+        "vae_psnr_db": {name: psnr_db(dataset) for name, dataset in (domains | {"phantoms": phantoms}).items()},
+        "captions_of_samples": captions,
         "classifier": finding_auroc(scores, labels) | {"images": len(phantoms)},
         "unet_text_encoder": config.unet_text_encoder,
         "seed": config.seed,
         "provenance": provenance(),
     }
-    write_json(output_dir / "pretraining.json", result)
-    words = located["word"]
-    if recognised is not None:
-        drawn, real = recognised["generated"], recognised["real"]
-        print(
-            f"objects recognised in drawn pictures: AUC {drawn['auc']:.3f} {drawn['auc_ci']}, in real ones {real['auc']:.3f}"
+    print(f"VAE {result['vae_psnr_db']} dB; classifier of phantoms: AUC {result['classifier']['auc']:.3f}")
+    for name, pictures in domains.items():
+        some = PicturesDataset("test", 200, config.seed, config.resolution, pictures.clear)
+        located = localization(
+            components, some, config.evaluation, accelerator=accelerator, arm_dir=work / f"maps_{name}", label=name
         )
+        result[name] = {"localization": located, "recognition": None}
+        words = located["word"]
+        print(f"{name}: word AUC {words['auc']:.3f} {words['auc_ci']}")
+        if (work / "picture_classifier" / "model").exists():
+            result[name]["recognition"] = recognised = recognition(components, pictures, config, work)
+            for key in ("generated", "real"):
+                of = recognised[key]
+                print(
+                    f"{name}, {key}: objects recognised with AUC {of['auc']:.3f} {of['auc_ci']}, where the caption names "
+                    f"one, top-1 {of['top1']:.3f} {of['top1_ci']}"
+                )
+    write_json(output_dir / "pretraining.json", result)
     print(
-        f"VAE {result['vae_psnr_db']} dB; word AUC on held-out pictures {words['auc']:.3f} {words['auc_ci']}; "
-        f"classifier AUC {result['classifier']['auc']:.3f}\nrecorded in {output_dir / 'pretraining.json'}\n"
+        f"recorded in {output_dir / 'pretraining.json'}\n"
         "next: accelerate launch recipes/tradeoff.py --config recipes/configs/phantom/tradeoff_quick.yaml"
     )
 
 
 @torch.no_grad()
-def recognition(components: Components, config: PretrainConfig, work: Path) -> dict[str, Any]:
-    """Per object: AUC of the object classifier's scores of held-out pictures, and of what the base draws for their captions,
-    against the objects that the captions name."""
-    pictures = PicturesDataset("test", RECOGNISED_PICTURES, config.seed, config.resolution)
+def recognition(
+    components: Components, pictures: PicturesDataset, config: PretrainConfig, work: Path
+) -> dict[str, Any]:
+    """Whether the object classifier finds in what the base draws for held-out captions what they name, and in the real
+    pictures of these captions. For any number of objects, per object: AUC. For captions of one object: top-1, the share
+    whose object has the highest score of all (chance: 1 in 20)."""
     model = ResNetForImageClassification.from_pretrained(work / "picture_classifier" / "model").float().eval()
-    labels = torch.tensor([[kind in pictures.labels(i) for kind in pictures.findings] for i in range(len(pictures))])
-    scores: dict[str, list[torch.Tensor]] = {"real": [], "generated": []}
-    size = config.evaluation.batch_size
-    for start in tqdm(range(0, len(pictures), size), desc="drawing pictures", unit="batch"):
-        some = list(range(start, min(start + size, len(pictures))))
+    kinds, size = pictures.findings, config.evaluation.batch_size
+    single = [i for i in range(len(pictures)) if len(pictures.labels(i)) == 1][:RECOGNISED_PICTURES]
+    scores: dict[str, dict[int, torch.Tensor]] = {"real": {}, "generated": {}}
+    wanted = sorted({*range(RECOGNISED_PICTURES), *single})
+    for start in tqdm(range(0, len(wanted), size), desc="drawing pictures", unit="batch"):
+        some = wanted[start : start + size]
         captions = [pictures.caption(i) for i in some]
         drawn = generate(components, captions, some, config.resolution, config.evaluation)
-        scores["generated"].append(model(drawn * 2 - 1).logits)
-        scores["real"].append(model(torch.stack([pictures[i].pixel_values for i in some])).logits)
-    found = {key: finding_auroc(torch.cat(parts), labels) for key, parts in scores.items()}
-    return {
-        key: value | {"per_finding": dict(zip(pictures.findings, value["per_finding"], strict=True))}
-        for key, value in found.items()
-    } | {"images": len(pictures)}
+        scores["generated"] |= zip(some, model(drawn * 2 - 1).logits, strict=True)
+        real = torch.stack([pictures[i].pixel_values for i in some])
+        scores["real"] |= zip(some, model(real).logits, strict=True)
+    labels = torch.tensor([[kind in pictures.labels(i) for kind in kinds] for i in range(RECOGNISED_PICTURES)])
+    found: dict[str, Any] = {"images": RECOGNISED_PICTURES, "one_object_images": len(single)}
+    for key, of in scores.items():
+        areas = finding_auroc(torch.stack([of[i] for i in range(RECOGNISED_PICTURES)]), labels)
+        hits = [float(kinds[int(of[i].argmax())] == pictures.labels(i)[0]) for i in single]
+        found[key] = areas | {
+            "per_finding": dict(zip(kinds, areas["per_finding"], strict=True)),
+            "top1": float(np.mean(hits)),
+            "top1_ci": bootstrap_interval(hits, single, np.mean),
+        }
+    return found
 
 
 def _last_losses(work: Path) -> Row:
@@ -265,6 +299,7 @@ def rehearse(config: PretrainConfig) -> PretrainConfig:
         config,
         stages=tuple(s for s in config.stages if s != "record"),
         pictures=256,
+        clear_pictures=256,
         classifier_images=64,
         picture_classifier_images=64,
         **one,
@@ -293,8 +328,9 @@ def pretrain(config: PretrainConfig) -> None:
         train_vae(config, RenderedPictures(work / "pictures"), work / "vae")
     if "unet" in config.stages and not base.exists():
         train_unet(config, "unet", work, base)
-    if "unet_longer" in config.stages and not (work / "unet_longer" / "before").exists():
-        train_unet(config, "unet_longer", work, base)
+    for stage in UNET_STAGES[1:]:
+        if stage in config.stages and not (work / stage / "before").exists():
+            train_unet(config, stage, work, base)
     if "classifier" in config.stages and not classifier.exists():
         phantoms = PhantomDataset("train", config.classifier_images, config.seed, config.resolution)
         train_classifier(phantoms, config.classifier, work / "classifier", classifier, config.seed)

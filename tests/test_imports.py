@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 LAYERS = (
     ("errors",),
     ("config",),
+    ("rules",),
     ("cli", "losses", "metrics", "provenance"),
     ("components",),
     ("data",),

@@ -40,14 +40,15 @@ def test_recognition_scores_drawings_and_real_pictures_alike(tmp_path: Path, mon
     recipe = recipe_module("pretrain_phantom")
     torch.manual_seed(0)
     new_classifier(PicturesDataset.findings).save_pretrained(tmp_path / "picture_classifier" / "model")
-    pictures = PicturesDataset("test", 6, 0, 128)
-    by_caption = {pictures.caption(i): pictures[i].pixel_values / 2 + 0.5 for i in range(6)}
+    pictures = PicturesDataset("test", 30, 0, 128)
+    by_caption = {pictures.caption(i): pictures[i].pixel_values / 2 + 0.5 for i in range(30)}
     monkeypatch.setattr(recipe, "RECOGNISED_PICTURES", 6)
     monkeypatch.setattr(recipe, "generate", lambda _, captions, *rest: torch.stack([by_caption[c] for c in captions]))
     config = replace(PretrainConfig(), evaluation=EvaluationConfig(batch_size=4))
-    found = recipe.recognition(load_components(BaseConfig(name="phantom")), config, tmp_path)
-    assert found["images"] == 6 and found["real"]["auc"] is not None
+    found = recipe.recognition(load_components(BaseConfig(name="phantom")), pictures, config, tmp_path)
+    assert found["images"] == 6 and found["one_object_images"] == 6 and found["real"]["auc"] is not None
     assert found["generated"]["auc"] == pytest.approx(found["real"]["auc"])
+    assert found["generated"]["top1"] == found["real"]["top1"] and 0 <= found["real"]["top1"] <= 1
     assert list(found["real"]["per_finding"]) == list(PicturesDataset.findings)
 
 

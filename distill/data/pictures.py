@@ -2,7 +2,9 @@
 
 Gray pictures of shapes, textures and pictograms. The pictograms carry the finding words of the phantom outside any chest
 (an "effusion" is liquid in the bottom of a jar, "atelectasis" a stack of thin plates), so that the base knows the words and
-not the chest. Picture i is a function of (seed, split, i, resolution) only.
+not the chest. Picture i is a function of (seed, split, i, resolution, clear) only. Clear pictures stand to the others as the
+aesthetic subset of LAION, on which Stable Diffusion was trained last, to all of it: larger objects, upright, of more contrast,
+fewer a picture and mostly on calm ground.
 """
 
 from __future__ import annotations
@@ -200,9 +202,14 @@ class PicturesDataset:
     query_words: Mapping[str, tuple[str, ...]] = {kind: tuple(" ".join(words).split()) for kind, words in WORDS.items()}
 
     def __init__(
-        self, split: Literal["train", "validation", "test"], size: int, seed: int = 0, resolution: int = 128
+        self,
+        split: Literal["train", "validation", "test"],
+        size: int,
+        seed: int = 0,
+        resolution: int = 128,
+        clear: bool = False,
     ) -> None:
-        self.split, self.size, self.seed, self.resolution = split, size, seed, resolution
+        self.split, self.size, self.seed, self.resolution, self.clear = split, size, seed, resolution, clear
         axis = (np.arange(resolution, dtype=np.float32) + 0.5) / resolution
         self._x, self._y = np.meshgrid(axis, axis)
 
@@ -216,21 +223,25 @@ class PicturesDataset:
 
     def _scene(self, rng: np.random.Generator) -> tuple[str, float, list[_Object]]:
         background = str(rng.choice(BACKGROUNDS))
-        level = float(rng.uniform(0.05, 0.75))
+        level = float(rng.uniform(0.05, 0.6 if self.clear else 0.75))
         objects: list[_Object] = []
-        for _ in range(int(rng.choice([1, 2, 3, 4], p=[0.25, 0.35, 0.25, 0.15]))):
+        for _ in range(
+            int(rng.choice([1, 2, 3, 4], p=[0.5, 0.35, 0.15, 0] if self.clear else [0.25, 0.35, 0.25, 0.15]))
+        ):
             kind = str(rng.choice([k for k in KINDS if k not in {o.kind for o in objects}]))
             for _attempt in range(8):
-                radius = float(rng.uniform(0.1, 0.3))
+                radius = float(rng.uniform(0.18, 0.36) if self.clear else rng.uniform(0.1, 0.3))
                 x, y = rng.uniform(radius * 0.8, 1 - radius * 0.8, size=2)
                 if all(np.hypot(x - o.x, y - o.y) > 0.8 * (radius + o.radius) for o in objects):
                     break
             else:
                 continue
-            low, high = (0.0, level - 0.2) if kind in DARK and level > 0.3 else (level + 0.2, 1.0)
+            gap = 0.35 if self.clear else 0.2
+            low, high = (0.0, level - 0.2) if kind in DARK and level > 0.3 else (level + gap, 1.0)
             if kind not in DARK and level > 0.5 and rng.random() < 0.6 and kind in KINDS[:12]:
                 low, high = 0.0, level - 0.25
-            angle = float(rng.normal(0, 0.15) if kind in FIXED_ANGLE else rng.uniform(-np.pi, np.pi))
+            upright = self.clear or kind in FIXED_ANGLE
+            angle = float(rng.normal(0, 0.15) if upright else rng.uniform(-np.pi, np.pi))
             objects.append(
                 _Object(
                     kind,
@@ -335,7 +346,7 @@ class PicturesDataset:
         return tuple(o.kind for o in self._scene(self._rng(index))[2])
 
     def fingerprint(self, index: int) -> str:
-        key = f"pictures {VERSION} {self.seed} {self.split} {index} {self.resolution}"
+        key = f"pictures {VERSION} {self.seed} {self.split} {index} {self.resolution}{' clear' * self.clear}"
         return hashlib.sha256(key.encode()).hexdigest()
 
     def __getitem__(self, index: int) -> Sample:
@@ -343,7 +354,7 @@ class PicturesDataset:
         background, level, objects = self._scene(rng)
         caption = self._caption(rng, background, level, objects)
         image = self._background(rng, background, level).astype(np.float32)
-        if rng.random() < 0.7:
+        if rng.random() < (0.3 if self.clear else 0.7):
             image += self._relief(rng)
         regions = []
         for o in objects:
@@ -361,7 +372,7 @@ class PicturesDataset:
         image += rng.normal(0, 0.008, image.shape).astype(np.float32)
         pixels = torch.from_numpy(np.clip(image, 0, 1)) * 2 - 1
         return Sample(
-            id=f"pictures-{self.split}-{index}",
+            id=f"pictures{'-clear' * self.clear}-{self.split}-{index}",
             pixel_values=pixels.expand(3, -1, -1).clone(),
             caption=caption,
             regions=tuple(Region(kind, torch.from_numpy(mask)) for kind, mask in regions if mask.any()),
