@@ -32,17 +32,9 @@ from distill.components import AttentionSubset, Components
 from distill.config import AtlasConfig, EvaluationConfig
 from distill.data.sample import ImageCaptionDataset, Sample, image_key
 from distill.errors import UserError
-from distill.localization import (
-    DEFAULT_TIMESTEPS,
-    PROTOCOLS,
-    TOKEN_MAPS,
-    ground_truth,
-    localization,
-    post_process,
-    prepare_inputs,
-    queries,
-)
+from distill.localization import TOKEN_MAPS, localization
 from distill.metrics import PixelAUROC, macro_mean_interval
+from distill.protocols import DEFAULT_TIMESTEPS, PROTOCOLS, ground_truth, post_process, prepare_inputs, queries
 from distill.provenance import provenance
 from distill.report.document import UNKNOWN
 from distill.report.tables import format_number

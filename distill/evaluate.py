@@ -25,9 +25,10 @@ from tqdm.auto import tqdm
 from distill.components import Components
 from distill.config import EvaluationConfig
 from distill.data.sample import ImageCaptionDataset
-from distill.localization import localization, queries
+from distill.localization import localization
 from distill.metrics import Diversity, finding_auroc, frechet_distance, frechet_interval
 from distill.metrics.features import Features
+from distill.protocols import queries
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

@@ -1,7 +1,5 @@
-"""Does the attention on a finding's words cover the finding, in real held-out images? One protocol a name.
+"""Does the attention on a finding's words cover the finding, in real held-out images? By a protocol of protocols.py.
 
-`ours`: real latents, noised at a few timesteps, layers and timesteps chosen on validation images (recipes/atlas.py).
-`dombrowski`: Dombrowski et al., AAAI 2024, arXiv 2303.17908. `vilouras`: Vilouras et al. 2024, arXiv 2404.12920.
 Nothing is generated. Work is shared between the processes of `accelerate launch`; every process must call
 `localization`. It writes each batch of scores to disk, so that the same call continues after a kill.
 """
@@ -11,412 +9,47 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import DDIMInverseScheduler, DDIMScheduler
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from distill.attention import AttentionMaps, aggregate, attention_layers, normalize, record_attention, to_image
-from distill.components import Components, encode_text
+from distill.attention import attention_layers, normalize
+from distill.components import Components
 from distill.config import EvaluationConfig
 from distill.data.cache import model_fingerprint
-from distill.data.captions import BOS, EOS, PADDING, WORD, find_words, token_groups, token_spans
-from distill.data.sample import ImageCaptionDataset, Region, Sample, image_key
-from distill.errors import UserError
+from distill.data.sample import ImageCaptionDataset, Sample, image_key
 from distill.metrics import (
-    AbsoluteCNR,
     AttentionMass,
-    BoxIoU,
-    CentreDistance,
-    IoUAtThreshold,
     LocalizationMetric,
-    MeanIoU,
-    MixtureIoU,
     MixtureMetric,
-    MixtureTwoClassIoU,
-    PixelAUROC,
-    PointingGame,
-    SignedCNR,
-    ThresholdAUROC,
     macro_mean_interval,
 )
 from distill.metrics.maps import (
-    gaussian_smooth,
     mixture_masks,
-    mixture_threshold,
-    otsu_threshold,
-    refine_by_self_attention,
-    remove_orphans,
+)
+from distill.protocols import (
+    PROTOCOLS,
+    Protocol,
+    Query,
+    ground_truth,
+    open_recorder,
+    post_process,
+    prepare_inputs,
+    queries,
+    with_subset,
 )
 
 TOKEN_MAPS = ("word", "eos", "padding")
-DEFAULT_TIMESTEPS = (100, 250, 400, 550, 700)
-
-
-@dataclass(frozen=True)
-class Query:
-    """One text of one held-out image, and the findings whose maps are scored on it.
-
-    image: index in the data set. groups: (tokens,) codes. tokens: for each pair, positions of the finding's words.
-    truth: hash of the image's regions.
-    """
-
-    image: int
-    text: str
-    findings: tuple[int, ...]
-    tokens: tuple[tuple[int, ...], ...]
-    groups: torch.Tensor
-    truth: str = ""
-
-
-def queries(
-    dataset: ImageCaptionDataset,
-    components: Components,
-    config: EvaluationConfig,
-    accelerator: Accelerator | None = None,
-) -> list[Query]:
-    """The (image, finding) pairs of the first `localization_images` images that have any, the same for every model.
-
-    `caption`: the image's caption. `phrase`: the region's phrase, or the finding's name; one text a pair.
-    A text that names the finding by none of its words is left out, or with the protocols `dombrowski` and `vilouras`,
-    and with phrases, asked for by all of its word tokens.
-    With an accelerator its processes share the images, which each has to decode for its regions; all must call this.
-    Empty if no image has a region. Raises UserError if there are regions and no text names any of their findings.
-    """
-    rank, world = (accelerator.process_index, accelerator.num_processes) if accelerator else (0, 1)
-    together = 16 * world if world > 1 else 1
-    found: list[Query] = []
-    images = regions = 0
-    for start in range(0, len(dataset) if dataset.findings else 0, together):
-        if images == config.localization_images:
-            break
-        indices = range(start, min(start + together, len(dataset)))
-        looked, faults = [], []
-        try:
-            looked = [(index, *_queries_of(dataset, index, components, config)) for index in indices[rank::world]]
-        except UserError as error:  # an image that cannot be read; the other processes must not wait for this one
-            faults.append(str(error))
-        if world > 1:
-            looked, faults = gather_object(looked), gather_object(faults)
-        if faults:
-            raise UserError(faults[0])
-        for _, count, own in sorted(looked, key=lambda part: part[0]):
-            if images < config.localization_images:
-                regions += count
-                found += own
-                images += bool(own)
-    if regions and not found:
-        raise UserError(
-            "no held-out image has a region of a finding that its text names; check data.findings, data.query_words and "
-            "evaluation.localization_text"
-        )
-    return found
-
-
-def _queries_of(
-    dataset: ImageCaptionDataset, index: int, components: Components, config: EvaluationConfig
-) -> tuple[int, list[Query]]:
-    """How many findings have a region in an image, and its queries."""
-    tokenizer, length = components.tokenizers[0], components.max_tokens
-    names, regions = list(dataset.findings), dataset[index].regions
-    texts: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
-    phrases = {region.finding: region.phrase for region in regions}
-    for finding in phrases:
-        text = dataset.caption(index)
-        if config.localization_text == "phrase":
-            text = phrases[finding] or finding
-        tokens = tuple(token_spans(tokenizer, text, find_words(text, dataset.query_words[finding]), length))
-        if not tokens and (config.localization_text == "phrase" or config.protocol != "ours"):
-            tokens = tuple((token_groups(tokenizer, text, length) == WORD).nonzero().flatten().tolist())
-        if tokens:
-            texts.setdefault(text, []).append((names.index(finding), tokens))
-    own = []
-    for text, pairs in texts.items():
-        groups = token_groups(tokenizer, text, length)
-        own.append(
-            Query(index, text, tuple(f for f, _ in pairs), tuple(t for _, t in pairs), groups, _hash_of(regions))
-        )
-    return len(phrases), own
-
-
-def _hash_of(regions: Sequence[Region]) -> str:
-    parts = [f"{r.finding}{r.boxes}".encode() + np.packbits(r.mask.numpy()).tobytes() for r in regions]
-    return hashlib.sha256(b"\n".join(parts)).hexdigest()
-
-
-def selection(query: Query, columns: int) -> torch.Tensor:
-    """(tokens, columns) float32 that maps token probabilities to BOS, words, EOS, padding sums and word means of the pairs."""
-    matrix = torch.zeros(len(query.groups), columns)
-    for column, code in enumerate((BOS, WORD, EOS, PADDING)):
-        matrix[query.groups == code, column] = 1.0
-    for column, tokens in enumerate(query.tokens, start=4):
-        matrix[list(tokens), column] = 1.0 / len(tokens)
-    return matrix
-
-
-# --- from images and texts to maps --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """A batch of queries as the U-Net takes it.
-
-    latents: (batch, channels, height, width) posterior means, scaled. embeds: (batch, tokens, dim). added: SDXL's
-    conditions. chosen: (batch, tokens, 4 + pairs), see `selection`. images: index of each query's image.
-    """
-
-    components: Components
-    latents: torch.Tensor
-    embeds: torch.Tensor
-    added: dict[str, torch.Tensor] | None
-    chosen: torch.Tensor
-    images: tuple[int, ...]
-
-    @property
-    def size(self) -> tuple[int, int]:
-        return self.latents.shape[-2], self.latents.shape[-1]
-
-    def reduce(self, probabilities: torch.Tensor) -> torch.Tensor:
-        """(batch, heads, places, tokens) -> (batch, places, 4 + pairs), for record_attention."""
-        return probabilities.mean(dim=1) @ self.chosen
-
-    def noise(self, count: int, seed: int) -> torch.Tensor:
-        """(batch, count, channels, height, width) that depends on seed and image only, not on the batch."""
-        shape = (count, *self.latents.shape[1:])
-        drawn = [torch.randn(shape, generator=torch.Generator().manual_seed(seed + i)) for i in self.images]
-        return torch.stack(drawn).to(self.latents.device)
-
-    def steps(self, timestep: int) -> torch.Tensor:
-        return torch.full((len(self.latents),), timestep, device=self.latents.device)
-
-    def renoised(self, timesteps: Sequence[int], seed: int, maps: AttentionMaps) -> Iterator[dict[str, torch.Tensor]]:
-        """Maps by layer, (batch, places, 4 + pairs), of the real latents noised at each of `timesteps`."""
-        unet, scheduler = self.components.unet, self.components.noise_scheduler
-        noise = self.noise(len(timesteps), seed)
-        for place, timestep in enumerate(timesteps):
-            noisy = scheduler.add_noise(self.latents, noise[:, place], self.steps(timestep))
-            maps.start()
-            maps.run(unet, noisy.to(unet.dtype), self.steps(timestep), self.embeds, added_cond_kwargs=self.added)
-            yield maps.take()
-
-
-def prepare_inputs(
-    components: Components, samples: Sequence[Sample], batch: Sequence[Query], device: torch.device
-) -> Inputs:
-    """Encode each query's image and text. Batches of any composition give the same rows, to rounding."""
-    columns = 4 + max(len(query.tokens) for query in batch)
-    pixels = torch.stack([sample.pixel_values for sample in samples]).to(device, components.vae.dtype)
-    with torch.autocast(device.type, enabled=False):  # stock VAEs overflow in half precision
-        latents = components.vae.encode(pixels).latent_dist.mean.float() * components.vae.config.scaling_factor
-    ids = [x.to(device) for x in components.tokenize([query.text for query in batch])]
-    embeds, pooled = encode_text(components.text_encoders, ids)
-    dtype = components.unet.dtype
-    added = None
-    if components.is_sdxl and pooled is not None:
-        ids_of_time = [(*s.original_size, *s.crop_top_left, *s.pixel_values.shape[-2:]) for s in samples]
-        added = {"text_embeds": pooled.to(dtype), "time_ids": torch.tensor(ids_of_time, device=device, dtype=dtype)}
-    chosen = torch.stack([selection(query, columns) for query in batch]).to(device)
-    return Inputs(components, latents, embeds.to(dtype), added, chosen, tuple(query.image for query in batch))
-
-
-@dataclass(frozen=True)
-class Recorder:
-    """Open recorders of a U-Net: cross-attention, and self-attention where maps are refined by it."""
-
-    cross: AttentionMaps
-    self_attention: AttentionMaps | None = None
-
-
-def ours(inputs: Inputs, config: EvaluationConfig, recorder: Recorder) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean over layers, heads and config.timesteps of the attention on the re-noised real latents, at latent size.
-
-    -> maps (batch, 4 + pairs, height, width), mass of BOS, words, EOS and padding (batch, 4).
-    """
-    total = torch.zeros((), device=inputs.latents.device)
-    assert config.timesteps is not None
-    for by_layer in inputs.renoised(config.timesteps, config.seed, recorder.cross):
-        total = total + aggregate(by_layer, recorder.cross.sizes, inputs.size)
-    maps = total / len(config.timesteps)
-    mass = maps[:, :4].mean(dim=(-2, -1))
-    return refine(maps, recorder, config), mass
-
-
-def refine(maps: torch.Tensor, recorder: Recorder, config: EvaluationConfig) -> torch.Tensor:
-    """Maps times the self-attention of the last pass, config.self_attention_power times; at its own size."""
-    if recorder.self_attention is None or config.self_attention_power == 0:
-        return maps
-    by_layer, sizes = recorder.self_attention.by_layer, recorder.self_attention.sizes
-    size = max(size for name, size in sizes.items() if name in by_layer)
-    same = torch.stack([m for name, m in by_layer.items() if sizes[name] == size]).mean(dim=0)
-    small = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-    return refine_by_self_attention(small.flatten(2), same, config.self_attention_power).unflatten(2, size)
-
-
-def ddim_timesteps(components: Components, steps: int) -> list[int]:
-    scheduler = DDIMScheduler.from_config(components.noise_scheduler.config)
-    scheduler.set_timesteps(steps)
-    return [int(t) for t in scheduler.timesteps]
-
-
-def dombrowski(inputs: Inputs, config: EvaluationConfig, recorder: Recorder) -> tuple[torch.Tensor, torch.Tensor]:
-    """The last 40 of 50 DDIM timesteps, all layers and heads, at 64 x 64 by nearest neighbour, mean. As `ours`."""
-    total = torch.zeros((), device=inputs.latents.device)
-    timesteps = ddim_timesteps(inputs.components, 50)[10:]
-    for by_layer in inputs.renoised(timesteps, config.seed, recorder.cross):
-        total = total + aggregate(by_layer, recorder.cross.sizes, (64, 64), mode="nearest")
-    maps = total / len(timesteps)
-    return maps, maps[:, :4].mean(dim=(-2, -1))
-
-
-VILOURAS_STEPS, VILOURAS_RECORDED, VILOURAS_LAYERS = 300, range(120, 180), (3, 4, 6, 7)
-
-
-def vilouras_layers(names: Sequence[str]) -> list[str]:
-    """The layers 3, 4, 6, 7, from 0 and of SD's 16, and those at the same relative depth of a U-Net with fewer."""
-    scale = min(1.0, (len(names) - 1) / 15)
-    return list(dict.fromkeys(names[round(place * scale)] for place in VILOURAS_LAYERS))
-
-
-def vilouras(inputs: Inputs, config: EvaluationConfig, recorder: Recorder) -> tuple[torch.Tensor, torch.Tensor]:
-    """DDIM inversion of the real latent in 300 steps without guidance; the steps 120 to 179 and four layers.
-
-    Min-max for each layer and step, mean, Gaussian of sigma 2.5, min-max, times its Otsu mask. As `ours`, but at the size
-    of the model's image, where the authors' code smooths; it also resizes each layer before the mean, where this
-    resizes the mean.
-    """
-    components = inputs.components
-    scheduler = DDIMInverseScheduler.from_config(components.noise_scheduler.config)
-    scheduler.set_timesteps(VILOURAS_STEPS, device=inputs.latents.device)
-    timesteps = [int(t) for t in scheduler.timesteps[: VILOURAS_RECORDED.stop]]
-    latents, unet, maps = inputs.latents, components.unet, recorder.cross
-    maps.timesteps = (timesteps[VILOURAS_RECORDED.start], timesteps[-1])
-    total = torch.zeros((), device=latents.device)
-    mass = torch.zeros((), device=latents.device)
-    count = 0
-    for timestep in timesteps:
-        maps.start()
-        predicted = unet(
-            latents.to(unet.dtype), timestep, inputs.embeds, added_cond_kwargs=inputs.added, return_dict=False
-        )[0]
-        latents = scheduler.step(predicted.float(), timestep, latents).prev_sample
-        for name, values in maps.take().items():
-            raw = to_image(values, maps.sizes[name], inputs.size)
-            total, mass, count = total + normalize(raw), mass + raw[:, :4].mean(dim=(-2, -1)), count + 1
-    if count != len(VILOURAS_RECORDED) * len(vilouras_layers(attention_layers(unet))):
-        raise RuntimeError(f"{count} maps were recorded, where steps and layers ask for another number")
-    side = [components.vae_factor * length for length in inputs.size]
-    mean = F.interpolate(total / count, size=side, mode="bilinear", align_corners=False)
-    smooth = normalize(gaussian_smooth(mean.flatten(0, 1), 2.5))
-    masked = smooth * (smooth > otsu_threshold(smooth)[:, None, None])
-    return masked.unflatten(0, (len(latents), -1)), mass / count
-
-
-# --- protocols ----------------------------------------------------------------------------------------------------
-
-MapFunction = Callable[[Inputs, EvaluationConfig, Recorder], tuple[torch.Tensor, torch.Tensor]]
-
-
-@dataclass(frozen=True)
-class Protocol:
-    """maps: batch -> maps. metrics: key of metrics.json -> metric. size: side that maps and truth are compared at, None
-    for the data's resolution, "original" for the image file's. resize: of the map. words: "finding" asks by the finding's
-    words, "all" by all words. layers: of all cross-attention layers, those to record."""
-
-    maps: MapFunction
-    metrics: Callable[[EvaluationConfig], dict[str, LocalizationMetric]]
-    ground_truth: Literal["mask", "boxes"]
-    size: int | Literal["original"] | None = None
-    resize: Literal["bilinear", "nearest"] = "bilinear"
-    words: Literal["finding", "all"] = "finding"
-    layers: Callable[[Sequence[str]], Sequence[str]] = lambda names: names
-
-
-def _ours_metrics(config: EvaluationConfig) -> dict[str, LocalizationMetric]:
-    return {
-        "auc": PixelAUROC(),
-        "cnr": SignedCNR(),
-        "top1": PointingGame(),
-        "iou": IoUAtThreshold(config.iou_threshold),
-    }
-
-
-def _dombrowski_metrics(config: EvaluationConfig) -> dict[str, LocalizationMetric]:
-    return {
-        "auc": PixelAUROC("micro"),
-        "cnr": SignedCNR("micro"),
-        "top1": PointingGame("micro"),
-        "iou": MixtureIoU("micro"),
-        "two_class_iou": MixtureTwoClassIoU("micro"),
-        "box_iou": BoxIoU("micro"),
-        "centre_distance": CentreDistance("micro"),
-    }
-
-
-def _vilouras_metrics(config: EvaluationConfig) -> dict[str, LocalizationMetric]:
-    return {"auc": ThresholdAUROC(), "cnr": AbsoluteCNR(), "mean_iou": MeanIoU()}
-
-
-PROTOCOLS: dict[str, Protocol] = {
-    "ours": Protocol(ours, _ours_metrics, "mask"),
-    "dombrowski": Protocol(dombrowski, _dombrowski_metrics, "boxes", size=512),
-    "vilouras": Protocol(
-        vilouras, _vilouras_metrics, "boxes", size="original", resize="nearest", words="all", layers=vilouras_layers
-    ),
-}
-
-
-def with_subset(config: EvaluationConfig, components: Components) -> EvaluationConfig:
-    """The configuration with the layers and timesteps that its maps are of: its own, the model's chosen subset
-    (localization.json), or the defaults. The protocols of papers fix their own."""
-    subset = components.subset if config.protocol == "ours" else None
-    layers, timesteps = config.layers, config.timesteps
-    if subset is not None and not layers and timesteps is None:
-        layers, timesteps = subset.layers, subset.timesteps
-    return replace(config, layers=layers, timesteps=timesteps or DEFAULT_TIMESTEPS)
-
-
-def ground_truth(
-    region: Region, resolution: int, size: int, kind: str
-) -> tuple[torch.Tensor, list[tuple[float, float, float, float]]]:
-    """(size, size) bool mask of the region, by its boxes if `kind` is "boxes" and it has some, and its boxes, at `size`."""
-    scale = size / resolution
-    boxes = [(x * scale, y * scale, width * scale, height * scale) for x, y, width, height in region.boxes]
-    if kind == "boxes" and boxes:
-        mask = torch.zeros(size, size, dtype=torch.bool)
-        for x, y, width, height in boxes:  # a pixel is inside if its centre is
-            rows = slice(max(0, int(np.ceil(y - 0.5))), max(0, int(np.ceil(y + height - 0.5))))
-            mask[rows, max(0, int(np.ceil(x - 0.5))) : max(0, int(np.ceil(x + width - 0.5)))] = True
-        return mask, boxes
-    if size == resolution:
-        return region.mask, boxes
-    resized = F.interpolate(region.mask[None, None].float(), (size, size), mode="bilinear", align_corners=False)
-    return resized[0, 0] >= 0.5, boxes
-
-
-def post_process(maps: torch.Tensor, config: EvaluationConfig) -> torch.Tensor:
-    """(N, height, width) -> the same: smoothing, threshold and orphan filter, as far as the configuration asks."""
-    if config.smoothing_sigma:
-        maps = gaussian_smooth(maps, config.smoothing_sigma)
-    if config.map_threshold != "none":
-        threshold = otsu_threshold(maps) if config.map_threshold == "otsu" else mixture_threshold(maps)
-        kept = maps > threshold[:, None, None]
-        if config.orphan_share:
-            kept = remove_orphans(kept, config.orphan_share)
-        maps = maps * kept
-    return maps
-
-
-# --- scores -------------------------------------------------------------------------------------------------------
 
 
 class Scores:
@@ -589,14 +222,6 @@ def localization(
     if accelerator.is_main_process:
         _merge(arm_dir, key)
     return result
-
-
-def open_recorder(stack: ExitStack, components: Components, names: Sequence[str], config: EvaluationConfig) -> Recorder:
-    cross = stack.enter_context(record_attention(components.unet, names))
-    if config.self_attention_power == 0:
-        return Recorder(cross)
-    # Of the self-attention layers, those of the finest size that has at most 32 x 32 places can be held.
-    return Recorder(cross, stack.enter_context(record_attention(components.unet, kind="self", max_places=1024)))
 
 
 def _part_file(arm_dir: Path, rank: int, key: str) -> Any:

@@ -27,8 +27,8 @@ from distill.components import Components
 from distill.config import EvaluationConfig
 from distill.data.captions import find_words, token_groups, token_spans
 from distill.data.sample import ImageCaptionDataset, Sample
-from distill.localization import PROTOCOLS, Query, open_recorder, prepare_inputs, queries, with_subset
 from distill.metrics import PixelAUROC, bootstrap_interval
+from distill.protocols import PROTOCOLS, Query, open_recorder, prepare_inputs, queries, with_subset
 
 SYNONYMS: tuple[tuple[str, str], ...] = (
     (r"pleural effusions?|effusions?|pleural fluid", "fluid collection"),

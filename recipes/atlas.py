@@ -33,7 +33,7 @@ from distill.components import PHANTOM_BASE, SUBSET_FILE, Components, load_compo
 from distill.config import AtlasConfig
 from distill.data import RecordDataset, load_dataset
 from distill.errors import UserError, raise_all
-from distill.localization import DEFAULT_TIMESTEPS, queries
+from distill.protocols import DEFAULT_TIMESTEPS, queries
 from distill.provenance import provenance
 from distill.report.figures import atlas_chart
 from distill.runs import quiet_libraries, write_json

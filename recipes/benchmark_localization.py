@@ -30,26 +30,16 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from distill.attention import aggregate, attention_layers, record_attention, record_pipeline, select_tokens
+from distill.attention import aggregate, attention_layers, normalize, record_attention, record_pipeline, select_tokens
 from distill.cli import main, to_yaml
 from distill.components import Components, load_components
 from distill.config import BenchmarkLocalizationConfig, EvaluationConfig
 from distill.data import load_dataset
 from distill.errors import UserError
 from distill.evaluate import finite
-from distill.localization import (
-    Inputs,
-    Recorder,
-    ddim_timesteps,
-    ground_truth,
-    localization,
-    normalize,
-    ours,
-    prepare_inputs,
-    queries,
-    with_subset,
-)
+from distill.localization import localization
 from distill.metrics import PixelAUROC, macro_mean_interval
+from distill.protocols import Inputs, Recorder, ddim_timesteps, ground_truth, ours, prepare_inputs, queries, with_subset
 from distill.provenance import provenance
 from distill.runs import quiet_libraries, write_json
 from distill.trainer import peak_memory_gb

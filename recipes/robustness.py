@@ -23,7 +23,8 @@ from distill.config import RobustnessConfig
 from distill.data import RecordDataset, load_dataset
 from distill.errors import UserError
 from distill.evaluate import finite
-from distill.localization import localization, queries
+from distill.localization import localization
+from distill.protocols import queries
 from distill.provenance import provenance
 from distill.report.document import Table, markdown_table, write_atomic
 from distill.report.tables import format_number

@@ -43,8 +43,9 @@ from distill.components import AttentionSubset, Components, load_components, rea
 from distill.config import AtlasConfig, BaseConfig, EvaluationConfig
 from distill.data import PhantomDataset
 from distill.errors import UserError
-from distill.localization import DEFAULT_TIMESTEPS, TOKEN_MAPS, localization, with_subset
+from distill.localization import TOKEN_MAPS, localization
 from distill.metrics import macro_mean_interval
+from distill.protocols import DEFAULT_TIMESTEPS, with_subset
 
 CONFIG = EvaluationConfig(localization_images=4, batch_size=3, bootstrap_samples=20)
 

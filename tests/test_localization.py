@@ -31,13 +31,13 @@ from distill.data.captions import BOS, EOS, PADDING, WORD, token_groups
 from distill.data.sample import Region
 from distill.errors import UserError
 from distill.evaluate import finite
-from distill.localization import (
+from distill.localization import localization
+from distill.protocols import (
     DEFAULT_TIMESTEPS,
     PROTOCOLS,
     Query,
     Recorder,
     ground_truth,
-    localization,
     open_recorder,
     ours,
     post_process,

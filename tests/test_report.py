@@ -36,9 +36,8 @@ from distill.report.tables import (
     format_estimate,
     format_seconds,
     headline_table,
-    outcomes,
-    verdicts,
 )
+from distill.report.verdicts import outcomes, verdicts
 
 FINDINGS = ("edema", "pleural effusion", "pneumothorax")
 # name: (word AUC, EOS AUC, FID, finding AUC, mass of words and EOS)

@@ -22,7 +22,7 @@ from distill.config import EvaluationConfig, RobustnessConfig
 from distill.data.captions import find_words
 from distill.data.phantom import PhantomDataset
 from distill.data.sample import Sample
-from distill.localization import Query
+from distill.protocols import Query
 from distill.robustness import (
     SHIFTS,
     ShiftedDataset,

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from distill.errors import UserError
-from distill.report import figures, tables
+from distill.report import figures, tables, verdicts
 from distill.report.document import (
     UNKNOWN,
     Block,
@@ -217,9 +217,9 @@ _SEVERAL = "Intervals are of resamples of seeds and images; a few seeds show the
 
 def _verdict(metrics: Mapping[str, Any]) -> Section:
     several = any(len(entry.get("per_seed", ())) > 1 for entry in metrics["arms"].values())
-    found = tables.verdicts(metrics)
-    said = tables.outcomes(metrics, found)
-    blocks: list[Block] = [tables.outcome_table(said)] if said else []
+    found = verdicts.verdicts(metrics)
+    said = verdicts.outcomes(metrics, found)
+    blocks: list[Block] = [verdicts.outcome_table(said)] if said else []
     comparison, paired = tables.comparison_table(metrics), tables.paired_table(metrics)
     if comparison is not None:
         blocks.append(comparison)
@@ -239,7 +239,7 @@ def _verdict(metrics: Mapping[str, Any]) -> Section:
             )
         )
     if found:
-        blocks.append(Fold("Every question, its answer and its numbers", [tables.verdict_table(found)]))
+        blocks.append(Fold("Every question, its answer and its numbers", [verdicts.verdict_table(found)]))
     return Section("verdict", "Verdict", "What the numbers say", blocks)
 
 
