@@ -275,7 +275,7 @@ class EvaluationConfig:
     localization_images: int = 200
     """Held-out images whose attention maps are scored."""
     protocol: Literal["ours", "dombrowski", "vilouras"] = "ours"
-    """How maps are made, compared and averaged; the other two are as published (distill/localization.py)."""
+    """How maps are made, compared and averaged; the other two are as published (distill/protocols.py)."""
     timesteps: tuple[int, ...] | None = None
     """ours: timesteps at which the real latents are re-noised; none takes the model's localization.json, else 100, 250,
     400, 550, 700."""
@@ -580,7 +580,7 @@ class PretrainConfig:
     stages: tuple[PretrainStage, ...] = get_args(PretrainStage)
     """What to run, in this order; a stage whose result exists is skipped, a stage that was cut off continues."""
     pictures: int = 30000
-    """Training pictures."""
+    """Training pictures of all stages but unet_clear and the classifiers."""
     resolution: int = 128
     """Side of a picture, in pixels."""
     vocabulary_size: int = 2500
@@ -597,7 +597,7 @@ class PretrainConfig:
     unet_longer: TrainerConfig = field(default_factory=TrainerConfig)
     """The same U-Net again, from where output_dir has it, with a learning rate that starts anew."""
     unet_clear: TrainerConfig = field(default_factory=TrainerConfig)
-    """And once more on clear pictures, with `min_snr_gamma`."""
+    """A third training of the U-Net of output_dir: on clear pictures, weighted by `min_snr_gamma`."""
     clear_pictures: int = 24000
     """Training pictures of the stage unet_clear."""
     min_snr_gamma: float = 5.0
@@ -622,7 +622,7 @@ class PretrainConfig:
     classifier_dir: str = "checkpoints/phantom-classifier"
     """The classifier's folder."""
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
-    """Of the base in its own domain."""
+    """Of the base in its own domain: pictures, and clear pictures."""
     seed: int = 0
     """Seed of pictures, weights, order of data, noise and timesteps."""
     dry_run: bool = False

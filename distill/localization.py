@@ -28,15 +28,8 @@ from distill.components import Components
 from distill.config import EvaluationConfig
 from distill.data.cache import model_fingerprint
 from distill.data.sample import ImageCaptionDataset, Sample, image_key
-from distill.metrics import (
-    AttentionMass,
-    LocalizationMetric,
-    MixtureMetric,
-    macro_mean_interval,
-)
-from distill.metrics.maps import (
-    mixture_masks,
-)
+from distill.metrics import AttentionMass, LocalizationMetric, MixtureMetric, macro_mean_interval
+from distill.metrics.maps import mixture_masks
 from distill.protocols import (
     PROTOCOLS,
     Protocol,

@@ -1,6 +1,6 @@
 """Does localization survive what training never showed? Other words, swapped sides, other images, and negations.
 
-Each shift wraps a data set and changes captions or pixels; the ground truth stays. What is measured is the same metric of
+Each shift wraps a data set and changes captions or pixels; the ground truth stays. What is measured is the word AUC of
 distill/localization.py, for negations how much attention a negated finding's word still gathers, and where a finding lies in
 two places of one image whether both are found.
 """

@@ -142,7 +142,7 @@ def fit(
 
     output_dir.mkdir(parents=True, exist_ok=True)
     log_path = output_dir / "train_log.jsonl"
-    start, seconds_before = _resume(output_dir, named, optimizer, scheduler, ema, seed)
+    start, seconds_before = _resume(output_dir, named, optimizer, scheduler, ema, seed, accelerator.num_processes)
     if ema is not None:
         ema.to(accelerator.device)
     if accelerator.is_main_process:
@@ -218,8 +218,11 @@ def fit(
                 accelerator.log(means, step=step)
         if config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0 and step < config.max_steps:
             if accelerator.is_main_process:
-                seconds = seconds_before + time.perf_counter() - began
-                _save_state(output_dir, step, seed, seconds, named, optimizer, scheduler, ema, config.keep_checkpoints)
+                state = {
+                    "step": step, "seed": seed, "processes": accelerator.num_processes,
+                    "seconds": seconds_before + time.perf_counter() - began,
+                }  # fmt: skip
+                _save_state(output_dir, state, named, optimizer, scheduler, ema, config.keep_checkpoints)
             accelerator.wait_for_everyone()
         for call, every in ((on_sample, config.sample_every_steps), (on_localize, config.localize_every_steps)):
             if call and every and step % every == 0:
@@ -257,9 +260,7 @@ def _optimizer(groups: list[dict[str, Any]], config: TrainerConfig) -> torch.opt
 
 def _save_state(
     output_dir: Path,
-    step: int,
-    seed: int,
-    seconds: float,
+    state: dict[str, Any],
     named: list[tuple[str, nn.Parameter]],
     optimizer: Any,
     scheduler: Any,
@@ -267,7 +268,7 @@ def _save_state(
     keep: int,
 ) -> None:
     """Write state/step-N in a temporary folder and rename it, so that a kill leaves the previous one whole."""
-    folder = output_dir / "state" / f"step-{step:08d}"
+    folder = output_dir / "state" / f"step-{state['step']:08d}"
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -276,7 +277,7 @@ def _save_state(
     if ema is not None:
         extra["ema"] = ema.state_dict()
     torch.save(extra, partial / "optimizer.pt")
-    (partial / "state.json").write_text(json.dumps({"step": step, "seed": seed, "seconds": seconds}))
+    (partial / "state.json").write_text(json.dumps(state))
     os.replace(partial, folder)
     for old in sorted(folder.parent.glob("step-*[0-9]"))[:-keep]:
         shutil.rmtree(old)
@@ -289,6 +290,7 @@ def _resume(
     scheduler: Any,
     ema: EMAModel | None,
     seed: int,
+    processes: int,
 ) -> tuple[int, float]:
     folders = sorted((output_dir / "state").glob("step-*[0-9]"))
     if not folders:
@@ -298,6 +300,11 @@ def _resume(
     tensors = load_file(folder / "trainable.safetensors")
     if state["seed"] != seed or set(tensors) != {name for name, _ in named}:
         raise UserError(f"{folder} was written by a run with other settings; choose another output_dir or delete it")
+    if state.get("processes", processes) != processes:
+        raise UserError(
+            f"{folder} was written by a launch of {state['processes']} processes, and this one has {processes}: each step "
+            f"would see other images; launch {state['processes']}, or choose another output_dir"
+        )
     for name, p in named:
         p.data.copy_(tensors[name])
     extra = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)

@@ -19,14 +19,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, ResNetForImageClassification
 
 from distill.cli import main, to_yaml
-from distill.components import Components, components_of, load_components, parameter_counts, prepare_training, read_json
+from distill.components import (
+    SUBSET_FILE,
+    Components,
+    components_of,
+    load_components,
+    parameter_counts,
+    prepare_training,
+    read_json,
+)
 from distill.config import BaseConfig, DenoisingConfig, LoraConfig, PretrainConfig, TrainerConfig
 from distill.data import PhantomDataset
 from distill.data.cache import cache_latents
@@ -42,6 +50,7 @@ from distill.embedded import (
     render,
     train_tokenizer,
 )
+from distill.errors import UserError
 from distill.evaluate import generate, save_png
 from distill.localization import localization
 from distill.metrics import bootstrap_interval, finding_auroc
@@ -55,8 +64,10 @@ Row = dict[str, Any]
 UNET_STAGES = ("unet", "unet_longer", "unet_clear")
 TRAINED = ("text_encoder", "vae", *UNET_STAGES, "classifier", "picture_classifier")
 HELD_OUT_PICTURES = 3000
+"""Of each kind of pictures; those of one object are looked for among them."""
 RECOGNISED_PICTURES = 400
-"""Held-out captions whose drawings the object classifier looks at; and as many of one object."""
+"""Held-out captions whose drawings the object classifier looks at: the first this many, and of those that name one object,
+at most this many, some of which are among the first."""
 
 
 def train(objective: nn.Module, rows: Any, trainer: TrainerConfig, work: Path, seed: int, collate: Any = None) -> None:
@@ -153,19 +164,37 @@ def train_unet(config: PretrainConfig, stage: str, work: Path, output_dir: Path)
     accelerator.wait_for_everyone()
 
 
+def stages_of(base: Path) -> dict[str, Any]:
+    """What the stages of training took that `base` has had, by name; nothing if there is no base."""
+    return read_json(base / "pretraining.json")["stages"] if (base / "pretraining.json").exists() else {}
+
+
 def save_base(pipeline: StableDiffusionPipeline, stage: str, work: Path, output_dir: Path) -> None:
-    """The pipeline as output_dir, in fp16; what a later stage replaces goes to its work folder."""
+    """The pipeline as output_dir, in fp16; what it replaces stays beside it as .before. Measurements of the replaced
+    weights (`record`, recipes/atlas.py) are not taken over."""
     pipeline.to("cpu", torch.float16)
-    partial = output_dir.with_suffix(".partial")
-    if stage != "unet":
+    partial, before = output_dir.with_suffix(".partial"), output_dir.with_suffix(".before")
+    shutil.rmtree(partial, ignore_errors=True)
+    if stage == "unet":
+        pipeline.save_pretrained(partial)
+    else:
         # Only the weights change; saved configurations would name the folder that they were loaded from.
-        shutil.copytree(output_dir, partial, dirs_exist_ok=True)
+        measured = shutil.ignore_patterns("pretraining.json", SUBSET_FILE, "samples.png")
+        shutil.copytree(output_dir, partial, ignore=measured)
         pipeline.unet.save_pretrained(partial / "unet")
         shutil.copy2(output_dir / "unet" / "config.json", partial / "unet")
-        os.replace(output_dir, work / stage / "before")
-    else:
-        pipeline.save_pretrained(partial)
-    os.replace(partial, output_dir)
+    write_json(partial / "pretraining.json", {"stages": stages_of(output_dir) | {stage: cost_of(work / stage)}})
+    if output_dir.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        os.replace(output_dir, before)
+    finish_saving(output_dir)
+
+
+def finish_saving(output_dir: Path) -> None:
+    """The last of the renames of save_base, also after a kill before it; pretraining.json is what it writes last."""
+    partial = output_dir.with_suffix(".partial")
+    if not output_dir.exists() and (partial / "pretraining.json").exists():
+        os.replace(partial, output_dir)
 
 
 def train_classifier(
@@ -214,11 +243,10 @@ def record(config: PretrainConfig, work: Path) -> None:
     features = PhantomFeatures(Path(config.classifier_dir))
     scores = torch.cat([features(phantoms[i].pixel_values[None])[1] for i in range(len(phantoms))])
     labels = torch.tensor([[name in phantoms.labels(i) for name in features.findings] for i in range(len(phantoms))])
-    earlier = output_dir / "pretraining.json"  # of stages whose work folder is gone
-    stages = read_json(earlier)["stages"] if earlier.exists() else {}
+    stages = stages_of(output_dir)
     for name in TRAINED:
-        if (work / name / "cost.json").exists():
-            stages[name] = read_json(work / name / "cost.json") | {"last": _last_losses(work / name)}
+        if name not in UNET_STAGES and (work / name / "cost.json").exists():
+            stages[name] = cost_of(work / name)
     result = {
         "stages": stages,
         "vae_psnr_db": {name: psnr_db(dataset) for name, dataset in (domains | {"phantoms": phantoms}).items()},
@@ -237,7 +265,9 @@ def record(config: PretrainConfig, work: Path) -> None:
         result[name] = {"localization": located, "recognition": None}
         words = located["word"]
         print(f"{name}: word AUC {words['auc']:.3f} {words['auc_ci']}")
-        if (work / "picture_classifier" / "model").exists():
+        if not (work / "picture_classifier" / "model").exists():
+            print(f"{name}: whether drawings are recognised was not measured, for want of the stage picture_classifier")
+        else:
             result[name]["recognition"] = recognised = recognition(components, pictures, config, work)
             for key in ("generated", "real"):
                 of = recognised[key]
@@ -284,9 +314,11 @@ def recognition(
     return found
 
 
-def _last_losses(work: Path) -> Row:
+def cost_of(work: Path) -> Row:
+    """Steps, seconds and parameters of a stage, and its last logged losses."""
     lines = (work / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
-    return {k: v for k, v in json.loads(lines[-1]).items() if k not in ("lr", "seconds")}
+    last = {k: v for k, v in json.loads(lines[-1]).items() if k not in ("lr", "seconds")}
+    return read_json(work / "cost.json") | {"last": last}
 
 
 def rehearse(config: PretrainConfig) -> PretrainConfig:
@@ -308,6 +340,12 @@ def rehearse(config: PretrainConfig) -> PretrainConfig:
 
 def pretrain(config: PretrainConfig) -> None:
     quiet_libraries()
+    alone = ["dry_run"] if config.dry_run else [stage for stage in config.stages if stage not in UNET_STAGES]
+    if alone and (processes := PartialState().num_processes) > 1:
+        raise UserError(
+            f"{', '.join(alone)}: for one process, and this launch has {processes}; the stages {', '.join(UNET_STAGES)} "
+            "take several: name them by --stages"
+        )
     if config.dry_run:
         print(to_yaml(config))
         with tempfile.TemporaryDirectory() as scratch:
@@ -317,6 +355,7 @@ def pretrain(config: PretrainConfig) -> None:
         return
     work = Path(config.work_dir)
     base, classifier = Path(config.output_dir), Path(config.classifier_dir)
+    finish_saving(base)
     if "pictures" in config.stages and not (work / "pictures" / "pixels.npy").exists():
         render(PicturesDataset("train", config.pictures, config.seed, config.resolution), work / "pictures")
     if "tokenizer" in config.stages and not (work / "tokenizer").exists():
@@ -329,7 +368,7 @@ def pretrain(config: PretrainConfig) -> None:
     if "unet" in config.stages and not base.exists():
         train_unet(config, "unet", work, base)
     for stage in UNET_STAGES[1:]:
-        if stage in config.stages and not (work / stage / "before").exists():
+        if stage in config.stages and stage not in stages_of(base):
             train_unet(config, stage, work, base)
     if "classifier" in config.stages and not classifier.exists():
         phantoms = PhantomDataset("train", config.classifier_images, config.seed, config.resolution)

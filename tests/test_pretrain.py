@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from diffusers import StableDiffusionPipeline
 from recipe import ROOT, recipe_module
 
 from distill.cli import parse
 from distill.components import PHANTOM_BASE, load_components, read_json
 from distill.config import BaseConfig, EvaluationConfig, PretrainConfig
 from distill.data.pictures import PicturesDataset
-from distill.embedded import new_classifier
+from distill.data.sample import Sample
+from distill.errors import UserError
 
 CONFIG = ["--config", str(ROOT / "recipes/configs/phantom/pretrain.yaml")]
 
@@ -35,21 +42,84 @@ def test_a_dry_run_takes_one_step_of_every_stage(text_encoder: str, capsys: pyte
     assert {path: path.stat().st_mtime_ns for path in PHANTOM_BASE.rglob("*")} == before
 
 
-def test_recognition_scores_drawings_and_real_pictures_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the base's drawings replaced by the real pictures, both have the same areas."""
+def test_recognition_counts_each_picture_for_its_own_caption(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The classifier is one that reads a picture's number; what is drawn are real pictures of others or of these captions."""
     recipe = recipe_module("pretrain_phantom")
-    torch.manual_seed(0)
-    new_classifier(PicturesDataset.findings).save_pretrained(tmp_path / "picture_classifier" / "model")
-    pictures = PicturesDataset("test", 30, 0, 128)
-    by_caption = {pictures.caption(i): pictures[i].pixel_values / 2 + 0.5 for i in range(30)}
-    monkeypatch.setattr(recipe, "RECOGNISED_PICTURES", 6)
-    monkeypatch.setattr(recipe, "generate", lambda _, captions, *rest: torch.stack([by_caption[c] for c in captions]))
-    config = replace(PretrainConfig(), evaluation=EvaluationConfig(batch_size=4))
-    found = recipe.recognition(load_components(BaseConfig(name="phantom")), pictures, config, tmp_path)
-    assert found["images"] == 6 and found["one_object_images"] == 6 and found["real"]["auc"] is not None
-    assert found["generated"]["auc"] == pytest.approx(found["real"]["auc"])
-    assert found["generated"]["top1"] == found["real"]["top1"] and 0 <= found["real"]["top1"] <= 1
-    assert list(found["real"]["per_finding"]) == list(PicturesDataset.findings)
+    pictures = PicturesDataset("test", 30, 0, 128, clear=True)
+    kinds, shift = list(pictures.findings), 0
+
+    def numbered(index: int) -> torch.Tensor:
+        return torch.full((3, 2, 2), index / 100)
+
+    class Numbered(PicturesDataset):
+        def __getitem__(self, index: int) -> Sample:
+            return replace(super().__getitem__(index), pixel_values=numbered(index) * 2 - 1)
+
+    class Classifier:
+        def float(self) -> Classifier:
+            return self
+
+        eval = float
+
+        def __call__(self, pixels: torch.Tensor) -> SimpleNamespace:
+            read = ((pixels[:, 0, 0, 0] + 1) / 2 * 100).round().long().tolist()
+            logits = [[1.0 if kind in pictures.labels(i % 30) else -1.0 for kind in kinds] for i in read]
+            return SimpleNamespace(logits=torch.tensor(logits))
+
+    monkeypatch.setattr(recipe, "RECOGNISED_PICTURES", 8)
+    monkeypatch.setattr(recipe.ResNetForImageClassification, "from_pretrained", lambda _: Classifier())
+    monkeypatch.setattr(
+        recipe, "generate", lambda _, captions, some, *rest: torch.stack([numbered(i + shift) for i in some])
+    )
+    config = replace(PretrainConfig(), evaluation=EvaluationConfig(batch_size=3))
+
+    def found() -> dict[str, Any]:
+        dataset = Numbered("test", 30, 0, 128, clear=True)
+        return recipe.recognition(load_components(BaseConfig(name="phantom")), dataset, config, Path("."))
+
+    right = found()
+    assert right["images"] == 8 and right["one_object_images"] == 8
+    assert all(right[key]["auc"] == 1 and right[key]["top1"] == 1 for key in ("real", "generated"))
+    assert list(right["real"]["per_finding"]) == kinds
+    shift = 1  # each drawing is that of the next caption
+    wrong = found()
+    assert wrong["real"] == right["real"] and wrong["generated"]["auc"] < 0.9 and wrong["generated"]["top1"] < 0.5
+
+
+def test_a_stage_replaces_the_base_and_not_its_measurements(tmp_path: Path) -> None:
+    recipe = recipe_module("pretrain_phantom")
+    base, work = tmp_path / "base", tmp_path / "work"
+    shutil.copytree(PHANTOM_BASE, base)
+    (work / "unet_clear").mkdir(parents=True)
+    (work / "unet_clear" / "cost.json").write_text('{"steps": 7}')
+    (work / "unet_clear" / "train_log.jsonl").write_text('{"step": 7, "loss": 0.5, "lr": 0.1, "seconds": 3}\n')
+    stages = {name: cost for name, cost in recipe.stages_of(base).items() if name != "unet_clear"}
+    (base / "pretraining.json").write_text(json.dumps({"stages": stages}))
+    pipeline = StableDiffusionPipeline.from_pretrained(base)
+    with torch.no_grad():
+        next(pipeline.unet.parameters()).add_(1.0)
+    recipe.save_base(pipeline, "unet_clear", work, base)
+    read = StableDiffusionPipeline.from_pretrained(base)
+    assert torch.equal(next(read.unet.parameters()), next(pipeline.unet.parameters()).half().float())
+    assert recipe.stages_of(base) == stages | {"unet_clear": {"steps": 7, "last": {"step": 7, "loss": 0.5}}}
+    assert not {"localization.json", "samples.png"} & {path.name for path in base.iterdir()}
+    assert recipe.stages_of(tmp_path / "base.before") == stages
+    os.replace(base, tmp_path / "base.partial")  # as a kill between the renames leaves it
+    recipe.finish_saving(base)
+    assert "unet_clear" in recipe.stages_of(base)
+
+
+def test_stages_that_write_alone_refuse_several_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    recipe = recipe_module("pretrain_phantom")
+    monkeypatch.setattr(recipe, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    config = PretrainConfig(work_dir=str(tmp_path / "work"), output_dir=str(tmp_path / "base"))
+    with pytest.raises(
+        UserError, match="pictures, tokenizer, text_encoder, vae, classifier, .*for one process, and this"
+    ):
+        recipe.pretrain(config)
+    with pytest.raises(UserError, match="dry_run: for one process"):
+        recipe.pretrain(replace(config, stages=("unet_clear",), dry_run=True))
+    assert not list(tmp_path.iterdir())
 
 
 def test_the_base_in_the_repository_meets_its_card() -> None:

@@ -387,6 +387,16 @@ def test_a_half_written_checkpoint_and_a_torn_row_of_the_log_do_not_matter(tmp_p
     assert [row["step"] for row in log_of(tmp_path / "killed")] == [1, 2, 3, 4]
 
 
+def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    train(LeastSquares(), tmp_path, checkpoint_every_steps=2)
+    path = next(tmp_path.glob("state/step-*/state.json"))
+    state = json.loads(path.read_text())
+    assert state["processes"] == 1
+    path.write_text(json.dumps(state | {"processes": 4}))
+    with pytest.raises(UserError, match="a launch of 4 processes, and this one has 1"):
+        train(LeastSquares(), tmp_path, checkpoint_every_steps=2)
+
+
 def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
     train(LeastSquares(), tmp_path, checkpoint_every_steps=2)
     only_bias = LeastSquares()

@@ -3,8 +3,9 @@
 Gray pictures of shapes, textures and pictograms. The pictograms carry the finding words of the phantom outside any chest
 (an "effusion" is liquid in the bottom of a jar, "atelectasis" a stack of thin plates), so that the base knows the words and
 not the chest. Picture i is a function of (seed, split, i, resolution, clear) only. Clear pictures stand to the others as the
-aesthetic subset of LAION, on which Stable Diffusion was trained last, to all of it: larger objects, upright, of more contrast,
-fewer a picture and mostly on calm ground.
+aesthetic subset of LAION, on which Stable Diffusion was trained last, to all of it: larger objects, upright, fewer a picture,
+bright ones of more contrast, and less relief in the background. Clear picture i and the other picture i have draws in
+common, such as the kinds of their background and first object.
 """
 
 from __future__ import annotations

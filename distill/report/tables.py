@@ -383,7 +383,7 @@ def meaning_table(metrics: Mapping[str, Any]) -> Table:
     return Table(["number", "better", "what it is"], rows)
 
 
-# ------------------------------------------------------------------------------------------------------------ verdicts
+# --------------------------------------------------------------------------------------------------------- comparisons
 
 
 def compare(entry: Mapping[str, Any], other: Mapping[str, Any], metric: Metric) -> Comparison | None:
