@@ -199,9 +199,9 @@ class AttentionDistillationConfig:
     gate_reference: str | None = None
     """Teach only at the timesteps at which the teacher localizes on validation images, and the layers and token groups that
     localize there at least as well in the teacher as in this model: a run folder, such as the same training without a
-    teacher, or `base`. The groups are those of (b), in place of place_groups. None teaches all. The winner over five seeds,
-    with start_from_teacher: maps at least the teacher's (word AUC +.003 [-.001, +.007]), FID 12 % below that of the same
-    training without a teacher [-24 %, +2 %]."""
+    teacher, or `base`. The groups are those of (b), in place of place_groups. None teaches all. The winner over five seeds
+    (recipes/results/tradeoff.md), with start_from_teacher: maps at least the teacher's (word AUC +.003 [-.001, +.007]), FID
+    12 % below that of the same training without a teacher [-24 %, +2 %]."""
     gate_images: int = 100
     """Validation images of the gate."""
     layers: tuple[str, ...] = ()
