@@ -355,7 +355,8 @@ def pretrain(config: PretrainConfig) -> None:
         return
     work = Path(config.work_dir)
     base, classifier = Path(config.output_dir), Path(config.classifier_dir)
-    finish_saving(base)
+    with PartialState().main_process_first():
+        finish_saving(base)
     if "pictures" in config.stages and not (work / "pictures" / "pixels.npy").exists():
         render(PicturesDataset("train", config.pictures, config.seed, config.resolution), work / "pictures")
     if "tokenizer" in config.stages and not (work / "tokenizer").exists():
