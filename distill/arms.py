@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 from distill.config import (
     AttentionDistillationConfig,
+    CompressConfig,
     DenoisingConfig,
     EvaluateConfig,
     FinetuneConfig,
@@ -114,7 +115,7 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
     unused: dict[str, str] = {}
 
     def never(reason: str, *keys: str) -> None:
-        unused.update(dict.fromkeys(keys, reason))
+        unused.update(dict.fromkeys((key for key in keys if hasattr(config, key.split(".")[0])), reason))
 
     unused |= unused_data_options(config.data.kind)
     gated = any(is_gated(arm) for arm in arms)
@@ -168,6 +169,9 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
             never("each arm has its own, or is distilled, which has its own terms", f"denoising.{name}")
     if not any((arm.denoising or config.denoising).reads_regions for arm in arms if not arm.distillation):
         never("no regions are read", "denoising.region_images")
+    if isinstance(config, CompressConfig):
+        own = ("teacher", "start_from_teacher", "gate_reference", "gate_images")
+        never("the teacher is what is compressed: base and run", *(f"distillation.{name}" for name in own))
     if isinstance(config, TradeoffConfig) and "supervised" not in kinds:
         never("no arm is supervised", "supervised_token_weight", "supervised_pixel_weight")
     if isinstance(config, TradeoffConfig) and "tail_penalized" not in kinds:

@@ -368,6 +368,47 @@ class DistillAttentionConfig:
 
 
 @dataclass(frozen=True)
+class BlocksConfig:
+    """What is taken out of a U-Net (distill/compress.py). BK-SDM-Base of Stable Diffusion 1 and 2: layers_per_block 1; Small:
+    also remove_mid_block; Tiny: also remove_stages 1."""
+
+    layers_per_block: int | None = None
+    """Pairs of a residual and an attention block that stay in each stage (Stable Diffusion has 2); the up stages keep one
+    more. None keeps all."""
+    remove_mid_block: bool = False
+    """Take out the middle block."""
+    remove_stages: int = 0
+    """Innermost stages to take out, where the next one has as many channels (Stable Diffusion 1 and 2: 1)."""
+    transformer_layers: int | None = None
+    """Transformer layers that stay in each attention block (SDXL has up to 10). None keeps all."""
+
+
+@dataclass(frozen=True)
+class CompressConfig:
+    """recipes/compress.py: a smaller U-Net, taught by the one that it is made of."""
+
+    base: BaseConfig = field(default_factory=BaseConfig)
+    run: str | None = None
+    """What is compressed: a run folder on base; none compresses the base itself."""
+    blocks: BlocksConfig = field(default_factory=BlocksConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    text_encoder: Literal["frozen", "full"] = "frozen"
+    """How the text encoder(s) are trained, from the teacher's on."""
+    denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
+    distillation: AttentionDistillationConfig = field(
+        default_factory=lambda: AttentionDistillationConfig(output_weight=1.0, feature_weight=1.0)
+    )
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    output_dir: str = "checkpoints/compress"
+    """Run folder; pruned_base in it is the smaller pipeline before the training, on which the run folder is loaded."""
+    seed: int = 0
+    """Seed of order of data, noise and timesteps."""
+    dry_run: bool = False
+    """Check everything, take one real step, print sizes and estimates, and stop."""
+
+
+@dataclass(frozen=True)
 class TradeoffConfig:
     """recipes/tradeoff.py: arms from one base, evaluated alike, and one report."""
 

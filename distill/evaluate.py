@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from distill.components import Components
+from distill.compress import model_size
 from distill.config import EvaluationConfig
 from distill.data.sample import ImageCaptionDataset
 from distill.localization import localization
@@ -262,7 +263,7 @@ def evaluate(
     arm_dir: Path,
     label: str,
 ) -> dict[str, Any]:
-    """{"localization": ..., "quality": ..., "seconds": {"localization_seconds", "evaluation_seconds"}} of one model."""
+    """{"localization", "quality", "size", "seconds": {"localization_seconds", "evaluation_seconds"}} of one model."""
     began = time.perf_counter()
     components.to(accelerator.device).freeze()
     shared: dict[str, Any] = {
@@ -286,7 +287,8 @@ def evaluate(
         "localization_seconds": localization_seconds,
         "evaluation_seconds": time.perf_counter() - began,
     }
-    return finite({"localization": located, "quality": drawn, "seconds": seconds})
+    size = model_size(components, resolution)
+    return finite({"localization": located, "quality": drawn, "size": size, "seconds": seconds})
 
 
 def finite(value: Any) -> Any:

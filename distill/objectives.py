@@ -13,6 +13,7 @@ from torch import nn
 
 from distill.attention import AttentionMaps, attention_layers
 from distill.components import Components, encode_text
+from distill.compress import name_in_teacher
 from distill.config import AttentionDistillationConfig, DenoisingConfig
 from distill.data.captions import EOS, PADDING, WORD, token_groups
 from distill.errors import UserError
@@ -256,6 +257,7 @@ class AttentionDistillationObjective(DenoisingObjective):
     Only at timesteps within [min_timestep, max_timestep], and on the first `batch_share` of the batch. The finding that a
     trained encoder moves localization from the words to EOS and padding: Dombrowski et al., AAAI 2024 (arXiv 2303.17908).
 
+    A student of fewer blocks is compared with those of the teacher's that it was made of (compress.name_in_teacher).
     teacher: its U-Net may be the student's own, then with a text encoder of its own (distillation.teacher
     frozen_text_encoder). student_maps, teacher_maps: recorders of both U-Nets (attention.record_attention), one and the
     same if the U-Net is; they stay open for as long as the objective is used.
@@ -283,6 +285,7 @@ class AttentionDistillationObjective(DenoisingObjective):
         if distillation.teacher == EMA:  # a part of the module, so that it is in checkpoints
             self.average = nn.ModuleList([teacher.unet, *teacher.text_encoders])
         self._maps = (student_maps, teacher_maps)
+        self._name_there = name_in_teacher(components.unet.config, teacher.unet.config)
         self._outputs = tuple(ModuleOutputs(unet, distillation) for unet in (components.unet, teacher.unet))
 
     def train(self, mode: bool = True) -> AttentionDistillationObjective:
@@ -307,7 +310,8 @@ class AttentionDistillationObjective(DenoisingObjective):
         teacher_maps.start()
         with torch.no_grad(), self._outputs[1] as targets:
             target = self.predict(self._teacher[0].unet, self._teacher[0].text_encoders, part)
-        teacher = teacher_maps.take()
+        taken = teacher_maps.take()
+        teacher = {name: taken[self._name_there(name)] for name in student}
 
         rows = (part.timesteps >= c.min_timestep) & (part.timesteps <= c.max_timestep)
         groups = {group: part.groups == CODES[group] for group in c.place_groups}
@@ -336,8 +340,11 @@ class AttentionDistillationObjective(DenoisingObjective):
             terms["loss"] = terms["loss"] + c.output_weight * terms["output"]
         for name, weight in (("feature", c.feature_weight), ("self_attention", c.self_attention_weight)):
             if weight:
-                mine = {key: value[:count] for key, value in outputs[name].items() if key in targets[name]}
-                terms[name] = feature_loss(targets[name], mine, rows)
+                mine = {key: value[:count] for key, value in outputs[name].items()}
+                theirs = {key: targets[name][self._name_there(key)] for key in mine}
+                # The innermost stage of a student of fewer stages makes no smaller map, as its teacher's does.
+                same = {key: value for key, value in mine.items() if value.shape == theirs[key].shape}
+                terms[name] = feature_loss(theirs, same, rows)
                 terms["loss"] = terms["loss"] + weight * terms[name]
         return terms
 
@@ -418,11 +425,15 @@ class ModuleOutputs:
 def check_same_shape(teacher: Components, student: Components) -> None:
     """UserError where the attention maps of the two cannot be compared."""
     faults = []
+    stages = len(student.unet.config.block_out_channels)
     for name in ("cross_attention_dim", "attention_head_dim", "block_out_channels", "down_block_types", "in_channels"):
         theirs, ours = teacher.unet.config[name], student.unet.config[name]
-        if theirs != ours:
+        listed = isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple))
+        same = list(theirs)[:stages] == list(ours) if listed else theirs == ours
+        if not same:
             faults.append(f"{name}: teacher {theirs}, student {ours}")
-    missing = set(attention_layers(student.unet)) - set(attention_layers(teacher.unet))
+    name_there = name_in_teacher(student.unet.config, teacher.unet.config)
+    missing = {name_there(name) for name in attention_layers(student.unet)} - set(attention_layers(teacher.unet))
     if missing:
         faults.append(f"the teacher lacks the student's cross-attention layers {', '.join(sorted(missing))}")
     theirs, ours = (components.noise_scheduler.alphas_cumprod for components in (teacher, student))

@@ -12,7 +12,9 @@ from distill.config import (
     AttentionDistillationConfig,
     BaseConfig,
     BenchmarkLocalizationConfig,
+    BlocksConfig,
     CompareConfig,
+    CompressConfig,
     DataConfig,
     DenoisingConfig,
     DistillAttentionConfig,
@@ -122,6 +124,8 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
     },
     FinetuneConfig: {"output_dir": _NOT_EMPTY, "seed": _NOT_NEGATIVE},
     DistillAttentionConfig: {"output_dir": _NOT_EMPTY, "seed": _NOT_NEGATIVE},
+    BlocksConfig: {"layers_per_block": _COUNT, "remove_stages": _NOT_NEGATIVE, "transformer_layers": _COUNT},
+    CompressConfig: {"output_dir": _NOT_EMPTY, "seed": _NOT_NEGATIVE},
     TradeoffConfig: {
         "arms": _DISTINCT,
         "seeds": _SEEDS,

@@ -41,9 +41,11 @@ from distill.components import (
     prepare_training,
     read_json,
 )
+from distill.compress import name_in_teacher
 from distill.config import (
     AttentionDistillationConfig,
     BaseConfig,
+    CompressConfig,
     DenoisingConfig,
     DistillAttentionConfig,
     EvaluateConfig,
@@ -77,7 +79,7 @@ from distill.trainer import FitResult, StepSampler, fit, generator_at, make_acce
 TAIL_IMAGES = 512
 """Training images that denoising.tail_weight's allowance is measured on."""
 
-TrainingConfig = FinetuneConfig | DistillAttentionConfig | TradeoffConfig
+TrainingConfig = FinetuneConfig | DistillAttentionConfig | TradeoffConfig | CompressConfig
 
 
 @dataclass
@@ -91,6 +93,8 @@ class Run:
     test: PhantomDataset | RecordDataset
     console: Console
     seconds: dict[str, float]
+    base: BaseConfig
+    """What the arms are trained from."""
     against: HeldOut | None = None
     validation: PhantomDataset | RecordDataset | None = None
 
@@ -99,9 +103,10 @@ class Run:
             self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
 
-def open_run(config: Any, *, arms: list[Arm]) -> Run:
+def open_run(config: Any, *, arms: list[Arm], base: BaseConfig | None = None) -> Run:
     """Check the whole configuration, base and data, and open (or continue) the run folder.
 
+    base: what the arms are trained from, where it is not the configuration's.
     Raises UserError, before anything is written, with all faults of the data or the first of the rest.
     """
     quiet_libraries()
@@ -116,11 +121,12 @@ def open_run(config: Any, *, arms: list[Arm]) -> Run:
     quiet = replace(training, tracker="none") if training and config.dry_run else training
     accelerator = make_accelerator(quiet, folder) if quiet else Accelerator()
     set_seed(getattr(config, "seed", 0))
-    components = load_components(config.base, getattr(config, "run", None))
+    components = load_components(base, None) if base else load_components(config.base, getattr(config, "run", None))
+    base = base or config.base
     faults = []
     if config.data.resolution % components.vae_factor or config.data.resolution < 4 * components.vae_factor:
         faults.append(
-            f"data.resolution is {config.data.resolution}; the VAE of {config.base.name} needs a "
+            f"data.resolution is {config.data.resolution}; the VAE of {base.name} needs a "
             f"multiple of {components.vae_factor}, of at least {4 * components.vae_factor}"
         )
     steps = int(components.noise_scheduler.config.num_train_timesteps)
@@ -211,12 +217,12 @@ def open_run(config: Any, *, arms: list[Arm]) -> Run:
     by_words = config.evaluation.localization_text == "caption" and config.evaluation.protocol == "ours"
     if isinstance(test, RecordDataset) and by_words:
         test.check_queries()
-    run = Run(config, folder, accelerator, train, test, Console(), {}, validation=validation)
+    run = Run(config, folder, accelerator, train, test, Console(), {}, base, validation=validation)
     features = load_features(config.evaluation.features, phantom_data=config.data.kind == "phantom")
     sizes = f"{len(train):,} training and {len(test):,} held-out images" if train else f"{len(test):,} held-out images"
     total = parameter_counts(components.unet)[0] + sum(parameter_counts(t)[0] for t in components.text_encoders)
     run.say(
-        f"{config.base.name}: {total / 1e6:,.1f} M parameters in U-Net and text encoder; {sizes} at "
+        f"{base.name}: {total / 1e6:,.1f} M parameters in U-Net and text encoder; {sizes} at "
         f"{config.data.resolution} px; {accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
     if not config.dry_run:
@@ -278,7 +284,9 @@ def trains_teacher(config: Any, arm: Arm) -> bool:
 
 
 def load_teacher(base: BaseConfig, teacher: str) -> Components:
-    """A run folder on the base, a pipeline folder, or a hub id."""
+    """A run folder on the base, the base itself by its name, a pipeline folder, or a hub id."""
+    if teacher == base.name:
+        return load_components(base)
     folder = Path(teacher)
     if folder.is_dir() and not (folder / "model_index.json").exists():
         return load_components(base, run=folder)
@@ -330,7 +338,7 @@ def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
     }
     if accelerator.is_main_process:
         written = export(components, arm.folder)
-        loaded = load_components(config.base, run=arm.folder)
+        loaded = load_components(run.base, run=arm.folder)
         difference = prove_parity(components, loaded, accelerator.device)
         run.say(
             f"{arm.name}: exported {', '.join(written.values())} to {arm.folder}; loaded back, difference {difference:.1e}"
@@ -361,9 +369,9 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
                 f"distillation.start_from_teacher: {teacher} is an adapter, and {arm.name} trains full weights; fuse it into "
                 "a pipeline (pipe.fuse_lora, pipe.unload_lora_weights, pipe.save_pretrained) and give that"
             )
-        check_untrained(components, load_components(config.base), arm)
+        check_untrained(components, load_components(run.base), arm)
     else:
-        components = load_components(config.base)
+        components = load_components(run.base)
     prepare_training(
         components,
         method=arm.method,
@@ -385,7 +393,7 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
                 raise UserError("distillation.teacher is missing: a run folder, a pipeline folder or a hub id")
             if teacher == FROZEN_TEXT_ENCODER:
                 encoders = [
-                    encoder.to(accelerator.device) for encoder in load_components(config.base).freeze().text_encoders
+                    encoder.to(accelerator.device) for encoder in load_components(run.base).freeze().text_encoders
                 ]
                 frozen = replace(components, text_encoders=encoders)
             elif teacher == EMA:
@@ -411,7 +419,9 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
             )
             teacher_maps = student_maps
             if frozen.unet is not components.unet:
-                teacher_maps = stack.enter_context(record_attention(frozen.unet, distillation.layers))
+                name_there = name_in_teacher(components.unet.config, frozen.unet.config)
+                layers = [name_there(name) for name in attention_layers(components.unet, distillation.layers)]
+                teacher_maps = stack.enter_context(record_attention(frozen.unet, layers))
             objective: DenoisingObjective = AttentionDistillationObjective(
                 components, denoising, distillation, frozen, student_maps, teacher_maps
             )
@@ -609,10 +619,17 @@ def _localize(run: Run, components: Components, log_dir: Path, step: int) -> Non
 
 
 def evaluate_arm(
-    run: Run, name: str, folder: Path | None, cost: dict[str, Any] | None = None, arm: Arm | None = None
+    run: Run,
+    name: str,
+    folder: Path | None,
+    cost: dict[str, Any] | None = None,
+    arm: Arm | None = None,
+    *,
+    base: BaseConfig | None = None,
 ) -> dict[str, Any]:
     """Load base and run folder as a user would, evaluate, and write <run>/<arm>/metrics.json; returns its entry.
 
+    base: what `folder` is of, where it is not what the arms are trained from.
     cost, arm: of what this run has trained; its metrics.json then has the settings of its training, and it gets a model card.
     """
     assert run.against is not None
@@ -621,7 +638,7 @@ def evaluate_arm(
     if path.exists():
         run.say(f"{name}: already evaluated, {path}")
         return cast(dict[str, Any], read_json(path)["arms"][name])
-    components = load_components(config.base, run=folder)
+    components = load_components(base or run.base, run=folder)
     result = evaluate(
         components,
         run.against,
@@ -643,7 +660,7 @@ def evaluate_arm(
             if (folder / LORA_FILE).exists():
                 found["lora"] = LORA_FILE
             write_model_card(
-                folder, entry, settings or asdict(config), provenance(), base_name=config.base.name, export=found
+                folder, entry, settings or asdict(config), provenance(), base_name=run.base.name, export=found
             )
     run.accelerator.wait_for_everyone()
     return entry
@@ -682,7 +699,7 @@ def finish(run: Run, arms: dict[str, dict[str, Any]], next_command: str) -> None
     write_json(run.folder / "metrics.json", metrics)
     html, markdown = write_report(run.folder)
     run.console.print(terminal_table(metrics))
-    for name in arms:
+    for name in (name for name, entry in arms.items() if entry["cost"]["train_seconds"] is not None):
         exported = [p for p in (run.folder / name, run.folder) if (p / "cost.json").exists()]
         if exported:
             run.say(f"{name}: {exported[0]}")

@@ -16,7 +16,7 @@ LAYERS = (
     ("cli", "losses", "metrics", "provenance"),
     ("components",),
     ("data",),
-    ("attention", "embedded"),
+    ("attention", "compress", "embedded"),
     ("objectives",),
     ("arms", "keylock", "swap", "trainer"),
     ("export", "protocols"),

@@ -321,9 +321,14 @@ def finding_table(metrics: Mapping[str, Any]) -> Table | None:
 
 
 def cost_table(metrics: Mapping[str, Any]) -> Table:
-    """Time and memory of each arm's training and evaluation."""
+    """Time and memory of each arm's training and evaluation, and where it is known how large the model is."""
     rows = []
-    for name, entry in ordered_arms(metrics).items():
+    arms = ordered_arms(metrics)
+    sized = any("size" in entry for entry in arms.values())
+    for name, entry in arms.items():
+        unet, text, gflops = (
+            lookup(entry, "size", key) for key in ("unet_parameters", "text_encoder_parameters", "unet_gflops")
+        )
         seconds, steps = lookup(entry, "cost", "train_seconds"), lookup(entry, "cost", "steps")
         memory = lookup(entry, "cost", "peak_memory_gb")
         rows.append(
@@ -337,7 +342,10 @@ def cost_table(metrics: Mapping[str, Any]) -> Table:
                 UNKNOWN if memory is None else f"{memory:.2f} GB",
             ]
         )
+        if sized:
+            rows[-1] += [format_count(unet), format_count(text), UNKNOWN if gflops is None else f"{gflops:,.2f}"]
     head = ["arm", "trained parameters", "steps", "training", "a step", "evaluation", "peak memory"]
+    head += ["U-Net parameters", "text encoder parameters", "U-Net GFLOP an image and step"] if sized else []
     return Table(head, rows, "numbers")
 
 

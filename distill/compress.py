@@ -1,0 +1,154 @@
+"""Fewer blocks: a stock U-Net made of some of a teacher's blocks, and which of the teacher's each one is.
+
+As BK-SDM (Kim et al. 2023, arXiv 2305.15798, section 3) compresses Stable Diffusion: of each stage's pairs of a residual and
+an attention block, the first stay, and in the up stages the last one too, which joins the stage's output to the skip of the
+stage before; the middle block and the innermost stages may go. All of it is what a config of UNet2DConditionModel can say,
+so the student needs no code of this project.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from diffusers import UNet2DConditionModel
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from distill.components import AttentionSubset, Components, parameter_counts
+from distill.config import BlocksConfig
+from distill.errors import UserError, raise_all
+
+PER_STAGE = (
+    "down_block_types", "block_out_channels", "attention_head_dim", "num_attention_heads", "cross_attention_dim",
+    "layers_per_block", "transformer_layers_per_block", "only_cross_attention",
+)  # fmt: skip
+"""Entries of a U-Net's config that may be lists of one value a stage, outermost first."""
+
+ModuleName = Callable[[str], str]
+
+
+def pruned_config(config: Mapping[str, Any], blocks: BlocksConfig) -> dict[str, Any]:
+    """The config of a U-Net with fewer blocks. Raises UserError, with all faults, for what cannot be removed."""
+    stages, new, faults = len(config["block_out_channels"]), dict(config), []
+    new.pop("_use_default_values", None)  # from_config would ignore what is set here to another value than the default
+    kept = stages - blocks.remove_stages
+    if kept < 1:
+        raise UserError(
+            f"blocks.remove_stages is {blocks.remove_stages}, and the U-Net has {stages} stages; one must stay"
+        )
+    for name in PER_STAGE:
+        if isinstance(config[name], (list, tuple)):
+            new[name] = list(config[name])[:kept]
+    new["up_block_types"] = list(config["up_block_types"])[blocks.remove_stages :]
+    for option, name in (
+        ("layers_per_block", "layers_per_block"),
+        ("transformer_layers", "transformer_layers_per_block"),
+    ):
+        wanted = getattr(blocks, option)
+        if wanted is None:
+            continue
+        if wanted >= _largest(config[name]):
+            faults.append(f"blocks.{option} is {wanted}, and the U-Net has {config[name]}; give a smaller number")
+        new[name] = _at_most(new[name], wanted)
+    if blocks.transformer_layers is not None and config.get("reverse_transformer_layers_per_block"):
+        faults.append("blocks.transformer_layers: a U-Net with reverse_transformer_layers_per_block is not supported")
+    if blocks.remove_mid_block:
+        if config["mid_block_type"] is None:
+            faults.append("blocks.remove_mid_block is true, and the U-Net has no middle block")
+        new["mid_block_type"] = None
+    if blocks == BlocksConfig():
+        faults.append(
+            "blocks: nothing is removed; set blocks.layers_per_block, blocks.remove_mid_block, blocks.remove_stages or "
+            "blocks.transformer_layers"
+        )
+    raise_all("the U-Net cannot be made smaller so", faults)
+    return new
+
+
+def _largest(value: Any) -> int:
+    return max(map(_largest, value)) if isinstance(value, (list, tuple)) else int(value)
+
+
+def _at_most(value: Any, most: int) -> Any:
+    return [_at_most(v, most) for v in value] if isinstance(value, (list, tuple)) else min(int(value), most)
+
+
+def name_in_teacher(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> ModuleName:
+    """Name of a module or parameter of the student -> its name in the teacher, from the configs of the two U-Nets."""
+    removed = len(teacher["block_out_channels"]) - len(student["block_out_channels"])
+    ours, theirs = (_per_stage(config["layers_per_block"], config) for config in (student, teacher))
+
+    def name_there(name: str) -> str:
+        found = re.match(r"up_blocks\.(\d+)(?:\.(resnets|attentions)\.(\d+))?(?=\.|$)", name)
+        if found is None:
+            return name
+        block, part, place = int(found[1]), found[2], found[3]
+        there = f"up_blocks.{block + removed}"
+        if part is not None:
+            stage = len(ours) - 1 - block  # the up stages come from the inside out, and have one pair more
+            last = int(place) == ours[stage]
+            there += f".{part}.{theirs[stage] if last else place}"
+        return there + name[found.end() :]
+
+    return name_there
+
+
+def _per_stage(value: Any, config: Mapping[str, Any]) -> list[int]:
+    return list(value) if isinstance(value, (list, tuple)) else [int(value)] * len(config["block_out_channels"])
+
+
+def pruned_unet(teacher: UNet2DConditionModel, blocks: BlocksConfig) -> UNet2DConditionModel:
+    """A U-Net of some of the teacher's blocks, with their weights.
+
+    Raises UserError where a block that stays does not fit: the innermost stages can go only where the next one has as many
+    channels, as in Stable Diffusion.
+    """
+    student = UNet2DConditionModel.from_config(pruned_config(teacher.config, blocks))
+    name_there, theirs = name_in_teacher(student.config, teacher.config), teacher.state_dict()
+    state, faults = {}, []
+    for name, tensor in student.state_dict().items():
+        there = theirs.get(name_there(name))
+        if there is None or there.shape != tensor.shape:
+            shape = None if there is None else tuple(there.shape)
+            faults.append(f"{name} {tuple(tensor.shape)} would be of {name_there(name)} {shape}")
+        else:
+            state[name] = there
+    raise_all("the blocks that stay do not fit each other", faults[:5])
+    student.load_state_dict(state)
+    return student
+
+
+def pruned_subset(subset: AttentionSubset | None, student: nn.Module, name_there: ModuleName) -> AttentionSubset | None:
+    """What is left of the teacher's layers for `ours`, None if nothing is."""
+    if subset is None:
+        return None
+    layers = tuple(n for n, _ in student.named_modules() if n.endswith(".attn2") and name_there(n) in subset.layers)
+    return AttentionSubset(layers, subset.timesteps) if layers else None
+
+
+@torch.no_grad()
+def model_size(components: Components, resolution: int) -> dict[str, float | int]:
+    """{"unet_parameters", "text_encoder_parameters", "unet_gflops"}; the last of one image, as torch counts matrix products
+    and convolutions (two operations for each multiplication and addition)."""
+    unet, side = components.unet, resolution // components.vae_factor
+    with torch.device("meta"):
+        shell = UNet2DConditionModel.from_config(unet.config)
+        tokens = torch.zeros(1, components.max_tokens, _first(unet.config.cross_attention_dim))
+        latents, added = torch.zeros(1, unet.config.in_channels, side, side), None
+        if components.is_sdxl:
+            pooled = components.text_encoders[1].config.projection_dim
+            added = {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}
+        with FlopCounterMode(display=False) as counter:
+            shell(latents, torch.zeros(1), tokens, added_cond_kwargs=added)
+    return {
+        "unet_parameters": parameter_counts(shell)[0],
+        "text_encoder_parameters": sum(parameter_counts(encoder)[0] for encoder in components.text_encoders),
+        "unet_gflops": counter.get_total_flops() / 1e9,
+    }
+
+
+def _first(value: Any) -> int:
+    return int(value[0] if isinstance(value, (list, tuple)) else value)

@@ -1,0 +1,148 @@
+"""Make a smaller model of a fine-tuned one: take out blocks of its U-Net, and let the whole one teach the rest.
+
+    accelerate launch recipes/compress.py --config recipes/configs/phantom/compress.yaml --run checkpoints/finetune
+
+Besides outputs and features (BK-SDM), the student's cross-attention is held to the teacher's, so that a word still shows
+where its finding is. What is taken out is in distill/compress.py; the loss is `AttentionDistillationObjective` in
+distill/objectives.py; the loop is `fit` in distill/trainer.py.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from accelerate import PartialState
+
+from distill.arms import Arm
+from distill.cli import main
+from distill.components import LORA_FILE, SUBSET_FILE, Components, load_components
+from distill.compress import name_in_teacher, pruned_subset, pruned_unet
+from distill.config import BaseConfig, CompressConfig, LoraConfig
+from distill.runs import claim, dry_run, evaluate_arm, finish, open_run, quiet_libraries, train_arm, write_json
+
+PRUNED = "pruned_base"
+TIMED_PASSES = 20
+
+
+def write_pruned(config: CompressConfig, folder: Path) -> None:
+    """The stock pipeline of what is compressed, with fewer blocks in its U-Net; at `folder` only when it is whole."""
+    teacher = load_components(config.base, config.run)
+    pipeline = teacher.pipeline
+    if config.run is not None and (Path(config.run) / LORA_FILE).exists():
+        pipeline.fuse_lora()
+        pipeline.unload_lora_weights()
+    student = pruned_unet(pipeline.unet, config.blocks)
+    subset = pruned_subset(teacher.subset, student, name_in_teacher(student.config, pipeline.unet.config))
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    try:
+        pipeline.register_modules(unet=student)
+        pipeline.save_pretrained(partial, safe_serialization=True)
+        if subset:
+            content = {"layers": subset.layers, "timesteps": subset.timesteps}
+            (partial / SUBSET_FILE).write_text(json.dumps(content), encoding="utf-8")
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def pruned_base(config: CompressConfig) -> Iterator[BaseConfig]:
+    """What the student is trained from; of a dry run nothing stays."""
+    quiet_libraries()
+    dtype = config.base.frozen_dtype
+    folder = Path(config.output_dir)
+    if config.dry_run:
+        with tempfile.TemporaryDirectory() as scratch:
+            write_pruned(config, Path(scratch) / PRUNED)
+            yield BaseConfig(name=str(Path(scratch) / PRUNED), frozen_dtype=dtype)
+        return
+    claim(folder, config)
+    with PartialState().main_process_first():
+        if PartialState().is_main_process and not (folder / "config.yaml").exists():
+            # Of a command that was refused after it, perhaps with other options.
+            shutil.rmtree(folder / PRUNED, ignore_errors=True)
+        if not (folder / PRUNED).exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            write_pruned(config, folder / PRUNED)
+    yield BaseConfig(name=str(folder / PRUNED), frozen_dtype=dtype)
+
+
+@torch.no_grad()
+def seconds_a_pass(models: dict[str, Components], resolution: int, batch: int) -> dict[str, float]:
+    """Median seconds of a U-Net's forward pass, the models in turn, on the device that they are on."""
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    for step in range(TIMED_PASSES + 2):
+        for name, components in models.items():
+            unet, side = components.unet, resolution // components.vae_factor
+            device = next(unet.parameters()).device
+            width = components.pipeline.text_encoder.config.hidden_size
+            added = None
+            if components.is_sdxl:
+                second = components.text_encoders[1].config
+                width += second.hidden_size
+                pooled = torch.zeros(batch, second.projection_dim, device=device)
+                added = {"text_embeds": pooled, "time_ids": torch.zeros(batch, 6, device=device)}
+            latents = torch.zeros(batch, unet.config.in_channels, side, side, device=device)
+            text = torch.zeros(batch, components.max_tokens, width, device=device)
+            began = time.perf_counter()
+            out = unet(latents, torch.full((batch,), 500, device=device), text, added_cond_kwargs=added).sample
+            float(out.sum())  # waits for the device
+            if step >= 2:
+                taken[name].append(time.perf_counter() - began)
+    return {name: median(times) for name, times in taken.items()}
+
+
+def compress(config: CompressConfig) -> None:
+    arm = Arm(
+        name="model",
+        folder=Path(config.output_dir),
+        method="full",
+        text_encoder=config.text_encoder,
+        learning_rate=config.trainer.learning_rate,
+        text_encoder_learning_rate=config.trainer.text_encoder_learning_rate or config.trainer.learning_rate,
+        distillation=replace(config.distillation, teacher=config.run or config.base.name),
+        lora=LoraConfig(),
+    )
+    with pruned_base(config) as base:
+        run = open_run(config, arms=[arm], base=base)
+        if config.dry_run:
+            return dry_run(run, [arm])
+        cost = train_arm(run, arm)
+        teacher = Path(config.run) if config.run else None
+        results: dict[str, Any] = {
+            "teacher": evaluate_arm(run, "teacher", teacher, base=config.base),
+            "pruned": evaluate_arm(run, "pruned", None),
+            "model": evaluate_arm(run, "model", arm.folder, cost, arm),
+        }
+        if run.accelerator.is_main_process:
+            device, batch = run.accelerator.device, config.evaluation.batch_size
+            models = {
+                "teacher": load_components(config.base, teacher).to(device).freeze(),
+                "model": load_components(base, arm.folder).to(device).freeze(),
+            }
+            seconds = seconds_a_pass(models, config.data.resolution, batch)
+            write_json(run.folder / "speed.json", {"batch_size": batch, "unet_seconds_a_pass": seconds})
+            size = {name: results[name]["size"] for name in models}
+            parts = [
+                f"{label} {size['model'][key] / size['teacher'][key]:.2f}"
+                for key, label in (("unet_parameters", "parameters"), ("unet_gflops", "operations"))
+            ]
+            run.say(
+                f"U-Net against the teacher's: {', '.join(parts)}, time of a pass {seconds['model'] / seconds['teacher']:.2f}"
+            )
+        finish(run, results, next_command=f"load it in diffusers as {arm.folder / 'README.md'} shows")
+
+
+if __name__ == "__main__":
+    main(compress, CompressConfig)
