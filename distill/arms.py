@@ -9,8 +9,11 @@ from typing import Any, Literal
 from distill.config import (
     AttentionDistillationConfig,
     CompressConfig,
+    ConsistencyConfig,
     DenoisingConfig,
+    DistillStepsConfig,
     EvaluateConfig,
+    EvaluationConfig,
     FinetuneConfig,
     LoraConfig,
     TradeoffConfig,
@@ -26,8 +29,8 @@ OWN_TEACHERS = (FROZEN_TEXT_ENCODER, EMA)
 @dataclass(frozen=True)
 class Arm:
     """One way to train the base. folder: where its files go. distillation: with attention distillation from its teacher.
-    denoising, lora, max_steps: in place of the run's. lock_keys: distill/keylock.py. variant_of: the named arm that it is with
-    other options."""
+    denoising, lora, max_steps, evaluation: in place of the run's. consistency: few steps (objectives.ConsistencyObjective).
+    lock_keys: distill/keylock.py. variant_of: the named arm that it is with other options."""
 
     name: str
     folder: Path
@@ -40,6 +43,8 @@ class Arm:
     lock_keys: bool = False
     lora: LoraConfig | None = None
     max_steps: int | None = None
+    consistency: ConsistencyConfig | None = None
+    evaluation: EvaluationConfig | None = None
     variant_of: str | None = None
 
 
@@ -60,7 +65,13 @@ def settings_of(config: Any, arm: Arm) -> dict[str, Any]:
     rates = {"learning_rate": arm.learning_rate, "text_encoder_learning_rate": text_rate}
     found.pop("lora_learning_rate", None)  # of an arm that is trained by LoRA it is trainer.learning_rate
     found["trainer"] |= rates | ({"max_steps": arm.max_steps} if arm.max_steps else {})
-    for name, own in (("denoising", arm.denoising), ("distillation", arm.distillation), ("lora", arm.lora)):
+    own_parts = {
+        "denoising": arm.denoising,
+        "distillation": arm.distillation,
+        "lora": arm.lora,
+        "evaluation": arm.evaluation,
+    }
+    for name, own in own_parts.items():
         if own is not None:
             found[name] = asdict(own)
     if arm.distillation is None and "distillation" in found:
@@ -169,9 +180,14 @@ def unused_options(config: Any, arms: list[Arm]) -> dict[str, str]:
             never("each arm has its own, or is distilled, which has its own terms", f"denoising.{name}")
     if not any((arm.denoising or config.denoising).reads_regions for arm in arms if not arm.distillation):
         never("no regions are read", "denoising.region_images")
-    if isinstance(config, CompressConfig):
+    if isinstance(config, (CompressConfig, DistillStepsConfig)):
         own = ("teacher", "start_from_teacher", "gate_reference", "gate_images")
-        never("the teacher is what is compressed: base and run", *(f"distillation.{name}" for name in own))
+        never("the teacher is base and run", *(f"distillation.{name}" for name in own))
+    if isinstance(config, DistillStepsConfig):
+        others = ("output_weight", "feature_weight", "self_attention_weight", "batch_share", "frozen_share")
+        never("the consistency loss compares outputs, of the whole batch", *(f"distillation.{name}" for name in others))
+        never("the loss is another", "denoising.min_snr_gamma")
+        never("the teacher is sampled by the base's, the student by lcm", "evaluation.scheduler")
     if isinstance(config, TradeoffConfig) and "supervised" not in kinds:
         never("no arm is supervised", "supervised_token_weight", "supervised_pixel_weight")
     if isinstance(config, TradeoffConfig) and "tail_penalized" not in kinds:

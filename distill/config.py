@@ -305,7 +305,9 @@ class EvaluationConfig:
     num_inference_steps: int = 20
     """Denoising steps of an image."""
     guidance_scale: float = 4.0
-    """Classifier-free guidance."""
+    """Classifier-free guidance; at most 1 is none."""
+    scheduler: Literal["base", "lcm"] = "base"
+    """Sampler: the base's own, or LCMScheduler, for what distill_steps.py makes (with guidance_scale 1)."""
     batch_size: int = 16
     """Images at a time; it changes the speed, not the images."""
     features: str = "auto"
@@ -404,6 +406,44 @@ class CompressConfig:
     """Run folder; pruned_base in it is the smaller pipeline before the training, on which the run folder is loaded."""
     seed: int = 0
     """Seed of order of data, noise and timesteps."""
+    dry_run: bool = False
+    """Check everything, take one real step, print sizes and estimates, and stop."""
+
+
+@dataclass(frozen=True)
+class ConsistencyConfig:
+    """Latent consistency distillation (Luo et al. 2023)."""
+
+    solver_steps: int = 50
+    """Timesteps of the teacher's DDIM path that the student is trained at; LCMScheduler samples at some of 50."""
+    guidance_scale: float = 4.0
+    """Classifier-free guidance of the teacher, which the student takes in: it is sampled without."""
+    huber_c: float = 0.001
+    """Below about this a difference of latents counts by its square, above it by its size."""
+
+
+@dataclass(frozen=True)
+class DistillStepsConfig:
+    """recipes/distill_steps.py: a student that draws in a few steps and without guidance, for stock LCMScheduler."""
+
+    base: BaseConfig = field(default_factory=BaseConfig)
+    run: str | None = None
+    """The teacher, and what the student starts from: a run folder on base; none takes the base itself."""
+    data: DataConfig = field(default_factory=DataConfig)
+    method: Literal["lora", "full"] = "lora"
+    """How the U-Net is trained; the text encoder stays the teacher's."""
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    consistency: ConsistencyConfig = field(default_factory=ConsistencyConfig)
+    denoising: DenoisingConfig = field(default_factory=lambda: DenoisingConfig(caption_dropout=0.0))
+    distillation: AttentionDistillationConfig = field(default_factory=AttentionDistillationConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    student_steps: int = 4
+    """Denoising steps of the student's images; the teacher's are evaluation.num_inference_steps."""
+    output_dir: str = "checkpoints/distill_steps"
+    """Run folder; with a run, whole_base in it is the teacher as one pipeline, on which the run folder is loaded."""
+    seed: int = 0
+    """Seed of weights, order of data, noise and timesteps."""
     dry_run: bool = False
     """Check everything, take one real step, print sizes and estimates, and stop."""
 

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
+from diffusers import LCMScheduler
 from PIL import Image
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
@@ -50,15 +51,21 @@ def generate(
     components: Components, captions: Sequence[str], seeds: Sequence[int], resolution: int, config: EvaluationConfig
 ) -> torch.Tensor:
     """(captions, 3, resolution, resolution) float32 in [0, 1], on the CPU. An image depends on its caption and seed only."""
-    images = components.pipeline(
-        prompt=list(captions),
-        height=resolution,
-        width=resolution,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        generator=[torch.Generator().manual_seed(seed) for seed in seeds],
-        output_type="pt",
-    ).images
+    pipeline, own = components.pipeline, components.pipeline.scheduler
+    if config.scheduler == "lcm":
+        pipeline.scheduler = LCMScheduler.from_config(own.config)
+    try:
+        images = pipeline(
+            prompt=list(captions),
+            height=resolution,
+            width=resolution,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            output_type="pt",
+        ).images
+    finally:
+        pipeline.scheduler = own
     return images.float().cpu().clamp(0, 1)
 
 
@@ -287,7 +294,8 @@ def evaluate(
         "localization_seconds": localization_seconds,
         "evaluation_seconds": time.perf_counter() - began,
     }
-    size = model_size(components, resolution)
+    passes = config.num_inference_steps * (2 if config.guidance_scale > 1 else 1)
+    size = model_size(components, resolution) | {"unet_passes_an_image": passes}
     return finite({"localization": located, "quality": drawn, "size": size, "seconds": seconds})
 
 

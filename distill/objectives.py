@@ -14,7 +14,7 @@ from torch import nn
 from distill.attention import AttentionMaps, attention_layers
 from distill.components import Components, encode_text
 from distill.compress import name_in_teacher
-from distill.config import AttentionDistillationConfig, DenoisingConfig
+from distill.config import AttentionDistillationConfig, ConsistencyConfig, DenoisingConfig
 from distill.data.captions import EOS, PADDING, WORD, token_groups
 from distill.errors import UserError
 from distill.losses import (
@@ -33,9 +33,13 @@ from distill.losses import (
 )
 
 Terms = dict[str, torch.Tensor]
+Maps = dict[str, torch.Tensor]
+"""Cross-attention layer -> (batch, places, tokens)."""
 
 EMA = "ema"
 """distillation.teacher: an average of the student's own weights."""
+SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0
+"""Of the boundary condition of a consistency model, as in diffusers' LCMScheduler."""
 TAIL_BINS = 10
 """Noise levels at which SupervisedAttentionObjective measures the untrained model's tail."""
 CODES = {"words": WORD, "eos": EOS, "padding": PADDING}
@@ -107,8 +111,7 @@ class DenoisingObjective(nn.Module):
         device, count = mean.device, len(mean)
         vae_noise = torch.randn(mean.shape, generator=generator).to(device)
         noise = torch.randn(mean.shape, generator=generator).to(device)
-        steps = int(self.noise_scheduler.config.num_train_timesteps)
-        timesteps = torch.randint(steps, (count,), generator=generator).to(device)
+        timesteps = self.draw_timesteps(count, generator).to(device)
         drop = (torch.rand(count, generator=generator) < self.config.caption_dropout).to(device) & batch["droppable"]
         latents = (mean + std * vae_noise) * self._vae[0].config.scaling_factor
         target = noise
@@ -133,6 +136,10 @@ class DenoisingObjective(nn.Module):
             batch["label_tokens"] & ~drop[:, None] if "label_tokens" in batch else None,
             batch["regions"] * ~drop[:, None, None, None] if "regions" in batch else None,
         )
+
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """(count,) int64."""
+        return torch.randint(int(self.noise_scheduler.config.num_train_timesteps), (count,), generator=generator)
 
     def _with_empty(
         self, embeds: torch.Tensor, pooled: torch.Tensor | None, drop: torch.Tensor
@@ -313,27 +320,9 @@ class AttentionDistillationObjective(DenoisingObjective):
         taken = teacher_maps.take()
         teacher = {name: taken[self._name_there(name)] for name in student}
 
-        rows = (part.timesteps >= c.min_timestep) & (part.timesteps <= c.max_timestep)
-        groups = {group: part.groups == CODES[group] for group in c.place_groups}
-        named = None
-        if c.words == "labels":
-            assert part.label_tokens is not None
-            named = part.label_tokens
-            groups |= {"words": named} if "words" in groups else {}
-        words = torch.stack(list(groups.values())).any(dim=0)
-        losses: dict[str, tuple[float, Callable[[str], torch.Tensor]]] = {
-            "token_kl": (c.token_kl_weight, lambda n: token_attention_kl(teacher[n], student[n], rows, named)),
-            "place_kl": (c.place_kl_weight, lambda n: place_attention_kl(teacher[n], student[n], words, rows)),
-            "mass": (c.mass_weight, lambda n: attention_mass_loss(teacher[n], student[n], part.groups, rows)),
-        }
-        if c.tail_weight:
-            allowed = {name: tail_mass(maps, part.groups) for name, maps in teacher.items()}
-            losses["tail"] = (c.tail_weight, lambda n: tail_leak(allowed[n], student[n], part.groups, rows))
-        terms = {"loss": denoising, "denoising": denoising}
-        for name, (weight, of_layer) in losses.items():
-            with torch.set_grad_enabled(weight > 0 and torch.is_grad_enabled()):
-                terms[name] = torch.stack([of_layer(layer) for layer in student]).mean()
-            terms["loss"] = terms["loss"] + weight * terms[name]
+        terms = self._attention_terms(student, teacher, part)
+        terms["denoising"], terms["loss"] = denoising, terms["loss"] + denoising
+        rows = self._rows(part)
         if c.output_weight:
             gap = (prediction[:count].float() - target.float()).pow(2).flatten(1).mean(dim=1)
             terms["output"] = (gap * rows).sum() / rows.sum().clamp(min=1)
@@ -346,6 +335,35 @@ class AttentionDistillationObjective(DenoisingObjective):
                 same = {key: value for key, value in mine.items() if value.shape == theirs[key].shape}
                 terms[name] = feature_loss(theirs, same, rows)
                 terms["loss"] = terms["loss"] + weight * terms[name]
+        return terms
+
+    def _rows(self, x: Noised) -> torch.Tensor:
+        """(batch,) bool: the images that are taught."""
+        return (x.timesteps >= self.distillation.min_timestep) & (x.timesteps <= self.distillation.max_timestep)
+
+    def _attention_terms(self, student: Maps, teacher: Maps, x: Noised) -> Terms:
+        """(a) to (c) and the leak penalty, and as `loss` their weighted sum; maps by the student's names."""
+        c, rows = self.distillation, self._rows(x)
+        groups = {group: x.groups == CODES[group] for group in c.place_groups}
+        named = None
+        if c.words == "labels":
+            assert x.label_tokens is not None
+            named = x.label_tokens
+            groups |= {"words": named} if "words" in groups else {}
+        words = torch.stack(list(groups.values())).any(dim=0)
+        losses: dict[str, tuple[float, Callable[[str], torch.Tensor]]] = {
+            "token_kl": (c.token_kl_weight, lambda n: token_attention_kl(teacher[n], student[n], rows, named)),
+            "place_kl": (c.place_kl_weight, lambda n: place_attention_kl(teacher[n], student[n], words, rows)),
+            "mass": (c.mass_weight, lambda n: attention_mass_loss(teacher[n], student[n], x.groups, rows)),
+        }
+        if c.tail_weight:
+            allowed = {name: tail_mass(maps, x.groups) for name, maps in teacher.items()}
+            losses["tail"] = (c.tail_weight, lambda n: tail_leak(allowed[n], student[n], x.groups, rows))
+        terms = {"loss": torch.zeros((), device=x.timesteps.device)}
+        for name, (weight, of_layer) in losses.items():
+            with torch.set_grad_enabled(weight > 0 and torch.is_grad_enabled()):
+                terms[name] = torch.stack([of_layer(layer) for layer in student]).mean()
+            terms["loss"] = terms["loss"] + weight * terms[name]
         return terms
 
     @torch.no_grad()
@@ -384,6 +402,90 @@ def first_rows(x: Noised, count: int) -> Noised:
         None if x.time_ids is None else x.time_ids[:count],
         None if x.label_tokens is None else x.label_tokens[:count],
     )
+
+
+class ConsistencyObjective(AttentionDistillationObjective):
+    """Few steps: the student's guess of the clean latents is the same along the teacher's guided path. And its attention.
+
+    L = mean sqrt(|f(z_t) - f(z'_s)|^2 + c^2) - c + the terms (a) to (c) and tail of AttentionDistillationObjective,
+    where f(z_t) = c_skip(t) z_t + c_out(t) x0(z_t), z'_s is one DDIM step of the teacher from t to s, the timestep before on
+    a grid of solver_steps, under classifier-free guidance, and f(z'_s) has no gradient. The student so needs no guidance.
+    Source: latent consistency models, Luo et al. 2023 (arXiv 2310.04378, equations 9 and 16), without an embedding of the
+    guidance scale, as LCM-LoRA (arXiv 2311.05556); the target's weights are the student's own (Song and Dhariwal 2023).
+    """
+
+    def __init__(
+        self,
+        components: Components,
+        config: DenoisingConfig,
+        distillation: AttentionDistillationConfig,
+        teacher: Components,
+        student_maps: AttentionMaps,
+        teacher_maps: AttentionMaps,
+        consistency: ConsistencyConfig,
+    ) -> None:
+        super().__init__(components, config, distillation, teacher, student_maps, teacher_maps)
+        self.consistency = consistency
+        self._stride = int(self.noise_scheduler.config.num_train_timesteps) // consistency.solver_steps
+
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        return torch.randint(1, self.consistency.solver_steps + 1, (count,), generator=generator) * self._stride - 1
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Terms:
+        x = self.noised(batch, generator)
+        student_maps, teacher_maps = self._maps
+        encoders = list(self.text_encoders)
+        with torch.no_grad():  # the teacher's too, as it is not trained
+            x = replace(x, prompt_embeds=x.prompt_embeds or encode_text(encoders, x.input_ids))
+        student_maps.start()
+        ours = self._clean(self.predict(self.unet, encoders, x), x)
+        mine = student_maps.take()
+        with torch.no_grad():
+            teacher_maps.start()
+            before, theirs = self._step_of_teacher(x, teacher_maps)
+            student_maps.start()
+            target = self._clean(self.predict(self.unet, encoders, before), before)
+        gap = (ours - target).pow(2) + self.consistency.huber_c**2
+        consistency = (gap.sqrt() - self.consistency.huber_c).mean()
+        terms = self._attention_terms(mine, {name: theirs[self._name_there(name)] for name in mine}, x)
+        return terms | {"consistency": consistency, "loss": terms["loss"] + consistency}
+
+    def _step_of_teacher(self, x: Noised, teacher_maps: AttentionMaps) -> tuple[Noised, Maps]:
+        """The batch one step nearer to the clean image, and the teacher's attention where the student's is compared."""
+        teacher = self._teacher[0]
+        stated = self.predict(teacher.unet, teacher.text_encoders, x)
+        maps = teacher_maps.take()
+        assert x.prompt_embeds is not None
+        everything = torch.ones(len(x.timesteps), dtype=torch.bool, device=x.timesteps.device)
+        embeds = self._with_empty(*x.prompt_embeds, everything)
+        teacher_maps.start()
+        empty = self.predict(teacher.unet, teacher.text_encoders, replace(x, prompt_embeds=embeds))
+        prediction = empty.float() + self.consistency.guidance_scale * (stated.float() - empty.float())
+        clean, noise = clean_and_noise(prediction, x.noisy_latents, self._alphas(x.timesteps), teacher.prediction_type)
+        timesteps = (x.timesteps - self._stride).clamp(min=0)
+        alphas = self._alphas(timesteps)
+        return replace(x, noisy_latents=alphas.sqrt() * clean + (1 - alphas).sqrt() * noise, timesteps=timesteps), maps
+
+    def _clean(self, prediction: torch.Tensor, x: Noised) -> torch.Tensor:
+        """f: the identity at timestep 0. (batch, channels, height, width) float32."""
+        clean, _ = clean_and_noise(prediction.float(), x.noisy_latents, self._alphas(x.timesteps), self.prediction_type)
+        scaled = (x.timesteps * TIMESTEP_SCALING)[:, None, None, None].float()
+        skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
+        return skip * x.noisy_latents + scaled / (scaled**2 + SIGMA_DATA**2).sqrt() * clean
+
+    def _alphas(self, timesteps: torch.Tensor) -> torch.Tensor:
+        """(batch, 1, 1, 1): the share of the image in the variance."""
+        return self.noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps][:, None, None, None].float()
+
+
+def clean_and_noise(
+    prediction: torch.Tensor, latents: torch.Tensor, alphas: torch.Tensor, prediction_type: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a prediction of epsilon or v says are the clean latents and the noise. alphas: (batch, 1, 1, 1)."""
+    signal, noise = alphas.sqrt(), (1 - alphas).sqrt()
+    if prediction_type == "v_prediction":
+        return signal * latents - noise * prediction, noise * latents + signal * prediction
+    return (latents - noise * prediction) / signal, prediction
 
 
 class ModuleOutputs:

@@ -15,9 +15,11 @@ from distill.config import (
     BlocksConfig,
     CompareConfig,
     CompressConfig,
+    ConsistencyConfig,
     DataConfig,
     DenoisingConfig,
     DistillAttentionConfig,
+    DistillStepsConfig,
     EvaluateConfig,
     EvaluationConfig,
     FinetuneConfig,
@@ -125,6 +127,16 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
     FinetuneConfig: {"output_dir": _NOT_EMPTY, "seed": _NOT_NEGATIVE},
     DistillAttentionConfig: {"output_dir": _NOT_EMPTY, "seed": _NOT_NEGATIVE},
     BlocksConfig: {"layers_per_block": _COUNT, "remove_stages": _NOT_NEGATIVE, "transformer_layers": _COUNT},
+    ConsistencyConfig: {
+        "solver_steps": (lambda value: 1 <= value <= 1000, "1 to 1000"),
+        "guidance_scale": (lambda value: value >= 1, "at least 1"),
+        "huber_c": _POSITIVE,
+    },
+    DistillStepsConfig: {
+        "student_steps": (lambda value: 1 <= value <= 50, "1 to 50, as LCMScheduler takes"),
+        "output_dir": _NOT_EMPTY,
+        "seed": _NOT_NEGATIVE,
+    },
     CompressConfig: {"output_dir": _NOT_EMPTY, "seed": _NOT_NEGATIVE},
     TradeoffConfig: {
         "arms": _DISTINCT,

@@ -48,7 +48,9 @@ from distill.config import (
     CompressConfig,
     DenoisingConfig,
     DistillAttentionConfig,
+    DistillStepsConfig,
     EvaluateConfig,
+    EvaluationConfig,
     FinetuneConfig,
     TradeoffConfig,
     TrainerConfig,
@@ -67,6 +69,7 @@ from distill.metrics.features import load_features
 from distill.objectives import (
     EMA,
     AttentionDistillationObjective,
+    ConsistencyObjective,
     DenoisingObjective,
     SupervisedAttentionObjective,
     check_same_shape,
@@ -79,7 +82,7 @@ from distill.trainer import FitResult, StepSampler, fit, generator_at, make_acce
 TAIL_IMAGES = 512
 """Training images that denoising.tail_weight's allowance is measured on."""
 
-TrainingConfig = FinetuneConfig | DistillAttentionConfig | TradeoffConfig | CompressConfig
+TrainingConfig = FinetuneConfig | DistillAttentionConfig | TradeoffConfig | CompressConfig | DistillStepsConfig
 
 
 @dataclass
@@ -422,9 +425,12 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
                 name_there = name_in_teacher(components.unet.config, frozen.unet.config)
                 layers = [name_there(name) for name in attention_layers(components.unet, distillation.layers)]
                 teacher_maps = stack.enter_context(record_attention(frozen.unet, layers))
-            objective: DenoisingObjective = AttentionDistillationObjective(
-                components, denoising, distillation, frozen, student_maps, teacher_maps
-            )
+            shared = (components, denoising, distillation, frozen, student_maps, teacher_maps)
+            objective: DenoisingObjective
+            if arm.consistency:
+                objective = ConsistencyObjective(*shared, arm.consistency)
+            else:
+                objective = AttentionDistillationObjective(*shared)
         elif denoising.reads_attention:
             maps = stack.enter_context(record_attention(components.unet))
             objective = SupervisedAttentionObjective(components, denoising, maps)
@@ -449,7 +455,7 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
             output_dir=log_dir,
             seed=config.seed,
             parameter_groups=[group for group in groups if group["params"]],
-            on_sample=lambda step: _sample(run, components, log_dir / "progress" / f"step-{step:06d}.png"),
+            on_sample=lambda step: _sample(run, arm, components, log_dir / "progress" / f"step-{step:06d}.png"),
             on_localize=lambda step: _localize(run, components, log_dir, step),
             label=arm.name,
         )
@@ -573,21 +579,21 @@ def training_rows(
 
 
 @torch.no_grad()
-def _sample(run: Run, components: Components, path: Path) -> None:
+def _sample(run: Run, arm: Arm, components: Components, path: Path) -> None:
     """A strip of images of held-out captions, to watch a training."""
     if run.against is None or not run.accelerator.is_main_process:
         return
     examples = run.against.examples[:4]
     captions = [run.test.caption(i) for i in examples]
-    frozen = DTYPES[run.config.base.frozen_dtype]
+    frozen, evaluation = DTYPES[run.config.base.frozen_dtype], arm.evaluation or run.config.evaluation
     # Trained and frozen weights may differ in type, and the stock pipeline expects one.
     with torch.autocast(run.accelerator.device.type, frozen, enabled=frozen != torch.float32):
         images = generate(
             components,
             captions,
-            [run.config.evaluation.seed + i for i in examples],
+            [evaluation.seed + i for i in examples],
             run.config.data.resolution,
-            run.config.evaluation,
+            evaluation,
         )
     path.parent.mkdir(parents=True, exist_ok=True)
     save_png(torch.cat(list(images), dim=-1), path)
@@ -626,10 +632,11 @@ def evaluate_arm(
     arm: Arm | None = None,
     *,
     base: BaseConfig | None = None,
+    evaluation: EvaluationConfig | None = None,
 ) -> dict[str, Any]:
     """Load base and run folder as a user would, evaluate, and write <run>/<arm>/metrics.json; returns its entry.
 
-    base: what `folder` is of, where it is not what the arms are trained from.
+    base: what `folder` is of, where it is not what the arms are trained from. evaluation: in place of the run's or arm's.
     cost, arm: of what this run has trained; its metrics.json then has the settings of its training, and it gets a model card.
     """
     assert run.against is not None
@@ -642,7 +649,7 @@ def evaluate_arm(
     result = evaluate(
         components,
         run.against,
-        config.evaluation,
+        evaluation or (arm and arm.evaluation) or config.evaluation,
         resolution=config.data.resolution,
         accelerator=run.accelerator,
         arm_dir=run.folder / name,

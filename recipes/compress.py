@@ -9,73 +9,34 @@ distill/objectives.py; the loop is `fit` in distill/trainer.py.
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-import tempfile
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
 
 import torch
-from accelerate import PartialState
 
 from distill.arms import Arm
 from distill.cli import main
-from distill.components import LORA_FILE, SUBSET_FILE, Components, load_components
+from distill.components import Components, load_components
 from distill.compress import name_in_teacher, pruned_subset, pruned_unet
-from distill.config import BaseConfig, CompressConfig, LoraConfig
-from distill.runs import claim, dry_run, evaluate_arm, finish, open_run, quiet_libraries, train_arm, write_json
+from distill.config import BlocksConfig, CompressConfig, LoraConfig
+from distill.derive import derived_base
+from distill.runs import dry_run, evaluate_arm, finish, open_run, train_arm, write_json
 
 PRUNED = "pruned_base"
 TIMED_PASSES = 20
 
 
-def write_pruned(config: CompressConfig, folder: Path) -> None:
-    """The stock pipeline of what is compressed, with fewer blocks in its U-Net; at `folder` only when it is whole."""
-    teacher = load_components(config.base, config.run)
-    pipeline = teacher.pipeline
-    if config.run is not None and (Path(config.run) / LORA_FILE).exists():
-        pipeline.fuse_lora()
-        pipeline.unload_lora_weights()
-    student = pruned_unet(pipeline.unet, config.blocks)
-    subset = pruned_subset(teacher.subset, student, name_in_teacher(student.config, pipeline.unet.config))
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    try:
-        pipeline.register_modules(unet=student)
-        pipeline.save_pretrained(partial, safe_serialization=True)
-        if subset:
-            content = {"layers": subset.layers, "timesteps": subset.timesteps}
-            (partial / SUBSET_FILE).write_text(json.dumps(content), encoding="utf-8")
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@contextmanager
-def pruned_base(config: CompressConfig) -> Iterator[BaseConfig]:
-    """What the student is trained from; of a dry run nothing stays."""
-    quiet_libraries()
-    dtype = config.base.frozen_dtype
-    folder = Path(config.output_dir)
-    if config.dry_run:
-        with tempfile.TemporaryDirectory() as scratch:
-            write_pruned(config, Path(scratch) / PRUNED)
-            yield BaseConfig(name=str(Path(scratch) / PRUNED), frozen_dtype=dtype)
-        return
-    claim(folder, config)
-    with PartialState().main_process_first():
-        if PartialState().is_main_process and not (folder / "config.yaml").exists():
-            # Of a command that was refused after it, perhaps with other options.
-            shutil.rmtree(folder / PRUNED, ignore_errors=True)
-        if not (folder / PRUNED).exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            write_pruned(config, folder / PRUNED)
-    yield BaseConfig(name=str(folder / PRUNED), frozen_dtype=dtype)
+def prune(components: Components, blocks: BlocksConfig) -> Components:
+    """The same pipeline with fewer blocks in its U-Net."""
+    whole = components.unet
+    student = pruned_unet(whole, blocks)
+    components.pipeline.register_modules(unet=student)
+    subset = pruned_subset(components.subset, student, name_in_teacher(student.config, whole.config))
+    return replace(components, unet=student, subset=subset)
 
 
 @torch.no_grad()
@@ -114,7 +75,7 @@ def compress(config: CompressConfig) -> None:
         distillation=replace(config.distillation, teacher=config.run or config.base.name),
         lora=LoraConfig(),
     )
-    with pruned_base(config) as base:
+    with derived_base(config, PRUNED, partial(prune, blocks=config.blocks)) as base:
         run = open_run(config, arms=[arm], base=base)
         if config.dry_run:
             return dry_run(run, [arm])

@@ -317,7 +317,7 @@ def test_options_that_a_compression_does_not_read_are_refused(
         [*argv, "--blocks.remove_mid_block", "true", "--distillation.start_from_teacher", "true"],
         capsys,
     )
-    assert "the teacher is what is compressed" in message
+    assert "the teacher is base and run" in message
     assert not (tmp_path / "out/config.yaml").exists()
     message = refusal_of(recipe_module("compress").compress, CompressConfig, argv, capsys)
     assert "nothing is removed" in message

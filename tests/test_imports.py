@@ -27,7 +27,7 @@ LAYERS = (
     ("atlas",),
     ("gate", "robustness"),
     ("runs",),
-    ("sharing",),
+    ("derive", "sharing"),
 )
 """A module may import those of the lines above its own, and nothing of its own line."""
 OPTIONAL = {"torchvision", "torchxrayvision", "torch_fidelity", "wandb"}

@@ -154,7 +154,14 @@ _COST = _object(
         "trainable_parameters": _COUNT,
     }
 )
-_SIZE = _object({"unet_parameters": _count, "text_encoder_parameters": _count, "unet_gflops": _number(0)})
+_SIZE = _object(
+    {
+        "unet_parameters": _count,
+        "text_encoder_parameters": _count,
+        "unet_gflops": _number(0),
+        "unet_passes_an_image": _count,
+    }
+)
 _ARM = _object(
     {"localization": _nullable(_LOCALIZATION), "quality": _nullable(_QUALITY), "cost": _COST}, optional={"size": _SIZE}
 )
@@ -179,7 +186,8 @@ def validate_metrics(metrics: Mapping[str, Any]) -> None:
     - quality: `fid, fid_ci, finding_auc, finding_auc_ci, diversity, images, features`.
     - cost: `train_seconds, steps, peak_memory_gb, evaluation_seconds, trainable_parameters`; optional
       `localization_seconds`.
-    - size (optional): `unet_parameters, text_encoder_parameters, unet_gflops`, the last for one image.
+    - size (optional): `unet_parameters, text_encoder_parameters, unet_gflops` (of one pass of one image),
+      `unet_passes_an_image` (guidance doubles the denoising steps).
     - provenance: any JSON object; `provenance.seconds = {stage: seconds}` is shown as a table.
 
     Every key is required; what cannot be computed is null; further keys are allowed; no number is NaN or infinite.
