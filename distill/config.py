@@ -306,6 +306,8 @@ class EvaluationConfig:
     """Denoising steps of an image."""
     guidance_scale: float = 4.0
     """Classifier-free guidance; at most 1 is none."""
+    quantization: Literal["none", "int8", "nf4"] = "none"
+    """Linear layers of U-Net and text encoders in 8 or 4 bits (distill/quantize.py)."""
     scheduler: Literal["base", "lcm"] = "base"
     """Sampler: the base's own, or LCMScheduler, for what distill_steps.py makes (with guidance_scale 1)."""
     batch_size: int = 16
@@ -402,6 +404,8 @@ class CompressConfig:
     )
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    bits: tuple[Literal["int8", "nf4"], ...] = ()
+    """Evaluate the student also with its linear layers in these types."""
     output_dir: str = "checkpoints/compress"
     """Run folder; pruned_base in it is the smaller pipeline before the training, on which the run folder is loaded."""
     seed: int = 0

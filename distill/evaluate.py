@@ -31,6 +31,7 @@ from distill.localization import localization
 from distill.metrics import Diversity, finding_auroc, frechet_distance, frechet_interval
 from distill.metrics.features import Features
 from distill.protocols import queries
+from distill.quantize import megabytes, quantize
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -273,6 +274,9 @@ def evaluate(
     """{"localization", "quality", "size", "seconds": {"localization_seconds", "evaluation_seconds"}} of one model."""
     began = time.perf_counter()
     components.to(accelerator.device).freeze()
+    if config.quantization != "none":
+        quantize(components, config.quantization)
+    stored = megabytes(components)
     shared: dict[str, Any] = {
         "accelerator": accelerator,
         "arm_dir": arm_dir,
@@ -295,7 +299,7 @@ def evaluate(
         "evaluation_seconds": time.perf_counter() - began,
     }
     passes = config.num_inference_steps * (2 if config.guidance_scale > 1 else 1)
-    size = model_size(components, resolution) | {"unet_passes_an_image": passes}
+    size = model_size(components, resolution) | {"unet_passes_an_image": passes, "megabytes": stored}
     return finite({"localization": located, "quality": drawn, "size": size, "seconds": seconds})
 
 

@@ -137,7 +137,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
         "output_dir": _NOT_EMPTY,
         "seed": _NOT_NEGATIVE,
     },
-    CompressConfig: {"output_dir": _NOT_EMPTY, "seed": _NOT_NEGATIVE},
+    CompressConfig: {"bits": _ONCE, "output_dir": _NOT_EMPTY, "seed": _NOT_NEGATIVE},
     TradeoffConfig: {
         "arms": _DISTINCT,
         "seeds": _SEEDS,

@@ -86,6 +86,9 @@ def compress(config: CompressConfig) -> None:
             "pruned": evaluate_arm(run, "pruned", None),
             "model": evaluate_arm(run, "model", arm.folder, cost, arm),
         }
+        for bits in config.bits:
+            fewer = replace(config.evaluation, quantization=bits)
+            results[f"model_{bits}"] = evaluate_arm(run, f"model_{bits}", arm.folder, evaluation=fewer)
         if run.accelerator.is_main_process:
             device, batch = run.accelerator.device, config.evaluation.batch_size
             models = {

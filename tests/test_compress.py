@@ -265,10 +265,14 @@ def test_a_run_of_adapters_becomes_a_smaller_model_that_stock_diffusers_loads(tm
     export(adapted, teacher_run)
     argv = ["--base.name", str(tmp_path / "base"), "--run", str(teacher_run), "--output_dir", str(out), *TRAINING]
     argv += ["--blocks.layers_per_block", "1", "--blocks.remove_mid_block", "true", "--text_encoder", "full"]
-    argv += ["--data.cache_dir", str(tmp_path / "cache")]
+    argv += ["--bits", "[int8,nf4]", "--data.cache_dir", str(tmp_path / "cache")]
     compress(argv)
     metrics = read_metrics(out)
-    assert list(metrics["arms"]) == ["teacher", "pruned", "model"]
+    assert list(metrics["arms"]) == ["teacher", "pruned", "model", "model_int8", "model_nf4"]
+    stored = [entry["size"]["megabytes"] for entry in metrics["arms"].values()]
+    assert stored[0] > stored[1] == stored[2] > stored[3] > stored[4]
+    words = [entry["localization"]["word"]["auc"] for entry in metrics["arms"].values()]
+    assert len(set(words)) == 5, "each is another model"
     sizes = [metrics["arms"][name]["size"]["unet_parameters"] for name in ("teacher", "pruned", "model")]
     assert sizes[0] > sizes[1] == sizes[2]
     speed = json.loads((out / "speed.json").read_text())["unet_seconds_a_pass"]

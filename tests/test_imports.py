@@ -19,7 +19,7 @@ LAYERS = (
     ("attention", "compress", "embedded"),
     ("objectives",),
     ("arms", "keylock", "swap", "trainer"),
-    ("export", "protocols"),
+    ("export", "protocols", "quantize"),
     ("localization",),
     ("evaluate",),
     ("seeds",),

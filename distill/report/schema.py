@@ -160,6 +160,7 @@ _SIZE = _object(
         "text_encoder_parameters": _count,
         "unet_gflops": _number(0),
         "unet_passes_an_image": _count,
+        "megabytes": _number(0),
     }
 )
 _ARM = _object(
@@ -187,7 +188,8 @@ def validate_metrics(metrics: Mapping[str, Any]) -> None:
     - cost: `train_seconds, steps, peak_memory_gb, evaluation_seconds, trainable_parameters`; optional
       `localization_seconds`.
     - size (optional): `unet_parameters, text_encoder_parameters, unet_gflops` (of one pass of one image),
-      `unet_passes_an_image` (guidance doubles the denoising steps).
+      `unet_passes_an_image` (guidance doubles the denoising steps), `megabytes` (U-Net and text encoders, in 16 bits where
+      they are not quantized).
     - provenance: any JSON object; `provenance.seconds = {stage: seconds}` is shown as a table.
 
     Every key is required; what cannot be computed is null; further keys are allowed; no number is NaN or infinite.

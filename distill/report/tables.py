@@ -344,10 +344,16 @@ def cost_table(metrics: Mapping[str, Any]) -> Table:
         )
         if sized:
             rows[-1] += [format_count(unet), format_count(text), UNKNOWN if gflops is None else f"{gflops:,.2f}"]
-            rows[-1].append(format_count(lookup(entry, "size", "unet_passes_an_image")))
+            stored = lookup(entry, "size", "megabytes")
+            rows[-1] += [
+                format_count(lookup(entry, "size", "unet_passes_an_image")),
+                UNKNOWN if stored is None else f"{stored:,.1f} MB",
+            ]
     head = ["arm", "trained parameters", "steps", "training", "a step", "evaluation", "peak memory"]
     head += (
-        ["U-Net parameters", "text encoder parameters", "GFLOP a pass of the U-Net", "passes an image"] if sized else []
+        ["U-Net parameters", "text encoder parameters", "GFLOP a pass of the U-Net", "passes an image", "stored"]
+        if sized
+        else []
     )
     return Table(head, rows, "numbers")
 

@@ -1,0 +1,92 @@
+"""Fewer bits: the linear layers of U-Net and text encoders in 8 or 4 bits, by bitsandbytes.
+
+int8 is LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339) with its threshold of 6, nf4 the 4-bit NormalFloat of QLoRA
+(Dettmers et al. 2023, arXiv 2305.14314) in blocks of 64: what stock loading does with a BitsAndBytesConfig of load_in_8bit,
+or of load_in_4bit and bnb_4bit_quant_type nf4, which needs a GPU. Here each layer is replaced by hand, so that it works on a
+CPU too. Convolutions stay as they are.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from torch import nn
+
+from distill.components import Components
+
+Bits = Literal["int8", "nf4"]
+OUTLIER_THRESHOLD = 6.0
+BLOCK = 64
+
+
+class RoundedLinear(nn.Linear):
+    """A layer with the values that nf4 holds, in the type that it computes in: it saves no memory where it runs.
+
+    bitsandbytes (0.50) on a CPU takes wrong scales where rows are no multiple of a block, and says nothing.
+    """
+
+
+def quantize(components: Components, bits: Bits) -> None:
+    """Replace the linear layers of U-Net and text encoders, in place; adapters on them stay as they are."""
+    for module in (components.unet, *components.text_encoders):
+        linear = [
+            (name, layer)
+            for name, layer in module.named_modules()
+            if type(layer) is nn.Linear and ".lora_" not in f".{name}"
+        ]
+        for name, layer in linear:
+            parent, _, child = name.rpartition(".")
+            new = _int8(layer) if bits == "int8" else _nf4(layer)
+            new.train(layer.training)
+            nn.Module.requires_grad_(new, False)
+            setattr(module.get_submodule(parent), child, new)
+
+
+def _int8(layer: nn.Linear) -> nn.Module:
+    import bitsandbytes  # only on request: its import probes the GPU driver
+
+    new: Any = bitsandbytes.nn.Linear8bitLt(
+        layer.in_features, layer.out_features, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD, device="meta"
+    )
+    new.weight = bitsandbytes.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    new.bias = layer.bias
+    return new.to(layer.weight.device)
+
+
+def _nf4(layer: nn.Linear) -> nn.Module:
+    import bitsandbytes
+
+    new: Any
+    weight = layer.weight.data
+    options: dict[str, Any] = {"quant_type": "nf4", "compress_statistics": False}
+    if weight.device.type == "cpu" and layer.in_features % BLOCK:
+        numbers = nn.functional.pad(weight.flatten(), (0, -weight.numel() % BLOCK)).view(-1, BLOCK)
+        packed, state = bitsandbytes.functional.quantize_4bit(numbers, blocksize=BLOCK, **options)
+        rounded = bitsandbytes.functional.dequantize_4bit(packed, state).flatten()[: weight.numel()]
+        new = RoundedLinear(layer.in_features, layer.out_features, device="meta")
+        new.weight = nn.Parameter(rounded.view_as(weight).to(weight.dtype))
+    else:
+        new = bitsandbytes.nn.Linear4bit(
+            layer.in_features, layer.out_features, compute_dtype=weight.dtype, device="meta", **options
+        )
+        new.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, blocksize=BLOCK, **options)
+        new.support_avx512bf16_for_cpu = False  # it would compute in bf16
+    new.bias = layer.bias
+    return new.to(weight.device)
+
+
+def megabytes(components: Components) -> float:
+    """What U-Net and text encoders take, in units of 1e6 bytes: 2 bytes a number, quantized ones theirs and their scales'."""
+    total = 0
+    for module in (components.unet, *components.text_encoders):
+        rounded = {id(layer.weight) for layer in module.modules() if isinstance(layer, RoundedLinear)}
+        for parameter in module.parameters():
+            state = getattr(parameter, "quant_state", None)
+            scales = state.absmax if state is not None else getattr(parameter, "SCB", None)
+            if id(parameter) in rounded:
+                total += -(-parameter.numel() // 2) + 4 * -(-parameter.numel() // BLOCK)
+            elif scales is None:
+                total += 2 * parameter.numel()
+            else:
+                total += parameter.numel() * parameter.element_size() + scales.numel() * scales.element_size()
+    return total / 1e6
