@@ -68,7 +68,7 @@ def settings_of(config: Any, arm: Arm) -> dict[str, Any]:
     own_parts = {
         "denoising": arm.denoising,
         "distillation": arm.distillation,
-        "lora": arm.lora,
+        "lora": arm.lora if "lora" in (arm.method, arm.text_encoder) else None,
         "evaluation": arm.evaluation,
     }
     for name, own in own_parts.items():

@@ -18,7 +18,7 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.components import AttentionSubset, Components, parameter_counts
+from distill.components import AttentionSubset, Components
 from distill.config import BlocksConfig
 from distill.errors import UserError, raise_all
 
@@ -60,6 +60,10 @@ def pruned_config(config: Mapping[str, Any], blocks: BlocksConfig) -> dict[str, 
         if config["mid_block_type"] is None:
             faults.append("blocks.remove_mid_block is true, and the U-Net has no middle block")
         new["mid_block_type"] = None
+    if blocks.remove_stages and new["mid_block_type"] is not None:
+        faults.append(
+            "blocks.remove_stages takes the middle block's place away; set blocks.remove_mid_block true as well"
+        )
     if blocks == BlocksConfig():
         faults.append(
             "blocks: nothing is removed; set blocks.layers_per_block, blocks.remove_mid_block, blocks.remove_stages or "
@@ -78,7 +82,8 @@ def _at_most(value: Any, most: int) -> Any:
 
 
 def name_in_teacher(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> ModuleName:
-    """Name of a module or parameter of the student -> its name in the teacher, from the configs of the two U-Nets."""
+    """Name of a module or parameter of the student -> its name in the teacher, from the configs of the two U-Nets, of which
+    the student's has at most as many stages."""
     removed = len(teacher["block_out_channels"]) - len(student["block_out_channels"])
     ours, theirs = (_per_stage(config["layers_per_block"], config) for config in (student, teacher))
 
@@ -145,7 +150,7 @@ def model_size(components: Components, resolution: int) -> dict[str, float | int
         with FlopCounterMode(display=False) as counter:
             shell(latents, torch.zeros(1), tokens, added_cond_kwargs=added)
     return {
-        "unet_parameters": parameter_counts(shell)[0],
+        "unet_parameters": _parameters(unet),
         "text_encoder_parameters": sum(map(_parameters, components.text_encoders)),
         "unet_gflops": counter.get_total_flops() / 1e9,
     }

@@ -382,7 +382,8 @@ class BlocksConfig:
     remove_mid_block: bool = False
     """Take out the middle block."""
     remove_stages: int = 0
-    """Innermost stages to take out, where the next one has as many channels (Stable Diffusion 1 and 2: 1)."""
+    """Innermost stages to take out, together with the middle block, where the next one has as many channels (Stable Diffusion
+    1 and 2: 1)."""
     transformer_layers: int | None = None
     """Transformer layers that stay in each attention block (SDXL has up to 10). None keeps all."""
 
@@ -419,7 +420,8 @@ class ConsistencyConfig:
     """Latent consistency distillation (Luo et al. 2023)."""
 
     solver_steps: int = 50
-    """Timesteps of the teacher's DDIM path that the student is trained at; LCMScheduler samples at some of 50."""
+    """Timesteps of the teacher's DDIM path that the student is trained at; LCMScheduler samples at some of 50, so a multiple of
+    50."""
     guidance_scale: float = 4.0
     """Classifier-free guidance of the teacher, which the student takes in: it is sampled without."""
     huber_c: float = 0.001

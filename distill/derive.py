@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,9 +10,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 
+from distill.arms import Arm, unused_options
+from distill.cli import refuse_unused
 from distill.components import SUBSET_FILE, Components, load_components
 from distill.config import BaseConfig, CompressConfig, DistillStepsConfig
+from distill.errors import UserError
 from distill.runs import claim, quiet_libraries
 
 Change = Callable[[Components], Components]
@@ -21,27 +24,40 @@ Change = Callable[[Components], Components]
 
 @contextmanager
 def derived_base(
-    config: CompressConfig | DistillStepsConfig, name: str, change: Change = lambda components: components
+    config: CompressConfig | DistillStepsConfig, arm: Arm, name: str, change: Change = lambda components: components
 ) -> Iterator[BaseConfig]:
     """Write base and run, after `change`, to <output_dir>/<name> unless it is there, and give it as a base.
 
-    Of a dry run nothing stays. Raises UserError if output_dir holds a run with another configuration.
+    Nothing stays of a dry run, nor of a configuration that is refused. Raises UserError for options that the arm does not
+    read, if output_dir holds a run with another configuration, and for a run that is a pipeline of its own.
     """
     quiet_libraries()
-    folder = Path(config.output_dir)
-    with tempfile.TemporaryDirectory() as scratch:
-        path = (Path(scratch) if config.dry_run else folder) / name
-        if config.dry_run:
-            _write(config, path, change)
-        else:
-            claim(folder, config)
-            with PartialState().main_process_first():
-                if PartialState().is_main_process and not (folder / "config.yaml").exists():
-                    # Of a command that was refused after it, perhaps with other options.
-                    shutil.rmtree(path, ignore_errors=True)
-                if not path.exists():
-                    _write(config, path, change)
+    refuse_unused(config, unused_options(config, [arm]))
+    if config.run is not None and (Path(config.run) / "model_index.json").exists():
+        raise UserError(f"run: {config.run} is a whole pipeline, not a run folder; give it as base.name, without run")
+    state, folder = PartialState(), Path(config.output_dir)
+    if not config.dry_run:
+        claim(folder, config)
+    scratch = [tempfile.mkdtemp() if config.dry_run and state.is_main_process else None]
+    broadcast_object_list(scratch)
+    path = Path(scratch[0] or folder) / name
+    started = (folder / "config.yaml").exists()
+    state.wait_for_everyone()
+    try:
+        with state.main_process_first():
+            if state.is_main_process and not started:
+                shutil.rmtree(path, ignore_errors=True)  # of a command that was killed, perhaps with other options
+            if not path.exists():
+                _write(config, path, change)
         yield BaseConfig(name=str(path), frozen_dtype=config.base.frozen_dtype)
+        state.wait_for_everyone()
+    finally:
+        if state.is_main_process and scratch[0]:
+            shutil.rmtree(scratch[0], ignore_errors=True)
+        elif state.is_main_process and not (folder / "config.yaml").exists():
+            shutil.rmtree(path, ignore_errors=True)
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
 
 
 def _write(config: CompressConfig | DistillStepsConfig, folder: Path, change: Change) -> None:
@@ -51,7 +67,8 @@ def _write(config: CompressConfig | DistillStepsConfig, folder: Path, change: Ch
         components.pipeline.fuse_lora()
         components.pipeline.unload_lora_weights()
     components = change(components)
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    partial = folder.with_name(f"{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         components.pipeline.save_pretrained(partial, safe_serialization=True)

@@ -47,14 +47,19 @@ class Generated:
     scores: torch.Tensor | None
 
 
+def sampler(components: Components, config: EvaluationConfig) -> Any:
+    """A scheduler as images are drawn with."""
+    own = components.pipeline.scheduler
+    return LCMScheduler.from_config(own.config) if config.scheduler == "lcm" else type(own).from_config(own.config)
+
+
 @torch.no_grad()
 def generate(
     components: Components, captions: Sequence[str], seeds: Sequence[int], resolution: int, config: EvaluationConfig
 ) -> torch.Tensor:
     """(captions, 3, resolution, resolution) float32 in [0, 1], on the CPU. An image depends on its caption and seed only."""
     pipeline, own = components.pipeline, components.pipeline.scheduler
-    if config.scheduler == "lcm":
-        pipeline.scheduler = LCMScheduler.from_config(own.config)
+    pipeline.scheduler = sampler(components, config)
     try:
         images = pipeline(
             prompt=list(captions),
@@ -298,7 +303,9 @@ def evaluate(
         "localization_seconds": localization_seconds,
         "evaluation_seconds": time.perf_counter() - began,
     }
-    passes = config.num_inference_steps * (2 if config.guidance_scale > 1 else 1)
+    scheduler = sampler(components, config)
+    scheduler.set_timesteps(config.num_inference_steps)
+    passes = len(scheduler.timesteps) * (2 if config.guidance_scale > 1 else 1)
     size = model_size(components, resolution) | {"unet_passes_an_image": passes, "megabytes": stored}
     return finite({"localization": located, "quality": drawn, "size": size, "seconds": seconds})
 

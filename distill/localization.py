@@ -113,7 +113,7 @@ def _evaluation_key(
 ) -> str:
     """Hash of everything that decides a line of the scores."""
     irrelevant = ("batch_size", "generated_images", "diversity_captions", "diversity_samples", "num_inference_steps",
-                  "guidance_scale", "features", "bootstrap_samples", "examples")  # fmt: skip
+                  "guidance_scale", "scheduler", "features", "bootstrap_samples", "examples")  # fmt: skip
     settings = {key: value for key, value in asdict(config).items() if key not in irrelevant}
     parts = [json.dumps(settings, sort_keys=True)]
     parts += [model_fingerprint(module) for module in components.modules()]

@@ -443,8 +443,10 @@ class ConsistencyObjective(AttentionDistillationObjective):
         with torch.no_grad():
             teacher_maps.start()
             before, theirs = self._step_of_teacher(x, teacher_maps)
-            student_maps.start()
+            trains = self.unet.training
+            self.unet.eval()  # no dropout in the target
             target = self._clean(self.predict(self.unet, encoders, before), before)
+            self.unet.train(trains)
         gap = (ours - target).pow(2) + self.consistency.huber_c**2
         consistency = (gap.sqrt() - self.consistency.huber_c).mean()
         terms = self._attention_terms(mine, {name: theirs[self._name_there(name)] for name in mine}, x)
@@ -458,7 +460,8 @@ class ConsistencyObjective(AttentionDistillationObjective):
         assert x.prompt_embeds is not None
         everything = torch.ones(len(x.timesteps), dtype=torch.bool, device=x.timesteps.device)
         embeds = self._with_empty(*x.prompt_embeds, everything)
-        teacher_maps.start()
+        if teacher.is_sdxl and teacher.pipeline.config.force_zeros_for_empty_prompt:
+            embeds = torch.zeros_like(embeds[0]), None if embeds[1] is None else torch.zeros_like(embeds[1])
         empty = self.predict(teacher.unet, teacher.text_encoders, replace(x, prompt_embeds=embeds))
         prediction = empty.float() + self.consistency.guidance_scale * (stated.float() - empty.float())
         clean, noise = clean_and_noise(prediction, x.noisy_latents, self._alphas(x.timesteps), teacher.prediction_type)
@@ -534,8 +537,10 @@ def check_same_shape(teacher: Components, student: Components) -> None:
         same = list(theirs)[:stages] == list(ours) if listed else theirs == ours
         if not same:
             faults.append(f"{name}: teacher {theirs}, student {ours}")
-    name_there = name_in_teacher(student.unet.config, teacher.unet.config)
-    missing = {name_there(name) for name in attention_layers(student.unet)} - set(attention_layers(teacher.unet))
+    missing: set[str] = set()
+    if len(teacher.unet.config.block_out_channels) >= stages:
+        name_there = name_in_teacher(student.unet.config, teacher.unet.config)
+        missing = {name_there(name) for name in attention_layers(student.unet)} - set(attention_layers(teacher.unet))
     if missing:
         faults.append(f"the teacher lacks the student's cross-attention layers {', '.join(sorted(missing))}")
     theirs, ours = (components.noise_scheduler.alphas_cumprod for components in (teacher, student))

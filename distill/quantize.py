@@ -48,7 +48,8 @@ def _int8(layer: nn.Linear) -> nn.Module:
     new: Any = bitsandbytes.nn.Linear8bitLt(
         layer.in_features, layer.out_features, has_fp16_weights=False, threshold=OUTLIER_THRESHOLD, device="meta"
     )
-    new.weight = bitsandbytes.nn.Int8Params(layer.weight.data, requires_grad=False, has_fp16_weights=False)
+    # From the CPU: what is on a GPU already, bitsandbytes would quantize only in the first forward pass.
+    new.weight = bitsandbytes.nn.Int8Params(layer.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
     new.bias = layer.bias
     return new.to(layer.weight.device)
 

@@ -128,7 +128,7 @@ RULES: Mapping[type, Mapping[str, Rule]] = {
     DistillAttentionConfig: {"output_dir": _NOT_EMPTY, "seed": _NOT_NEGATIVE},
     BlocksConfig: {"layers_per_block": _COUNT, "remove_stages": _NOT_NEGATIVE, "transformer_layers": _COUNT},
     ConsistencyConfig: {
-        "solver_steps": (lambda value: 1 <= value <= 1000, "1 to 1000"),
+        "solver_steps": (lambda value: value > 0 and value % 50 == 0, "a multiple of 50"),
         "guidance_scale": (lambda value: value >= 1, "at least 1"),
         "huber_c": _POSITIVE,
     },
@@ -224,6 +224,11 @@ def value_faults(config: Any, prefix: str = "") -> dict[str, str]:
         elif config.batch_share + config.frozen_share > 1:
             key = f"{prefix}frozen_share"
             faults.setdefault(key, f"{key}: expected at most 1 - {prefix}batch_share, got {config.frozen_share!r}")
+    if isinstance(config, EvaluationConfig) and config.scheduler == "lcm" and config.num_inference_steps > 50:
+        key = f"{prefix}num_inference_steps"
+        faults.setdefault(
+            key, f"{key}: expected at most 50 with {prefix}scheduler lcm, got {config.num_inference_steps}"
+        )
     own_teacher = isinstance(config, AttentionDistillationConfig) and config.teacher in ("frozen_text_encoder", "ema")
     if own_teacher and config.start_from_teacher:
         key = f"{prefix}start_from_teacher"

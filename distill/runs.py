@@ -75,6 +75,7 @@ from distill.objectives import (
     check_same_shape,
 )
 from distill.provenance import code_version, provenance
+from distill.quantize import quantize
 from distill.report import terminal_table, validate_metrics, write_model_card, write_report
 from distill.report.document import write_atomic
 from distill.trainer import FitResult, StepSampler, fit, generator_at, make_accelerator, peak_memory_gb
@@ -141,7 +142,12 @@ def open_run(config: Any, *, arms: list[Arm], base: BaseConfig | None = None) ->
             f"trainer.cache_text_embeddings is true, but {trained} trains the text encoder, whose embeddings change at "
             "every step; set it to false"
         )
-    if training and training.cache_text_embeddings and any(arm.distillation for arm in arms):
+    faults += [
+        f"consistency.solver_steps is {arm.consistency.solver_steps}; the base's {steps} timesteps must be a multiple of it"
+        for arm in arms
+        if arm.consistency and steps % arm.consistency.solver_steps
+    ]
+    if training and training.cache_text_embeddings and any(arm.distillation and not arm.consistency for arm in arms):
         faults.append("trainer.cache_text_embeddings: distillation needs the tokens for the teacher; set it to false")
     for arm in arms:
         if arm.distillation and arm.distillation.start_from_teacher and "lora" in (arm.method, arm.text_encoder):
@@ -741,6 +747,8 @@ def dry_run_evaluation(run: Run) -> None:
     c = config.evaluation
     few = replace(c, localization_images=c.batch_size, generated_images=c.batch_size, diversity_samples=0, examples=1)
     components = load_components(config.base, config.run).to(accelerator.device).freeze()
+    if c.quantization != "none":
+        quantize(components, c.quantization)
     with tempfile.TemporaryDirectory() as scratch:
         against = held_out(run.test, components, few, None, accelerator=accelerator, run_dir=Path(scratch))
         shared: dict[str, Any] = {"accelerator": accelerator, "arm_dir": Path(scratch), "label": "dry run"}

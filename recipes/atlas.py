@@ -41,6 +41,7 @@ from distill.trainer import peak_memory_gb
 
 IGNORED = {
     **dict.fromkeys(("evaluation.layers", "evaluation.timesteps"), "the atlas is of all layers, at `timesteps`"),
+    "evaluation.quantization": "the atlas is of the model as it is",
     "evaluation.protocol": "a subset is of protocol ours",
     "evaluation.self_attention_power": "the atlas is of cross-attention alone",
     **dict.fromkeys(
@@ -48,7 +49,7 @@ IGNORED = {
             f"evaluation.{name}"
             for name in (
                 "generated_images", "diversity_captions", "diversity_samples", "num_inference_steps", "guidance_scale",
-                "features", "examples",
+                "scheduler", "features", "examples",
             )
         ],
         "atlas.py generates no image",

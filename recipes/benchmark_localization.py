@@ -44,6 +44,8 @@ from distill.provenance import provenance
 from distill.runs import quiet_libraries, write_json
 from distill.trainer import peak_memory_gb
 
+IGNORED = {f"evaluation.{name}": "the benchmark is of the model as it is" for name in ("quantization", "scheduler")}
+
 Row = dict[str, Any]
 
 
@@ -407,4 +409,4 @@ def benchmark(config: BenchmarkLocalizationConfig) -> None:
 
 
 if __name__ == "__main__":
-    main(benchmark, BenchmarkLocalizationConfig)
+    main(benchmark, BenchmarkLocalizationConfig, ignored=IGNORED)

@@ -75,7 +75,7 @@ def compress(config: CompressConfig) -> None:
         distillation=replace(config.distillation, teacher=config.run or config.base.name),
         lora=LoraConfig(),
     )
-    with derived_base(config, PRUNED, partial(prune, blocks=config.blocks)) as base:
+    with derived_base(config, arm, PRUNED, partial(prune, blocks=config.blocks)) as base:
         run = open_run(config, arms=[arm], base=base)
         if config.dry_run:
             return dry_run(run, [arm])
@@ -89,7 +89,7 @@ def compress(config: CompressConfig) -> None:
         for bits in config.bits:
             fewer = replace(config.evaluation, quantization=bits)
             results[f"model_{bits}"] = evaluate_arm(run, f"model_{bits}", arm.folder, evaluation=fewer)
-        if run.accelerator.is_main_process:
+        if run.accelerator.is_main_process and not (run.folder / "speed.json").exists():
             device, batch = run.accelerator.device, config.evaluation.batch_size
             models = {
                 "teacher": load_components(config.base, teacher).to(device).freeze(),

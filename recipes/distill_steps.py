@@ -36,7 +36,7 @@ def distill_steps(config: DistillStepsConfig) -> None:
         consistency=config.consistency,
         evaluation=replace(few, scheduler="lcm", guidance_scale=1.0),
     )
-    with derived_base(config, WHOLE) if config.run else nullcontext(config.base) as base:
+    with derived_base(config, arm, WHOLE) if config.run else nullcontext(config.base) as base:
         run = open_run(config, arms=[arm], base=base)
         if config.dry_run:
             return dry_run(run, [arm])

@@ -32,12 +32,13 @@ from distill.robustness import SHIFTS, ShiftedDataset, negations, two_places
 from distill.runs import quiet_libraries, write_json
 
 IGNORED = {
+    "evaluation.quantization": "robustness.py looks at the models as they are",
     **dict.fromkeys(
         [
             f"evaluation.{name}"
             for name in (
                 "generated_images", "diversity_captions", "diversity_samples", "num_inference_steps", "guidance_scale",
-                "features", "examples", "protocol",
+                "scheduler", "features", "examples", "protocol",
             )
         ],
         "robustness.py scores maps of protocol ours alone",

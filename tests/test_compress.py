@@ -139,7 +139,8 @@ def test_transformer_layers_of_sdxl_become_fewer() -> None:
         (BlocksConfig(layers_per_block=2), "blocks.layers_per_block is 2, and the U-Net has 2; give a smaller number"),
         (BlocksConfig(transformer_layers=3), "blocks.transformer_layers is 3, and the U-Net has 1"),
         (BlocksConfig(remove_stages=3), "the U-Net has 3 stages; one must stay"),
-        (BlocksConfig(remove_stages=2), "do not fit each other"),
+        (BlocksConfig(remove_stages=2, remove_mid_block=True), "do not fit each other"),
+        (BlocksConfig(remove_stages=1), "set blocks.remove_mid_block true as well"),
     ],
 )
 def test_what_cannot_be_taken_out_is_refused(blocks: BlocksConfig, reason: str) -> None:
@@ -212,16 +213,17 @@ def test_operations_are_those_of_a_real_pass(build: Any) -> None:
 # --- how it is taught -----------------------------------------------------------------------------------------------
 
 
-def test_each_layer_learns_from_the_layer_that_it_was() -> None:
+@pytest.mark.parametrize(("blocks", "left"), [(SMALL, 6), (TINY, 6)], ids=["small", "tiny"])
+def test_each_layer_learns_from_the_layer_that_it_was(blocks: BlocksConfig, left: int) -> None:
     teacher, student = components_of(pipeline_of_two_pairs()), components_of(pipeline_of_two_pairs())
-    student.unet = pruned_unet(teacher.unet, SMALL)
+    student.unet = pruned_unet(teacher.unet, blocks)
     prepare_training(student, method="full", text_encoder="frozen", lora=LoraConfig())
     there = name_in_teacher(student.unet.config, teacher.unet.config)
     config = AttentionDistillationConfig(output_weight=1.0, feature_weight=1.0)
     batch = batch_of(student)
     with ExitStack() as stack:
         layers = [there(name) for name in attention_layers(student.unet)]
-        assert len(layers) == 6 < len(attention_layers(teacher.unet)) == 11
+        assert len(layers) == left < len(attention_layers(teacher.unet)) == 11
         maps = (
             stack.enter_context(record_attention(student.unet)),
             stack.enter_context(record_attention(teacher.unet, layers)),
@@ -302,7 +304,7 @@ def test_a_run_of_adapters_becomes_a_smaller_model_that_stock_diffusers_loads(tm
     )
     prove_parity(trained, components_of(stock), "cpu")
     card = (out / "README.md").read_text(encoding="utf-8")
-    assert "pruned_base" in card
+    assert "pruned_base" in card and "| blocks.layers\\_per\\_block | 1 |" in card and "lora.rank" not in card
 
     kept = {name: (out / name).read_bytes() for name in (f"unet/{UNET_FILE}", f"pruned_base/unet/{UNET_FILE}")}
     files = files_of(out)
@@ -325,13 +327,20 @@ def test_options_that_a_compression_does_not_read_are_refused(
     assert not (tmp_path / "out/config.yaml").exists()
     message = refusal_of(recipe_module("compress").compress, CompressConfig, argv, capsys)
     assert "nothing is removed" in message
+    assert not (tmp_path / "out").exists(), "of what is refused nothing stays"
     # Another choice of blocks after a refusal, in the same folder: not the blocks of the refused command.
     again = [*argv, "--blocks.remove_mid_block", "true", *TRAINING, "--data.cache_dir", str(tmp_path / "cache")]
     message = refusal_of(
         recipe_module("compress").compress, CompressConfig, [*again, "--data.resolution", "60"], capsys
     )
     assert "data.resolution is 60" in message
-    (tmp_path / "out/pruned_base/unet" / UNET_FILE).write_bytes(b"")
+    assert not (tmp_path / "out").exists()
     compress([*again, "--dry_run", "true"])
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out/pruned_base/unet").mkdir(parents=True)  # of a command that was killed
+    message = refusal_of(
+        recipe_module("compress").compress, CompressConfig, [*again, "--run", str(tmp_path / "base")], capsys
+    )
+    assert "is a whole pipeline" in message
     compress(again)
     assert read_metrics(tmp_path / "out")["arms"]["model"]["cost"]["steps"] == 2

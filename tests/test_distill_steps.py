@@ -22,8 +22,9 @@ from tiny import save_tiny, tiny_sd, tiny_sdxl
 from distill.attention import record_attention
 from distill.cli import parse
 from distill.components import LORA_FILE, Components, components_of, encode_text, prepare_training
-from distill.config import AttentionDistillationConfig, ConsistencyConfig, DistillStepsConfig
+from distill.config import AttentionDistillationConfig, ConsistencyConfig, DistillStepsConfig, EvaluationConfig
 from distill.objectives import ConsistencyObjective, Noised
+from distill.rules import value_faults
 
 BUILDS = [tiny_sd, lambda: tiny_sd("v_prediction"), tiny_sdxl]
 IDS = ["epsilon", "v", "sdxl"]
@@ -71,7 +72,10 @@ def test_the_teachers_step_is_the_stock_samplers_under_guidance(build: Callable[
         objective, teacher = objective_of(stack, build, guidance_scale=scale)
         x = embedded(objective, batch_of(teacher))
         before, _ = objective._step_of_teacher(x, objective._maps[1])
-        empty = encode_text(teacher.text_encoders, teacher.tokenize([""] * len(x.timesteps)))
+        stock = teacher.pipeline.encode_prompt(
+            "x", device="cpu", num_images_per_prompt=len(x.timesteps), do_classifier_free_guidance=True
+        )
+        empty = (stock[1], stock[3] if len(stock) == 4 else None)
         stated, without = (
             objective.predict(teacher.unet, [], replace(x, prompt_embeds=e)) for e in (x.prompt_embeds, empty)
         )
@@ -190,9 +194,20 @@ def test_a_full_run_becomes_an_adapter_that_stock_diffusers_samples_in_few_steps
     ).images[0]  # fmt: skip
     drawn = np.asarray(Image.open(out / "model/samples/0000.png"), dtype=float) / 255
     assert np.abs(image - drawn).max() < 0.02
+    card = (out / "README.md").read_text(encoding="utf-8")
+    assert "pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)" in card
+    assert "num_inference_steps=3, guidance_scale=1.0" in card
     files = files_of(out)
     distill_steps([*argv, "--trainer.sample_every_steps", "2"])
     assert files_of(out) == files
+
+
+def test_more_steps_than_the_few_step_sampler_has_are_refused() -> None:
+    config = replace(EvaluationConfig(), scheduler="lcm", num_inference_steps=51)
+    assert value_faults(config) == {
+        "num_inference_steps": "num_inference_steps: expected at most 50 with scheduler lcm, got 51"
+    }
+    assert not value_faults(replace(config, num_inference_steps=50))
 
 
 def test_options_that_few_steps_do_not_read_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -202,8 +217,21 @@ def test_options_that_few_steps_do_not_read_are_refused(tmp_path: Path, capsys: 
     message = refusal_of(recipe_module("distill_steps").distill_steps, DistillStepsConfig, argv, capsys)
     for expected in ("distillation.teacher", "distillation.output_weight", "evaluation.scheduler"):
         assert expected in message
-    argv = ["--consistency.guidance_scale", "0.5", "--student_steps", "51", "--consistency.solver_steps", "0"]
+    argv = ["--consistency.guidance_scale", "0.5", "--student_steps", "51", "--consistency.solver_steps", "30"]
     message = refusal_of(recipe_module("distill_steps").distill_steps, DistillStepsConfig, argv, capsys)
-    for expected in ("guidance_scale: expected at least 1", "student_steps: expected 1 to 50", "solver_steps"):
+    for expected in (
+        "guidance_scale: expected at least 1",
+        "student_steps: expected 1 to 50",
+        "solver_steps: expected a multiple of 50",
+    ):
         assert expected in message
+    argv = ["--base.name", str(tmp_path / "base"), "--output_dir", str(tmp_path / "out"), *TRAINING]
+    run = ["--run", str(tmp_path / "base/unet"), "--distillation.teacher", "x"]
+    for extra, expected in (
+        (["--consistency.solver_steps", "150"], "timesteps must be a multiple of it"),
+        (run, "distillation.teacher"),
+    ):
+        message = refusal_of(recipe_module("distill_steps").distill_steps, DistillStepsConfig, [*argv, *extra], capsys)
+        assert expected in message
+        assert not (tmp_path / "out").exists()
     assert not (tmp_path / "out").exists()

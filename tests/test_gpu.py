@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import BitsAndBytesConfig, UNet2DConditionModel
 from recipe import recipe_module
 from test_attention import attach_lora, inputs, int8, nf4, nothing
 from tiny import save_tiny
@@ -20,6 +21,7 @@ from distill.cli import parse
 from distill.components import load_components
 from distill.config import BaseConfig, EvaluationConfig, TradeoffConfig
 from distill.evaluate import generate
+from distill.quantize import megabytes, quantize
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 Change = Callable[[nn.Module], None]
@@ -65,6 +67,25 @@ def test_maps_are_those_of_the_cpu(unet: Any) -> None:
         unet(**on_gpu(unet, torch.float32))
     for name, maps in here.by_layer.items():
         torch.testing.assert_close(there.by_layer[name].cpu(), maps, atol=2e-3, rtol=0)  # convolutions in TF32
+
+
+@pytest.mark.parametrize("bits", ["int8", "nf4"])
+@torch.no_grad()
+def test_fewer_bits_are_those_of_stock_loading_and_of_the_cpu(tmp_path: Path, bits: Any) -> None:
+    folder = save_tiny(tmp_path / "sd", "sd")
+    here, there = (load_components(BaseConfig(name=str(folder))).freeze() for _ in range(2))
+    quantize(here, bits)
+    there.to("cuda")
+    quantize(there, bits)
+    assert megabytes(there) == pytest.approx(megabytes(here))
+    options = {"load_in_8bit": True} if bits == "int8" else {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    stock = UNet2DConditionModel.from_pretrained(
+        folder / "unet", quantization_config=BitsAndBytesConfig(**options), torch_dtype=torch.float32
+    )
+    call = on_gpu(there.unet, torch.float32)
+    expected = there.unet(**call).sample
+    torch.testing.assert_close(stock(**call).sample.float(), expected, atol=2e-2, rtol=2e-2)
+    torch.testing.assert_close(here.unet(**inputs(here.unet)).sample, expected.cpu(), atol=5e-2, rtol=5e-2)
 
 
 @pytest.mark.slow

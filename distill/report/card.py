@@ -44,6 +44,12 @@ _SETTINGS = (
     "distillation.token_kl_weight",
     "distillation.place_kl_weight",
     "distillation.mass_weight",
+    "blocks.layers_per_block",
+    "blocks.remove_mid_block",
+    "blocks.remove_stages",
+    "blocks.transformer_layers",
+    "consistency.guidance_scale",
+    "consistency.solver_steps",
     "seed",
     "data.seed",
     "evaluation.seed",
@@ -61,10 +67,13 @@ def _folder_location(arm_dir: Path) -> str:
     return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.name
 
 
-def loading_code(base_name: str, folder: str, export: Mapping[str, str]) -> str:
-    """Python that loads the parts exported to `folder` into a stock diffusers pipeline."""
+def loading_code(base_name: str, folder: str, export: Mapping[str, str], few_steps: int | None = None) -> str:
+    """Python that loads the parts exported to `folder` into a stock diffusers pipeline.
+
+    few_steps: of a model that draws in so many steps of LCMScheduler, without guidance.
+    """
     folders = [part for part in _CLASSES if part in export]
-    imports: dict[str, list[str]] = {"diffusers": ["DiffusionPipeline"]}
+    imports = {"diffusers": ["DiffusionPipeline"] + (["LCMScheduler"] if few_steps is not None else [])}
     for part in folders:
         package, name = _CLASSES[part]
         imports.setdefault(package, []).append(name)
@@ -78,7 +87,11 @@ def loading_code(base_name: str, folder: str, export: Mapping[str, str]) -> str:
     lines.append(f"pipe = DiffusionPipeline.from_pretrained(base{parts})")
     if "lora" in export:
         lines.append("pipe.load_lora_weights(folder)")
-    lines.append('image = pipe("Small left pleural effusion.", num_inference_steps=20).images[0]')
+    sampling = "num_inference_steps=20"
+    if few_steps is not None:
+        lines.append("pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)")
+        sampling = f"num_inference_steps={few_steps}, guidance_scale=1.0"
+    lines.append(f'image = pipe("Small left pleural effusion.", {sampling}).images[0]')
     return "\n".join(lines)
 
 
@@ -144,11 +157,13 @@ def write_model_card(
     else:
         parts.append("Nothing: the numbers below are the base's own.")
     flat = dict(flatten(config))
+    few_steps = int(flat["evaluation.num_inference_steps"]) if flat.get("evaluation.scheduler") == "lcm" else None
     settings = [[key, flat[key]] for key in _SETTINGS if key in flat]
     if settings:
         parts.append("Main settings (all of them: `settings` in the `metrics.json` of this model):")
         parts.append(markdown_table(Table(["setting", "value"], settings)))
-    parts += ["## How to load it", f"```python\n{loading_code(base_name, _folder_location(arm_dir), export)}\n```"]
+    code = loading_code(base_name, _folder_location(arm_dir), export, few_steps)
+    parts += ["## How to load it", f"```python\n{code}\n```"]
     parts += ["## How it was measured", markdown_table(_metrics_table(metrics_for_arm))]
     word = lookup(metrics_for_arm, "localization", "word") or {}
     quality = lookup(metrics_for_arm, "quality") or {}

@@ -1,4 +1,4 @@
-"""Draws tradeoff/map.png: what training the text encoder changes, regime by regime, from the committed numbers.
+"""Draws earlier_base/map.png: what training the text encoder changes, regime by regime, from the committed numbers.
 
 python recipes/results/map_figure.py
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-FOLDER = Path(__file__).parent / "tradeoff"
+FOLDER = Path(__file__).parent / "earlier_base"
 PANELS = (
     ("word AUC", "localization", "word", "auc"),
     ("EOS AUC", "localization", "eos", "auc"),
