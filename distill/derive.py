@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 
 from distill.arms import Arm, unused_options
@@ -17,6 +16,7 @@ from distill.cli import refuse_unused
 from distill.components import SUBSET_FILE, Components, load_components
 from distill.config import BaseConfig, CompressConfig, DistillStepsConfig
 from distill.errors import UserError
+from distill.processes import process_state
 from distill.runs import claim, quiet_libraries
 
 Change = Callable[[Components], Components]
@@ -35,7 +35,7 @@ def derived_base(
     refuse_unused(config, unused_options(config, [arm]))
     if config.run is not None and (Path(config.run) / "model_index.json").exists():
         raise UserError(f"run: {config.run} is a whole pipeline, not a run folder; give it as base.name, without run")
-    state, folder = PartialState(), Path(config.output_dir)
+    state, folder = process_state(), Path(config.output_dir)
     if not config.dry_run:
         claim(folder, config)
     scratch = [tempfile.mkdtemp() if config.dry_run and state.is_main_process else None]

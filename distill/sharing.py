@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from accelerate import PartialState
 from filelock import FileLock, Timeout
 from rich.console import Console
 
 from distill.cli import to_yaml
 from distill.config import TradeoffConfig
 from distill.errors import UserError
+from distill.processes import process_state
 from distill.report import terminal_table, validate_metrics, write_report
 from distill.runs import Run, write_json
 from distill.seeds import REFERENCES, combine, run_folders
@@ -75,7 +75,7 @@ def share_out(run: Run, jobs: dict[str, Job]) -> None:
 def share_base(folder: Path, config: TradeoffConfig) -> None:
     """Copy the base's evaluation from another seed of the same configuration, since no seed changes it."""
     target = Path(config.output_dir) / "base"
-    if target.exists() or not PartialState().is_main_process:
+    if target.exists() or not process_state().is_main_process:
         return
     for path in run_folders(folder).values():
         other = cast(dict[str, Any], yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
@@ -92,7 +92,7 @@ def share_base(folder: Path, config: TradeoffConfig) -> None:
 
 def finish_seeds(folder: Path, references: Sequence[str] = REFERENCES) -> None:
     """metrics.json and report of all seeds in `folder`, the table in the terminal, and the paths."""
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return
     metrics = combine(folder, references=references)
     validate_metrics(metrics)

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any, cast
 
 import yaml
-from accelerate import PartialState
 from tqdm.auto import tqdm
 
 from distill.arms import can_be_arm
@@ -23,6 +22,7 @@ from distill.cli import main, to_yaml
 from distill.components import read_json
 from distill.config import CompareConfig, DataConfig, EvaluationConfig
 from distill.errors import UserError, raise_all
+from distill.processes import process_state
 from distill.provenance import provenance
 from distill.report.document import write_atomic
 from distill.report.tables import flatten
@@ -131,7 +131,7 @@ def gather(config: CompareConfig) -> dict[int, dict[str, Evaluated]]:
 
 
 def compare(config: CompareConfig) -> None:
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return
     runs, folder = gather(config), Path(config.output_dir)
     references = config.references or [name for name in REFERENCES if name in config.arms] or [next(iter(config.arms))]

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline
 from torch import nn
 from tqdm.auto import tqdm
@@ -56,6 +56,7 @@ from distill.localization import localization
 from distill.metrics import bootstrap_interval, finding_auroc
 from distill.metrics.features import PhantomFeatures
 from distill.objectives import AutoencoderObjective, ClassificationObjective, ContrastiveObjective, DenoisingObjective
+from distill.processes import process_state
 from distill.provenance import provenance
 from distill.runs import quiet_libraries, write_json
 from distill.trainer import fit, make_accelerator
@@ -341,7 +342,7 @@ def rehearse(config: PretrainConfig) -> PretrainConfig:
 def pretrain(config: PretrainConfig) -> None:
     quiet_libraries()
     alone = ["dry_run"] if config.dry_run else [stage for stage in config.stages if stage not in UNET_STAGES]
-    if alone and (processes := PartialState().num_processes) > 1:
+    if alone and (processes := process_state().num_processes) > 1:
         raise UserError(
             f"{', '.join(alone)}: for one process, and this launch has {processes}; the stages {', '.join(UNET_STAGES)} "
             "take several: name them by --stages"
@@ -355,7 +356,7 @@ def pretrain(config: PretrainConfig) -> None:
         return
     work = Path(config.work_dir)
     base, classifier = Path(config.output_dir), Path(config.classifier_dir)
-    with PartialState().main_process_first():
+    with process_state().main_process_first():
         finish_saving(base)
     if "pictures" in config.stages and not (work / "pictures" / "pixels.npy").exists():
         render(PicturesDataset("train", config.pictures, config.seed, config.resolution), work / "pictures")

@@ -13,7 +13,6 @@ import shutil
 from pathlib import Path
 
 import torch
-from accelerate import PartialState
 
 from distill.arms import unused_data_options
 from distill.cli import main, refuse_unused
@@ -22,6 +21,7 @@ from distill.config import SwapTextEncoderConfig
 from distill.data import load_dataset
 from distill.errors import UserError
 from distill.export import prove_parity
+from distill.processes import process_state
 from distill.runs import quiet_libraries
 from distill.swap import MULTI_LABEL, load_text_encoder, multi_label_encoder, swap_text_encoder
 
@@ -38,7 +38,7 @@ def unused_options(config: SwapTextEncoderConfig) -> dict[str, str]:
 
 def swap(config: SwapTextEncoderConfig) -> None:
     quiet_libraries()
-    if not PartialState().is_main_process:
+    if not process_state().is_main_process:
         return
     if config.text_encoder is None:
         raise UserError(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,13 @@ from test_recipes import PHANTOM, TRAINING, UNET_FILE, files_of, log_rows, read_
 from tiny import save_tiny, tiny_sd, tiny_sdxl
 from torch import nn
 
+from distill.arms import Arm
 from distill.attention import attention_layers, record_attention
-from distill.cli import parse
+from distill.cli import parse, to_yaml
 from distill.components import AttentionSubset, components_of, load_components, parameter_counts, prepare_training
 from distill.compress import model_size, name_in_teacher, pruned_config, pruned_subset, pruned_unet
 from distill.config import AttentionDistillationConfig, BaseConfig, BlocksConfig, CompressConfig, LoraConfig
+from distill.derive import derived_base
 from distill.errors import UserError
 from distill.export import export, prove_parity
 from distill.losses import token_attention_kl
@@ -310,6 +314,43 @@ def test_a_run_of_adapters_becomes_a_smaller_model_that_stock_diffusers_loads(tm
     files = files_of(out)
     compress(argv)
     assert {name: (out / name).read_bytes() for name in kept} == kept and files_of(out) == files
+
+
+def _rank(rank: int, port: int, folder: str) -> None:
+    """One of two processes: makes the same base in earnest, as a dry run, and for a command that is refused."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
+                   "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
+    root = Path(folder)
+    argv = ["--base.name", str(root / "base"), "--blocks.remove_mid_block", "true", "--output_dir"]
+    arm = Arm("model", root / "out", "full", "frozen", 1e-4, 1e-4, distillation=AttentionDistillationConfig())
+
+    def change(components: Any) -> Any:
+        with (root / "written").open("a") as log:
+            log.write(f"{rank}\n")
+        return components
+
+    def found(config: CompressConfig, keep: bool = False) -> str:
+        with derived_base(config, arm, "derived", change) as base:
+            assert (Path(base.name) / "model_index.json").exists()
+            if keep:
+                (Path(config.output_dir) / "config.yaml").write_text(to_yaml(config))
+        return base.name
+
+    names = [found(parse(CompressConfig, [*argv, str(root / name)]), keep=name == "out") for name in ("out", "refused")]
+    names.append(found(parse(CompressConfig, [*argv, str(root / "dry"), "--dry_run", "true"])))
+    (root / f"names-{rank}.json").write_text(json.dumps(names))
+
+
+def test_one_of_two_processes_writes_what_both_read(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "base")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    names = [json.loads((tmp_path / f"names-{rank}.json").read_text()) for rank in (0, 1)]
+    assert names[0] == names[1] and (tmp_path / "written").read_text() == "0\n0\n0\n"
+    assert (Path(names[0][0]) / "unet" / UNET_FILE).exists()
+    assert not any(Path(name).exists() for name in names[0][1:]), "of what ends before its training nothing stays"
 
 
 def test_options_that_a_compression_does_not_read_are_refused(

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LAYERS = (
-    ("errors",),
+    ("errors", "processes"),
     ("config",),
     ("rules",),
     ("cli", "losses", "metrics", "provenance"),
