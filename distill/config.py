@@ -166,15 +166,15 @@ class AttentionDistillationConfig:
     start_from_teacher: bool = False
     """Start from the teacher's weights and not the base's: a run folder trained in full, a pipeline, or, for a student of
     adapters, a run folder of such adapters. The teacher's training then is the first part of the student's. With it the
-    student's FID was 22 % below the teacher's, without 10 % (three seeds)."""
+    student's FID was 15 % below the teacher's, without 5 % (three seeds)."""
     batch_share: float = 1.0
     """Share of each batch that is distilled, at least one image; a smaller one costs less time."""
     frozen_share: float = 0.0
     """With teacher frozen_text_encoder: share of each batch, its last images, that the U-Net is trained on through the frozen
     text encoder and not the trained one, so that it can go on teaching; at most 1 - batch_share."""
     token_kl_weight: float = 0.1
-    """(a) KL over tokens at each place. 0.1 for this and the next two kept the teacher's maps (word AUC +.002 [-.001, +.006])
-    and drew better than it (FID -10 % [-13 %, -7 %]); 1 kept its maps and its FID: recipes/results/tradeoff.md."""
+    """(a) KL over tokens at each place. 0.1 for this and the next two kept the teacher's maps (word AUC +.000 [-.001, +.002])
+    and drew better than it (FID -5 % [-8 %, -1 %]): recipes/results/tradeoff.md. 1 kept its maps and its FID."""
     place_kl_weight: float = 0.1
     """(b) KL over places for each word token."""
     mass_weight: float = 0.1
@@ -199,9 +199,9 @@ class AttentionDistillationConfig:
     gate_reference: str | None = None
     """Teach only at the timesteps at which the teacher localizes on validation images, and the layers and token groups that
     localize there at least as well in the teacher as in this model: a run folder, such as the same training without a
-    teacher, or `base`. The groups are those of (b), in place of place_groups. None teaches all. The winner over five seeds
-    (recipes/results/tradeoff.md), with start_from_teacher: maps at least the teacher's (word AUC +.003 [-.001, +.007]), FID
-    12 % below that of the same training without a teacher [-24 %, +2 %]."""
+    teacher, or `base`. The groups are those of (b), in place of place_groups. None teaches all. The winner
+    (recipes/results/tradeoff.md, three seeds), with start_from_teacher: maps better than the teacher's (word AUC +.008 [+.001,
+    +.020]), FID 11 % below that of the same training without a teacher [-20 %, +1 %]."""
     gate_images: int = 100
     """Validation images of the gate."""
     layers: tuple[str, ...] = ()
