@@ -32,6 +32,7 @@ from distill.report.tables import (
     Estimate,
     compare,
     comparison_table,
+    cost_table,
     finding_table,
     format_estimate,
     format_seconds,
@@ -479,6 +480,26 @@ def test_schema_accepts_what_recipes_write() -> None:
     metrics["arms"]["frozen"]["localization"] = None
     del metrics["real"]
     validate_metrics(metrics)
+
+
+def test_sizes_stand_beside_costs_where_they_are_known() -> None:
+    metrics = make_metrics(("frozen", "model"))
+    assert "stored" not in cost_table(metrics).head
+    metrics["arms"]["model"]["size"] = {
+        "unet_parameters": 482_346_884,
+        "text_encoder_parameters": 123_060_480,
+        "unet_gflops": 421.06,
+        "unet_passes_an_image": 4,
+        "megabytes": 1210.8,
+    }
+    validate_metrics(metrics)
+    table = cost_table(metrics)
+    frozen, model = table.rows
+    assert model[-5:] == ["482,346,884", "123,060,480", "421.06", "4", "1,210.8 MB"]
+    assert frozen[-5:] == [UNKNOWN] * 5 and len(frozen) == len(model) == len(table.head)
+    metrics["arms"]["model"]["size"]["megabytes"] = -1
+    with pytest.raises(ValueError, match="megabytes: must be within"):
+        validate_metrics(metrics)
 
 
 DELETE = object()
