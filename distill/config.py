@@ -401,8 +401,12 @@ class CompressConfig:
     """How the text encoder(s) are trained, from the teacher's on."""
     denoising: DenoisingConfig = field(default_factory=DenoisingConfig)
     distillation: AttentionDistillationConfig = field(
-        default_factory=lambda: AttentionDistillationConfig(output_weight=1.0, feature_weight=1.0)
+        default_factory=lambda: AttentionDistillationConfig(
+            token_kl_weight=0.0, place_kl_weight=0.0, mass_weight=0.0, output_weight=1.0, feature_weight=1.0
+        )
     )
+    """Outputs and features alone by default: under a frozen text encoder the attention terms cost maps and images
+    (recipes/results/compression.md)."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     bits: tuple[Literal["int8", "nf4"], ...] = ()

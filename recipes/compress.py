@@ -2,9 +2,9 @@
 
     accelerate launch recipes/compress.py --config recipes/configs/phantom/compress.yaml --run checkpoints/finetune
 
-Besides outputs and features (BK-SDM), the student's cross-attention is held to the teacher's, so that a word still shows
-where its finding is. What is taken out is in distill/compress.py; the loss is `AttentionDistillationObjective` in
-distill/objectives.py; the loop is `fit` in distill/trainer.py.
+What is taken out is in distill/compress.py. The loss is `AttentionDistillationObjective` in distill/objectives.py, by default of
+outputs and features (BK-SDM), and on request of the attention of each layer that stays; the loop is `fit` in
+distill/trainer.py.
 """
 
 from __future__ import annotations
