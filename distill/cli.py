@@ -293,6 +293,19 @@ def _merge(assignments: Iterable[_Assignment], schema: _Schema, faults: list[str
     return merged
 
 
+def _filled(merged: dict[str, Any], default: Any) -> dict[str, Any]:
+    """`merged`, and what the groups that it sets a part of have by default otherwise than their class."""
+    filled, plain = dict(merged), type(default)()
+    for item in dataclasses.fields(default):
+        value = getattr(default, item.name)
+        if not dataclasses.is_dataclass(value):
+            if item.name not in merged and value != getattr(plain, item.name):
+                filled[item.name] = value
+        elif item.name in merged:
+            filled[item.name] = _filled(merged[item.name], value)
+    return filled
+
+
 def _shown(value: Any) -> str:
     text = repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
@@ -377,7 +390,7 @@ def parse(
         _print_help(config_class, schema)
         raise SystemExit(0)
     assignments = [assignment for file in files for assignment in _read_yaml(file, schema, faults)] + overrides
-    config: T = _built(_merge(assignments, schema, faults), config_class)
+    config: T = _built(_filled(_merge(assignments, schema, faults), config_class()), config_class)
     origins = {assignment.key: assignment.origin for assignment in assignments}
     faults += [
         f"{fault} (from {origins[key]})" if key in origins else fault for key, fault in value_faults(config).items()

@@ -2,7 +2,7 @@
 
     accelerate launch recipes/compress.py --config recipes/configs/phantom/compress.yaml --run checkpoints/finetune
 
-What is taken out is in distill/compress.py. The loss is `AttentionDistillationObjective` in distill/objectives.py, by default of
+What is taken out: distill/compress.py. The loss is `AttentionDistillationObjective` in distill/objectives.py, by default of
 outputs and features (BK-SDM), and on request of the attention of each layer that stays; the loop is `fit` in
 distill/trainer.py.
 """

@@ -163,6 +163,18 @@ def test_config_holds_plain_tuples_and_numbers(config: Any, tmp_path: Path) -> N
             assert type(value) is tuple, key
 
 
+def test_a_group_keeps_its_recipes_defaults_where_a_part_of_it_is_set(tmp_path: Path) -> None:
+    """The defaults of compress.py's distillation are others than those of distill_attention.py."""
+    file = tmp_path / "c.yaml"
+    file.write_text("distillation: {tail_weight: 0.2}\n", encoding="utf-8")
+    config = parse(CompressConfig, ["--config", str(file), "--distillation.mass_weight", "0.5"])
+    expected = dataclasses.replace(CompressConfig().distillation, tail_weight=0.2, mass_weight=0.5)
+    assert config.distillation == expected and expected.output_weight == 1.0 and expected.token_kl_weight == 0.0
+    few = parse(DistillStepsConfig, ["--denoising.insert_labels", "first"])
+    assert few.denoising == dataclasses.replace(DistillStepsConfig().denoising, insert_labels="first")
+    assert parse(DistillStepsConfig, ["--denoising.caption_dropout", "0.1"]).denoising.caption_dropout == 0.1
+
+
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_config_is_legal(path: Path) -> None:
     classes = {
