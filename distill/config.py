@@ -405,7 +405,7 @@ class CompressConfig:
             token_kl_weight=0.0, place_kl_weight=0.0, mass_weight=0.0, output_weight=1.0, feature_weight=1.0
         )
     )
-    """Outputs and features alone by default: under a frozen text encoder the attention terms cost maps and images
+    """Outputs and features alone by default: under a frozen text encoder the attention terms cost maps
     (recipes/results/compression.md)."""
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
