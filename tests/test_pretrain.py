@@ -111,7 +111,7 @@ def test_a_stage_replaces_the_base_and_not_its_measurements(tmp_path: Path) -> N
 
 def test_stages_that_write_alone_refuse_several_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recipe = recipe_module("pretrain_phantom")
-    monkeypatch.setattr(recipe, "PartialState", lambda: SimpleNamespace(num_processes=2))
+    monkeypatch.setattr(recipe, "process_state", lambda: SimpleNamespace(num_processes=2))
     config = PretrainConfig(work_dir=str(tmp_path / "work"), output_dir=str(tmp_path / "base"))
     with pytest.raises(
         UserError, match="pictures, tokenizer, text_encoder, vae, classifier, .*for one process, and this"

@@ -551,7 +551,7 @@ def test_processes_that_share_a_folder_share_its_arms(tmp_path: Path) -> None:
     )
     assert other.stdout is not None and other.stdout.readline() == "held\n"
     done: list[str] = []
-    here = runs.Run(None, tmp_path, Accelerator(), None, None, Console(quiet=True), {})  # type: ignore[arg-type]
+    here = runs.Run(None, tmp_path, Accelerator(), None, None, Console(quiet=True), {}, BaseConfig())  # type: ignore[arg-type]
     jobs = {name: partial(done.append, name) for name in ("frozen", "learnable", "distilled")}
     sharing.share_out(
         here, {name: sharing.Job(call, ["frozen"] if name == "distilled" else []) for name, call in jobs.items()}
