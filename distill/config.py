@@ -174,7 +174,8 @@ class AttentionDistillationConfig:
     text encoder and not the trained one, so that it can go on teaching; at most 1 - batch_share."""
     token_kl_weight: float = 0.1
     """(a) KL over tokens at each place. 0.1 for this and the next two kept the teacher's maps (word AUC +.000 [-.001, +.002])
-    and drew better than it (FID -5 % [-8 %, -1 %]): recipes/results/tradeoff.md. 1 kept its maps and its FID."""
+    and drew better than it (FID -5 % [-8 %, -1 %]): recipes/results/tradeoff.md. 1 kept its maps and its FID
+    (earlier_base.md)."""
     place_kl_weight: float = 0.1
     """(b) KL over places for each word token."""
     mass_weight: float = 0.1

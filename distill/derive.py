@@ -60,13 +60,18 @@ def derived_base(
                 folder.rmdir()
 
 
-def _write(config: CompressConfig | DistillStepsConfig, folder: Path, change: Change) -> None:
-    """At `folder` only when it is whole."""
+def whole(config: CompressConfig | DistillStepsConfig) -> Components:
+    """Base and run as plain weights: adapters are fused, so that they cost no time and no parameters of their own."""
     components = load_components(config.base, config.run)
     if any("lora_" in name for module in components.modules() for name, _ in module.named_parameters()):
         components.pipeline.fuse_lora()
         components.pipeline.unload_lora_weights()
-    components = change(components)
+    return components
+
+
+def _write(config: CompressConfig | DistillStepsConfig, folder: Path, change: Change) -> None:
+    """At `folder` only when it is whole."""
+    components = change(whole(config))
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)

@@ -19,11 +19,12 @@ from typing import Any
 import torch
 
 from distill.arms import Arm
+from distill.attention import attention_layers
 from distill.cli import main
 from distill.components import Components, load_components
-from distill.compress import name_in_teacher, pruned_subset, pruned_unet
+from distill.compress import model_size, name_in_teacher, pruned_subset, pruned_unet
 from distill.config import BlocksConfig, CompressConfig, LoraConfig
-from distill.derive import derived_base
+from distill.derive import derived_base, whole
 from distill.runs import dry_run, evaluate_arm, finish, open_run, train_arm, write_json
 
 PRUNED = "pruned_base"
@@ -32,10 +33,10 @@ TIMED_PASSES = 20
 
 def prune(components: Components, blocks: BlocksConfig) -> Components:
     """The same pipeline with fewer blocks in its U-Net."""
-    whole = components.unet
-    student = pruned_unet(whole, blocks)
+    teacher = components.unet
+    student = pruned_unet(teacher, blocks)
     components.pipeline.register_modules(unet=student)
-    subset = pruned_subset(components.subset, student, name_in_teacher(student.config, whole.config))
+    subset = pruned_subset(components.subset, student, name_in_teacher(student.config, teacher.config))
     return replace(components, unet=student, subset=subset)
 
 
@@ -92,18 +93,20 @@ def compress(config: CompressConfig) -> None:
         if run.accelerator.is_main_process and not (run.folder / "speed.json").exists():
             device, batch = run.accelerator.device, config.evaluation.batch_size
             models = {
-                "teacher": load_components(config.base, teacher).to(device).freeze(),
+                "teacher": whole(config).to(device).freeze(),
                 "model": load_components(base, arm.folder).to(device).freeze(),
             }
             seconds = seconds_a_pass(models, config.data.resolution, batch)
             write_json(run.folder / "speed.json", {"batch_size": batch, "unet_seconds_a_pass": seconds})
-            size = {name: results[name]["size"] for name in models}
+            size = {name: model_size(components, config.data.resolution) for name, components in models.items()}
             parts = [
                 f"{label} {size['model'][key] / size['teacher'][key]:.2f}"
                 for key, label in (("unet_parameters", "parameters"), ("unet_gflops", "operations"))
             ]
+            layers = {name: len(attention_layers(components.unet)) for name, components in models.items()}
             run.say(
-                f"U-Net against the teacher's: {', '.join(parts)}, time of a pass {seconds['model'] / seconds['teacher']:.2f}"
+                f"U-Net against the teacher's: {', '.join(parts)}, time of a pass {seconds['model'] / seconds['teacher']:.2f}; "
+                f"cross-attention layers {layers['model']} of {layers['teacher']}, and so are the maps of each"
             )
         finish(run, results, next_command=f"load it in diffusers as {arm.folder / 'README.md'} shows")
 

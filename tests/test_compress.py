@@ -258,7 +258,9 @@ def compress(argv: list[str]) -> None:
     recipe.compress(parse(CompressConfig, argv))
 
 
-def test_a_run_of_adapters_becomes_a_smaller_model_that_stock_diffusers_loads(tmp_path: Path) -> None:
+def test_a_run_of_adapters_becomes_a_smaller_model_that_stock_diffusers_loads(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Adapters -> compress.py -> stock loading; the same command again does nothing."""
     pipeline_of_two_pairs().save_pretrained(tmp_path / "base")
     teacher_run, out = tmp_path / "teacher", tmp_path / "out"
@@ -281,6 +283,10 @@ def test_a_run_of_adapters_becomes_a_smaller_model_that_stock_diffusers_loads(tm
     assert len(set(words)) == 5, "each is another model"
     sizes = [metrics["arms"][name]["size"]["unet_parameters"] for name in ("teacher", "pruned", "model")]
     assert sizes[0] > sizes[1] == sizes[2]
+    removed = parameter_counts(two_pairs())[0] - sizes[1]  # the teacher's adapters are no part of its U-Net's size here
+    said = " ".join(capsys.readouterr().out.split())
+    ratio = sizes[1] / (sizes[1] + removed)
+    assert f"parameters {ratio:.2f}, operations" in said and "cross-attention layers 6 of 11" in said
     speed = json.loads((out / "speed.json").read_text())["unet_seconds_a_pass"]
     assert min(speed["model"], speed["teacher"]) > 0
     terms = log_rows(out / "model/train_log.jsonl")[-1]
