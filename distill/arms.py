@@ -18,7 +18,7 @@ from distill.config import (
     LoraConfig,
     TradeoffConfig,
 )
-from distill.objectives import EMA
+from distill.methods.objectives import EMA
 
 FROZEN_TEXT_ENCODER = "frozen_text_encoder"
 """distillation.teacher: the student's own U-Net, fed by the text encoder as it was before the training."""

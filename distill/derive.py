@@ -13,9 +13,9 @@ from accelerate.utils import broadcast_object_list
 
 from distill.arms import Arm, unused_options
 from distill.cli import refuse_unused
-from distill.components import SUBSET_FILE, Components, load_components
 from distill.config import BaseConfig, CompressConfig, DistillStepsConfig
 from distill.errors import UserError
+from distill.models.components import SUBSET_FILE, Components, load_components
 from distill.processes import process_state
 from distill.runs import claim, quiet_libraries
 

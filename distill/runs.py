@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -27,21 +26,8 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from distill.arms import FROZEN_TEXT_ENCODER, OWN_TEACHERS, Arm, is_gated, label_readers, settings_of, unused_options
-from distill.attention import attention_layers, record_attention
+from distill.attention.recording import attention_layers, record_attention
 from distill.cli import refuse_unused, to_yaml
-from distill.components import (
-    DTYPES,
-    LORA_FILE,
-    PHANTOM_BASE,
-    Components,
-    check_lora_targets,
-    encode_text,
-    load_components,
-    parameter_counts,
-    prepare_training,
-    read_json,
-)
-from distill.compress import name_in_teacher
 from distill.config import (
     AttentionDistillationConfig,
     BaseConfig,
@@ -58,15 +44,14 @@ from distill.config import (
 from distill.data import PhantomDataset, RecordDataset, load_dataset
 from distill.data.cache import cache_latents, cache_text_embeddings, model_fingerprint
 from distill.data.captions import NO_LABEL
-from distill.data.training import TrainingRows, check_training_text, training_caption
+from distill.data.rows import TrainingRows, check_training_text, training_caption
 from distill.errors import UserError, raise_all
-from distill.evaluate import HeldOut, evaluate, generate, held_out, quality, save_png
-from distill.export import export, prove_parity
-from distill.gate import choose_taught
-from distill.keylock import MERGE_CAPTIONS, KeyLock, lock_faults, lock_keys, merge_keys
-from distill.localization import localization
-from distill.metrics.features import load_features
-from distill.objectives import (
+from distill.evaluation.evaluate import HeldOut, evaluate, generate, held_out, quality, save_png
+from distill.evaluation.gate import choose_taught
+from distill.evaluation.localization import localization
+from distill.files import code_version, provenance, read_json, write_atomic, write_json
+from distill.methods.key_lock import MERGE_CAPTIONS, KeyLock, lock_faults, lock_keys, merge_keys
+from distill.methods.objectives import (
     EMA,
     AttentionDistillationObjective,
     ConsistencyObjective,
@@ -74,10 +59,22 @@ from distill.objectives import (
     SupervisedAttentionObjective,
     check_same_shape,
 )
-from distill.provenance import code_version, provenance
-from distill.quantize import quantize
+from distill.metrics.features import load_features
+from distill.models.bits import quantize
+from distill.models.blocks import name_in_teacher
+from distill.models.components import (
+    DTYPES,
+    LORA_FILE,
+    PHANTOM_BASE,
+    Components,
+    check_lora_targets,
+    encode_text,
+    load_components,
+    parameter_counts,
+    prepare_training,
+)
+from distill.models.export import export, prove_parity
 from distill.report import terminal_table, validate_metrics, write_model_card, write_report
-from distill.report.document import write_atomic
 from distill.trainer import FitResult, StepSampler, fit, generator_at, make_accelerator, peak_memory_gb
 
 TAIL_IMAGES = 512
@@ -772,10 +769,3 @@ def dry_run_evaluation(run: Run) -> None:
 
 def _pipeline_name(base: BaseConfig) -> str:
     return str(PHANTOM_BASE) if base.name == "phantom" else base.name
-
-
-def write_json(path: Path, value: Any) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps(value, indent=1, allow_nan=False), encoding="utf-8")
-    os.replace(partial, path)

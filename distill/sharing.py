@@ -17,10 +17,11 @@ from rich.console import Console
 from distill.cli import to_yaml
 from distill.config import TradeoffConfig
 from distill.errors import UserError
+from distill.evaluation.seeds import REFERENCES, combine, run_folders
+from distill.files import write_json
 from distill.processes import process_state
 from distill.report import terminal_table, validate_metrics, write_report
-from distill.runs import Run, write_json
-from distill.seeds import REFERENCES, combine, run_folders
+from distill.runs import Run
 
 
 @dataclass(frozen=True)

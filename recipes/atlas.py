@@ -19,7 +19,11 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from distill.arms import unused_data_options
-from distill.atlas import (
+from distill.cli import main, refuse_unused, to_yaml
+from distill.config import AtlasConfig
+from distill.data import RecordDataset, load_dataset
+from distill.errors import UserError, raise_all
+from distill.evaluation.atlas import (
     analyse,
     answer,
     compute_cells,
@@ -28,15 +32,11 @@ from distill.atlas import (
     subset_file,
     terminal_table,
 )
-from distill.cli import main, refuse_unused, to_yaml
-from distill.components import PHANTOM_BASE, SUBSET_FILE, Components, load_components
-from distill.config import AtlasConfig
-from distill.data import RecordDataset, load_dataset
-from distill.errors import UserError, raise_all
-from distill.protocols import DEFAULT_TIMESTEPS, queries
-from distill.provenance import provenance
+from distill.evaluation.protocols import DEFAULT_TIMESTEPS, queries
+from distill.files import provenance, write_json
+from distill.models.components import PHANTOM_BASE, SUBSET_FILE, Components, load_components
 from distill.report.figures import atlas_chart
-from distill.runs import quiet_libraries, write_json
+from distill.runs import quiet_libraries
 from distill.trainer import peak_memory_gb
 
 IGNORED = {

@@ -30,18 +30,28 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from tqdm.auto import tqdm
 
-from distill.attention import aggregate, attention_layers, normalize, record_attention, record_pipeline, select_tokens
+from distill.attention.heat_maps import aggregate, normalize, record_pipeline, select_tokens
+from distill.attention.recording import attention_layers, record_attention
 from distill.cli import main, to_yaml
-from distill.components import Components, load_components
 from distill.config import BenchmarkLocalizationConfig, EvaluationConfig
 from distill.data import load_dataset
 from distill.errors import UserError
-from distill.evaluate import finite
-from distill.localization import localization
+from distill.evaluation.evaluate import finite
+from distill.evaluation.localization import localization
+from distill.evaluation.protocols import (
+    Inputs,
+    Recorder,
+    ddim_timesteps,
+    ground_truth,
+    ours,
+    prepare_inputs,
+    queries,
+    with_subset,
+)
+from distill.files import provenance, write_json
 from distill.metrics import PixelAUROC, macro_mean_interval
-from distill.protocols import Inputs, Recorder, ddim_timesteps, ground_truth, ours, prepare_inputs, queries, with_subset
-from distill.provenance import provenance
-from distill.runs import quiet_libraries, write_json
+from distill.models.components import Components, load_components
+from distill.runs import quiet_libraries
 from distill.trainer import peak_memory_gb
 
 IGNORED = {f"evaluation.{name}": "the benchmark is of the model as it is" for name in ("quantization", "scheduler")}

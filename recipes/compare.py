@@ -19,15 +19,13 @@ from tqdm.auto import tqdm
 
 from distill.arms import can_be_arm
 from distill.cli import main, to_yaml
-from distill.components import read_json
 from distill.config import CompareConfig, DataConfig, EvaluationConfig
 from distill.errors import UserError, raise_all
+from distill.evaluation.seeds import REFERENCES, combine
+from distill.files import provenance, read_json, write_atomic, write_json
 from distill.processes import process_state
-from distill.provenance import provenance
-from distill.report.document import write_atomic
 from distill.report.tables import flatten
-from distill.runs import claim, write_json
-from distill.seeds import REFERENCES, combine
+from distill.runs import claim
 from distill.sharing import finish_seeds
 
 TRAINING_DATA = {"train_size", "validation_size", "train_split", "horizontal_flip", "cache_dir"}

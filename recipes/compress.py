@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from distill.arms import Arm
-from distill.attention import attention_layers
+from distill.attention.recording import attention_layers
 from distill.cli import main
-from distill.components import Components, load_components
-from distill.compress import model_size, name_in_teacher, pruned_subset, pruned_unet
 from distill.config import BlocksConfig, CompressConfig, LoraConfig
 from distill.derive import derived_base, whole
-from distill.runs import dry_run, evaluate_arm, finish, open_run, train_arm, write_json
+from distill.files import write_json
+from distill.models.blocks import model_size, name_in_teacher, pruned_subset, pruned_unet
+from distill.models.components import Components, load_components
+from distill.runs import dry_run, evaluate_arm, finish, open_run, train_arm
 
 PRUNED = "pruned_base"
 TIMED_PASSES = 20

@@ -26,21 +26,32 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer, ResNetForImageClassification
 
 from distill.cli import main, to_yaml
-from distill.components import (
+from distill.config import BaseConfig, DenoisingConfig, LoraConfig, PretrainConfig, TrainerConfig
+from distill.data import PhantomDataset
+from distill.data.cache import cache_latents
+from distill.data.pictures import VOCABULARY, PicturesDataset
+from distill.data.rows import TrainingRows
+from distill.errors import UserError
+from distill.evaluation.evaluate import generate, save_png
+from distill.evaluation.localization import localization
+from distill.files import provenance, read_json, write_json
+from distill.methods.objectives import (
+    AutoencoderObjective,
+    ClassificationObjective,
+    ContrastiveObjective,
+    DenoisingObjective,
+)
+from distill.metrics import bootstrap_interval, finding_auroc
+from distill.metrics.features import PhantomFeatures
+from distill.models.components import (
     SUBSET_FILE,
     Components,
     components_of,
     load_components,
     parameter_counts,
     prepare_training,
-    read_json,
 )
-from distill.config import BaseConfig, DenoisingConfig, LoraConfig, PretrainConfig, TrainerConfig
-from distill.data import PhantomDataset
-from distill.data.cache import cache_latents
-from distill.data.pictures import VOCABULARY, PicturesDataset
-from distill.data.training import TrainingRows
-from distill.embedded import (
+from distill.models.embedded import (
     ImageTower,
     RenderedPictures,
     new_classifier,
@@ -50,15 +61,8 @@ from distill.embedded import (
     render,
     train_tokenizer,
 )
-from distill.errors import UserError
-from distill.evaluate import generate, save_png
-from distill.localization import localization
-from distill.metrics import bootstrap_interval, finding_auroc
-from distill.metrics.features import PhantomFeatures
-from distill.objectives import AutoencoderObjective, ClassificationObjective, ContrastiveObjective, DenoisingObjective
 from distill.processes import process_state
-from distill.provenance import provenance
-from distill.runs import quiet_libraries, write_json
+from distill.runs import quiet_libraries
 from distill.trainer import fit, make_accelerator
 
 Row = dict[str, Any]

@@ -18,18 +18,18 @@ from rich.console import Console
 
 from distill.arms import unused_data_options
 from distill.cli import main, refuse_unused, to_yaml
-from distill.components import load_components
 from distill.config import RobustnessConfig
 from distill.data import RecordDataset, load_dataset
 from distill.errors import UserError
-from distill.evaluate import finite
-from distill.localization import localization
-from distill.protocols import queries
-from distill.provenance import provenance
-from distill.report.document import Table, markdown_table, write_atomic
+from distill.evaluation.evaluate import finite
+from distill.evaluation.localization import localization
+from distill.evaluation.protocols import queries
+from distill.evaluation.robustness import SHIFTS, ShiftedDataset, negations, two_places
+from distill.files import provenance, write_atomic, write_json
+from distill.models.components import load_components
+from distill.report.document import Table, markdown_table
 from distill.report.tables import format_number
-from distill.robustness import SHIFTS, ShiftedDataset, negations, two_places
-from distill.runs import quiet_libraries, write_json
+from distill.runs import quiet_libraries
 
 IGNORED = {
     "evaluation.quantization": "robustness.py looks at the models as they are",

@@ -16,14 +16,14 @@ import torch
 
 from distill.arms import unused_data_options
 from distill.cli import main, refuse_unused
-from distill.components import components_of, load_components, parameter_counts
 from distill.config import SwapTextEncoderConfig
 from distill.data import load_dataset
 from distill.errors import UserError
-from distill.export import prove_parity
+from distill.models.components import components_of, load_components, parameter_counts
+from distill.models.export import prove_parity
+from distill.models.text_encoder import MULTI_LABEL, load_text_encoder, multi_label_encoder, swap_text_encoder
 from distill.processes import process_state
 from distill.runs import quiet_libraries
-from distill.swap import MULTI_LABEL, load_text_encoder, multi_label_encoder, swap_text_encoder
 
 
 def unused_options(config: SwapTextEncoderConfig) -> dict[str, str]:

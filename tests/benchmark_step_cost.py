@@ -19,13 +19,13 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from distill.attention import record_attention
-from distill.components import Components, load_components, prepare_training
+from distill.attention.recording import record_attention
 from distill.config import AttentionDistillationConfig, BaseConfig, DenoisingConfig, LoraConfig
 from distill.data import PhantomDataset
-from distill.data.training import TrainingRows
-from distill.keylock import lock_keys
-from distill.objectives import AttentionDistillationObjective, DenoisingObjective, SupervisedAttentionObjective
+from distill.data.rows import TrainingRows
+from distill.methods.key_lock import lock_keys
+from distill.methods.objectives import AttentionDistillationObjective, DenoisingObjective, SupervisedAttentionObjective
+from distill.models.components import Components, load_components, prepare_training
 
 LOCKED = "key_locked"
 Kind = AttentionDistillationConfig | DenoisingConfig | str | None

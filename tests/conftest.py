@@ -9,9 +9,9 @@ from accelerate import Accelerator
 from hypothesis import settings
 from tiny import save_tiny
 
-from distill.components import Components, load_components
 from distill.config import BaseConfig
 from distill.data import PhantomDataset
+from distill.models.components import Components, load_components
 
 # The same examples in every run, so that a failure is of the change that it follows; others: --hypothesis-profile default
 settings.register_profile("repeatable", derandomize=True, print_blob=True)

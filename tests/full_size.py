@@ -20,7 +20,7 @@ from diffusers import (
 from tiny import tiny_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from distill.components import Components, components_of
+from distill.models.components import Components, components_of
 
 UNET_SD15: dict[str, Any] = {
     "sample_size": 64,

@@ -8,7 +8,7 @@ import pytest
 
 from distill.arms import FROZEN_TEXT_ENCODER, Arm, is_gated, label_readers, unused_options
 from distill.config import AttentionDistillationConfig, DenoisingConfig, TradeoffConfig
-from distill.objectives import EMA
+from distill.methods.objectives import EMA
 
 
 def arm(name: str, **options: object) -> Arm:

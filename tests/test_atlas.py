@@ -26,8 +26,12 @@ from recipe import recipe_module, refusal_of
 from sklearn.metrics import roc_auc_score
 from tiny import save_tiny, tiny_sd
 
-from distill import atlas as library
-from distill.atlas import (
+from distill.cli import parse
+from distill.config import AtlasConfig, BaseConfig, EvaluationConfig
+from distill.data import PhantomDataset
+from distill.errors import UserError
+from distill.evaluation import atlas as library
+from distill.evaluation.atlas import (
     MIN_GAIN,
     Cells,
     answer,
@@ -38,14 +42,10 @@ from distill.atlas import (
     paired_difference,
     short_layer,
 )
-from distill.cli import parse
-from distill.components import AttentionSubset, Components, load_components, read_subset
-from distill.config import AtlasConfig, BaseConfig, EvaluationConfig
-from distill.data import PhantomDataset
-from distill.errors import UserError
-from distill.localization import TOKEN_MAPS, localization
+from distill.evaluation.localization import TOKEN_MAPS, localization
+from distill.evaluation.protocols import DEFAULT_TIMESTEPS, with_subset
 from distill.metrics import macro_mean_interval
-from distill.protocols import DEFAULT_TIMESTEPS, with_subset
+from distill.models.components import AttentionSubset, Components, load_components, read_subset
 
 CONFIG = EvaluationConfig(localization_images=4, batch_size=3, bootstrap_samples=20)
 

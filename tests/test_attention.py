@@ -23,19 +23,12 @@ from tiny import tiny_sd, tiny_sdxl, tiny_tokenizer
 from torch import nn
 from transformers import CLIPTokenizer
 
-from distill.attention import (
-    aggregate,
-    attention_layers,
-    mean_over_heads,
-    normalize,
-    record_attention,
-    record_pipeline,
-    select_tokens,
-)
-from distill.components import add_lora
+from distill.attention.heat_maps import aggregate, normalize, record_pipeline, select_tokens
+from distill.attention.recording import attention_layers, mean_over_heads, record_attention
 from distill.config import LoraConfig
-from distill.data.captions import BOS, EOS, PADDING, WORD, token_groups, words_of
 from distill.errors import UserError
+from distill.models.components import add_lora
+from distill.tokens import BOS, EOS, PADDING, WORD, token_groups, words_of
 
 TOKENS = 9
 

@@ -9,21 +9,8 @@ from hypothesis import strategies as st
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
-from distill.data.captions import (
-    BOS,
-    EOS,
-    MS_CXR_QUERY_WORDS,
-    PADDING,
-    WORD,
-    find_words,
-    insert_labels,
-    names_side,
-    query_words_for,
-    text_of_labels,
-    token_groups,
-    token_spans,
-    words_of,
-)
+from distill.data.captions import MS_CXR_QUERY_WORDS, insert_labels, names_side, query_words_for, text_of_labels
+from distill.tokens import BOS, EOS, PADDING, WORD, find_words, token_groups, token_spans, words_of
 
 WHOLE_WORDS = ("effusion", "small", "lung")
 

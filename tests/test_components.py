@@ -21,8 +21,13 @@ from safetensors.torch import save_file
 from tiny import save_tiny
 from torch import nn
 
-from distill.attention import attention_layers
-from distill.components import (
+from distill.attention.recording import attention_layers
+from distill.config import BaseConfig, DenoisingConfig, LoraConfig, TrainerConfig
+from distill.data import PhantomDataset
+from distill.data.rows import TrainingRows
+from distill.errors import UserError
+from distill.methods.objectives import DenoisingObjective, check_same_shape
+from distill.models.components import (
     LORA_FILE,
     Components,
     add_lora,
@@ -32,12 +37,7 @@ from distill.components import (
     parameter_counts,
     prepare_training,
 )
-from distill.config import BaseConfig, DenoisingConfig, LoraConfig, TrainerConfig
-from distill.data import PhantomDataset
-from distill.data.training import TrainingRows
-from distill.errors import UserError
-from distill.export import adapter_state, export
-from distill.objectives import DenoisingObjective, check_same_shape
+from distill.models.export import adapter_state, export
 from distill.trainer import fit, make_accelerator
 
 CAPTIONS = ["Small pleural effusion in the left lower zone.", ""]
@@ -216,7 +216,7 @@ def test_a_lora_target_that_matches_nothing_is_answered_with_those_that_would(ba
 
 
 def test_a_peft_that_transformers_refuses_is_said_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill.components.MIN_PEFT_VERSION", "999.0.0")
+    monkeypatch.setattr("distill.models.components.MIN_PEFT_VERSION", "999.0.0")
     with pytest.raises(UserError, match=r"transformers .* does not work with the installed peft .*999\.0\.0"):
         check_lora_targets(torch.nn.Sequential(torch.nn.Linear(2, 2)), ["0"], "unet")
 

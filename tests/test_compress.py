@@ -20,16 +20,22 @@ from tiny import save_tiny, tiny_sd, tiny_sdxl
 from torch import nn
 
 from distill.arms import Arm
-from distill.attention import attention_layers, record_attention
+from distill.attention.recording import attention_layers, record_attention
 from distill.cli import parse, to_yaml
-from distill.components import AttentionSubset, components_of, load_components, parameter_counts, prepare_training
-from distill.compress import model_size, name_in_teacher, pruned_config, pruned_subset, pruned_unet
 from distill.config import AttentionDistillationConfig, BaseConfig, BlocksConfig, CompressConfig, LoraConfig
 from distill.derive import derived_base
 from distill.errors import UserError
-from distill.export import export, prove_parity
 from distill.losses import token_attention_kl
-from distill.objectives import AttentionDistillationObjective
+from distill.methods.objectives import AttentionDistillationObjective
+from distill.models.blocks import model_size, name_in_teacher, pruned_config, pruned_subset, pruned_unet
+from distill.models.components import (
+    AttentionSubset,
+    components_of,
+    load_components,
+    parameter_counts,
+    prepare_training,
+)
+from distill.models.export import export, prove_parity
 
 BASE = BlocksConfig(layers_per_block=1)
 SMALL = BlocksConfig(layers_per_block=1, remove_mid_block=True)

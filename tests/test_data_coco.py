@@ -20,8 +20,8 @@ from PIL import Image
 
 from distill.config import DataConfig
 from distill.data import CocoDataset, FolderDataset, image_key, load_dataset
-from distill.data.coco import class_words
-from distill.data.pixels import check_segmentation, decode_counts, polygon_mask, rle_mask, segmentation_mask
+from distill.data.readers.coco import class_words
+from distill.data.readers.pixels import check_segmentation, decode_counts, polygon_mask, rle_mask, segmentation_mask
 from distill.errors import UserError
 
 # --- segmentations ------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
 from distill.config import DataConfig
-from distill.data.folder import FolderDataset, _boxes
+from distill.data.readers.folder import FolderDataset, _boxes
 from distill.errors import UserError
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"

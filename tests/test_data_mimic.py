@@ -19,8 +19,8 @@ from PIL import Image
 from distill.arms import DATA_OPTIONS
 from distill.config import DataConfig
 from distill.data import FolderDataset, MimicDataset, MsCxrDataset, RecordDataset, load_dataset
-from distill.data.mimic import CHEXPERT_LABELS
-from distill.data.records import _same_aspect
+from distill.data.readers.mimic import CHEXPERT_LABELS
+from distill.data.readers.records import _same_aspect
 from distill.errors import UserError
 
 SIZE = (40, 30)

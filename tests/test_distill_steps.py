@@ -19,11 +19,11 @@ from test_objectives import LORA, NO_DROPOUT, batch_of, generator, has_gradient
 from test_recipes import TRAINING, files_of, log_rows, read_metrics
 from tiny import save_tiny, tiny_sd, tiny_sdxl
 
-from distill.attention import record_attention
+from distill.attention.recording import record_attention
 from distill.cli import parse
-from distill.components import LORA_FILE, Components, components_of, encode_text, prepare_training
 from distill.config import AttentionDistillationConfig, ConsistencyConfig, DistillStepsConfig, EvaluationConfig
-from distill.objectives import ConsistencyObjective, Noised
+from distill.methods.objectives import ConsistencyObjective, Noised
+from distill.models.components import LORA_FILE, Components, components_of, encode_text, prepare_training
 from distill.rules import value_faults
 
 BUILDS = [tiny_sd, lambda: tiny_sd("v_prediction"), tiny_sdxl]

@@ -16,11 +16,10 @@ from listed import WORDS, Listed, sample
 from PIL import Image
 from safetensors.torch import load_file
 
-from distill import evaluate as module
-from distill.components import Components
 from distill.config import EvaluationConfig
 from distill.data import PhantomDataset
-from distill.evaluate import (
+from distill.evaluation import evaluate as module
+from distill.evaluation.evaluate import (
     Generated,
     HeldOut,
     evaluate,
@@ -32,6 +31,7 @@ from distill.evaluate import (
 )
 from distill.metrics import frechet_distance
 from distill.metrics.features import Features
+from distill.models.components import Components
 from distill.report import validate_metrics
 
 CONFIG = EvaluationConfig(

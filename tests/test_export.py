@@ -17,10 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
-from distill.components import LORA_FILE, Components, load_components, prepare_training
 from distill.config import BaseConfig, LoraConfig
 from distill.errors import UserError
-from distill.export import export, prove_parity
+from distill.models.components import LORA_FILE, Components, load_components, prepare_training
+from distill.models.export import export, prove_parity
 
 CASES = ("sd-lora", "sd-text-only", "sd-full", "sd-mixed", "sdxl-lora", "sdxl-full")
 RANK, ALPHA = 4, 10.0

@@ -16,12 +16,12 @@ from test_attention import attach_lora, inputs, int8, nf4, nothing
 from tiny import save_tiny
 from torch import nn
 
-from distill.attention import attention_layers, record_attention
+from distill.attention.recording import attention_layers, record_attention
 from distill.cli import parse
-from distill.components import load_components
 from distill.config import BaseConfig, EvaluationConfig, TradeoffConfig
-from distill.evaluate import generate
-from distill.quantize import megabytes, quantize
+from distill.evaluation.evaluate import generate
+from distill.models.bits import megabytes, quantize
+from distill.models.components import load_components
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 Change = Callable[[nn.Module], None]

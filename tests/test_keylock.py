@@ -10,13 +10,13 @@ import pytest
 import torch
 from tiny import save_tiny
 
-from distill.attention import attention_layers
-from distill.components import Components, encode_text, load_components, prepare_training
+from distill.attention.recording import attention_layers
 from distill.config import BaseConfig, LoraConfig
 from distill.data import PhantomDataset
 from distill.errors import UserError
-from distill.export import export, prove_parity
-from distill.keylock import lock_keys, merge_keys
+from distill.methods.key_lock import lock_keys, merge_keys
+from distill.models.components import Components, encode_text, load_components, prepare_training
+from distill.models.export import export, prove_parity
 
 CAPTIONS = [PhantomDataset("train", 60, 0, 64).caption(i) for i in range(60)]
 

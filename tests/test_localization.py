@@ -23,16 +23,14 @@ from listed import WORDS, Listed, sample
 from safetensors.torch import load_file
 from tiny import save_tiny
 
-from distill.attention import AttentionMaps, attention_layers, record_attention
-from distill.components import AttentionSubset, Components, load_components
+from distill.attention.recording import AttentionMaps, attention_layers, record_attention
 from distill.config import BaseConfig, EvaluationConfig
 from distill.data import PhantomDataset
-from distill.data.captions import BOS, EOS, PADDING, WORD, token_groups
 from distill.data.sample import Region
 from distill.errors import UserError
-from distill.evaluate import finite
-from distill.localization import localization
-from distill.protocols import (
+from distill.evaluation.evaluate import finite
+from distill.evaluation.localization import localization
+from distill.evaluation.protocols import (
     DEFAULT_TIMESTEPS,
     PROTOCOLS,
     Query,
@@ -47,6 +45,8 @@ from distill.protocols import (
     vilouras_layers,
     with_subset,
 )
+from distill.models.components import AttentionSubset, Components, load_components
+from distill.tokens import BOS, EOS, PADDING, WORD, token_groups
 
 CONFIG = EvaluationConfig(localization_images=4, timesteps=(100, 600), batch_size=4, bootstrap_samples=20)
 

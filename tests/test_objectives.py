@@ -16,16 +16,15 @@ from tiny import tiny_sd, tiny_sdxl
 from torch import nn
 from torch.utils.data import default_collate
 
-from distill.attention import attention_layers, record_attention
-from distill.components import Components, components_of, encode_text, prepare_training
+from distill.attention.recording import attention_layers, record_attention
 from distill.config import AttentionDistillationConfig, DenoisingConfig, LoraConfig
 from distill.data.cache import cache_latents, cache_text_embeddings
-from distill.data.captions import EOS, NO_LABEL, WORD, names_side
-from distill.data.phantom import PhantomDataset
-from distill.data.training import TrainingRows
+from distill.data.captions import NO_LABEL, names_side
+from distill.data.phantom.dataset import PhantomDataset
+from distill.data.rows import TrainingRows
 from distill.errors import UserError
 from distill.losses import tail_leak, tail_mass
-from distill.objectives import (
+from distill.methods.objectives import (
     AttentionDistillationObjective,
     AutoencoderObjective,
     ContrastiveObjective,
@@ -34,6 +33,8 @@ from distill.objectives import (
     SupervisedAttentionObjective,
     resize_regions,
 )
+from distill.models.components import Components, components_of, encode_text, prepare_training
+from distill.tokens import EOS, WORD
 
 LABEL = "pleural effusion"
 TERMS = ("token_kl", "place_kl", "mass")

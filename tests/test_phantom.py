@@ -14,12 +14,13 @@ from PIL import Image
 from scipy.fft import dctn, idctn
 
 from distill.data import phantom, phantom_pixels
-from distill.data.captions import find_words, query_words_for
-from distill.data.phantom import PhantomDataset, picture_sheet
-from distill.data.phantom_pixels import draw
-from distill.data.phantom_scene import FINDINGS, Scene, draw_scene
+from distill.data.captions import query_words_for
+from distill.data.phantom.dataset import PhantomDataset, picture_sheet
+from distill.data.phantom.pixels import draw
+from distill.data.phantom.scene import FINDINGS, Scene, draw_scene
 from distill.data.sample import ImageCaptionDataset, Sample
 from distill.errors import UserError
+from distill.tokens import find_words
 
 ROWS = 100
 CAPTIONS = 2000

@@ -17,11 +17,12 @@ from diffusers import StableDiffusionPipeline
 from recipe import ROOT, recipe_module
 
 from distill.cli import parse
-from distill.components import PHANTOM_BASE, load_components, read_json
 from distill.config import BaseConfig, EvaluationConfig, PretrainConfig
 from distill.data.pictures import PicturesDataset
 from distill.data.sample import Sample
 from distill.errors import UserError
+from distill.files import read_json
+from distill.models.components import PHANTOM_BASE, load_components
 
 CONFIG = ["--config", str(ROOT / "recipes/configs/phantom/pretrain.yaml")]
 

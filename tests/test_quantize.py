@@ -11,11 +11,11 @@ import torch
 from tiny import tiny_sd, tiny_sdxl
 from torch import nn
 
-from distill.attention import record_attention
-from distill.components import Components, components_of, encode_text, parameter_counts, prepare_training
-from distill.compress import model_size
+from distill.attention.recording import record_attention
 from distill.config import LoraConfig
-from distill.quantize import RoundedLinear, megabytes, quantize
+from distill.models.bits import RoundedLinear, megabytes, quantize
+from distill.models.blocks import model_size
+from distill.models.components import Components, components_of, encode_text, parameter_counts, prepare_training
 
 # QLoRA (Dettmers et al. 2023), appendix E.
 NORMAL_FLOAT = [

@@ -25,9 +25,9 @@ from tiny import save_tiny, tiny_sd
 
 from distill import runs, sharing
 from distill.cli import parse
-from distill.components import LORA_FILE, load_components, parameter_counts
 from distill.config import BaseConfig, DistillAttentionConfig, EvaluateConfig, FinetuneConfig, TradeoffConfig
-from distill.keylock import Merged
+from distill.methods.key_lock import Merged
+from distill.models.components import LORA_FILE, load_components, parameter_counts
 from distill.report import validate_metrics
 
 ROOT = Path(__file__).parents[1]

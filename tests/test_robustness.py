@@ -15,15 +15,13 @@ from hypothesis import strategies as st
 from recipe import recipe_module
 from tiny import save_tiny
 
-from distill import robustness
 from distill.cli import parse
-from distill.components import Components
 from distill.config import EvaluationConfig, RobustnessConfig
-from distill.data.captions import find_words
-from distill.data.phantom import PhantomDataset
+from distill.data.phantom.dataset import PhantomDataset
 from distill.data.sample import Sample
-from distill.protocols import Query
-from distill.robustness import (
+from distill.evaluation import robustness
+from distill.evaluation.protocols import Query
+from distill.evaluation.robustness import (
     SHIFTS,
     ShiftedDataset,
     box_mask,
@@ -32,6 +30,8 @@ from distill.robustness import (
     with_swapped_sides,
     with_synonyms,
 )
+from distill.models.components import Components
+from distill.tokens import find_words
 
 PHANTOMS = PhantomDataset("test", 60, resolution=64)
 

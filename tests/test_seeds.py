@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
 from distill.errors import UserError
+from distill.evaluation.seeds import auc_resamples, combine, fid_resamples, of_pairs, of_resamples, run_folders
 from distill.metrics.quality import frechet_distance
-from distill.seeds import auc_resamples, combine, fid_resamples, of_pairs, of_resamples, run_folders
 
 
 @given(st.integers(1, 4), st.integers(2, 30), st.integers(0, 1000))

@@ -19,13 +19,13 @@ from transformers import (
     T5EncoderModel,
 )
 
-from distill.components import Components, components_of, encode_text, load_components, prepare_training
 from distill.config import BaseConfig, LoraConfig
 from distill.data import PhantomDataset
-from distill.data.captions import BOS, EOS, PADDING, WORD, find_words, token_groups, token_spans
 from distill.errors import UserError
-from distill.export import export, prove_parity
-from distill.swap import load_text_encoder, multi_label_encoder, swap_text_encoder
+from distill.models.components import Components, components_of, encode_text, load_components, prepare_training
+from distill.models.export import export, prove_parity
+from distill.models.text_encoder import load_text_encoder, multi_label_encoder, swap_text_encoder
+from distill.tokens import BOS, EOS, PADDING, WORD, find_words, token_groups, token_spans
 
 LENGTH = 64
 CAPTIONS = [PhantomDataset("train", 60, 0, 64).caption(i) for i in range(60)]

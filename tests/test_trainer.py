@@ -18,13 +18,13 @@ from tiny import tiny_sd
 from torch import nn
 from torch.utils.data import Dataset
 
-from distill.attention import record_attention
-from distill.components import Components, components_of, prepare_training
+from distill.attention.recording import record_attention
 from distill.config import AttentionDistillationConfig, DenoisingConfig, LoraConfig, TrainerConfig
-from distill.data.phantom import PhantomDataset
-from distill.data.training import TrainingRows
+from distill.data.phantom.dataset import PhantomDataset
+from distill.data.rows import TrainingRows
 from distill.errors import UserError
-from distill.objectives import AttentionDistillationObjective, DenoisingObjective
+from distill.methods.objectives import AttentionDistillationObjective, DenoisingObjective
+from distill.models.components import Components, components_of, prepare_training
 from distill.trainer import FitResult, StepSampler, fit, generator_at, make_accelerator
 
 

@@ -6,11 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from distill.components import Components
 from distill.config import DenoisingConfig
 from distill.data import PhantomDataset
-from distill.data.training import TrainingRows, check_training_text, training_caption
+from distill.data.rows import TrainingRows, check_training_text, training_caption
 from distill.errors import UserError
+from distill.models.components import Components
 
 ROWS = PhantomDataset("train", 40, 0, 64)
 BANK = {label: [f"There is {label}."] for label in ROWS.findings}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Literal
 
 from distill.config import DataConfig
-from distill.data.coco import CocoDataset
-from distill.data.folder import FolderDataset
-from distill.data.mimic import MimicDataset, MsCxrDataset, mscxr_training
-from distill.data.phantom import PhantomDataset
-from distill.data.records import RecordDataset
+from distill.data.phantom.dataset import PhantomDataset
+from distill.data.readers.coco import CocoDataset
+from distill.data.readers.folder import FolderDataset
+from distill.data.readers.mimic import MimicDataset, MsCxrDataset, mscxr_training
+from distill.data.readers.records import RecordDataset
 from distill.data.sample import ImageCaptionDataset, Region, Sample, image_key
 
 __all__ = [

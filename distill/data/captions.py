@@ -1,4 +1,4 @@
-"""Captions: the words that name a finding, whether a side is named, and the tokens that characters become."""
+"""Captions: the words that name a finding, whether a side is named, and training texts made of labels."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-import torch
-from transformers import PreTrainedTokenizerBase
+
+from distill.tokens import GAP, WORD_END, WORD_START
 
 MS_CXR_QUERY_WORDS: dict[str, tuple[str, ...]] = {
     "atelectasis": ("atelectasis", "atelectatic"),
@@ -23,26 +23,18 @@ MS_CXR_QUERY_WORDS: dict[str, tuple[str, ...]] = {
 }
 """Words that name a finding in a report. Source: Dombrowski et al. 2024 (arXiv 2303.17908), MS-CXR evaluation."""
 
-BOS, WORD, EOS, PADDING = 0, 1, 2, 3
-"""Token groups of `token_groups`."""
-
 _FUNCTION_WORDS = {"a", "an", "and", "at", "by", "for", "from", "in", "no", "of", "on", "or", "the", "to", "with"}
-# A word is bounded by anything but letters, digits and combining accents.
-_BEFORE, _AFTER = r"(?<![^\W_])", r"(?![^\W_]|[\u0300-\u036f])"
-
-_GAP = r"[\s\-\u2010-\u2015]+"
-
 # Sides in words, in radiology's short forms (R lung, LLL, L>R), in structures that lie on one side only, and in
 # other common languages. A word too many here only costs a flip; one too few teaches a wrong side.
 _SIDES = re.compile(
-    rf"""{_BEFORE} (?:
+    rf"""{WORD_START} (?:
         (?: left | right) (?: s | most | wards? | ish)?
       | lt | rt | lhs | rhs | (?-i: [LR]) | [lr][ul]l | rml | [lr][uml]z
-      | lingulas? | lingular | middle {_GAP} lobes? | azygos | situs
+      | lingulas? | lingular | middle {GAP} lobes? | azygos | situs
       | (?: dextr | sinistr | levo | laevo) [^\W\d_]*
       | links | rechts | linke[rnms]? | rechte[rnms]? | gauches? | droite?s? | destr[oaie]
       | izquierd[oa]s? | derech[oa]s? | esquerd[oa]s? | direit[oa]s?
-    ) {_AFTER}""",
+    ) {WORD_END}""",
     re.IGNORECASE | re.VERBOSE,
 )
 
@@ -69,32 +61,6 @@ def _forms(word: str) -> Iterable[str]:
         yield word[:-1] + "ies"
     elif word.isalpha() and not word.endswith("s"):
         yield word + "s"
-
-
-def find_words(caption: str, words: Iterable[str]) -> list[tuple[int, int]]:
-    """Spans (start, end) in characters of whole words of `words` in `caption`, without regard to case, in order.
-
-    A word ends where letters and digits end, so "ground-glass" holds "ground" and "glass". A query of several words
-    matches them with any white space or hyphens between. Composed and decomposed accents are alike.
-    """
-    patterns = set()
-    for word in words:
-        for form in ("NFC", "NFD"):
-            parts = re.split(_GAP, unicodedata.normalize(form, word))
-            patterns.add(_GAP.join(re.escape(part) for part in parts if part))
-    patterns.discard("")
-    if not patterns:
-        return []
-    longest_first = sorted(patterns, key=lambda pattern: (-len(pattern), pattern))
-    whole = re.compile(_BEFORE + "(?:" + "|".join(longest_first) + ")" + _AFTER, re.IGNORECASE)
-    return [match.span() for match in whole.finditer(caption)]
-
-
-def words_of(caption: str) -> list[str]:
-    """The distinct words (letters, digits, combining accents, inner hyphens and apostrophes) of `caption`, in order, in
-    lower case."""
-    part = r"[^\W_](?:[^\W_]|[\u0300-\u036f])*"
-    return list(dict.fromkeys(re.findall(rf"{part}(?:[-'\u2019]{part})*", caption.lower())))
 
 
 def names_side(caption: str) -> bool:
@@ -131,35 +97,3 @@ def text_of_labels(labels: Sequence[str], paraphrases: Mapping[str, Sequence[str
     if paraphrases is None:
         return ", ".join(shuffled)
     return " ".join(paraphrases[label][int(rng.integers(len(paraphrases[label])))] for label in shuffled)
-
-
-def token_spans(
-    tokenizer: PreTrainedTokenizerBase, caption: str, char_spans: Iterable[tuple[int, int]], max_length: int
-) -> list[int]:
-    """Positions, in the sequence of `max_length` tokens with BOS at 0, of the tokens that overlap any of `char_spans`.
-
-    Taken from the tokenizer's offsets, which refer to the caption as written, whatever its normalizer does to case,
-    accents or white space. Tokens that truncation cuts off are left out.
-    """
-    encoded = tokenizer(caption, truncation=True, max_length=max_length, return_offsets_mapping=True)
-    spans = list(char_spans)
-    return [
-        position
-        for position, (start, end) in enumerate(encoded["offset_mapping"])
-        if any(start < span_end and span_start < end for span_start, span_end in spans)
-    ]
-
-
-def token_groups(tokenizer: PreTrainedTokenizerBase, caption: str, max_length: int) -> torch.Tensor:
-    """(max_length,) int64: BOS, WORD, EOS (the one that ends the caption) or PADDING of each position.
-
-    Found by length: SD 1.x pads with the EOS token and SD 2.x with the token "!", so that ids do not tell. T5 has no BOS.
-    """
-    encoded = tokenizer(caption, truncation=True, max_length=max_length, return_special_tokens_mask=True)
-    special = encoded["special_tokens_mask"]
-    groups = torch.full((max_length,), PADDING, dtype=torch.int64)
-    groups[: len(special)] = WORD
-    if special[0]:
-        groups[0] = BOS
-    groups[len(special) - 1] = EOS
-    return groups

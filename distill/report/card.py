@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.report.document import UNKNOWN, Cell, Table, escape_markdown, markdown_table, write_atomic
+from distill.files import write_atomic
+from distill.report.document import UNKNOWN, Cell, Table, escape_markdown, markdown_table
 from distill.report.tables import METRICS, estimate, flatten, format_count, format_estimate, format_seconds, lookup
 
 _PARTS = {

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import base64
 import html
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 UNKNOWN = "\u2013"
@@ -77,18 +75,6 @@ class Document:
     title: str
     subtitle: str
     sections: Sequence[Section]
-
-
-def write_atomic(path: Path, content: str | bytes) -> Path:
-    """Write the whole file or nothing: a reader never meets half of it."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(content.encode("utf-8", "replace") if isinstance(content, str) else content)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return path
 
 
 def pictures(document: Document) -> list[Picture]:

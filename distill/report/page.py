@@ -15,6 +15,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 
 from distill.errors import UserError
+from distill.files import write_atomic
 from distill.report import figures, tables, verdicts
 from distill.report.document import (
     UNKNOWN,
@@ -28,7 +29,6 @@ from distill.report.document import (
     pictures,
     render_html,
     render_markdown,
-    write_atomic,
 )
 from distill.report.schema import validate_metrics
 

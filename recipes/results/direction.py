@@ -21,10 +21,10 @@ import torch
 from tqdm.auto import tqdm
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
-from distill.components import encode_text, load_components
 from distill.config import BaseConfig
 from distill.data import PhantomDataset
 from distill.data.pictures import PicturesDataset
+from distill.models.components import encode_text, load_components
 
 STEPS, BATCH, RATE, HELD_OUT = 2500, 24, 2e-3, 500
 POSITIONS = 52

@@ -12,8 +12,8 @@ from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
 from torch import nn
 
-from distill.components import LORA_FILE, Components, encode_text
 from distill.errors import UserError
+from distill.models.components import LORA_FILE, Components, encode_text
 
 PARITY_TOLERANCE = 1e-5
 

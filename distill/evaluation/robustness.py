@@ -22,13 +22,13 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
-from distill.attention import attention_layers
-from distill.components import Components
+from distill.attention.recording import attention_layers
 from distill.config import EvaluationConfig
-from distill.data.captions import find_words, token_groups, token_spans
 from distill.data.sample import ImageCaptionDataset, Sample
+from distill.evaluation.protocols import PROTOCOLS, Query, open_recorder, prepare_inputs, queries, with_subset
 from distill.metrics import PixelAUROC, bootstrap_interval
-from distill.protocols import PROTOCOLS, Query, open_recorder, prepare_inputs, queries, with_subset
+from distill.models.components import Components
+from distill.tokens import find_words, token_groups, token_spans
 
 SYNONYMS: tuple[tuple[str, str], ...] = (
     (r"pleural effusions?|effusions?|pleural fluid", "fluid collection"),

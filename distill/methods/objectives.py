@@ -11,11 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distill.attention import AttentionMaps, attention_layers
-from distill.components import Components, encode_text
-from distill.compress import name_in_teacher
+from distill.attention.recording import AttentionMaps, attention_layers
 from distill.config import AttentionDistillationConfig, ConsistencyConfig, DenoisingConfig
-from distill.data.captions import EOS, PADDING, WORD, token_groups
 from distill.errors import UserError
 from distill.losses import (
     attention_mass_loss,
@@ -31,6 +28,9 @@ from distill.losses import (
     tail_mass,
     token_attention_kl,
 )
+from distill.models.blocks import name_in_teacher
+from distill.models.components import Components, encode_text
+from distill.tokens import EOS, PADDING, WORD, token_groups
 
 Terms = dict[str, torch.Tensor]
 Maps = dict[str, torch.Tensor]

@@ -19,10 +19,9 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import DDIMInverseScheduler, DDIMScheduler
 
-from distill.attention import AttentionMaps, aggregate, attention_layers, normalize, record_attention, to_image
-from distill.components import Components, encode_text
+from distill.attention.heat_maps import aggregate, normalize, to_image
+from distill.attention.recording import AttentionMaps, attention_layers, record_attention
 from distill.config import EvaluationConfig
-from distill.data.captions import BOS, EOS, PADDING, WORD, find_words, token_groups, token_spans
 from distill.data.sample import ImageCaptionDataset, Region, Sample
 from distill.errors import UserError
 from distill.metrics import (
@@ -46,6 +45,8 @@ from distill.metrics.maps import (
     refine_by_self_attention,
     remove_orphans,
 )
+from distill.models.components import Components, encode_text
+from distill.tokens import BOS, EOS, PADDING, WORD, find_words, token_groups, token_spans
 
 DEFAULT_TIMESTEPS = (100, 250, 400, 550, 700)
 

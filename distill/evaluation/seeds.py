@@ -19,8 +19,8 @@ from numpy.typing import NDArray
 from safetensors.numpy import load_file
 from tqdm.auto import tqdm
 
-from distill.components import read_json
 from distill.errors import UserError, raise_all
+from distill.files import read_json
 from distill.metrics.bootstrap import divide_or_nan, mean_of_defined, percentile_interval, resample_counts
 from distill.metrics.quality import frechet_by_factors, weighted_auroc
 

@@ -27,15 +27,23 @@ from rich.table import Table as RichTable
 from rich.text import Text as RichText
 from tqdm.auto import tqdm
 
-from distill.attention import attention_layers, normalize, record_attention, to_image
-from distill.components import AttentionSubset, Components
+from distill.attention.heat_maps import normalize, to_image
+from distill.attention.recording import attention_layers, record_attention
 from distill.config import AtlasConfig, EvaluationConfig
 from distill.data.sample import ImageCaptionDataset, Sample, image_key
 from distill.errors import UserError
-from distill.localization import TOKEN_MAPS, localization
+from distill.evaluation.localization import TOKEN_MAPS, localization
+from distill.evaluation.protocols import (
+    DEFAULT_TIMESTEPS,
+    PROTOCOLS,
+    ground_truth,
+    post_process,
+    prepare_inputs,
+    queries,
+)
+from distill.files import provenance
 from distill.metrics import PixelAUROC, macro_mean_interval
-from distill.protocols import DEFAULT_TIMESTEPS, PROTOCOLS, ground_truth, post_process, prepare_inputs, queries
-from distill.provenance import provenance
+from distill.models.components import AttentionSubset, Components
 from distill.report.document import UNKNOWN
 from distill.report.tables import format_number
 

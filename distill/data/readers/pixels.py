@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 
-from distill.data.tables import quote
+from distill.data.readers.tables import quote
 
 SLACK_PX = 1.0
 """Annotation tools round; a box or polygon may leave its image by this much and is clipped."""

@@ -1,9 +1,11 @@
-"""Where a result comes from: code, versions, machine."""
+"""Files that survive a kill, JSON, and provenance: the only place that writes results and says where they come from."""
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
+import json
+import os
 import platform
 import subprocess
 from datetime import datetime, timezone
@@ -11,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from distill.errors import UserError
 
 PACKAGES = (
     "torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "torchmetrics", "safetensors", "datasets",
@@ -55,3 +59,28 @@ def _version(name: str) -> str | None:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def write_atomic(path: Path, content: str | bytes) -> Path:
+    """Write the whole file or nothing: a reader never meets half of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_json(path: Path, value: Any) -> Path:
+    """The same for a JSON value. Raises ValueError for a number that is not finite, and then writes nothing."""
+    return write_atomic(path, json.dumps(value, indent=1, allow_nan=False))
+
+
+def read_json(path: Path) -> Any:
+    """JSON of a file written by this project; UserError names the file when it is damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {error}") from error

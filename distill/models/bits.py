@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from distill.components import Components
+from distill.models.components import Components
 
 Bits = Literal["int8", "nf4"]
 OUTLIER_THRESHOLD = 6.0

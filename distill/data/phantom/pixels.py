@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import ndimage
 
-from distill.data.phantom_scene import ZONE_Y, Array, Finding, Scene
+from distill.data.phantom.scene import ZONE_Y, Array, Finding, Scene
 
 MASK_THRESHOLD = 0.3
 

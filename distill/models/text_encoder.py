@@ -27,9 +27,10 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from distill.components import UNREADABLE, Components, encode_text, first_line
-from distill.data.captions import BOS, EOS, NO_LABEL, PADDING, token_groups
+from distill.data.captions import NO_LABEL
 from distill.errors import UserError
+from distill.models.components import UNREADABLE, Components, encode_text, first_line
+from distill.tokens import BOS, EOS, PADDING, token_groups
 
 RIDGE = 1e-3
 """Of the mean square of the features: enough against collinear ones, too little to shrink the fit."""

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from distill.data.captions import text_of_labels
-from distill.data.phantom_scene import FINDINGS, CaptionStyle, Finding, Scene, Size
+from distill.data.phantom.scene import FINDINGS, CaptionStyle, Finding, Scene, Size
 
 # Phrases that name a finding. A leading "a" is an article, left out or kept as the sentence needs.
 _PHRASES: dict[str, tuple[str, ...]] = {

@@ -23,15 +23,15 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from distill.components import Components
-from distill.compress import model_size
 from distill.config import EvaluationConfig
 from distill.data.sample import ImageCaptionDataset
-from distill.localization import localization
+from distill.evaluation.localization import localization
+from distill.evaluation.protocols import queries
 from distill.metrics import Diversity, finding_auroc, frechet_distance, frechet_interval
 from distill.metrics.features import Features
-from distill.protocols import queries
-from distill.quantize import megabytes, quantize
+from distill.models.bits import megabytes, quantize
+from distill.models.blocks import model_size
+from distill.models.components import Components
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:

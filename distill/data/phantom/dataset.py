@@ -22,9 +22,9 @@ from PIL import Image, ImageDraw
 from scipy import ndimage
 
 from distill.data.captions import MS_CXR_QUERY_WORDS
-from distill.data.phantom_captions import write_caption
-from distill.data.phantom_pixels import draw
-from distill.data.phantom_scene import (
+from distill.data.phantom.captions import write_caption
+from distill.data.phantom.pixels import draw
+from distill.data.phantom.scene import (
     CAPTION,
     FINDINGS,
     GENERATOR_VERSION,

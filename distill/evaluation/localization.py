@@ -23,14 +23,12 @@ from accelerate.utils import gather_object
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from distill.attention import attention_layers, normalize
-from distill.components import Components
+from distill.attention.heat_maps import normalize
+from distill.attention.recording import attention_layers
 from distill.config import EvaluationConfig
 from distill.data.cache import model_fingerprint
 from distill.data.sample import ImageCaptionDataset, Sample, image_key
-from distill.metrics import AttentionMass, LocalizationMetric, MixtureMetric, macro_mean_interval
-from distill.metrics.maps import mixture_masks
-from distill.protocols import (
+from distill.evaluation.protocols import (
     PROTOCOLS,
     Protocol,
     Query,
@@ -41,6 +39,9 @@ from distill.protocols import (
     queries,
     with_subset,
 )
+from distill.metrics import AttentionMass, LocalizationMetric, MixtureMetric, macro_mean_interval
+from distill.metrics.maps import mixture_masks
+from distill.models.components import Components
 
 TOKEN_MAPS = ("word", "eos", "padding")
 

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from distill.config import DataConfig
 from distill.data.captions import query_words_for
-from distill.data.records import (
+from distill.data.readers.records import (
     VALIDATION_SPLITS,
     Annotation,
     ImageRecord,
@@ -23,7 +23,7 @@ from distill.data.records import (
     choose_findings,
     data_root,
 )
-from distill.data.tables import (
+from distill.data.readers.tables import (
     Box,
     Faults,
     Place,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,9 @@ from transformers.utils import check_peft_version
 
 from distill.config import BaseConfig, LoraConfig
 from distill.errors import UserError
+from distill.files import read_json
 
-PHANTOM_BASE = Path(__file__).parents[1] / "checkpoints" / "phantom-base"
+PHANTOM_BASE = Path(__file__).parents[2] / "checkpoints" / "phantom-base"
 UNREADABLE = (OSError, ValueError, AttributeError, SafetensorError)
 """What stock loaders raise for files that are missing, damaged or of no class that they know."""
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -328,11 +328,3 @@ def parameter_counts(module: nn.Module) -> tuple[int, int]:
         sum(p.numel() for p in module.parameters()),
         sum(p.numel() for p in module.parameters() if p.requires_grad),
     )
-
-
-def read_json(path: Path) -> Any:
-    """JSON of a file written by this project; UserError names the file when it is damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {error}") from error

@@ -8,20 +8,13 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from distill.components import Components
 from distill.config import DenoisingConfig
 from distill.data.cache import LatentCache, TextEmbeddingCache
-from distill.data.captions import (
-    NO_LABEL,
-    find_words,
-    insert_labels,
-    names_side,
-    text_of_labels,
-    token_groups,
-    token_spans,
-)
+from distill.data.captions import NO_LABEL, insert_labels, names_side, text_of_labels
 from distill.data.sample import ImageCaptionDataset
 from distill.errors import UserError
+from distill.models.components import Components
+from distill.tokens import find_words, token_groups, token_spans
 
 REGION_SIZE = 32
 """Side of the grid that regions are kept on, in cells: SD 1.x attends at 64, 32, 16 and 8."""

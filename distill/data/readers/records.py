@@ -28,11 +28,11 @@ from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from distill.config import DataConfig
-from distill.data.captions import find_words
-from distill.data.pixels import SLACK_PX, eight_bits, mask_of_file, open_image, segmentation_mask
+from distill.data.readers.pixels import SLACK_PX, eight_bits, mask_of_file, open_image, segmentation_mask
+from distill.data.readers.tables import Box, Faults, Place, did_you_mean, key, quote
 from distill.data.sample import Region, Sample
-from distill.data.tables import Box, Faults, Place, did_you_mean, key, quote
 from distill.errors import UserError, raise_all
+from distill.tokens import find_words
 
 CROP_RULE = "centre square of the short side, Lanczos, v1"
 """Part of every fingerprint: change it whenever the pixels of a row change."""

@@ -18,9 +18,9 @@ from diffusers import UNet2DConditionModel
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from distill.components import AttentionSubset, Components
 from distill.config import BlocksConfig
 from distill.errors import UserError, raise_all
+from distill.models.components import AttentionSubset, Components
 
 PER_STAGE = (
     "down_block_types", "block_out_channels", "attention_head_dim", "num_attention_heads", "cross_attention_dim",

@@ -19,10 +19,10 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 from tqdm.auto import tqdm
 
-from distill.attention import attention_layers
-from distill.components import Components, encode_text
-from distill.data.captions import EOS, PADDING, WORD, token_groups
+from distill.attention.recording import attention_layers
 from distill.errors import raise_all
+from distill.models.components import Components, encode_text
+from distill.tokens import EOS, PADDING, WORD, token_groups
 
 MERGE_CAPTIONS = 2000
 """Training captions that the merge is fitted on, where there are as many."""

@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distill.config import DataConfig
-from distill.data.captions import find_words, query_words_for
-from distill.data.pixels import check_segmentation
-from distill.data.records import (
+from distill.data.captions import query_words_for
+from distill.data.readers.pixels import check_segmentation
+from distill.data.readers.records import (
     VALIDATION_SPLITS,
     Annotation,
     ImageRecord,
@@ -28,7 +28,7 @@ from distill.data.records import (
     data_root,
     path_under,
 )
-from distill.data.tables import (
+from distill.data.readers.tables import (
     SPLIT_CODES,
     Box,
     Faults,
@@ -46,6 +46,7 @@ from distill.data.tables import (
     texts_of,
 )
 from distill.errors import UserError, raise_all
+from distill.tokens import find_words
 
 
 @dataclass

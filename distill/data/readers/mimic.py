@@ -10,9 +10,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
 from distill.config import DataConfig
-from distill.data.captions import find_words, query_words_for
-from distill.data.coco import read_coco
-from distill.data.records import (
+from distill.data.captions import query_words_for
+from distill.data.readers.coco import read_coco
+from distill.data.readers.records import (
     VALIDATION_SPLITS,
     Annotation,
     ImageRecord,
@@ -24,7 +24,7 @@ from distill.data.records import (
     logger,
     path_under,
 )
-from distill.data.tables import (
+from distill.data.readers.tables import (
     SPLIT_CODES,
     Box,
     Faults,
@@ -42,6 +42,7 @@ from distill.data.tables import (
     texts_of,
 )
 from distill.errors import UserError, raise_all
+from distill.tokens import find_words
 
 NO_FINDING = "No Finding"
 

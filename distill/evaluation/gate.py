@@ -17,11 +17,11 @@ import numpy as np
 from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from distill.atlas import compute_cells, gather_pairs, macro_mean
-from distill.components import Components
 from distill.config import AttentionDistillationConfig, EvaluationConfig
 from distill.data.sample import ImageCaptionDataset
 from distill.errors import UserError
+from distill.evaluation.atlas import compute_cells, gather_pairs, macro_mean
+from distill.models.components import Components
 
 Group = Literal["words", "eos", "padding"]
 GROUPS: tuple[Group, ...] = ("words", "eos", "padding")

@@ -1,0 +1,177 @@
+"""From recorded probabilities to maps: token selection, heat maps of generated images, aggregation over layers."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from transformers import PreTrainedTokenizerBase
+
+from distill.attention.recording import ALWAYS, AttentionMaps, Reduce, attention_layers, record_attention
+from distill.errors import UserError
+from distill.tokens import BOS, EOS, PADDING, find_words, token_groups, token_spans, words_of
+
+
+@dataclass(frozen=True)
+class TokenSelection:
+    """Which tokens of each prompt are kept, and under what names.
+
+    names: a tuple for each prompt; BOS, EOS and padding are "[BOS]", "[EOS]" and "[PAD]".
+    matrix: (prompts, tokens, columns) float32 that maps token probabilities to the columns: the mean over the tokens of
+    a word, the sum over the padding.
+    """
+
+    names: tuple[tuple[str, ...], ...]
+    matrix: torch.Tensor
+
+    def reduce(self, *, heads: Literal["mean", "each"] = "mean", images_per_prompt: int = 1) -> Reduce:
+        """For `record_attention`: (batch, places, columns), or (batch, heads, places, columns) with heads "each"."""
+        matrix = self.matrix.repeat_interleave(images_per_prompt, dim=0)
+
+        def reduce(probabilities: torch.Tensor) -> torch.Tensor:
+            batch, tokens = probabilities.shape[0], probabilities.shape[-1]
+            if (batch, tokens) != matrix.shape[:2]:
+                raise ValueError(
+                    f"{batch} texts of {tokens} tokens reach the U-Net, where {len(matrix)} of {matrix.shape[1]} were "
+                    "selected from; give both the same prompts and number of images per prompt"
+                )
+            chosen = matrix.to(probabilities.device)
+            return probabilities.mean(dim=1) @ chosen if heads == "mean" else probabilities @ chosen[:, None]
+
+        return reduce
+
+
+def select_tokens(
+    tokenizers: PreTrainedTokenizerBase | Sequence[PreTrainedTokenizerBase],
+    prompts: str | Sequence[str],
+    words: str | Sequence[str] | None = None,
+    max_length: int = 77,
+) -> TokenSelection:
+    """BOS, each of `words` (by default every distinct word of the prompt), EOS and padding of each prompt.
+
+    Words are found by the tokenizer's offsets, whole and without regard to case; a word that occurs several times counts
+    with all of its occurrences. With several tokenizers (SDXL) the mean of their selections, which agree unless one
+    splits a word otherwise. Raises UserError if a word is in no prompt, or truncation cuts it off.
+    """
+    prompts = [prompts] if isinstance(prompts, str) else list(prompts)
+    words = [words] if isinstance(words, str) else words
+    several = [tokenizers] if isinstance(tokenizers, PreTrainedTokenizerBase) else list(tokenizers)
+    found: list[dict[str, torch.Tensor]] = []
+    for prompt in prompts:
+        asked = words_of(prompt) if words is None else list(words)
+        columns: dict[str, torch.Tensor] = {}
+        for tokenizer in several:
+            groups = token_groups(tokenizer, prompt, max_length)
+            mine = {"[BOS]": groups == BOS}
+            for word in asked:
+                mine[word] = torch.zeros_like(groups, dtype=torch.bool)
+                mine[word][token_spans(tokenizer, prompt, find_words(prompt, [word]), max_length)] = True
+            mine |= {"[EOS]": groups == EOS, "[PAD]": groups == PADDING}
+            for name, tokens in mine.items():
+                share = tokens.float() / (1 if name == "[PAD]" else max(int(tokens.sum()), 1))
+                columns[name] = columns.get(name, 0) + share / len(several)
+        found.append({name: c for name, c in columns.items() if c.any() or name == "[PAD]"})
+    missing = [word for word in words or () if not any(word in columns for columns in found)]
+    if missing:
+        raise UserError(
+            f"'{missing[0]}' is in none of the prompts, or behind their first {max_length} tokens: {prompts[0]!r}"
+        )
+    matrix = torch.zeros(len(prompts), max_length, max(len(columns) for columns in found))
+    for row, columns in zip(matrix, found, strict=True):
+        row[:, : len(columns)] = torch.stack(list(columns.values()), dim=1)
+    return TokenSelection(tuple(tuple(columns) for columns in found), matrix)
+
+
+@dataclass
+class PromptMaps:
+    """Attention of generated images on the words of their prompts; of `record_pipeline`."""
+
+    recorded: AttentionMaps
+    names: tuple[tuple[str, ...], ...]
+    images_per_prompt: int
+
+    def heat_maps(self, size: tuple[int, int] | None = None) -> list[dict[str, torch.Tensor]]:
+        """One dictionary an image: word -> (height, width) float32 on the CPU, the mean attention probability over
+        layers, heads and steps; at the largest recorded size unless `size` is given. See `normalize` for display.
+
+        With heads "each" the maps are (heads, height, width). Raises ValueError if nothing was recorded.
+        """
+        if not self.recorded.by_layer:
+            raise ValueError("nothing was recorded: call the pipeline inside the context, at recorded timesteps")
+        size = size or max(self.recorded.sizes.values())
+        by_layer = {name: m / self.recorded.passes for name, m in self.recorded.by_layer.items()}
+        heads = next(iter(by_layer.values())).shape[1:-2]
+        flat = {name: m.flatten(0, -3) if heads else m for name, m in by_layer.items()}
+        maps = aggregate(flat, self.recorded.sizes, size).cpu()
+        maps = maps.unflatten(0, (-1, *heads)).movedim(2, 1) if heads else maps
+        return [dict(zip(self.names[i // self.images_per_prompt], image, strict=False)) for i, image in enumerate(maps)]
+
+
+@contextmanager
+def record_pipeline(
+    pipe: Any,
+    prompts: str | Sequence[str],
+    words: str | Sequence[str] | None = None,
+    *,
+    layers: str | Sequence[str] = (),
+    heads: Literal["mean", "each"] = "mean",
+    timesteps: tuple[int, int] = ALWAYS,
+    images_per_prompt: int = 1,
+) -> Iterator[PromptMaps]:
+    """Record what a stock text-to-image pipeline (SD 1.x, 2.x, SDXL) attends to while it draws `prompts`.
+
+    Call `pipe(prompts, ...)` once inside the context, with the same prompts and num_images_per_prompt; the mean of a
+    second call's passes and the first's would be taken. Under classifier-free guidance the conditional half is kept: the
+    pipeline says itself whether it guides. Memory does not grow with the number of steps. Image-to-image and inpainting
+    pipelines do as well. Other arguments as in `record_attention` and `select_tokens`.
+
+    Raises UserError for a pipeline of another kind, and with heads "each" for layers of unequal numbers of heads; the
+    pipeline call raises ValueError for another number of prompts, images or tokens than was said.
+    """
+    tokenizers = [t for t in (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")) if t is not None]
+    if not tokenizers or not hasattr(pipe, "unet") or not hasattr(type(pipe), "do_classifier_free_guidance"):
+        raise UserError(f"{type(pipe).__name__} is not a text-to-image pipeline with a U-Net")
+    unet = getattr(pipe.unet, "_orig_mod", pipe.unet)
+    counts = {name: unet.get_submodule(name).heads for name in attention_layers(unet, layers)}
+    if heads == "each" and len(set(counts.values())) > 1:
+        listed = ", ".join(f"{name} {count}" for name, count in counts.items())
+        raise UserError(f"with heads 'each', give layers that have equally many; they have: {listed}")
+    chosen = select_tokens(tokenizers, prompts, words, max_length=tokenizers[0].model_max_length)
+
+    def conditional_rows() -> slice:
+        count = len(chosen.names) * images_per_prompt
+        return slice(count if pipe.do_classifier_free_guidance else 0, None)
+
+    reduce = chosen.reduce(heads=heads, images_per_prompt=images_per_prompt)
+    with record_attention(
+        pipe.unet, layers, reduce, accumulate=True, timesteps=timesteps, rows=conditional_rows
+    ) as maps:
+        yield PromptMaps(maps, chosen.names, images_per_prompt)
+
+
+def to_image(
+    maps: torch.Tensor, places: tuple[int, int], size: tuple[int, int], mode: str = "bilinear"
+) -> torch.Tensor:
+    """(batch, places, columns) -> (batch, columns, *size), resized by `mode` ("bilinear" or "nearest")."""
+    corners = {"align_corners": False} if mode == "bilinear" else {}
+    return F.interpolate(maps.transpose(1, 2).unflatten(2, places), size=size, mode=mode, **corners)
+
+
+def aggregate(
+    maps: dict[str, torch.Tensor], sizes: dict[str, tuple[int, int]], size: tuple[int, int], mode: str = "bilinear"
+) -> torch.Tensor:
+    """Mean over layers of (batch, places, columns) maps, each resized to `size`: (batch, columns, *size)."""
+    total = torch.zeros(())
+    for name, m in maps.items():
+        total = total.to(m.device) + to_image(m, sizes[name], size, mode)
+    return total / len(maps)
+
+
+def normalize(maps: torch.Tensor) -> torch.Tensor:
+    """Min-max over the last two dimensions, to [0, 1]; a constant map becomes 0."""
+    low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
+    return (maps - low) / (high - low).clamp(min=torch.finfo(maps.dtype).tiny)
