@@ -1,4 +1,4 @@
-"""fit(): the only training loop. It knows no method; an objective maps (batch, generator) to named losses."""
+"""fit(): the only training loop. It knows no method: an objective maps (batch, generator) to named losses."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -27,6 +27,21 @@ from tqdm.auto import tqdm
 
 from distill.config import TrainerConfig
 from distill.errors import UserError
+
+
+KEPT_CHECKPOINTS = 2
+"""Checkpoints kept, the newest."""
+METHOD_FILE = "method.safetensors"
+"""What a method keeps besides the trained parameters, in a checkpoint."""
+
+
+@runtime_checkable
+class HasState(Protocol):
+    """An objective with a state besides its trained parameters."""
+
+    def state(self) -> dict[str, torch.Tensor]: ...
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -104,7 +119,7 @@ def fit(
     accelerator: Accelerator,
     output_dir: Path,
     seed: int,
-    collate: Callable[[list[Any]], dict[str, Any]] | None = None,
+    collate: Callable[[list[Any]], Any] | None = None,
     parameter_groups: Sequence[dict[str, Any]] | None = None,
     on_sample: Callable[[int], None] | None = None,
     on_localize: Callable[[int], None] | None = None,
@@ -142,7 +157,10 @@ def fit(
 
     output_dir.mkdir(parents=True, exist_ok=True)
     log_path = output_dir / "train_log.jsonl"
-    start, seconds_before = _resume(output_dir, named, optimizer, scheduler, ema, seed, accelerator.num_processes)
+    method = objective if isinstance(objective, HasState) else None
+    start, seconds_before = _resume(
+        output_dir, named, optimizer, scheduler, ema, seed, accelerator.num_processes, method
+    )
     if ema is not None:
         ema.to(accelerator.device)
     if accelerator.is_main_process:
@@ -165,7 +183,7 @@ def fit(
         pin_memory=accelerator.device.type == "cuda",
     )
     if accelerator.log_with:
-        accelerator.init_trackers(label, config={k: v for k, v in asdict(config).items() if v is not None})
+        accelerator.init_trackers(label, config={k: str(v) if isinstance(v, tuple) else v for k, v in config.model_dump(exclude_none=True).items()})
     bar = tqdm(
         total=config.max_steps, initial=start, desc=label, unit="step", disable=not accelerator.is_main_process,
         dynamic_ncols=True, mininterval=1.0, smoothing=0.05,
@@ -175,7 +193,7 @@ def fit(
     count, step = 0, start
     grad_norm: torch.Tensor | float = float("nan")
     for micro, batch in enumerate(loader, start=start * accumulation):
-        batch = {k: v.to(accelerator.device, non_blocking=True) if torch.is_tensor(v) else v for k, v in batch.items()}
+        batch = _moved(batch, accelerator.device)
         with accelerator.accumulate(model):
             generator = generator_at(seed, micro, accelerator.process_index)
             torch.manual_seed(generator.initial_seed())  # dropout draws from the global generators
@@ -222,7 +240,7 @@ def fit(
                     "step": step, "seed": seed, "processes": accelerator.num_processes,
                     "seconds": seconds_before + time.perf_counter() - began,
                 }  # fmt: skip
-                _save_state(output_dir, state, named, optimizer, scheduler, ema, config.keep_checkpoints)
+                _save_state(output_dir, state, named, optimizer, scheduler, ema, method)
             accelerator.wait_for_everyone()
         for call, every in ((on_sample, config.sample_every_steps), (on_localize, config.localize_every_steps)):
             if call and every and step % every == 0:
@@ -245,10 +263,17 @@ def fit(
     return FitResult(config.max_steps, seconds, peak_memory_gb(), sum(p.numel() for p in trainable))
 
 
+def _moved(batch: Any, device: torch.device) -> Any:
+    """A batch on the device: a record that moves itself, or a dictionary of tensors."""
+    if isinstance(batch, dict):
+        return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
+    return batch.to(device, non_blocking=True)
+
+
 def _optimizer(groups: list[dict[str, Any]], config: TrainerConfig) -> torch.optim.Optimizer:
     options: dict[str, Any] = {
         "lr": config.learning_rate,
-        "betas": (config.adam_beta1, config.adam_beta2),
+        "betas": config.adam_betas,
         "weight_decay": config.weight_decay,
     }
     if config.optimizer == "adamw":
@@ -265,7 +290,7 @@ def _save_state(
     optimizer: Any,
     scheduler: Any,
     ema: EMAModel | None,
-    keep: int,
+    method: HasState | None,
 ) -> None:
     """Write state/step-N in a temporary folder and rename it, so that a kill leaves the previous one whole."""
     folder = output_dir / "state" / f"step-{state['step']:08d}"
@@ -277,9 +302,12 @@ def _save_state(
     if ema is not None:
         extra["ema"] = ema.state_dict()
     torch.save(extra, partial / "optimizer.pt")
+    own = method.state() if method is not None else {}
+    if own:
+        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}, partial / METHOD_FILE)
     (partial / "state.json").write_text(json.dumps(state))
     os.replace(partial, folder)
-    for old in sorted(folder.parent.glob("step-*[0-9]"))[:-keep]:
+    for old in sorted(folder.parent.glob("step-*[0-9]"))[:-KEPT_CHECKPOINTS]:
         shutil.rmtree(old)
 
 
@@ -291,6 +319,7 @@ def _resume(
     ema: EMAModel | None,
     seed: int,
     processes: int,
+    method: HasState | None,
 ) -> tuple[int, float]:
     folders = sorted((output_dir / "state").glob("step-*[0-9]"))
     if not folders:
@@ -312,6 +341,8 @@ def _resume(
     scheduler.load_state_dict(extra["scheduler"])
     if ema is not None:
         ema.load_state_dict(extra["ema"])
+    if method is not None and (folder / METHOD_FILE).exists():
+        method.load_state(load_file(folder / METHOD_FILE))
     return int(state["step"]), float(state["seconds"])
 
 

@@ -21,7 +21,8 @@ from rich.console import Console
 from distill.arms import unused_data_options
 from distill.cli import main, refuse_unused, to_yaml
 from distill.config import AtlasConfig
-from distill.data import RecordDataset, load_dataset
+from distill.data.loading import load_dataset
+from distill.data.readers.records import RecordDataset
 from distill.errors import UserError, raise_all
 from distill.evaluation.atlas import (
     analyse,

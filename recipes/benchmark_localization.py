@@ -34,7 +34,7 @@ from distill.attention.heat_maps import aggregate, normalize, record_pipeline, s
 from distill.attention.recording import attention_layers, record_attention
 from distill.cli import main, to_yaml
 from distill.config import BenchmarkLocalizationConfig, EvaluationConfig
-from distill.data import load_dataset
+from distill.data.loading import load_dataset
 from distill.errors import UserError
 from distill.evaluation.evaluate import finite
 from distill.evaluation.localization import localization

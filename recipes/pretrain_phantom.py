@@ -27,7 +27,7 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer, ResNetForIm
 
 from distill.cli import main, to_yaml
 from distill.config import BaseConfig, DenoisingConfig, LoraConfig, PretrainConfig, TrainerConfig
-from distill.data import PhantomDataset
+from distill.data.phantom.dataset import PhantomDataset
 from distill.data.cache import cache_latents
 from distill.data.pictures import VOCABULARY, PicturesDataset
 from distill.data.rows import TrainingRows

@@ -17,7 +17,7 @@ import torch
 from distill.arms import unused_data_options
 from distill.cli import main, refuse_unused
 from distill.config import SwapTextEncoderConfig
-from distill.data import load_dataset
+from distill.data.loading import load_dataset
 from distill.errors import UserError
 from distill.models.components import components_of, load_components, parameter_counts
 from distill.models.export import prove_parity

@@ -21,7 +21,7 @@ from torch.utils.data import default_collate
 
 from distill.attention.recording import record_attention
 from distill.config import AttentionDistillationConfig, BaseConfig, DenoisingConfig, LoraConfig
-from distill.data import PhantomDataset
+from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows
 from distill.methods.key_lock import lock_keys
 from distill.methods.objectives import AttentionDistillationObjective, DenoisingObjective, SupervisedAttentionObjective

@@ -10,7 +10,7 @@ from hypothesis import settings
 from tiny import save_tiny
 
 from distill.config import BaseConfig
-from distill.data import PhantomDataset
+from distill.data.phantom.dataset import PhantomDataset
 from distill.models.components import Components, load_components
 
 # The same examples in every run, so that a failure is of the change that it follows; others: --hypothesis-profile default

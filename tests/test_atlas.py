@@ -28,7 +28,7 @@ from tiny import save_tiny, tiny_sd
 
 from distill.cli import parse
 from distill.config import AtlasConfig, BaseConfig, EvaluationConfig
-from distill.data import PhantomDataset
+from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
 from distill.evaluation import atlas as library
 from distill.evaluation.atlas import (

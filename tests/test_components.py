@@ -23,7 +23,7 @@ from torch import nn
 
 from distill.attention.recording import attention_layers
 from distill.config import BaseConfig, DenoisingConfig, LoraConfig, TrainerConfig
-from distill.data import PhantomDataset
+from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows
 from distill.errors import UserError
 from distill.methods.objectives import DenoisingObjective, check_same_shape

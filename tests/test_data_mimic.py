@@ -18,7 +18,10 @@ from PIL import Image
 
 from distill.arms import DATA_OPTIONS
 from distill.config import DataConfig
-from distill.data import FolderDataset, MimicDataset, MsCxrDataset, RecordDataset, load_dataset
+from distill.data.loading import load_dataset
+from distill.data.readers.folder import FolderDataset
+from distill.data.readers.mimic import MimicDataset, MsCxrDataset
+from distill.data.readers.records import RecordDataset
 from distill.data.readers.mimic import CHEXPERT_LABELS
 from distill.data.readers.records import _same_aspect
 from distill.errors import UserError

@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from distill.config import EvaluationConfig
-from distill.data import PhantomDataset
+from distill.data.phantom.dataset import PhantomDataset
 from distill.evaluation import evaluate as module
 from distill.evaluation.evaluate import (
     Generated,

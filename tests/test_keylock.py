@@ -12,7 +12,7 @@ from tiny import save_tiny
 
 from distill.attention.recording import attention_layers
 from distill.config import BaseConfig, LoraConfig
-from distill.data import PhantomDataset
+from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
 from distill.methods.key_lock import lock_keys, merge_keys
 from distill.models.components import Components, encode_text, load_components, prepare_training

@@ -25,7 +25,7 @@ from tiny import save_tiny
 
 from distill.attention.recording import AttentionMaps, attention_layers, record_attention
 from distill.config import BaseConfig, EvaluationConfig
-from distill.data import PhantomDataset
+from distill.data.phantom.dataset import PhantomDataset
 from distill.data.sample import Region
 from distill.errors import UserError
 from distill.evaluation.evaluate import finite

@@ -20,7 +20,7 @@ from transformers import (
 )
 
 from distill.config import BaseConfig, LoraConfig
-from distill.data import PhantomDataset
+from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
 from distill.models.components import Components, components_of, encode_text, load_components, prepare_training
 from distill.models.export import export, prove_parity

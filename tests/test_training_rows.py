@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from distill.config import DenoisingConfig
-from distill.data import PhantomDataset
+from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows, check_training_text, training_caption
 from distill.errors import UserError
 from distill.models.components import Components

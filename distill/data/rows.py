@@ -1,8 +1,8 @@
-"""Rows of a captioned data set as the objectives want them."""
+"""Rows of a captioned data set as methods read them."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -12,9 +12,12 @@ from distill.config import DenoisingConfig
 from distill.data.cache import LatentCache, TextEmbeddingCache
 from distill.data.captions import NO_LABEL, insert_labels, names_side, text_of_labels
 from distill.data.sample import ImageCaptionDataset
+from distill.data.batch import Batch, Pixels, Posterior, TextEmbeddings, Tokens
 from distill.errors import UserError
-from distill.models.components import Components
 from distill.tokens import find_words, token_groups, token_spans
+
+if TYPE_CHECKING:
+    from distill.models import Model
 
 REGION_SIZE = 32
 """Side of the grid that regions are kept on, in cells: SD 1.x attends at 64, 32, 16 and 8."""
@@ -31,7 +34,7 @@ def training_caption(dataset: ImageCaptionDataset, index: int, config: Denoising
 
 
 def check_training_text(
-    dataset: ImageCaptionDataset, components: Components, config: DenoisingConfig, *, truncate: bool
+    dataset: ImageCaptionDataset, model: Model, config: DenoisingConfig, *, truncate: bool
 ) -> None:
     """UserError if a label has no paraphrase, or, without `truncate`, if a text made of labels is longer than the text
     encoder reads."""
@@ -42,43 +45,40 @@ def check_training_text(
     if truncate or (config.training_text == "caption" and config.insert_labels == "none"):
         return  # the data set has checked its own captions
     texts = [training_caption(dataset, i, config) for i in range(len(dataset))]
-    for tokenizer in components.tokenizers:
+    for tokenizer in model.tokenizers:
         lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
-        long = [i for i, length in enumerate(lengths) if length > components.max_tokens]
+        long = [i for i, length in enumerate(lengths) if length > model.max_tokens]
         if long:
             raise UserError(
                 f"denoising.training_text and insert_labels: {len(long)} training texts are longer than the "
-                f"{components.max_tokens} tokens that the text encoder reads, the first of row {long[0]}: {texts[long[0]]!r}"
+                f"{model.max_tokens} tokens that the text encoder reads, the first of row {long[0]}: {texts[long[0]]!r}"
             )
 
 
-class TrainingRows(Dataset[dict[str, Any]]):
-    """Row i: latents_mean, latents_std (or pixel_values), input_ids_k (or prompt_embeds and pooled), groups, droppable.
+class TrainingRows(Dataset[Batch]):
+    """Row i of a data set, as a Batch without its first dimension.
 
-    groups: (tokens,) codes of the token groups. droppable: whether caption dropout may take this caption.
-    With `flip`, rows also have flippable (the caption names no side) and, with cached latents, latents_mean_flipped and
-    latents_std_flipped; the objective mirrors half of the flippable ones. With `label_tokens`, rows also have label_tokens:
-    (tokens,) bool, the words of the caption that name a label of the image. With `regions`, also regions: (tokens, S, S)
-    uint8, 1 where the label that a word names is, with S = REGION_SIZE. denoising: what the texts are; None for the captions.
+    latents, text: caches; without them a row has pixels and token ids. flip: rows say whether their image may be mirrored.
+    label_tokens, regions: rows say which words name a label of the image, and where that label is. region_images: give the
+    regions of the first this many images alone.
     """
 
     def __init__(
         self,
         dataset: ImageCaptionDataset,
-        components: Components,
+        model: Model,
+        denoising: DenoisingConfig | None = None,
         *,
         latents: LatentCache | None = None,
         text: TextEmbeddingCache | None = None,
-        drop_only_label: str | None = None,
         flip: bool = False,
-        denoising: DenoisingConfig | None = None,
         label_tokens: bool = False,
         regions: bool = False,
+        region_images: int | None = None,
     ) -> None:
-        self.dataset, self.components, self.latents, self.text = dataset, components, latents, text
-        self.drop_only_label, self.flip = drop_only_label, flip
+        self.dataset, self.model, self.latents, self.text, self.flip = dataset, model, latents, text, flip
         self.denoising = denoising or DenoisingConfig()
-        self.label_tokens, self.regions = label_tokens, regions
+        self.label_tokens, self.regions, self.region_images = label_tokens, regions, region_images
         self._regions: dict[int, dict[str, torch.Tensor]] = {}
 
     def __len__(self) -> int:
@@ -87,48 +87,48 @@ class TrainingRows(Dataset[dict[str, Any]]):
     def caption(self, index: int) -> str:
         return training_caption(self.dataset, index, self.denoising)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
-        caption = self.caption(index)
-        row: dict[str, Any] = {}
-        flippable = self.flip and not names_side(caption)
-        if self.flip:
-            row["flippable"] = torch.tensor(flippable)
-        if self.latents is not None:
-            row["latents_mean"], row["latents_std"] = self.latents[index]
-            if self.flip:
-                mirrored = self.latents.flipped(index) or self.latents[index]
-                row["latents_mean_flipped"], row["latents_std_flipped"] = mirrored
-        else:
-            row["pixel_values"] = self.dataset[index].pixel_values
-        if self.text is not None:
-            embeds = self.text[caption]
-            pair = (embeds,) if isinstance(embeds, torch.Tensor) else embeds
-            row |= zip(("prompt_embeds", "pooled"), pair, strict=False)
-        else:
-            for i, ids in enumerate(self.components.tokenize([caption])):
-                row[f"input_ids_{i}"] = ids[0]
-        row["groups"] = token_groups(self.components.tokenizers[0], caption, self.components.max_tokens)
-        labels = self.dataset.labels(index)
-        length = self.components.max_tokens
-        if self.label_tokens:
-            row["label_tokens"] = torch.zeros(length, dtype=torch.bool)
-            row["label_tokens"][[k for label in labels for k in self._tokens_of(label, caption)]] = True
-        if self.regions:
-            row["regions"] = torch.zeros(length, REGION_SIZE, REGION_SIZE, dtype=torch.uint8)
-            limit = self.denoising.region_images
-            for label, mask in self._regions_of(index).items() if limit is None or index < limit else ():
+    def __getitem__(self, index: int) -> Batch:
+        caption, labels = self.caption(index), self.dataset.labels(index)
+        only = self.denoising.caption_dropout_label
+        return Batch(
+            image=self._image(index),
+            text=self._text(caption),
+            groups=token_groups(self.model.tokenizers[0], caption, self.model.max_tokens),
+            droppable=torch.tensor(only is None or only in (labels or (NO_LABEL,))),
+            flippable=torch.tensor(not names_side(caption)) if self.flip else None,
+            size_ids=self._size_ids(index) if self.model.family.reads_size else None,
+            label_tokens=self._label_tokens(labels, caption) if self.label_tokens else None,
+            regions=self._region_tokens(index, caption) if self.regions else None,
+        )
+
+    def _image(self, index: int) -> Pixels | Posterior:
+        if self.latents is None:
+            return Pixels(self.dataset[index].pixel_values)
+        posterior = self.latents[index]
+        return Posterior(*posterior, *((self.latents.flipped(index) or posterior) if self.flip else ()))
+
+    def _text(self, caption: str) -> Tokens | TextEmbeddings:
+        if self.text is None:
+            return Tokens(tuple(ids[0] for ids in self.model.tokenize([caption])))
+        embeds = self.text[caption]
+        return TextEmbeddings(embeds) if isinstance(embeds, torch.Tensor) else TextEmbeddings(*embeds)
+
+    def _label_tokens(self, labels: tuple[str, ...], caption: str) -> torch.Tensor:
+        named = torch.zeros(self.model.max_tokens, dtype=torch.bool)
+        named[[k for label in labels for k in self._tokens_of(label, caption)]] = True
+        return named
+
+    def _region_tokens(self, index: int, caption: str) -> torch.Tensor:
+        regions = torch.zeros(self.model.max_tokens, REGION_SIZE, REGION_SIZE, dtype=torch.uint8)
+        if self.region_images is None or index < self.region_images:
+            for label, mask in self._regions_of(index).items():
                 for k in self._tokens_of(label, caption):
-                    row["regions"][k] |= mask
-        row["droppable"] = torch.tensor(self.drop_only_label is None or self.drop_only_label in (labels or (NO_LABEL,)))
-        if self.components.is_sdxl:
-            row["time_ids"] = torch.tensor(self._time_ids(index), dtype=torch.float32)
-        return row
+                    regions[k] |= mask
+        return regions
 
     def _tokens_of(self, label: str, caption: str) -> list[int]:
         words = (label, *self.dataset.query_words.get(label, ()))
-        return token_spans(
-            self.components.tokenizers[0], caption, find_words(caption, words), self.components.max_tokens
-        )
+        return token_spans(self.model.tokenizers[0], caption, find_words(caption, words), self.model.max_tokens)
 
     def _regions_of(self, index: int) -> dict[str, torch.Tensor]:
         """Finding -> (S, S) uint8, kept from the first time on, so that no later epoch decodes the image for it."""
@@ -139,6 +139,7 @@ class TrainingRows(Dataset[dict[str, Any]]):
             }
         return self._regions[index]
 
-    def _time_ids(self, index: int) -> tuple[int, ...]:
+    def _size_ids(self, index: int) -> torch.Tensor:
         sample = self.dataset[index]
-        return (*sample.original_size, *sample.crop_top_left, *sample.pixel_values.shape[-2:])
+        sizes = (*sample.original_size, *sample.crop_top_left, *sample.pixel_values.shape[-2:])
+        return torch.tensor(sizes, dtype=torch.float32)

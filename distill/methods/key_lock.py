@@ -1,28 +1,33 @@
 """Key-locking: keys of cross-attention from the text encoder as it was, values from the one that is trained.
 
 Where a word looks is decided by keys, what it draws there by values. A trained text encoder moves both, and the maps are
-lost. With the keys locked to the frozen encoder the trained one moves the maps through the queries of later layers alone, at
-the cost of a forward pass of a text encoder, and no teacher has to be trained. Keys are locked so in Perfusion (Tewel et al.
-2023, arXiv 2305.01644), there per concept and to its class. Afterwards `merge_keys` gives the keys back to the trained
-encoder, in closed form, so that what is exported is a stock U-Net and a stock text encoder, or adapters of both.
+lost. With locked keys it moves the maps only through the queries of later layers. The price is a forward pass of a text
+encoder; no teacher is needed. After training, `merge_keys` gives the keys back to the trained encoder, in closed form, so
+that the export is a stock denoiser and a stock text encoder, or adapters of both.
+Source: Perfusion, Tewel et al. 2023 (arXiv 2305.01644), which locks keys per concept and to its class.
 """
 
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.hooks import RemovableHandle
-from tqdm.auto import tqdm
 
-from distill.attention.recording import attention_layers
+from distill.data.batch import Batch
 from distill.errors import raise_all
-from distill.models.components import Components, encode_text
+from distill.methods.base import Context, Method, Options, Terms
 from distill.tokens import EOS, PADDING, WORD, token_groups
+
+if TYPE_CHECKING:
+    from torch.utils.hooks import RemovableHandle
+
+    from distill.methods.training import Training
+    from distill.models import Model
 
 MERGE_CAPTIONS = 2000
 """Training captions that the merge is fitted on, where there are as many."""
@@ -79,9 +84,9 @@ class Merged:
     r2_unmerged: dict[str, float]
 
 
-def lock_faults(components: Components) -> list[str]:
-    """Why the keys of these components cannot be locked; empty where they can."""
-    if components.unet.config.get("encoder_hid_dim") is None:
+def lock_faults(model: Model) -> list[str]:
+    """Why the keys of these model cannot be locked; empty where they can."""
+    if model.denoiser.config.get("encoder_hid_dim") is None:
         return []
     return ["lock_keys: this U-Net projects the text before its cross-attention (encoder_hid_dim)"]
 
@@ -89,12 +94,12 @@ def lock_faults(components: Components) -> list[str]:
 class KeyLock:
     """The lock of one model: the hooks that part the hidden states, and the encoders to give back."""
 
-    def __init__(self, components: Components, frozen: Sequence[nn.Module]) -> None:
-        """Lock `components` in place: its text encoders, its pipeline's and its U-Net. frozen: the encoders that the keys
+    def __init__(self, model: Model, frozen: Sequence[nn.Module]) -> None:
+        """Lock `model` in place: its text encoders, its pipeline's and its U-Net. frozen: the encoders that the keys
         see. After adapters are attached, since the hooks are on the outermost module of each projection.
         Raises UserError for a U-Net that projects the text itself."""
-        raise_all("the keys cannot be locked", lock_faults(components))
-        self.components, self.trained = components, list(components.text_encoders)
+        raise_all("the keys cannot be locked", lock_faults(model))
+        self.model, self.trained = model, list(model.text_encoders)
         joint = [KeyLockedTextEncoder(*pair) for pair in zip(frozen, self.trained, strict=True)]
         keys: list[int] = []
         values: list[int] = []
@@ -106,16 +111,16 @@ class KeyLock:
             start += 2 * width
         self.columns = (torch.tensor(keys), torch.tensor(values))
         self.handles: list[RemovableHandle] = []
-        for name in attention_layers(components.unet):
-            layer = components.unet.get_submodule(name)
+        for name in _cross_attention(model.denoiser):
+            layer = model.denoiser.get_submodule(name)
             for module, columns in zip((layer.to_k, layer.to_v), self.columns, strict=True):
                 self.handles.append(module.register_forward_pre_hook(_select(columns)))
         self._place(joint)
 
     def _place(self, encoders: Sequence[nn.Module]) -> None:
-        self.components.text_encoders[:] = encoders
-        for name, encoder in zip(("text_encoder", "text_encoder_2"), encoders, strict=False):
-            setattr(self.components.pipeline, name, encoder)
+        self.model.text_encoders[:] = encoders
+        for name, encoder in zip(self.model.family.text_encoder_names, encoders, strict=True):
+            setattr(self.model.pipeline, name, encoder)
 
     def release(self) -> None:
         """The trained encoders alone again; keys see them, as they are."""
@@ -134,10 +139,10 @@ def _select(columns: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tup
     return hook
 
 
-def lock_keys(components: Components, dtype: torch.dtype = torch.float32) -> KeyLock:
+def lock_keys(model: Model, dtype: torch.dtype = torch.float32) -> KeyLock:
     """Before the first training step and after prepare_training, which knows nothing of the lock. dtype: of the copies that
     the keys see."""
-    return KeyLock(components, [copy.deepcopy(encoder).to(dtype) for encoder in components.text_encoders])
+    return KeyLock(model, [copy.deepcopy(encoder).to(dtype) for encoder in model.text_encoders])
 
 
 @torch.no_grad()
@@ -153,19 +158,21 @@ def merge_keys(
     rank: where the projections are LoRA layers, W - 1 is the best map of this rank (reduced-rank regression, Izenman 1975),
     so that the adapter `default` of to_k takes it in exactly, by as many ranks more. Not for other layers.
     """
-    components = lock.components
+    model = lock.model
     key_columns, value_columns = lock.columns
     texts = [*captions, *[""] * max(1, len(captions) // 50)]
     width = len(key_columns)
-    groups = [token_groups(components.tokenizers[0], text, components.max_tokens) for text in texts]
+    groups = [token_groups(model.tokenizers[0], text, model.max_tokens) for text in texts]
     codes = torch.stack(groups)
     share = {int(code): float((codes == code).double().mean()) for code in codes.unique()}
     gram, cross = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
     held: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {code: [] for code in share}
-    device = components.unet.device
+    device = model.denoiser.device
+    from tqdm.auto import tqdm
+
     for start in tqdm(range(0, len(texts), batch_size), desc="merging keys", unit="batch", disable=not progress):
         part = texts[start : start + batch_size]
-        states, _ = encode_text(components.text_encoders, [ids.to(device) for ids in components.tokenize(part)])
+        states, _ = model.encode([ids.to(device) for ids in model.tokenize(part)])
         states = states.cpu().double()
         x, y = states[..., value_columns], states[..., key_columns]
         places = torch.arange(start, start + len(part))
@@ -194,13 +201,13 @@ def merge_keys(
             if spread > 0:  # one token alone has none
                 r2[name] = float(1 - (y - x @ merge.T).pow(2).sum() / spread)
                 unmerged[name] = float(1 - (y - x).pow(2).sum() / spread)
-    for name in attention_layers(components.unet):
-        projection = components.unet.get_submodule(name).to_k
+    for name in _cross_attention(model.denoiser):
+        projection = model.denoiser.get_submodule(name).to_k
         if rank is None:
             projection.weight.copy_(projection.weight.cpu().double() @ merge)
         else:
             ranks = {"attn2.to_k": _widen(projection, *factors)}
-            adapter = components.unet.peft_config["default"]
+            adapter = model.denoiser.peft_config["default"]
             adapter.rank_pattern, adapter.alpha_pattern = adapter.rank_pattern | ranks, adapter.alpha_pattern | ranks
     lock.release()
     return Merged(r2, unmerged)
@@ -220,3 +227,66 @@ def _widen(layer: Any, left: torch.Tensor, right: torch.Tensor) -> int:
     size = len(wide["lora_A"])
     layer.r["default"], layer.lora_alpha["default"], layer.scaling["default"] = size, size, 1.0
     return size
+
+
+def _cross_attention(denoiser: nn.Module) -> list[str]:
+    from distill.attention import attention_layers
+
+    return attention_layers(denoiser)
+
+
+class KeyLockOptions(Options):
+    """The diffusion loss, with the keys of cross-attention locked to the text encoder as it was."""
+
+    kind: Literal["key_lock"] = "key_lock"
+    """What is minimized."""
+
+
+class KeyLocked(Method):
+    """Fine-tune with locked keys, and merge them at the end. Adapters of to_k then have twice the rank."""
+
+    Options = KeyLockOptions
+    options: KeyLockOptions
+
+    def faults(self, student: Model, training: Training) -> list[str]:
+        faults = lock_faults(student)
+        if training.text_encoder == "frozen":
+            faults.append("method key_lock locks keys to the text encoder as it was; set text_encoder to full or lora")
+        if training.denoiser == "frozen":
+            faults.append("method key_lock merges keys into the denoiser; set denoiser to full or lora")
+        if training.denoiser == "lora" and not {"to_k", "attn2.to_k"} & set(training.lora.denoiser_targets):
+            faults.append("lora.denoiser_targets must hold to_k, whose adapters take in the keys at the end")
+        return faults
+
+    def setup(self, student: Model, context: Context) -> None:
+        self._lock, self._context = lock_keys(student, context.frozen_dtype), context
+        super().setup(student, context)
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> Terms:
+        x = self.noised(batch, generator)
+        loss = self.denoising_loss(self.predict_student(x), x)
+        return {"loss": loss, "denoising": loss}
+
+    def finish(self) -> dict[str, Any]:
+        """Merge the keys; key_lock.json says how well that went."""
+        from distill.files import write_json
+
+        context = self._context
+        if context.dry_run:
+            self._lock.release()
+            return {}
+        started = time.perf_counter()
+        adapter = getattr(self.student.denoiser, "peft_config", {}).get("default")
+        captions = context.captions(MERGE_CAPTIONS)
+        merged = merge_keys(self._lock, captions, rank=adapter.r if adapter else None, progress=context.is_main)
+        found = asdict(merged) | {"seconds": time.perf_counter() - started}
+        if context.is_main:
+            write_json(context.log_dir / "key_lock.json", found)
+        fits = ", ".join(
+            f"{name} {value:.2f} (without {merged.r2_unmerged[name]:.2f})" for name, value in merged.r2.items()
+        )
+        context.say(f"keys merged into the trained text encoder's; R^2: {fits}; {context.log_dir / 'key_lock.json'}")
+        worse = [name for name, value in merged.r2.items() if value < merged.r2_unmerged[name]]
+        if worse:
+            context.say(f"warning: for {', '.join(worse)} the merge is worse than none; compare the maps, or train shorter")
+        return found

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 from distill.config import BaseConfig
-from distill.data import PhantomDataset
+from distill.data.phantom.dataset import PhantomDataset
 from distill.data.pictures import PicturesDataset
 from distill.models.components import encode_text, load_components
 

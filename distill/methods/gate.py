@@ -1,27 +1,24 @@
-"""What a teacher may teach: the timesteps at which its maps say where, and of those the layers and token groups whose maps
-localize at least as well as the student's own would.
+"""What a teacher may teach: the timesteps, layers and token groups in which it localizes at least as well as the student would.
 
-A student must never be pulled to maps worse than its own. Both models are looked at on validation images, layer by layer
-(distill/atlas.py); the reference stands for the student: the same training without a teacher, or the base. The token
-groups take the place of `place_groups`; the KL over tokens and the mass are of all tokens, in the layers and at the
-timesteps that pass.
+A student must never be pulled to maps worse than its own. Teacher and reference are compared on validation images, layer by
+layer. The reference stands for the student: the same training without a teacher, or the base.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from accelerate import Accelerator
 from numpy.typing import NDArray
 
-from distill.config import AttentionDistillationConfig, EvaluationConfig
-from distill.data.sample import ImageCaptionDataset
 from distill.errors import UserError
-from distill.evaluation.atlas import compute_cells, gather_pairs, macro_mean
-from distill.models.components import Components
+from distill.methods.base import LayerAuc
+
+if TYPE_CHECKING:
+    from distill.methods.attention_distillation import AttentionMatch
+    from distill.models import Model
 
 Group = Literal["words", "eos", "padding"]
 GROUPS: tuple[Group, ...] = ("words", "eos", "padding")
@@ -45,40 +42,32 @@ class Taught:
     auc: dict[str, dict[str, dict[str, float]]]
     auc_of_timesteps: tuple[float, ...]
 
-    def narrow(self, config: AttentionDistillationConfig) -> AttentionDistillationConfig:
+    def narrow(self, config: AttentionMatch) -> AttentionMatch:
         """Its part of what `config` asks for."""
         first, last = max(self.timesteps[0], config.min_timestep), min(self.timesteps[1], config.max_timestep)
         if first > last:
             raise UserError(
-                f"distillation.gate: the teacher localizes at timesteps {self.timesteps[0]} to {self.timesteps[1]}, and "
-                f"distillation.min_timestep and max_timestep ask for {config.min_timestep} to {config.max_timestep}"
+                f"method.gate_reference: the teacher localizes at timesteps {self.timesteps[0]} to {self.timesteps[1]}, and "
+                f"method.min_timestep and max_timestep ask for {config.min_timestep} to {config.max_timestep}"
             )
-        return replace(config, layers=self.layers, place_groups=self.groups, min_timestep=first, max_timestep=last)
+        change = {"layers": self.layers, "place_groups": self.groups, "min_timestep": first, "max_timestep": last}
+        return config.model_copy(update=change)
 
 
 def choose_taught(
-    teacher: Components,
-    reference: Components,
-    dataset: ImageCaptionDataset,
-    config: EvaluationConfig,
-    *,
-    images: int,
-    layers: Sequence[str],
-    accelerator: Accelerator,
+    teacher: Model, reference: Model, layer_auc: LayerAuc, *, images: int, layers: Sequence[str]
 ) -> Taught:
-    """The timesteps at which the teacher localizes (`localizing`); of `layers`, those whose word maps have at least the
-    reference's AUC there (macro over findings, mean over timesteps); then the groups whose maps have it in these layers, and
-    are better than chance.
+    """What the teacher may teach. First the timesteps at which it localizes (`localizing`); then those of `layers` whose word
+    maps have at least the reference's AUC there (macro over findings, mean over timesteps); then the token groups whose
+    maps have it in these layers, and are better than chance.
 
     Raises UserError if the teacher has nothing to teach.
     """
-    few = replace(config, localization_images=images)
     by_cell: dict[str, NDArray[np.float64]] = {}
     names: tuple[str, ...] = ()
     for name, model in (("teacher", teacher), ("reference", reference)):
-        model.to(accelerator.device)
-        cells = compute_cells(model, dataset, few, TIMESTEPS, accelerator=accelerator, label=f"gate: {name}")
-        by_cell[name], names = macro_mean(*gather_pairs(cells, cells.auc)), cells.layers  # (groups, layers, timesteps)
+        by_cell[name], found = layer_auc(model, images, TIMESTEPS, f"gate: {name}")  # (groups, layers, timesteps)
+        names = tuple(found)
     words = by_cell["teacher"][0, [names.index(layer) for layer in layers]].mean(axis=0)
     first, last = localizing(words)
     table: dict[str, dict[str, dict[str, float]]] = {
@@ -114,13 +103,13 @@ def decide(table: dict[str, Any], layers: Sequence[str]) -> tuple[tuple[str, ...
     kept = tuple(name for name in layers if teacher[name]["words"] >= reference[name]["words"])
     if not kept:
         raise UserError(
-            "distillation.gate: the teacher's word maps localize worse than the reference's in every layer on validation "
+            "method.gate_reference: the teacher's word maps localize worse than the reference's in every layer on validation "
             "images; it has nothing to teach. Train it longer, or train without distillation"
         )
     mean = {m: {g: float(np.mean([table[m][name][g] for name in kept])) for g in GROUPS} for m in table}
     groups = tuple(g for g in GROUPS if mean["teacher"][g] >= mean["reference"][g] and mean["teacher"][g] > 0.5)
     if not groups:
         raise UserError(
-            "distillation.gate: no token group of the teacher localizes better than chance on validation images"
+            "method.gate_reference: no token group of the teacher localizes better than chance on validation images"
         )
     return kept, groups

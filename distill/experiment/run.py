@@ -1,0 +1,273 @@
+"""Open a run folder: the configuration, the base and the data are checked before anything is written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import diffusers
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+
+from distill.attention import attention_layers
+from distill.cli import to_yaml
+from distill.config import BaseConfig, FullEvaluation, RunConfig, TrainingRunConfig
+from distill.data.captions import NO_LABEL
+from distill.data.loading import load_dataset
+from distill.data.readers.records import RecordDataset
+from distill.data.rows import check_training_text
+from distill.data_config import PhantomData
+from distill.errors import UserError, raise_all
+from distill.evaluation.evaluate import HeldOut, held_out
+from distill.experiment.arms import BASE, Arm
+from distill.files import code_version, write_atomic
+from distill.methods import method_of
+from distill.methods.attention_distillation import check_same_shape
+from distill.metrics.features import load_features
+from distill.models import Model, load_model
+from distill.models.adapters import check_lora_targets, parameter_counts
+from distill.models.loading import LORA_FILE
+from distill.trainer import make_accelerator
+
+if TYPE_CHECKING:
+    from distill.data.phantom.dataset import PhantomDataset
+
+
+@dataclass
+class Run:
+    """An open run folder with its data, all checked.
+
+    base: what the arms are trained from. evaluation: of every model, unless an arm has its own. references: further models
+    that methods may name, such as the model that a smaller one is made of.
+    """
+
+    config: RunConfig
+    folder: Path
+    accelerator: Accelerator
+    base: BaseConfig
+    arms: Mapping[str, Arm]
+    evaluation: FullEvaluation
+    train: PhantomDataset | RecordDataset | None
+    test: PhantomDataset | RecordDataset
+    validation: PhantomDataset | RecordDataset | None = None
+    references: Mapping[str, Callable[[], Model]] = field(default_factory=dict)
+    compare_to: tuple[str, ...] = ()
+    console: Console = field(default_factory=Console)
+    seconds: dict[str, float] = field(default_factory=dict)
+    against: HeldOut | None = None
+
+    @property
+    def seed(self) -> int:
+        return self.config.seed if isinstance(self.config, TrainingRunConfig) else 0
+
+    def say(self, message: str) -> None:
+        if self.accelerator.is_main_process:
+            self.console.print(message, highlight=False, markup=False, soft_wrap=True)
+
+    def load(self, reference: str) -> Model:
+        """A model by the name of an arm, `base`, one of `references`, a run folder, a pipeline folder or a hub id."""
+        if reference in self.references:
+            return self.references[reference]()
+        if reference in self.arms:
+            # A dry run trains no teacher; the base, which is as large, stands in for it.
+            return load_model(self.base, None if self.config.dry_run else self.arms[reference].folder)
+        if reference in (BASE, self.config.base.name):
+            return load_model(self.config.base)
+        folder = Path(reference)
+        if folder.is_dir() and not (folder / "model_index.json").exists():
+            return load_model(self.config.base, folder)
+        return load_model(self.config.base.model_copy(update={"name": reference, "revision": None}))
+
+
+def open_run(
+    config: RunConfig,
+    arms: Mapping[str, Arm],
+    *,
+    evaluation: FullEvaluation | None = None,
+    base: BaseConfig | None = None,
+    run: str | None = None,
+    references: Mapping[str, Callable[[], Model]] | None = None,
+    compare_to: tuple[str, ...] = (),
+) -> Run:
+    """Check the configuration, the base and the data, and open or continue the run folder.
+
+    base: what the arms are trained from, where it is not the configuration's. run: a run folder that is checked too.
+    Raises UserError, before anything is written, with all faults of the data or the first of the rest.
+    """
+    quiet_libraries()
+    code_version()
+    folder, began = Path(config.output_dir), time.perf_counter()
+    if not config.dry_run:
+        claim(folder, config)
+    accelerator = _accelerator(config, folder)
+    set_seed(config.seed if isinstance(config, TrainingRunConfig) else 0)
+    model = load_model(base or config.base, run)
+    evaluation = evaluation or config.evaluation.full()
+    raise_all("the configuration does not fit the base", _base_faults(config, evaluation, model, arms))
+    with accelerator.main_process_first():
+        test = load_dataset(config.data, "test")
+        train = load_dataset(config.data, "train") if arms else None
+        validation = _load_validation(config, arms)
+    opened = Run(
+        config, folder, accelerator, base or config.base, arms, evaluation, train, test, validation,
+        references or {}, compare_to,
+    )  # fmt: skip
+    if summary := getattr(train or test, "summary", None):
+        opened.say(summary)
+    _check_references(opened, model)
+    _check_data(opened, model)
+    features = load_features(evaluation.features, phantom_data=isinstance(config.data, PhantomData))
+    total = parameter_counts(model.denoiser)[0] + sum(parameter_counts(t)[0] for t in model.text_encoders)
+    sizes = f"{len(train):,} training and {len(test):,} held-out images" if train else f"{len(test):,} held-out images"
+    opened.say(
+        f"{opened.base.name}: {total / 1e6:,.1f} M parameters in denoiser and text encoder; {sizes} at "
+        f"{config.data.resolution} px; {accelerator.num_processes} process(es) on {accelerator.device.type}"
+    )
+    if not config.dry_run:
+        model.to(accelerator.device)
+        opened.against = held_out(test, model, evaluation, features, accelerator=accelerator, run_dir=folder)
+        # Last, so that a configuration that is refused does not claim the folder.
+        if accelerator.is_main_process:
+            write_atomic(folder / "config.yaml", to_yaml(config))
+        accelerator.wait_for_everyone()
+    opened.seconds["checks and real images"] = time.perf_counter() - began
+    return opened
+
+
+def quiet_libraries() -> None:
+    """Only errors of diffusers and transformers: their notes on every load and every long caption hide our own."""
+    for logging in (diffusers.utils.logging, transformers.utils.logging):
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+
+
+def claim(folder: Path, config: object) -> None:
+    """Refuse a folder that holds a run with another configuration."""
+    path = folder / "config.yaml"
+    if path.exists() and path.read_text(encoding="utf-8") != to_yaml(config):
+        old, new = path.read_text(encoding="utf-8").splitlines(), to_yaml(config).splitlines()
+        first = next(
+            (f"{a.strip()!r} there, {b.strip()!r} now" for a, b in zip(old, new, strict=False) if a != b), "length"
+        )
+        raise UserError(
+            f"{folder} holds a run with another configuration ({first}); choose another --output_dir, or delete the folder"
+        )
+
+
+def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
+    if not isinstance(config, TrainingRunConfig):
+        return Accelerator()
+    # A tracker of a dry run would leave its files in the run folder.
+    quiet = config.trainer.model_copy(update={"tracker": "none"}) if config.dry_run else config.trainer
+    return make_accelerator(quiet, folder)
+
+
+def _base_faults(
+    config: RunConfig, evaluation: FullEvaluation, model: Model, arms: Mapping[str, Arm]
+) -> list[str]:
+    """What of the configuration does not fit the base. Raises UserError for layers and adapter targets that are not there."""
+    faults = []
+    if config.data.resolution % model.vae_factor or config.data.resolution < 4 * model.vae_factor:
+        faults.append(
+            f"data.resolution is {config.data.resolution}; the VAE of {config.base.name} needs a "
+            f"multiple of {model.vae_factor}, of at least {4 * model.vae_factor}"
+        )
+    steps = model.family.num_timesteps(model)
+    if any(t >= steps for t in evaluation.timesteps or ()):
+        faults.append(f"evaluation.timesteps must be in 0 .. {steps - 1}; got {evaluation.timesteps}")
+    attention_layers(model.denoiser, evaluation.layers)
+    for arm in arms.values():
+        training, cached = arm.training, arm.trainer.cache_text_embeddings
+        own = method_of(training.method, training.denoising).faults(model, training)
+        if cached and training.text_encoder != "frozen":
+            own.append("trainer.cache_text_embeddings needs a frozen text encoder; set it to false")
+        if cached and training.method.needs_tokens:
+            own.append("trainer.cache_text_embeddings: this method needs the tokens of each caption; set it to false")
+        faults += [f"{arm.name}: {fault}" for fault in own + _start_faults(arm, arms)]
+        if training.denoiser == "lora":
+            check_lora_targets(model.denoiser, training.lora.denoiser_targets, "denoiser")
+        if training.text_encoder == "lora":
+            for encoder in model.text_encoders:
+                check_lora_targets(encoder, training.lora.text_encoder_targets, "text_encoder")
+    return faults
+
+
+def _start_faults(arm: Arm, arms: Mapping[str, Arm]) -> list[str]:
+    """Why an arm with adapters cannot start from the model that it asks for."""
+    training, start = arm.training, arm.training.method.starts_from
+    if start is None or "lora" not in (training.denoiser, training.text_encoder):
+        return []
+    other = arms[start].training if start in arms else None
+    adapted = other.denoiser == "lora" if other else (Path(start) / LORA_FILE).exists()
+    if training.denoiser != "lora" or not adapted:
+        return [f"it trains adapters of the base, and can start only from adapters of the denoiser; {start} has none"]
+    if other and other.lora != training.lora:
+        return [f"it starts from the adapters of {start}: its lora options must be the same, {other.lora}"]
+    return []
+
+
+def _load_validation(config: RunConfig, arms: Mapping[str, Arm]) -> PhantomDataset | RecordDataset | None:
+    """The validation images, where something looks at them. Raises UserError if they cannot serve."""
+    gate = [arm.name for arm in arms.values() if arm.training.method.needs_validation]
+    looks = isinstance(config, TrainingRunConfig) and config.trainer.localize_every_steps
+    if not gate and not (arms and looks):
+        return None
+    asks = f"the gate of {gate[0]}" if gate else "trainer.localize_every_steps"
+    if isinstance(config.data, PhantomData) and config.data.validation_size == 0:
+        raise UserError(f"data.validation_size is 0, and {asks} looks at validation images; give at least 1")
+    validation = load_dataset(config.data, "validation")
+    if not any(validation.findings) or not any(validation[i].regions for i in range(len(validation))):
+        raise UserError(
+            f"{asks} needs validation images with a box or mask of a finding, and none of the {len(validation):,} has one; "
+            "check the rows whose split is validation, val or valid, and data.findings"
+        )
+    return validation
+
+
+def _check_references(run: Run, model: Model) -> None:
+    """Load each model that a method names and that is no arm, and compare its shape with the base's."""
+    names = [name for arm in run.arms.values() for name in arm.training.method.references if name not in run.arms]
+    for name in dict.fromkeys(names):
+        if name != BASE or run.base != run.config.base:
+            check_same_shape(run.load(name), model)
+
+
+def _check_data(run: Run, model: Model) -> None:
+    """Captions, labels, regions and queries; raises UserError for what the arms or the evaluation need and is not there."""
+    train, config = run.train, run.config
+    for dataset in (train, run.test, run.validation):
+        if isinstance(dataset, RecordDataset):
+            dataset.check_captions(model.tokenizers, model.max_tokens)
+    trainings = {arm.name: arm.training for arm in run.arms.values()}
+    if train is not None:
+        labels = [train.labels(i) for i in range(len(train))]
+        reads = [name for name, t in trainings.items() if t.method.reads_labels or t.denoising.reads_labels]
+        if reads and not any(labels):
+            raise UserError(
+                f"{reads[0]} needs labels of the training images, and none has one; see data.label_column and "
+                "data.finding_column, or the format's own column"
+            )
+        for label in {t.denoising.caption_dropout_label for t in trainings.values()} - {None}:
+            if not any(label in (found or (NO_LABEL,)) for found in labels):
+                raise UserError(
+                    f"denoising.caption_dropout_label is {label!r}, and no training image has that label; there are "
+                    f"{', '.join(sorted({name for found in labels for name in found}))}, and {NO_LABEL!r} for images "
+                    "without one"
+                )
+        truncate = getattr(config.data, "truncate_captions", True)
+        for training in trainings.values():
+            check_training_text(train, model, training.denoising, truncate=truncate)
+            count = training.method.region_images or len(train)
+            if training.method.reads_regions and not any(train[i].regions for i in range(min(len(train), count))):
+                raise UserError(
+                    "region weights need training images with a box or mask of a finding, and none has one; set "
+                    "data.box_column or data.mask_column, and look at method.images"
+                )
+    if isinstance(run.test, RecordDataset) and run.evaluation.protocol == "ours":
+        if run.evaluation.localization_text == "caption":
+            run.test.check_queries()

@@ -1,0 +1,295 @@
+"""Train an arm, export it, and prove that the files give the trained model."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from accelerate.utils import set_seed
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from distill.cli import to_yaml
+from distill.data.batch import Batch
+from distill.data.cache import cache_latents, cache_text_embeddings, model_fingerprint
+from distill.data.rows import TrainingRows, training_caption
+from distill.errors import UserError
+from distill.evaluation.atlas import compute_cells, gather_pairs, macro_mean
+from distill.evaluation.evaluate import generate, save_png
+from distill.evaluation.localization import localization
+from distill.experiment.arms import Arm
+from distill.experiment.run import Run
+from distill.files import read_json, write_atomic, write_json
+from distill.methods import Context, method_of
+from distill.models import Model, load_model
+from distill.models.adapters import DTYPES, parameter_counts, prepare_training
+from distill.models.export import export, prove_parity
+from distill.trainer import FitResult, StepSampler, fit, generator_at
+
+LOCALIZE_IMAGES = 100
+"""Validation images of each measurement during the training."""
+
+
+def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
+    """Train, export to arm.folder, and prove that the files give the trained model's outputs; returns `cost`.
+
+    The loss is in the file of the arm's method, in distill/methods/.
+    """
+    done = arm.folder / "cost.json"
+    if done.exists():
+        run.say(f"{arm.name}: already trained, {arm.folder}; delete the folder to train again")
+        return cast(dict[str, Any], read_json(done))
+    training, log_dir = arm.training, run.folder / arm.name
+    names = "".join(f", {name}" for name in training.method.references)
+    run.say(
+        f"{arm.name}: {training.method.kind}{names}; denoiser {training.denoiser}, text encoder {training.text_encoder}"
+    )
+    model, result, besides = _fit(run, arm, log_dir)
+    cost = {
+        "train_seconds": result.seconds + besides,
+        "steps": result.steps,
+        "peak_memory_gb": result.peak_memory_gb,
+        "trainable_parameters": result.trainable_parameters,
+    }
+    if run.accelerator.is_main_process:
+        written = export(model, arm.folder)
+        loaded = load_model(run.base, run=arm.folder)
+        difference = prove_parity(model, loaded, run.accelerator.device)
+        run.say(
+            f"{arm.name}: exported {', '.join(written.values())} to {arm.folder}; loaded back, difference {difference:.1e}"
+        )
+        write_json(done, cost)
+        shutil.rmtree(log_dir / "state", ignore_errors=True)
+    run.accelerator.wait_for_everyone()
+    return cost
+
+
+def _fit(run: Run, arm: Arm, log_dir: Path) -> tuple[Model, FitResult, float]:
+    """The trained model, what its steps cost, and the seconds of set-up and finish."""
+    trainer, dry = arm.trainer, run.config.dry_run
+    if dry:
+        # One step needs few images; the caches would encode them all.
+        few = {"max_steps": 1, "warmup_steps": 0, "cache_latents": False, "cache_text_embeddings": False}
+        trainer = trainer.model_copy(update=few)
+    set_seed(run.seed)  # the same fresh adapters on every process
+    model = _student(run, arm)
+    model.to(run.accelerator.device)
+    method = method_of(arm.training.method, arm.training.denoising)
+    rows = training_rows(run, arm, model, cached=not dry)
+    began = time.perf_counter()
+    method.setup(model, _context(run, arm, rows, log_dir))
+    besides = time.perf_counter() - began
+    text_rate = trainer.text_encoder_learning_rate or trainer.learning_rate
+    result = fit(
+        method,
+        rows,
+        trainer,
+        accelerator=run.accelerator,
+        output_dir=log_dir,
+        seed=run.seed,
+        collate=Batch.stack,
+        parameter_groups=method.parameter_groups(trainer.learning_rate, text_rate),
+        on_sample=lambda step: _sample(run, arm, model, log_dir / "progress" / f"step-{step:06d}.png"),
+        on_localize=lambda step: _localize(run, model, log_dir, step),
+        label=arm.name,
+    )
+    began = time.perf_counter()
+    method.finish()
+    return model, result, besides + time.perf_counter() - began
+
+
+def _student(run: Run, arm: Arm) -> Model:
+    """The model that is trained, with the parameters chosen that train."""
+    training, start = arm.training, arm.training.method.starts_from
+    model = load_model(run.base) if start is None else run.load(start)
+    if start is not None:
+        adapted = any("lora_" in name for name, _ in model.denoiser.named_parameters())
+        if adapted and training.denoiser != "lora":
+            raise UserError(
+                f"{arm.name}: {start} is an adapter, and this arm trains full weights; fuse it into a pipeline "
+                "(pipe.fuse_lora, pipe.unload_lora_weights, pipe.save_pretrained) and give that"
+            )
+        check_untrained(model, load_model(run.base), arm)
+    prepare_training(
+        model,
+        denoiser=training.denoiser,
+        text_encoder=training.text_encoder,
+        lora=training.lora,
+        frozen_dtype=run.config.base.frozen_dtype,
+        gradient_checkpointing=arm.trainer.gradient_checkpointing,
+    )
+    return model
+
+
+def check_untrained(student: Model, base: Model, arm: Arm) -> None:
+    """UserError if a student that starts from another model differs from the base in a part that is not exported in full:
+    base and run folder would not give the trained model."""
+    if student.prediction_type != base.prediction_type:
+        raise UserError(
+            f"{arm.name} starts from a model that predicts {student.prediction_type}, and the base predicts "
+            f"{base.prediction_type}; give that model, saved as a pipeline, as base.name"
+        )
+    training = arm.training
+    parts = [("VAE", "frozen", student.vae, base.vae), ("denoiser", training.denoiser, student.denoiser, base.denoiser)]
+    encoders = zip(student.text_encoders, base.text_encoders, strict=True)
+    parts += [("text encoder", training.text_encoder, ours, theirs) for ours, theirs in encoders]
+    for name, trained, ours, theirs in parts:
+        if trained == "full":
+            continue
+        found = {k.replace(".base_layer", ""): v for k, v in ours.state_dict().items() if ".lora_" not in k}
+        wanted = theirs.state_dict()
+        if found.keys() != wanted.keys() or not all(torch.equal(v, wanted[k]) for k, v in found.items()):
+            raise UserError(
+                f"{arm.name} starts from a model whose {name} is not the base's, and does not train it in full, so that its "
+                "export would lack it; give that model, saved as a pipeline, as base.name"
+            )
+
+
+def training_rows(run: Run, arm: Arm, model: Model, *, cached: bool) -> TrainingRows:
+    """Rows of the training split, with the caches that the configuration asks for."""
+    config, train, training, trainer = run.config, run.train, arm.training, arm.trainer
+    assert train is not None
+    folder, flip = Path(config.data.cache_dir or "checkpoints/.cache"), getattr(config.data, "horizontal_flip", False)
+    device = run.accelerator.device
+    latents = text = None
+    with run.accelerator.main_process_first():
+        if trainer.cache_latents and cached:
+            latents = cache_latents(
+                train,
+                model.vae,
+                folder,
+                batch_size=min(trainer.batch_size, 32),
+                flip=flip,
+                device=device,
+                num_workers=trainer.num_workers,
+            )
+        if trainer.cache_text_embeddings and cached:
+
+            def encode(captions: list[str]) -> torch.Tensor | tuple[torch.Tensor, ...]:
+                embeds, pooled = model.encode([x.to(device) for x in model.tokenize(captions)])
+                return embeds if pooled is None else (embeds, pooled)
+
+            captions = [training_caption(train, i, training.denoising) for i in range(len(train))]
+            hashes = [model_fingerprint(encoder) for encoder in model.text_encoders]
+            hashes += [str(ids.tolist()) for ids in model.tokenize(captions[:8])]
+            text = cache_text_embeddings(captions, encode, folder, "-".join(hashes), trainer.batch_size)
+    return TrainingRows(
+        train,
+        model,
+        training.denoising,
+        latents=latents,
+        text=text,
+        flip=flip,
+        label_tokens=training.method.reads_labels,
+        regions=training.method.reads_regions,
+        region_images=training.method.region_images,
+    )
+
+
+def _context(run: Run, arm: Arm, rows: TrainingRows, log_dir: Path) -> Context:
+    """What the arm's method is handed at set-up."""
+    dry = run.config.dry_run
+    return Context(
+        generator=generator_at(run.seed, 0, 0),
+        device=run.accelerator.device,
+        is_main=run.accelerator.is_main_process,
+        log_dir=log_dir,
+        frozen_dtype=DTYPES[run.config.base.frozen_dtype],
+        dry_run=dry,
+        load=run.load,
+        batches=lambda images: _first_batches(run, rows, arm.trainer.batch_size, 1 if dry else images),
+        captions=lambda count: _spread_captions(rows, count),
+        layer_auc=None if dry or run.validation is None else lambda *look: _layer_auc(run, *look),
+        say=lambda message: run.say(f"{arm.name}: {message}"),
+    )
+
+
+def _first_batches(run: Run, rows: TrainingRows, size: int, images: int) -> Iterator[Batch]:
+    """About `images` training images in batches, the same on every process."""
+    sampler = StepSampler(len(rows), size, run.seed, 0, 1, 0, -(-images // size))
+    loader = DataLoader(rows, batch_sampler=sampler, collate_fn=Batch.stack)
+    hidden = not run.accelerator.is_main_process
+    for batch in tqdm(loader, desc="measuring before the training", unit="batch", disable=hidden):
+        yield batch.to(run.accelerator.device)
+
+
+def _spread_captions(rows: TrainingRows, count: int) -> list[str]:
+    """Training texts from the whole data set, which may be sorted."""
+    last = len(rows) - 1
+    return [rows.caption(i) for i in sorted({round(i * last / (count - 1)) for i in range(count)})]
+
+
+def _layer_auc(
+    run: Run, model: Model, images: int, timesteps: Sequence[int], label: str
+) -> tuple[Any, Sequence[str]]:
+    """(token groups, layers, timesteps) AUC on validation images, and the names of the layers."""
+    assert run.validation is not None
+    few = run.evaluation.model_copy(update={"localization_images": images})
+    model.to(run.accelerator.device)
+    cells = compute_cells(model, run.validation, few, timesteps, accelerator=run.accelerator, label=label)
+    return macro_mean(*gather_pairs(cells, cells.auc)), cells.layers
+
+
+@torch.no_grad()
+def _sample(run: Run, arm: Arm, model: Model, path: Path) -> None:
+    """A strip of images of held-out captions, to watch a training."""
+    if run.against is None or not run.accelerator.is_main_process:
+        return
+    examples = run.against.examples[:4]
+    captions = [run.test.caption(i) for i in examples]
+    frozen = DTYPES[run.config.base.frozen_dtype]
+    seeds = [arm.evaluation.seed + i for i in examples]
+    # Trained and frozen weights may differ in type, and the stock pipeline expects one.
+    with torch.autocast(run.accelerator.device.type, frozen, enabled=frozen != torch.float32):
+        images = generate(model, captions, seeds, run.config.data.resolution, arm.evaluation)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_png(torch.cat(list(images), dim=-1), path)
+
+
+@torch.no_grad()
+def _localize(run: Run, model: Model, log_dir: Path, step: int) -> None:
+    """A line of localization_log.jsonl: AUC, CNR and mass of the token groups on validation images, in this step's state."""
+    assert run.validation is not None
+    few = run.evaluation.model_copy(update={"localization_images": LOCALIZE_IMAGES, "bootstrap_samples": 1})
+    frozen = DTYPES[run.config.base.frozen_dtype]
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        torch.autocast(run.accelerator.device.type, frozen, enabled=frozen != torch.float32),
+    ):
+        found = localization(
+            model, run.validation, few, accelerator=run.accelerator, arm_dir=Path(scratch), label=f"step {step}"
+        )
+    if found is None or not run.accelerator.is_main_process:
+        return
+    row: dict[str, Any] = {"step": step, "images": found["word"]["images"], "pairs": found["word"]["pairs"]}
+    row |= {token: {key: found[token][key] for key in ("auc", "cnr", "top1")} for token in ("word", "eos", "padding")}
+    path = log_dir / "localization_log.jsonl"
+    # Not those of a run that was killed after this step and continues from a checkpoint before it.
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines = [line for line in lines if json.loads(line)["step"] < step] + [json.dumps(row | {"mass": found["mass"]})]
+    write_atomic(path, "\n".join(lines) + "\n")
+
+
+def dry_run(run: Run) -> None:
+    """Resolved configuration, parameter counts, and estimates from one real step of each arm. Writes nothing that stays."""
+    run.say(to_yaml(run.config))
+    for arm in run.arms.values():
+        with tempfile.TemporaryDirectory() as scratch:
+            model, one, _ = _fit(run, arm, Path(scratch))
+        total, trainable = parameter_counts(model.denoiser)
+        counts = [parameter_counts(encoder) for encoder in model.text_encoders]
+        steps = arm.trainer.max_steps
+        run.say(
+            f"{arm.name}: denoiser {total:,} parameters ({trainable:,} trainable), text encoder "
+            f"{sum(c[0] for c in counts):,} ({sum(c[1] for c in counts):,} trainable); one step {one.seconds:.2f} s, so "
+            f"{steps:,} steps take about {one.seconds * steps / 60:.1f} min; peak memory {one.peak_memory_gb:.2f} GB"
+        )
+    run.say("dry run: the data and the base are fine; nothing was written")
+
+

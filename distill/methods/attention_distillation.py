@@ -1,0 +1,327 @@
+"""Distill the cross-attention of a teacher, such as a model with a frozen text encoder, into the student.
+
+L = L_denoising + mean over layers of
+    token_kl_weight * KL over tokens at each place                       (which token a place looks at)
+  + place_kl_weight * KL over places for each token of place_groups      (where a word looks)
+  + mass_weight     * squared difference of the mass of the BOS, word, EOS and padding groups
+  + tail_weight     * mass of EOS and padding beyond the teacher's
+  + output_weight, feature_weight * difference of the outputs of the denoiser and of its blocks (BK-SDM, Kim et al. 2023)
+  + self_attention_weight         * difference of the outputs of its self-attention layers (KOALA, Lee et al. 2023)
+on the same noisy latents and timesteps. That a trained text encoder moves localization from the words to EOS and padding:
+Dombrowski et al., AAAI 2024 (arXiv 2303.17908).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import torch
+from pydantic import Field, model_validator
+from torch import nn
+
+from distill.data.batch import Batch
+from distill.errors import UserError
+from distill.losses import (
+    attention_mass_loss,
+    feature_loss,
+    place_attention_kl,
+    tail_leak,
+    tail_mass,
+    token_attention_kl,
+)
+from distill.methods.base import Context, Method, Noised, Options, Terms
+from distill.settings import Count, Number, Text, Weight
+from distill.tokens import EOS, PADDING, WORD
+
+if TYPE_CHECKING:
+    from distill.methods.training import Training
+    from distill.models import Model
+
+Maps = dict[str, torch.Tensor]
+"""Cross-attention layer -> (batch, places, tokens)."""
+Group = Literal["words", "eos", "padding"]
+CODES: dict[Group, int] = {"words": WORD, "eos": EOS, "padding": PADDING}
+
+
+class AttentionMatch(Options):
+    """How the student's cross-attention is compared with a teacher's."""
+
+    token_kl_weight: Weight = 0.1
+    """Weight of the KL over tokens at each place."""
+    place_kl_weight: Weight = 0.1
+    """Weight of the KL over places for each word."""
+    mass_weight: Weight = 0.1
+    """Weight of the squared difference of the attention mass of BOS, words, EOS and padding."""
+    tail_weight: Weight = 0.0
+    """Weight of the attention mass of EOS and padding beyond the teacher's."""
+    place_groups: Annotated[tuple[Group, ...], Field(min_length=1)] = ("words",)
+    """Tokens whose maps the KL over places compares."""
+    words: Literal["all", "labels"] = "all"
+    """labels compares only the words that name a label of the image; all other tokens count as one."""
+    layers: tuple[Text, ...] = ()
+    """Prefixes of the cross-attention layers to compare. Empty compares all."""
+    min_timestep: Number = 0
+    """Compare attention only at timesteps of at least this."""
+    max_timestep: Number = 999
+    """Compare attention only at timesteps of at most this."""
+
+    @model_validator(mode="after")
+    def _check_match(self) -> AttentionMatch:
+        if self.min_timestep > self.max_timestep:
+            raise ValueError(f"min_timestep is {self.min_timestep}, above max_timestep, {self.max_timestep}")
+        if len(set(self.place_groups)) < len(self.place_groups):
+            raise ValueError("place_groups: each group only once")
+        return self
+
+    @property
+    def reads_labels(self) -> bool:
+        return self.words == "labels"
+
+
+class AttentionDistillationOptions(AttentionMatch):
+    """The diffusion loss, and a match of the student's attention to a teacher's."""
+
+    kind: Literal["attention_distillation"] = "attention_distillation"
+    """What is minimized."""
+    teacher: Text | None = None
+    """The teacher: another arm, `base`, a run folder, a pipeline folder, or a hub id."""
+    start_from_teacher: bool = False
+    """Start from the teacher's weights instead of the base's."""
+    batch_share: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of each batch that is distilled, at least one image. A smaller share costs less time."""
+    output_weight: Weight = 0.0
+    """Weight of the squared difference of the denoisers' outputs (BK-SDM)."""
+    feature_weight: Weight = 0.0
+    """Weight of the squared difference of the outputs of their blocks (BK-SDM)."""
+    self_attention_weight: Weight = 0.0
+    """Weight of the squared difference of the outputs of their self-attention layers (KOALA)."""
+    gate_reference: Text | None = None
+    """Teach only timesteps, layers and token groups in which the teacher localizes at least as well as this model does, on
+    validation images: another arm, `base`, or a run folder. None teaches all."""
+    gate_images: Count = 100
+    """Validation images that the gate looks at."""
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        return tuple(name for name in (self.teacher, self.gate_reference) if name is not None)
+
+    @property
+    def starts_from(self) -> str | None:
+        return self.teacher if self.start_from_teacher else None
+
+    @property
+    def needs_tokens(self) -> bool:
+        return True
+
+    @property
+    def needs_validation(self) -> bool:
+        return self.gate_reference is not None
+
+    @model_validator(mode="after")
+    def _check(self) -> AttentionDistillationOptions:
+        if self.gate_reference is None and self.gate_images != 100:
+            raise ValueError("gate_images is set, and gate_reference is not; set it, or leave gate_images out")
+        return self
+
+
+class AttentionDistillation(Method):
+    """Fine-tune, and hold the student's cross-attention to a teacher's.
+
+    A student with fewer blocks is compared layer by layer with those that it was made of.
+    """
+
+    Options = AttentionDistillationOptions
+    options: AttentionDistillationOptions
+
+    def faults(self, student: Model, training: Training) -> list[str]:
+        from distill.attention import attention_layers
+
+        if self.options.teacher is None:
+            return ["method.teacher is missing: another arm, a run folder, a pipeline folder, or a hub id"]
+        attention_layers(student.denoiser, self.options.layers)
+        return []
+
+    def setup(self, student: Model, context: Context) -> None:
+        super().setup(student, context)
+        teacher = self.load_teacher(context)
+        self.match: AttentionMatch = self.options
+        if self.options.gate_reference is not None and context.layer_auc is not None:
+            self.match = self._gated(student, teacher, context)
+        self.compare_with(teacher)
+
+    def load_teacher(self, context: Context) -> Model:
+        """The teacher, frozen and on the device. Raises UserError if its attention cannot be compared."""
+        assert self.options.teacher is not None
+        teacher = context.load(self.options.teacher).freeze()
+        for module in (teacher.denoiser, *teacher.text_encoders):
+            module.to(context.frozen_dtype)
+        teacher.to(context.device)
+        check_same_shape(teacher, self.student)
+        if getattr(self.options, "output_weight", 0) and teacher.prediction_type != self.student.prediction_type:
+            raise UserError(
+                f"method.output_weight: the teacher predicts {teacher.prediction_type}, the student "
+                f"{self.student.prediction_type}; only their attention and features can be compared"
+            )
+        return teacher
+
+    def compare_with(self, teacher: Model) -> None:
+        """Open recorders of student and teacher; they stay open until `finish`."""
+        from distill.attention import attention_layers, record_attention
+
+        student = self.student
+        self._teacher = (teacher,)
+        self._layer_there = student.family.name_in_teacher(student.denoiser, teacher.denoiser)
+        self._open = ExitStack()
+        self._student_maps = self._open.enter_context(record_attention(student.denoiser, self.match.layers))
+        layers = [self._layer_there(name) for name in attention_layers(student.denoiser, self.match.layers)]
+        self._teacher_maps = self._open.enter_context(record_attention(teacher.denoiser, layers))
+        self._outputs = tuple(ModuleOutputs(model, self.options) for model in (student, teacher))
+
+    @property
+    def teacher(self) -> Model:
+        return self._teacher[0]
+
+    def _gated(self, student: Model, teacher: Model, context: Context) -> AttentionMatch:
+        """The options, narrowed to what passes the gate; gate.json says by which numbers."""
+        from distill.attention import attention_layers
+        from distill.files import write_json
+        from distill.methods.gate import choose_taught
+
+        assert context.layer_auc is not None and self.options.gate_reference is not None
+        layers = attention_layers(student.denoiser, self.options.layers)
+        reference = context.load(self.options.gate_reference)
+        taught = choose_taught(teacher, reference, context.layer_auc, images=self.options.gate_images, layers=layers)
+        if context.is_main:
+            write_json(context.log_dir / "gate.json", asdict(taught))
+        context.say(
+            f"gate: {len(taught.layers)} of {len(layers)} layers and the maps of {', '.join(taught.groups)} are taught, at "
+            f"timesteps {taught.timesteps[0]} to {taught.timesteps[1]}; {context.log_dir / 'gate.json'}"
+        )
+        return taught.narrow(self.options)
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> Terms:
+        x, options = self.noised(batch, generator), self.options
+        self._student_maps.start()
+        with self._outputs[0] as outputs:
+            prediction = self.predict_student(x)
+        denoising = self.denoising_loss(prediction, x)
+        count = max(1, round(options.batch_share * len(x.timesteps)))
+        student = {name: maps[:count] for name, maps in self._student_maps.take().items()}
+
+        part = x.first(count)
+        self._teacher_maps.start()
+        with torch.no_grad(), self._outputs[1] as targets:
+            target = self.predict(self.teacher, self.teacher.text_encoders, part)
+        taken = self._teacher_maps.take()
+        teacher = {name: taken[self._layer_there(name)] for name in student}
+
+        terms = self.attention_terms(student, teacher, part)
+        terms["denoising"], terms["loss"] = denoising, terms["loss"] + denoising
+        rows = self.compared_rows(part)
+        if options.output_weight:
+            gap = (prediction[:count].float() - target.float()).pow(2).flatten(1).mean(dim=1)
+            terms["output"] = (gap * rows).sum() / rows.sum().clamp(min=1)
+            terms["loss"] = terms["loss"] + options.output_weight * terms["output"]
+        for name, weight in (("feature", options.feature_weight), ("self_attention", options.self_attention_weight)):
+            if weight:
+                mine = {key: value[:count] for key, value in outputs[name].items()}
+                theirs = {key: targets[name][self._layer_there(key)] for key in mine}
+                # The innermost stage of a student with fewer stages makes no smaller map, as its teacher's does.
+                same = {key: value for key, value in mine.items() if value.shape == theirs[key].shape}
+                terms[name] = feature_loss(theirs, same, rows)
+                terms["loss"] = terms["loss"] + weight * terms[name]
+        return terms
+
+    def compared_rows(self, x: Noised) -> torch.Tensor:
+        """(batch,): whether the attention at this timestep is compared."""
+        return (x.timesteps >= self.match.min_timestep) & (x.timesteps <= self.match.max_timestep)
+
+    def attention_terms(self, student: Maps, teacher: Maps, x: Noised) -> Terms:
+        """Each attention term, and as `loss` their weighted sum. Maps by the student's layer names."""
+        match, rows = self.match, self.compared_rows(x)
+        groups = {group: x.groups == CODES[group] for group in match.place_groups}
+        named = None
+        if match.words == "labels":
+            assert x.label_tokens is not None
+            named = x.label_tokens
+            groups |= {"words": named} if "words" in groups else {}
+        words = torch.stack(list(groups.values())).any(dim=0)
+        losses: dict[str, tuple[float, Callable[[str], torch.Tensor]]] = {
+            "token_kl": (match.token_kl_weight, lambda n: token_attention_kl(teacher[n], student[n], rows, named)),
+            "place_kl": (match.place_kl_weight, lambda n: place_attention_kl(teacher[n], student[n], words, rows)),
+            "mass": (match.mass_weight, lambda n: attention_mass_loss(teacher[n], student[n], x.groups, rows)),
+        }
+        if match.tail_weight:
+            allowed = {name: tail_mass(maps, x.groups) for name, maps in teacher.items()}
+            losses["tail"] = (match.tail_weight, lambda n: tail_leak(allowed[n], student[n], x.groups, rows))
+        terms = {"loss": torch.zeros((), device=x.timesteps.device)}
+        for name, (weight, of_layer) in losses.items():
+            with torch.set_grad_enabled(weight > 0 and torch.is_grad_enabled()):
+                terms[name] = torch.stack([of_layer(layer) for layer in student]).mean()
+            terms["loss"] = terms["loss"] + weight * terms[name]
+        return terms
+
+    def finish(self) -> dict[str, Any]:
+        self._open.close()
+        return {}
+
+
+class ModuleOutputs:
+    """Context manager that gives {"feature": {block: output}, "self_attention": {layer: output}} of a denoiser's forward
+    passes, as far as the options weigh them."""
+
+    def __init__(self, model: Model, options: AttentionMatch) -> None:
+        from distill.attention import attention_layers
+
+        self._modules: dict[str, dict[str, nn.Module]] = {"feature": {}, "self_attention": {}}
+        if getattr(options, "feature_weight", 0):
+            self._modules["feature"] = model.family.block_outputs(model.denoiser)
+        if getattr(options, "self_attention_weight", 0):
+            layers = attention_layers(model.denoiser, kind="self")
+            self._modules["self_attention"] = {n: model.denoiser.get_submodule(n) for n in layers}
+
+    def __enter__(self) -> dict[str, dict[str, torch.Tensor]]:
+        kept: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in self._modules}
+
+        def keep(kind: str, name: str) -> Callable[..., None]:
+            def hook(module: nn.Module, inputs: Any, output: Any) -> None:
+                kept[kind][name] = output[0] if isinstance(output, tuple) else output
+
+            return hook
+
+        self._handles = [
+            module.register_forward_hook(keep(kind, name))
+            for kind, modules in self._modules.items()
+            for name, module in modules.items()
+        ]
+        return kept
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def check_same_shape(teacher: Model, student: Model) -> None:
+    """UserError where the attention maps of the two cannot be compared."""
+    from distill.attention import attention_layers
+
+    if student.family.name != teacher.family.name:
+        raise UserError(f"the teacher is a {teacher.family.name} model, and the student a {student.family.name} model")
+    faults = student.family.shape_faults(student.denoiser, teacher.denoiser)
+    missing: set[str] = set()
+    if not faults:
+        name_there = student.family.name_in_teacher(student.denoiser, teacher.denoiser)
+        ours = attention_layers(student.denoiser)
+        missing = {name_there(name) for name in ours} - set(attention_layers(teacher.denoiser))
+    if missing:
+        faults.append(f"the teacher lacks the student's cross-attention layers {', '.join(sorted(missing))}")
+    if not student.family.same_schedule(teacher, student):
+        faults.append("their noise schedules differ, so that one timestep is not one noise level")
+    texts = ("a b", "pleural effusion")
+    if any(not torch.equal(a, b) for a, b in zip(teacher.tokenize(texts), student.tokenize(texts), strict=False)):
+        faults.append("the tokenizers give other tokens")
+    if faults:
+        raise UserError(f"teacher and student are of different shape: {'; '.join(faults)}")

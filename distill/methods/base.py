@@ -1,0 +1,276 @@
+"""What every method has: a student, the noised batch, the diffusion loss; and what it is handed at set-up."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from torch import nn
+
+from distill.config import DenoisingConfig
+from distill.data.batch import Batch, Pixels, Tensors, TextEmbeddings, Tokens
+from distill.errors import UserError
+from distill.losses import denoising_loss, min_snr_weights
+from distill.settings import Settings
+from distill.tokens import token_groups
+
+if TYPE_CHECKING:
+    from distill.methods.training import Training
+    from distill.models import Model
+
+Terms = dict[str, torch.Tensor]
+"""`loss`, which is minimized, and every other term by name, for the log."""
+
+
+class Options(Settings):
+    """Options of a method."""
+
+    kind: str
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Other models that the method loads: names of arms, `base`, run folders, pipeline folders, hub ids."""
+        return ()
+
+    @property
+    def starts_from(self) -> str | None:
+        """The model whose weights the student starts from; None for the base."""
+        return None
+
+    @property
+    def needs_tokens(self) -> bool:
+        """Whether training rows must have token ids, so that text embeddings cannot be cached."""
+        return False
+
+    @property
+    def needs_validation(self) -> bool:
+        """Whether set-up looks at validation images with regions."""
+        return False
+
+    @property
+    def reads_labels(self) -> bool:
+        """Whether training rows must say which words name a label of the image."""
+        return False
+
+    @property
+    def reads_regions(self) -> bool:
+        """Whether training rows must say where the labels are."""
+        return False
+
+    @property
+    def region_images(self) -> int | None:
+        """Use the regions of the first this many training images; None uses all."""
+        return None
+
+
+class LayerAuc(Protocol):
+    """AUC of a model's maps on validation images, for each token group, layer and timestep."""
+
+    def __call__(self, model: Model, images: int, timesteps: Sequence[int], label: str) -> tuple[Any, Sequence[str]]: ...
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a method is handed at set-up.
+
+    generator: for draws before the first step. load: a model by a name of Options.references, on the CPU. batches: about this many training images, in batches on the
+    device. captions: this many training texts, spread over the data set. layer_auc: see LayerAuc; None in a dry run.
+    say: a message for the user.
+    """
+
+    generator: torch.Generator
+    device: torch.device
+    is_main: bool
+    log_dir: Path
+    frozen_dtype: torch.dtype
+    dry_run: bool
+    load: Callable[[str], Model]
+    batches: Callable[[int], Iterator[Batch]]
+    captions: Callable[[int], list[str]]
+    layer_auc: LayerAuc | None
+    say: Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Noised(Tensors):
+    """One noised batch, the same for student and teacher.
+
+    noisy_latents, target: (batch, channels, height, width). timesteps: (batch,). text, groups, size_ids, label_tokens and
+    regions as in Batch, those of a dropped caption emptied.
+    """
+
+    noisy_latents: torch.Tensor
+    timesteps: torch.Tensor
+    target: torch.Tensor
+    text: Tokens | TextEmbeddings
+    groups: torch.Tensor
+    size_ids: torch.Tensor | None = None
+    label_tokens: torch.Tensor | None = None
+    regions: torch.Tensor | None = None
+
+    def on(self, embeds: torch.Tensor, pooled: torch.Tensor | None) -> Noised:
+        """The same images on other text embeddings."""
+        return replace(self, text=TextEmbeddings(embeds, pooled))
+
+
+class Method(nn.Module):
+    """One way to train a student. `forward(batch, generator)` gives the terms of the loss.
+
+    The student's denoiser and text encoders are part of the module; which of their parameters train was decided before
+    (models.prepare_training). Everything that a method owns besides them (teacher, recorders) stays outside the module's
+    parameters; what a checkpoint must hold of it is given by `state`.
+    """
+
+    Options: ClassVar[type[Options]] = Options
+
+    def __init__(self, options: Any, denoising: DenoisingConfig) -> None:
+        super().__init__()
+        self.options, self.denoising = options, denoising
+
+    def faults(self, student: Model, training: Training) -> list[str]:
+        """Why this method cannot train this student; empty where it can. Nothing has been trained yet."""
+        return []
+
+    def setup(self, student: Model, context: Context) -> None:
+        """Take the student, and prepare all that is needed before the first step."""
+        student.family.check(student)
+        self._student = (student,)
+        self.denoiser = student.denoiser
+        self.text_encoders = nn.ModuleList(student.text_encoders)
+        self.trains_text = any(p.requires_grad for p in self.text_encoders.parameters())
+        self._empty_ids = student.tokenize([""])
+        self._empty_groups = token_groups(student.tokenizers[0], "", student.max_tokens)
+        self._empty_embeds: tuple[torch.Tensor, torch.Tensor | None] | None = None
+
+    def forward(self, batch: Batch, generator: torch.Generator) -> Terms:
+        raise NotImplementedError
+
+    def finish(self) -> dict[str, Any]:
+        """After the last step: give the student back as stock modules, close recorders; returns what is worth logging."""
+        return {}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """What a checkpoint must hold besides the trained parameters."""
+        return {}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        """Take back what `state` gave."""
+
+    @property
+    def student(self) -> Model:
+        return self._student[0]
+
+    def train(self, mode: bool = True) -> Method:
+        """A text encoder without a trainable parameter stays in eval mode."""
+        super().train(mode)
+        if hasattr(self, "text_encoders"):
+            self.text_encoders.train(mode and self.trains_text)
+        return self
+
+    def parameter_groups(self, learning_rate: float, text_encoder_learning_rate: float) -> list[dict[str, Any]]:
+        """The trainable parameters, with their learning rates."""
+        groups = [
+            {"params": [p for p in module.parameters() if p.requires_grad], "lr": rate}
+            for module, rate in ((self.denoiser, learning_rate), (self.text_encoders, text_encoder_learning_rate))
+        ]
+        return [group for group in groups if group["params"]]
+
+    def noised(self, batch: Batch, generator: torch.Generator) -> Noised:
+        """Flips, latents of the posterior, noise, timesteps and caption dropout, all drawn from the CPU `generator`."""
+        student = self.student
+        mean, std = self._posterior(batch, generator)
+        device, count = mean.device, len(mean)
+        vae_noise = torch.randn(mean.shape, generator=generator).to(device)
+        noise = torch.randn(mean.shape, generator=generator).to(device)
+        timesteps = self.draw_timesteps(count, generator).to(device)
+        dropped = torch.rand(count, generator=generator) < self.denoising.caption_dropout
+        drop = dropped.to(device) & batch.droppable
+        latents = (mean + std * vae_noise) * student.vae.config.scaling_factor
+        target = student.family.target(student, latents, noise, timesteps)
+        return Noised(
+            student.family.add_noise(student, latents, noise, timesteps),
+            timesteps,
+            target,
+            self._dropped_text(batch.text, drop),
+            torch.where(drop[:, None], self._empty_groups.to(device), batch.groups),
+            batch.size_ids,
+            None if batch.label_tokens is None else batch.label_tokens & ~drop[:, None],
+            None if batch.regions is None else batch.regions * ~drop[:, None, None, None],
+        )
+
+    def _posterior(self, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the VAE's posterior, of the image or of its mirror image."""
+        flip = torch.zeros_like(batch.droppable)
+        if batch.flippable is not None:
+            coin = torch.rand(len(flip), generator=generator) < 0.5
+            flip = coin.to(flip.device) & batch.flippable
+        flip = flip[:, None, None, None]
+        image = batch.image
+        if isinstance(image, Pixels):
+            pixels = torch.where(flip, image.pixel_values.flip(-1), image.pixel_values)
+            # Not in half precision: the cached latents are not, and stock VAEs overflow in it.
+            with torch.no_grad(), torch.autocast(pixels.device.type, enabled=False):
+                vae = self.student.vae
+                posterior = vae.encode(pixels.to(vae.dtype)).latent_dist
+            return posterior.mean.float(), posterior.std.float()
+        mean, std = image.mean, image.std
+        if image.mean_flipped is not None and image.std_flipped is not None:
+            mean = torch.where(flip, image.mean_flipped, mean)
+            std = torch.where(flip, image.std_flipped, std)
+        return mean.float(), std.float()
+
+    def draw_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
+        """(count,) int64."""
+        return self.student.family.draw_timesteps(self.student, count, generator)
+
+    def _dropped_text(self, text: Tokens | TextEmbeddings, drop: torch.Tensor) -> Tokens | TextEmbeddings:
+        if isinstance(text, Tokens):
+            pairs = zip(self._empty_ids, text.input_ids, strict=True)
+            return Tokens(tuple(torch.where(drop[:, None], empty.to(ids.device), ids) for empty, ids in pairs))
+        return TextEmbeddings(*self.with_empty(text.embeds.float(), text.pooled, drop))
+
+    def with_empty(
+        self, embeds: torch.Tensor, pooled: torch.Tensor | None, drop: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The embeddings with those of the empty caption where `drop` is true."""
+        if self._empty_embeds is None:
+            with torch.no_grad():
+                ids = [ids.to(embeds.device) for ids in self._empty_ids]
+                self._empty_embeds = self.student.family.encode_text(list(self.text_encoders), ids)
+        empty, empty_pooled = self._empty_embeds
+        embeds = torch.where(drop[:, None, None], empty.float(), embeds)
+        if pooled is not None and empty_pooled is not None:
+            pooled = torch.where(drop[:, None], empty_pooled.float(), pooled.float())
+        return embeds, pooled
+
+    def embeddings(self, model: Model, text_encoders: Sequence[nn.Module], x: Noised) -> TextEmbeddings:
+        """What the denoiser of `model` reads of the text."""
+        if isinstance(x.text, TextEmbeddings):
+            return x.text
+        return TextEmbeddings(*model.family.encode_text(text_encoders, x.text.input_ids))
+
+    def predict(self, model: Model, text_encoders: Sequence[nn.Module], x: Noised) -> torch.Tensor:
+        """The denoiser's output, (batch, channels, height, width)."""
+        from distill.models import Conditions
+
+        text = self.embeddings(model, text_encoders, x)
+        conditions = Conditions(text.embeds, text.pooled, x.size_ids)
+        return model.family.predict(model.denoiser, x.noisy_latents, x.timesteps, conditions)
+
+    def predict_student(self, x: Noised) -> torch.Tensor:
+        """The student's output."""
+        return self.predict(self.student, list(self.text_encoders), x)
+
+    def denoising_loss(self, prediction: torch.Tensor, x: Noised) -> torch.Tensor:
+        """L = mean w(t) (target - prediction)^2. Source: Ho et al. 2020, equation 14; w: Hang et al. 2023."""
+        weights = None
+        if self.denoising.min_snr_gamma is not None:
+            alphas = getattr(self.student.noise_scheduler, "alphas_cumprod", None)
+            if alphas is None:
+                raise UserError("denoising.min_snr_gamma needs a base with a diffusion schedule; leave it out")
+            gamma, kind = self.denoising.min_snr_gamma, self.student.prediction_type
+            weights = min_snr_weights(alphas, x.timesteps, gamma, kind)
+        return denoising_loss(prediction, x.target, weights)

@@ -1,0 +1,51 @@
+"""How one model is trained: which parts, by which method, and on which text."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from distill.config import DenoisingConfig, LoraConfig
+from distill.methods import AnyOptions
+from distill.methods.denoising import DenoisingOptions
+from distill.settings import Count, Settings
+
+Trained = Literal["frozen", "lora", "full"]
+Rate = Annotated[float, Field(gt=0, le=10)]
+
+
+class Training(Settings):
+    """How one model is trained."""
+
+    denoiser: Trained = "full"
+    """How the denoiser, such as the U-Net, is trained."""
+    text_encoder: Trained = "frozen"
+    """How the text encoders are trained."""
+    method: AnyOptions = DenoisingOptions()
+    """What the training minimizes."""
+    lora: LoraConfig = LoraConfig()
+    """Low-rank adapters, where a part is trained by LoRA."""
+    denoising: DenoisingConfig = DenoisingConfig()
+    """The diffusion loss, and the text that it is conditioned on."""
+
+    @model_validator(mode="after")
+    def _check_training(self) -> Training:
+        if "lora" not in (self.denoiser, self.text_encoder) and self.lora != LoraConfig():
+            raise ValueError("lora options are set, and nothing is trained by LoRA; set denoiser or text_encoder to lora")
+        if self.denoiser == self.text_encoder == "frozen":
+            raise ValueError("nothing is trained: denoiser and text_encoder are both frozen")
+        return self
+
+
+class ArmConfig(Training):
+    """One way to train the base, beside others."""
+
+    like: str | None = None
+    """Another arm, whose options this one has unless it sets its own."""
+    learning_rate: Rate | None = None
+    """In place of trainer.learning_rate."""
+    text_encoder_learning_rate: Rate | None = None
+    """In place of trainer.text_encoder_learning_rate."""
+    max_steps: Count | None = None
+    """In place of trainer.max_steps."""
