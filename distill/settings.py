@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, ClassVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +13,10 @@ class Settings(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True
     )
+    common: ClassVar[tuple[str, ...]] = ()
+    """Dotted keys that `--help` shows first."""
+    renamed: ClassVar[dict[str, str]] = {}
+    """Old dotted key -> a sentence that says what to write now, such as "lora.rank is now denoiser.rank"."""
 
 
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]

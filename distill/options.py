@@ -1,0 +1,146 @@
+"""What a configuration class says of its options: groups, kinds, types and ranges, and the range in plain English."""
+
+from __future__ import annotations
+
+import functools
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from distill.settings import Settings
+
+KIND = "kind"
+"""The key that chooses a member of a tagged union."""
+HUGE = 10**6
+"""A limit from here on is named only where a value is above it."""
+
+
+@functools.cache
+def field_types(model: type[Settings]) -> dict[str, Any]:
+    """Type of each field, with its range as `Annotated`."""
+    return {
+        name: Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
+        for name, field in model.model_fields.items()
+    }
+
+
+def members(hint: Any) -> list[Any]:
+    """Members of a union, or the type alone, without `Annotated`."""
+    if get_origin(hint) is Annotated:
+        return members(get_args(hint)[0])
+    if get_origin(hint) in (Union, types.UnionType):
+        return [member for argument in get_args(hint) for member in members(argument)]
+    return [hint]
+
+
+def is_optional(hint: Any) -> bool:
+    return type(None) in members(hint)
+
+
+def without_none(hint: Any) -> list[Any]:
+    return [member for member in members(hint) if member is not type(None)]
+
+
+def models_of(hint: Any) -> dict[str, type[Settings]]:
+    """Settings classes that a field may hold, by kind; a class that stands alone has kind ''. Empty for a value."""
+    found = without_none(hint)
+    if not found or not all(isinstance(member, type) and issubclass(member, Settings) for member in found):
+        return {}
+    if len(found) == 1:
+        return {"": found[0]}
+    return {kind: member for member in found for kind in get_args(member.model_fields[KIND].annotation)}
+
+
+def entry_type(hint: Any) -> Any:
+    """Type of the entries of a mapping; None for any other type."""
+    return next((get_args(member)[1] for member in members(hint) if get_origin(member) is dict), None)
+
+
+def item_type(hint: Any, index: int) -> Any:
+    """Type of one item of a list; None for any other type."""
+    found = without_none(hint)
+    if len(found) != 1 or get_origin(found[0]) not in (list, tuple):
+        return None
+    arguments = get_args(found[0])
+    is_fixed = get_origin(found[0]) is tuple and arguments[-1] is not Ellipsis
+    return arguments[min(index, len(arguments) - 1)] if is_fixed else arguments[0]
+
+
+def children(hint: Any, name: str, kind: Any = None) -> list[Any]:
+    """Types that a key may have in a group or a mapping: of the chosen kind, else of every kind that has it."""
+    entry = entry_type(hint)
+    models = models_of(hint)
+    if kind in models:
+        models = {kind: models[kind]}
+    found = [field_types(model)[name] for model in models.values() if name in model.model_fields]
+    return found if models else [] if entry is None else [entry]
+
+
+def keys_of(hint: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Dotted key and kind of every option and group below a type; entries of a mapping are called NAME."""
+    for kind, model in models_of(hint).items():
+        for name, field in field_types(model).items():
+            yield f"{prefix}{name}", "" if name == KIND else kind
+            yield from keys_of(field, f"{prefix}{name}.")
+    entry = entry_type(hint)
+    if entry is not None:
+        yield from keys_of(entry, f"{prefix}NAME.")
+
+
+_PLAIN = {
+    int: ("a whole number", "whole numbers"),
+    float: ("a number", "numbers"),
+    str: ("text", "texts"),
+    bool: ("true or false", "true or false"),
+}
+_LIMITS = (("ge", "of at least {}"), ("gt", "above {}"), ("le", "of at most {}"), ("lt", "below {}"))
+_LENGTHS = (("min_length", "at least {}"), ("max_length", "at most {}"))
+
+
+def expected(hint: Any, *, plural: bool = False, is_above: bool = False) -> str:
+    """A type in plain English, such as "a whole number of at least 1, or none".
+
+    is_above: the value is above the limit, so that the limit is named however large it is.
+    """
+    if get_origin(hint) is Annotated:
+        base, *metadata = get_args(hint)
+        inner = without_none(base)
+        text = " or ".join(expected(member, plural=plural) for member in inner)
+        return f"{text}{_range(inner, metadata, is_above)}{', or none' if is_optional(base) else ''}"
+    origin, arguments = get_origin(hint), get_args(hint)
+    if origin in (Union, types.UnionType):
+        found = [expected(part, plural=plural, is_above=is_above) for part in arguments if part is not type(None)]
+        return " or ".join(found) + (", or none" if type(None) in arguments else "")
+    if origin is Literal:
+        shown = [part if isinstance(part, str) and part else repr(part) for part in arguments]
+        return " or ".join(shown) if len(shown) < 3 else f"one of {', '.join(shown)}"
+    if origin is tuple and arguments[-1] is not Ellipsis:
+        return f"{'lists' if plural else 'a list'} of {len(arguments)}: {', '.join(map(expected, arguments))}"
+    if origin in (tuple, list):
+        return f"{'lists' if plural else 'a list'} of {expected(arguments[0], plural=True)}"
+    if origin is dict:
+        return f"{'mappings' if plural else 'a mapping'} of names to {expected(arguments[1], plural=True)}"
+    if models_of(hint):
+        return "groups of options" if plural else "a mapping of its options"
+    return _PLAIN[hint][plural] if hint in _PLAIN else getattr(hint, "__name__", str(hint))
+
+
+def _range(inner: list[Any], metadata: list[Any], is_above: bool) -> str:
+    """Limits of a value, of a text or of a list."""
+    is_text, words, counts = inner == [str], [], []
+    for item in metadata:
+        for name, text in _LIMITS:
+            limit = getattr(item, name, None)
+            if limit is not None and (is_above or name in ("ge", "gt") or limit < HUGE):
+                words.append(text.format(limit))
+        for name, text in _LENGTHS:
+            if getattr(item, name, None) is not None:
+                counts.append(text.format(getattr(item, name)))
+    patterns = [item.pattern for item in metadata if getattr(item, "pattern", None)]
+    if is_text and r"\S" in patterns:
+        return " that is not blank"
+    unit = "characters" if is_text else "items"
+    counted = [f"with {' and '.join(counts)} {unit}"] if counts else []
+    return "".join(
+        f" {text}" for text in [" and ".join(words), *counted, *(f"that matches {p}" for p in patterns)] if text
+    )
