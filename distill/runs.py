@@ -60,20 +60,12 @@ from distill.methods.objectives import (
     check_same_shape,
 )
 from distill.metrics.features import load_features
+from distill.models.adapters import DTYPES, check_lora_targets, parameter_counts, prepare_training
 from distill.models.bits import quantize
 from distill.models.blocks import name_in_teacher
-from distill.models.components import (
-    DTYPES,
-    LORA_FILE,
-    PHANTOM_BASE,
-    Components,
-    check_lora_targets,
-    encode_text,
-    load_components,
-    parameter_counts,
-    prepare_training,
-)
 from distill.models.export import export, prove_parity
+from distill.models.family import Model
+from distill.models.loading import LORA_FILE, PHANTOM_BASE, load_model
 from distill.report import terminal_table, validate_metrics, write_model_card, write_report
 from distill.trainer import FitResult, StepSampler, fit, generator_at, make_accelerator, peak_memory_gb
 
@@ -122,15 +114,15 @@ def open_run(config: Any, *, arms: list[Arm], base: BaseConfig | None = None) ->
     quiet = replace(training, tracker="none") if training and config.dry_run else training
     accelerator = make_accelerator(quiet, folder) if quiet else Accelerator()
     set_seed(getattr(config, "seed", 0))
-    components = load_components(base, None) if base else load_components(config.base, getattr(config, "run", None))
+    model = load_model(base, None) if base else load_model(config.base, getattr(config, "run", None))
     base = base or config.base
     faults = []
-    if config.data.resolution % components.vae_factor or config.data.resolution < 4 * components.vae_factor:
+    if config.data.resolution % model.vae_factor or config.data.resolution < 4 * model.vae_factor:
         faults.append(
             f"data.resolution is {config.data.resolution}; the VAE of {base.name} needs a "
-            f"multiple of {components.vae_factor}, of at least {4 * components.vae_factor}"
+            f"multiple of {model.vae_factor}, of at least {4 * model.vae_factor}"
         )
-    steps = int(components.noise_scheduler.config.num_train_timesteps)
+    steps = int(model.noise_scheduler.config.num_train_timesteps)
     if any(t >= steps for t in config.evaluation.timesteps or ()):
         faults.append(f"evaluation.timesteps must be in 0 .. {steps - 1}; got {config.evaluation.timesteps}")
     if training and training.cache_text_embeddings and any(arm.text_encoder != "frozen" for arm in arms):
@@ -167,24 +159,24 @@ def open_run(config: Any, *, arms: list[Arm], base: BaseConfig | None = None) ->
             faults.append(
                 f"{arm.name}: lock_keys: lora.unet_targets must hold to_k, whose adapters take in the keys at the end"
             )
-        faults += [f"{arm.name}: {fault}" for fault in lock_faults(components)] if arm.lock_keys else []
+        faults += [f"{arm.name}: {fault}" for fault in lock_faults(model)] if arm.lock_keys else []
     raise_all("the configuration does not fit the base", faults)
-    attention_layers(components.unet, config.evaluation.layers)
+    attention_layers(model.denoiser, config.evaluation.layers)
     teachers = {arm.distillation.teacher for arm in arms if arm.distillation and not trains_teacher(config, arm)}
     references = {arm.distillation.gate_reference for arm in arms if arm.distillation and is_gated(arm)}
     for reference in references - {None, "base", str(folder / "learnable")}:
-        check_same_shape(load_components(config.base, run=reference), components)
+        check_same_shape(load_model(config.base, run=reference), model)
     for teacher in teachers - {None, *OWN_TEACHERS}:
         assert teacher is not None
-        check_same_shape(load_teacher(config.base, teacher), components)
+        check_same_shape(load_teacher(config.base, teacher), model)
     for arm in arms:
         lora = arm.lora or config.lora
         if arm.distillation:
-            attention_layers(components.unet, arm.distillation.layers)
+            attention_layers(model.denoiser, arm.distillation.layers)
         if arm.method == "lora":
-            check_lora_targets(components.unet, lora.unet_targets, "unet")
+            check_lora_targets(model.denoiser, lora.unet_targets, "denoiser")
         if arm.text_encoder == "lora":
-            for encoder in components.text_encoders:
+            for encoder in model.text_encoders:
                 check_lora_targets(encoder, lora.text_encoder_targets, "text_encoder")
     with accelerator.main_process_first():
         test = load_dataset(config.data, "test")
@@ -192,7 +184,7 @@ def open_run(config: Any, *, arms: list[Arm], base: BaseConfig | None = None) ->
         validation = load_validation(config, arms)
     for dataset in (train, test, validation):
         if isinstance(dataset, RecordDataset):
-            dataset.check_captions(components.tokenizers, components.max_tokens)
+            dataset.check_captions(model.tokenizers, model.max_tokens)
     reads_labels = [key for key, is_read in label_readers(config, arms).items() if is_read]
     if train is not None and reads_labels and not any(train.labels(i) for i in range(len(train))):
         raise UserError(
@@ -211,7 +203,7 @@ def open_run(config: Any, *, arms: list[Arm], base: BaseConfig | None = None) ->
     for arm in arms:
         assert train is not None
         denoising = arm.denoising or config.denoising
-        check_training_text(train, components, denoising, truncate=truncate)
+        check_training_text(train, model, denoising, truncate=truncate)
     supervised = [arm.denoising or config.denoising for arm in arms if not arm.distillation]
     for count in {denoising.region_images for denoising in supervised if denoising.reads_regions}:
         assert train is not None
@@ -226,14 +218,14 @@ def open_run(config: Any, *, arms: list[Arm], base: BaseConfig | None = None) ->
     run = Run(config, folder, accelerator, train, test, Console(), {}, base, validation=validation)
     features = load_features(config.evaluation.features, phantom_data=config.data.kind == "phantom")
     sizes = f"{len(train):,} training and {len(test):,} held-out images" if train else f"{len(test):,} held-out images"
-    total = parameter_counts(components.unet)[0] + sum(parameter_counts(t)[0] for t in components.text_encoders)
+    total = parameter_counts(model.denoiser)[0] + sum(parameter_counts(t)[0] for t in model.text_encoders)
     run.say(
         f"{base.name}: {total / 1e6:,.1f} M parameters in U-Net and text encoder; {sizes} at "
         f"{config.data.resolution} px; {accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
     if not config.dry_run:
-        components.to(accelerator.device)
-        run.against = held_out(test, components, config.evaluation, features, accelerator=accelerator, run_dir=folder)
+        model.to(accelerator.device)
+        run.against = held_out(test, model, config.evaluation, features, accelerator=accelerator, run_dir=folder)
         # Last, so that a configuration that is refused does not claim the folder.
         if accelerator.is_main_process:
             (folder / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
@@ -289,17 +281,17 @@ def trains_teacher(config: Any, arm: Arm) -> bool:
     return isinstance(config, TradeoffConfig) and arm.distillation is not None and arm.distillation.teacher == own
 
 
-def load_teacher(base: BaseConfig, teacher: str) -> Components:
+def load_teacher(base: BaseConfig, teacher: str) -> Model:
     """A run folder on the base, the base itself by its name, a pipeline folder, or a hub id."""
     if teacher == base.name:
-        return load_components(base)
+        return load_model(base)
     folder = Path(teacher)
     if folder.is_dir() and not (folder / "model_index.json").exists():
-        return load_components(base, run=folder)
-    return load_components(replace(base, name=teacher, revision=None))
+        return load_model(base, run=folder)
+    return load_model(replace(base, name=teacher, revision=None))
 
 
-def check_untrained(student: Components, base: Components, arm: Arm) -> None:
+def check_untrained(student: Model, base: Model, arm: Arm) -> None:
     """UserError if a student that starts from its teacher has other weights than the base in a part that is not exported
     in full: base and run folder would not give the trained model."""
     if student.prediction_type != base.prediction_type:
@@ -307,7 +299,7 @@ def check_untrained(student: Components, base: Components, arm: Arm) -> None:
             f"distillation.start_from_teacher: the teacher predicts {student.prediction_type}, and the base "
             f"{base.prediction_type}; give the teacher, saved as a pipeline, as base.name"
         )
-    parts = [("VAE", "frozen", student.vae, base.vae), ("U-Net", arm.method, student.unet, base.unet)]
+    parts = [("VAE", "frozen", student.vae, base.vae), ("U-Net", arm.method, student.denoiser, base.denoiser)]
     encoders = zip(student.text_encoders, base.text_encoders, strict=True)
     parts += [("text encoder", arm.text_encoder, ours, theirs) for ours, theirs in encoders]
     for name, method, ours, theirs in parts:
@@ -335,7 +327,7 @@ def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
     taught = f", teacher {arm.distillation.teacher}" if arm.distillation else ""
     run.say(f"{arm.name}: U-Net {arm.method}, text encoder {arm.text_encoder}{taught}")
     log_dir = run.folder / arm.name
-    components, result, besides = _fit(run, arm, arm.max_steps or config.trainer.max_steps, log_dir)
+    model, result, besides = _fit(run, arm, arm.max_steps or config.trainer.max_steps, log_dir)
     cost = {
         "train_seconds": result.seconds + besides,
         "steps": result.steps,
@@ -343,9 +335,9 @@ def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
         "trainable_parameters": result.trainable_parameters,
     }
     if accelerator.is_main_process:
-        written = export(components, arm.folder)
-        loaded = load_components(run.base, run=arm.folder)
-        difference = prove_parity(components, loaded, accelerator.device)
+        written = export(model, arm.folder)
+        loaded = load_model(run.base, run=arm.folder)
+        difference = prove_parity(model, loaded, accelerator.device)
         run.say(
             f"{arm.name}: exported {', '.join(written.values())} to {arm.folder}; loaded back, difference {difference:.1e}"
         )
@@ -355,7 +347,7 @@ def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
     return cost
 
 
-def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, FitResult, float]:
+def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Model, FitResult, float]:
     """The trained model, what its steps cost, and the seconds of what belongs to the training besides them."""
     config, accelerator = run.config, run.accelerator
     trainer = replace(config.trainer, max_steps=steps)
@@ -368,43 +360,41 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
     teacher = distillation.teacher if distillation else None
     if distillation and distillation.start_from_teacher:
         assert teacher is not None
-        components = load_teacher(config.base, teacher)
-        adapted = any("lora_" in name for name, _ in components.unet.named_parameters())
+        model = load_teacher(config.base, teacher)
+        adapted = any("lora_" in name for name, _ in model.denoiser.named_parameters())
         if adapted and arm.method != "lora":
             raise UserError(
                 f"distillation.start_from_teacher: {teacher} is an adapter, and {arm.name} trains full weights; fuse it into "
                 "a pipeline (pipe.fuse_lora, pipe.unload_lora_weights, pipe.save_pretrained) and give that"
             )
-        check_untrained(components, load_components(run.base), arm)
+        check_untrained(model, load_model(run.base), arm)
     else:
-        components = load_components(run.base)
+        model = load_model(run.base)
     prepare_training(
-        components,
+        model,
         method=arm.method,
         text_encoder=arm.text_encoder,
         lora=lora,
         frozen_dtype=config.base.frozen_dtype,
         gradient_checkpointing=trainer.gradient_checkpointing,
     )
-    lock = lock_keys(components, DTYPES[config.base.frozen_dtype]) if arm.lock_keys else None
-    components.to(accelerator.device)
+    lock = lock_keys(model, DTYPES[config.base.frozen_dtype]) if arm.lock_keys else None
+    model.to(accelerator.device)
     denoising = arm.denoising or config.denoising
     label_tokens = distillation.words == "labels" if distillation else denoising.arm_weight > 0
     regions = denoising.reads_regions and not distillation
-    rows = training_rows(run, components, trainer, denoising, label_tokens=label_tokens, regions=regions)
+    rows = training_rows(run, model, trainer, denoising, label_tokens=label_tokens, regions=regions)
     besides = 0.0
     with ExitStack() as stack:
         if distillation:
             if teacher is None:
                 raise UserError("distillation.teacher is missing: a run folder, a pipeline folder or a hub id")
             if teacher == FROZEN_TEXT_ENCODER:
-                encoders = [
-                    encoder.to(accelerator.device) for encoder in load_components(run.base).freeze().text_encoders
-                ]
-                frozen = replace(components, text_encoders=encoders)
+                encoders = [encoder.to(accelerator.device) for encoder in load_model(run.base).freeze().text_encoders]
+                frozen = replace(model, text_encoders=encoders)
             elif teacher == EMA:
-                encoders = [copy.deepcopy(encoder) for encoder in components.text_encoders]
-                frozen = replace(components, unet=copy.deepcopy(components.unet), text_encoders=encoders)
+                encoders = [copy.deepcopy(encoder) for encoder in model.text_encoders]
+                frozen = replace(model, denoiser=copy.deepcopy(model.denoiser), text_encoders=encoders)
             else:
                 frozen = load_teacher(config.base, teacher)
                 prepare_training(
@@ -416,37 +406,37 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
                 )
                 frozen.to(accelerator.device)
                 if distillation.gate_reference is not None and not config.dry_run:
-                    layers = attention_layers(components.unet, distillation.layers)
+                    layers = attention_layers(model.denoiser, distillation.layers)
                     began = time.perf_counter()
                     distillation = _gated(run, frozen, distillation, layers, log_dir)
                     besides += time.perf_counter() - began
             student_maps = stack.enter_context(
-                record_attention(components.unet, distillation.layers, text_gradient=distillation.text_gradient)
+                record_attention(model.denoiser, distillation.layers, text_gradient=distillation.text_gradient)
             )
             teacher_maps = student_maps
-            if frozen.unet is not components.unet:
-                name_there = name_in_teacher(components.unet.config, frozen.unet.config)
-                layers = [name_there(name) for name in attention_layers(components.unet, distillation.layers)]
-                teacher_maps = stack.enter_context(record_attention(frozen.unet, layers))
-            shared = (components, denoising, distillation, frozen, student_maps, teacher_maps)
+            if frozen.denoiser is not model.denoiser:
+                name_there = name_in_teacher(model.denoiser.config, frozen.denoiser.config)
+                layers = [name_there(name) for name in attention_layers(model.denoiser, distillation.layers)]
+                teacher_maps = stack.enter_context(record_attention(frozen.denoiser, layers))
+            shared = (model, denoising, distillation, frozen, student_maps, teacher_maps)
             objective: DenoisingObjective
             if arm.consistency:
                 objective = ConsistencyObjective(*shared, arm.consistency)
             else:
                 objective = AttentionDistillationObjective(*shared)
         elif denoising.reads_attention:
-            maps = stack.enter_context(record_attention(components.unet))
-            objective = SupervisedAttentionObjective(components, denoising, maps)
+            maps = stack.enter_context(record_attention(model.denoiser))
+            objective = SupervisedAttentionObjective(model, denoising, maps)
             if denoising.tail_weight:
                 began = time.perf_counter()
                 objective.measure_tail(_first_batches(run, rows, trainer), generator_at(config.seed, 0, 0))
                 besides += time.perf_counter() - began
         else:
-            objective = DenoisingObjective(components, denoising)
+            objective = DenoisingObjective(model, denoising)
         groups = [
             {"params": [p for p in module.parameters() if p.requires_grad], "lr": rate}
             for module, rate in (
-                (objective.unet, arm.learning_rate),
+                (objective.denoiser, arm.learning_rate),
                 (objective.text_encoders, arm.text_encoder_learning_rate),
             )
         ]
@@ -458,15 +448,15 @@ def _fit(run: Run, arm: Arm, steps: int, log_dir: Path) -> tuple[Components, Fit
             output_dir=log_dir,
             seed=config.seed,
             parameter_groups=[group for group in groups if group["params"]],
-            on_sample=lambda step: _sample(run, arm, components, log_dir / "progress" / f"step-{step:06d}.png"),
-            on_localize=lambda step: _localize(run, components, log_dir, step),
+            on_sample=lambda step: _sample(run, arm, model, log_dir / "progress" / f"step-{step:06d}.png"),
+            on_localize=lambda step: _localize(run, model, log_dir, step),
             label=arm.name,
         )
     if lock is not None and config.dry_run:
         lock.release()
     elif lock is not None:
         besides += _merge(run, arm, lock, denoising, log_dir)
-    return components, result, besides
+    return model, result, besides
 
 
 def _first_batches(run: Run, rows: TrainingRows, trainer: TrainerConfig) -> Iterator[dict[str, Any]]:
@@ -507,12 +497,12 @@ def _merge(run: Run, arm: Arm, lock: KeyLock, denoising: DenoisingConfig, log_di
 
 
 def _gated(
-    run: Run, teacher: Components, distillation: AttentionDistillationConfig, layers: Sequence[str], log_dir: Path
+    run: Run, teacher: Model, distillation: AttentionDistillationConfig, layers: Sequence[str], log_dir: Path
 ) -> AttentionDistillationConfig:
     """What passes the gate; gate.json says by which numbers."""
     config, name = run.config, distillation.gate_reference
     assert run.validation is not None
-    reference = load_components(config.base, run=None if name == "base" else name)
+    reference = load_model(config.base, run=None if name == "base" else name)
     started = time.perf_counter()
     taught = choose_taught(
         teacher,
@@ -534,7 +524,7 @@ def _gated(
 
 def training_rows(
     run: Run,
-    components: Components,
+    model: Model,
     trainer: TrainerConfig,
     denoising: DenoisingConfig,
     *,
@@ -550,7 +540,7 @@ def training_rows(
         if trainer.cache_latents:
             latents = cache_latents(
                 run.train,
-                components.vae,
+                model.vae,
                 folder,
                 batch_size=min(trainer.batch_size, 32),
                 flip=config.data.horizontal_flip,
@@ -560,17 +550,17 @@ def training_rows(
         if trainer.cache_text_embeddings:
 
             def encode(captions: list[str]) -> torch.Tensor | tuple[torch.Tensor, ...]:
-                ids = [x.to(accelerator.device) for x in components.tokenize(captions)]
-                embeds, pooled = encode_text(components.text_encoders, ids)
+                ids = [x.to(accelerator.device) for x in model.tokenize(captions)]
+                embeds, pooled = model.encode(ids)
                 return embeds if pooled is None else (embeds, pooled)
 
             captions = [training_caption(run.train, i, denoising) for i in range(len(run.train))]
-            hashes = [model_fingerprint(encoder) for encoder in components.text_encoders]
-            hashes += [str(ids.tolist()) for ids in components.tokenize(captions[:8])]
+            hashes = [model_fingerprint(encoder) for encoder in model.text_encoders]
+            hashes += [str(ids.tolist()) for ids in model.tokenize(captions[:8])]
             text = cache_text_embeddings(captions, encode, folder, "-".join(hashes), trainer.batch_size)
     return TrainingRows(
         run.train,
-        components,
+        model,
         latents=latents,
         text=text,
         drop_only_label=denoising.caption_dropout_label,
@@ -582,7 +572,7 @@ def training_rows(
 
 
 @torch.no_grad()
-def _sample(run: Run, arm: Arm, components: Components, path: Path) -> None:
+def _sample(run: Run, arm: Arm, model: Model, path: Path) -> None:
     """A strip of images of held-out captions, to watch a training."""
     if run.against is None or not run.accelerator.is_main_process:
         return
@@ -592,7 +582,7 @@ def _sample(run: Run, arm: Arm, components: Components, path: Path) -> None:
     # Trained and frozen weights may differ in type, and the stock pipeline expects one.
     with torch.autocast(run.accelerator.device.type, frozen, enabled=frozen != torch.float32):
         images = generate(
-            components,
+            model,
             captions,
             [evaluation.seed + i for i in examples],
             run.config.data.resolution,
@@ -603,7 +593,7 @@ def _sample(run: Run, arm: Arm, components: Components, path: Path) -> None:
 
 
 @torch.no_grad()
-def _localize(run: Run, components: Components, log_dir: Path, step: int) -> None:
+def _localize(run: Run, model: Model, log_dir: Path, step: int) -> None:
     """A line of localization_log.jsonl: AUC, CNR and mass of the token groups on validation images, in this step's state."""
     config = run.config
     assert run.validation is not None
@@ -614,7 +604,7 @@ def _localize(run: Run, components: Components, log_dir: Path, step: int) -> Non
         torch.autocast(run.accelerator.device.type, frozen, enabled=frozen != torch.float32),
     ):
         found = localization(
-            components, run.validation, few, accelerator=run.accelerator, arm_dir=Path(scratch), label=f"step {step}"
+            model, run.validation, few, accelerator=run.accelerator, arm_dir=Path(scratch), label=f"step {step}"
         )
     if found is None or not run.accelerator.is_main_process:
         return
@@ -648,9 +638,9 @@ def evaluate_arm(
     if path.exists():
         run.say(f"{name}: already evaluated, {path}")
         return cast(dict[str, Any], read_json(path)["arms"][name])
-    components = load_components(base or run.base, run=folder)
+    model = load_model(base or run.base, run=folder)
     result = evaluate(
-        components,
+        model,
         run.against,
         evaluation or (arm and arm.evaluation) or config.evaluation,
         resolution=config.data.resolution,
@@ -725,12 +715,12 @@ def dry_run(run: Run, arms: list[Arm]) -> None:
             # A teacher that this run would train is as large as the base, so the base stands in for it.
             if arm.distillation and trains_teacher(run.config, arm):
                 arm = replace(arm, distillation=replace(arm.distillation, teacher=_pipeline_name(run.config.base)))
-            components, one, _ = _fit(run, arm, 1, Path(scratch))
-        _, trainable = parameter_counts(components.unet)
-        trainable_text = sum(parameter_counts(encoder)[1] for encoder in components.text_encoders)
+            model, one, _ = _fit(run, arm, 1, Path(scratch))
+        _, trainable = parameter_counts(model.denoiser)
+        trainable_text = sum(parameter_counts(encoder)[1] for encoder in model.text_encoders)
         run.say(
-            f"{arm.name}: U-Net {parameter_counts(components.unet)[0]:,} parameters ({trainable:,} trainable), text encoder "
-            f"{sum(parameter_counts(e)[0] for e in components.text_encoders):,} ({trainable_text:,} trainable); one step "
+            f"{arm.name}: U-Net {parameter_counts(model.denoiser)[0]:,} parameters ({trainable:,} trainable), text encoder "
+            f"{sum(parameter_counts(e)[0] for e in model.text_encoders):,} ({trainable_text:,} trainable); one step "
             f"{one.seconds:.2f} s, so {steps:,} steps take about {one.seconds * steps / 60:.1f} min; "
             f"peak memory {one.peak_memory_gb:.2f} GB"
         )
@@ -743,23 +733,21 @@ def dry_run_evaluation(run: Run) -> None:
     run.say(to_yaml(config))
     c = config.evaluation
     few = replace(c, localization_images=c.batch_size, generated_images=c.batch_size, diversity_samples=0, examples=1)
-    components = load_components(config.base, config.run).to(accelerator.device).freeze()
+    model = load_model(config.base, config.run).to(accelerator.device).freeze()
     if c.quantization != "none":
-        quantize(components, c.quantization)
+        quantize(model, c.quantization)
     with tempfile.TemporaryDirectory() as scratch:
-        against = held_out(run.test, components, few, None, accelerator=accelerator, run_dir=Path(scratch))
+        against = held_out(run.test, model, few, None, accelerator=accelerator, run_dir=Path(scratch))
         shared: dict[str, Any] = {"accelerator": accelerator, "arm_dir": Path(scratch), "label": "dry run"}
         began = time.perf_counter()
-        localization(components, run.test, few, **shared)
+        localization(model, run.test, few, **shared)
         maps = (time.perf_counter() - began) / min(c.batch_size, len(run.test))
         began = time.perf_counter()
-        quality(
-            components, run.test, few, resolution=config.data.resolution, features=None, real=against.real, **shared
-        )
+        quality(model, run.test, few, resolution=config.data.resolution, features=None, real=against.real, **shared)
         images = (time.perf_counter() - began) / min(c.batch_size, len(run.test))
     count = min(c.generated_images, len(run.test)) + c.diversity_captions * c.diversity_samples
     total = maps * min(c.localization_images, len(run.test)) + images * count
-    unet, text = parameter_counts(components.unet)[0], sum(parameter_counts(e)[0] for e in components.text_encoders)
+    unet, text = parameter_counts(model.denoiser)[0], sum(parameter_counts(e)[0] for e in model.text_encoders)
     run.say(
         f"U-Net {unet:,} parameters, text encoder {text:,}, none trainable; maps {maps:.2f} s an image, generation "
         f"{images:.2f} s an image, so about {total / 60:.1f} min a model; peak memory {peak_memory_gb():.2f} GB\n"

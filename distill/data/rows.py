@@ -13,7 +13,7 @@ from distill.data.cache import LatentCache, TextEmbeddingCache
 from distill.data.captions import NO_LABEL, insert_labels, names_side, text_of_labels
 from distill.data.sample import ImageCaptionDataset
 from distill.errors import UserError
-from distill.models.components import Components
+from distill.models.family import Model
 from distill.tokens import find_words, token_groups, token_spans
 
 REGION_SIZE = 32
@@ -30,9 +30,7 @@ def training_caption(dataset: ImageCaptionDataset, index: int, config: Denoising
     return text if config.insert_labels == "none" else insert_labels(text, labels, config.insert_labels, index)
 
 
-def check_training_text(
-    dataset: ImageCaptionDataset, components: Components, config: DenoisingConfig, *, truncate: bool
-) -> None:
+def check_training_text(dataset: ImageCaptionDataset, model: Model, config: DenoisingConfig, *, truncate: bool) -> None:
     """UserError if a label has no paraphrase, or, without `truncate`, if a text made of labels is longer than the text
     encoder reads."""
     if config.training_text == "paraphrases":
@@ -42,18 +40,19 @@ def check_training_text(
     if truncate or (config.training_text == "caption" and config.insert_labels == "none"):
         return  # the data set has checked its own captions
     texts = [training_caption(dataset, i, config) for i in range(len(dataset))]
-    for tokenizer in components.tokenizers:
+    for tokenizer in model.tokenizers:
         lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
-        long = [i for i, length in enumerate(lengths) if length > components.max_tokens]
+        long = [i for i, length in enumerate(lengths) if length > model.max_tokens]
         if long:
             raise UserError(
                 f"denoising.training_text and insert_labels: {len(long)} training texts are longer than the "
-                f"{components.max_tokens} tokens that the text encoder reads, the first of row {long[0]}: {texts[long[0]]!r}"
+                f"{model.max_tokens} tokens that the text encoder reads, the first of row {long[0]}: {texts[long[0]]!r}"
             )
 
 
 class TrainingRows(Dataset[dict[str, Any]]):
-    """Row i: latents_mean, latents_std (or pixel_values), input_ids_k (or prompt_embeds and pooled), groups, droppable.
+    """Row i: latents_mean, latents_std (or pixel_values), input_ids_k (or prompt_embeds and pooled), groups, droppable, and
+    size_ids for a family that reads the image's size.
 
     groups: (tokens,) codes of the token groups. droppable: whether caption dropout may take this caption.
     With `flip`, rows also have flippable (the caption names no side) and, with cached latents, latents_mean_flipped and
@@ -65,7 +64,7 @@ class TrainingRows(Dataset[dict[str, Any]]):
     def __init__(
         self,
         dataset: ImageCaptionDataset,
-        components: Components,
+        model: Model,
         *,
         latents: LatentCache | None = None,
         text: TextEmbeddingCache | None = None,
@@ -75,7 +74,7 @@ class TrainingRows(Dataset[dict[str, Any]]):
         label_tokens: bool = False,
         regions: bool = False,
     ) -> None:
-        self.dataset, self.components, self.latents, self.text = dataset, components, latents, text
+        self.dataset, self.model, self.latents, self.text = dataset, model, latents, text
         self.drop_only_label, self.flip = drop_only_label, flip
         self.denoising = denoising or DenoisingConfig()
         self.label_tokens, self.regions = label_tokens, regions
@@ -105,11 +104,11 @@ class TrainingRows(Dataset[dict[str, Any]]):
             pair = (embeds,) if isinstance(embeds, torch.Tensor) else embeds
             row |= zip(("prompt_embeds", "pooled"), pair, strict=False)
         else:
-            for i, ids in enumerate(self.components.tokenize([caption])):
+            for i, ids in enumerate(self.model.tokenize([caption])):
                 row[f"input_ids_{i}"] = ids[0]
-        row["groups"] = token_groups(self.components.tokenizers[0], caption, self.components.max_tokens)
+        row["groups"] = token_groups(self.model.tokenizers[0], caption, self.model.max_tokens)
         labels = self.dataset.labels(index)
-        length = self.components.max_tokens
+        length = self.model.max_tokens
         if self.label_tokens:
             row["label_tokens"] = torch.zeros(length, dtype=torch.bool)
             row["label_tokens"][[k for label in labels for k in self._tokens_of(label, caption)]] = True
@@ -120,15 +119,13 @@ class TrainingRows(Dataset[dict[str, Any]]):
                 for k in self._tokens_of(label, caption):
                     row["regions"][k] |= mask
         row["droppable"] = torch.tensor(self.drop_only_label is None or self.drop_only_label in (labels or (NO_LABEL,)))
-        if self.components.is_sdxl:
-            row["time_ids"] = torch.tensor(self._time_ids(index), dtype=torch.float32)
+        if self.model.family.reads_size:
+            row["size_ids"] = torch.tensor(self.dataset[index].size_ids, dtype=torch.float32)
         return row
 
     def _tokens_of(self, label: str, caption: str) -> list[int]:
         words = (label, *self.dataset.query_words.get(label, ()))
-        return token_spans(
-            self.components.tokenizers[0], caption, find_words(caption, words), self.components.max_tokens
-        )
+        return token_spans(self.model.tokenizers[0], caption, find_words(caption, words), self.model.max_tokens)
 
     def _regions_of(self, index: int) -> dict[str, torch.Tensor]:
         """Finding -> (S, S) uint8, kept from the first time on, so that no later epoch decodes the image for it."""
@@ -138,7 +135,3 @@ class TrainingRows(Dataset[dict[str, Any]]):
                 for region in self.dataset[index].regions
             }
         return self._regions[index]
-
-    def _time_ids(self, index: int) -> tuple[int, ...]:
-        sample = self.dataset[index]
-        return (*sample.original_size, *sample.crop_top_left, *sample.pixel_values.shape[-2:])

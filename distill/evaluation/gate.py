@@ -21,7 +21,7 @@ from distill.config import AttentionDistillationConfig, EvaluationConfig
 from distill.data.sample import ImageCaptionDataset
 from distill.errors import UserError
 from distill.evaluation.atlas import compute_cells, gather_pairs, macro_mean
-from distill.models.components import Components
+from distill.models.family import Model
 
 Group = Literal["words", "eos", "padding"]
 GROUPS: tuple[Group, ...] = ("words", "eos", "padding")
@@ -57,8 +57,8 @@ class Taught:
 
 
 def choose_taught(
-    teacher: Components,
-    reference: Components,
+    teacher: Model,
+    reference: Model,
     dataset: ImageCaptionDataset,
     config: EvaluationConfig,
     *,

@@ -21,7 +21,7 @@ from tqdm.auto import tqdm
 
 from distill.attention.recording import attention_layers
 from distill.errors import raise_all
-from distill.models.components import Components, encode_text
+from distill.models.family import Model
 from distill.tokens import EOS, PADDING, WORD, token_groups
 
 MERGE_CAPTIONS = 2000
@@ -79,9 +79,9 @@ class Merged:
     r2_unmerged: dict[str, float]
 
 
-def lock_faults(components: Components) -> list[str]:
-    """Why the keys of these components cannot be locked; empty where they can."""
-    if components.unet.config.get("encoder_hid_dim") is None:
+def lock_faults(model: Model) -> list[str]:
+    """Why the keys of this model cannot be locked; empty where they can."""
+    if model.denoiser.config.get("encoder_hid_dim") is None:
         return []
     return ["lock_keys: this U-Net projects the text before its cross-attention (encoder_hid_dim)"]
 
@@ -89,12 +89,12 @@ def lock_faults(components: Components) -> list[str]:
 class KeyLock:
     """The lock of one model: the hooks that part the hidden states, and the encoders to give back."""
 
-    def __init__(self, components: Components, frozen: Sequence[nn.Module]) -> None:
-        """Lock `components` in place: its text encoders, its pipeline's and its U-Net. frozen: the encoders that the keys
+    def __init__(self, model: Model, frozen: Sequence[nn.Module]) -> None:
+        """Lock `model` in place: its text encoders, its pipeline's and its U-Net. frozen: the encoders that the keys
         see. After adapters are attached, since the hooks are on the outermost module of each projection.
         Raises UserError for a U-Net that projects the text itself."""
-        raise_all("the keys cannot be locked", lock_faults(components))
-        self.components, self.trained = components, list(components.text_encoders)
+        raise_all("the keys cannot be locked", lock_faults(model))
+        self.model, self.trained = model, list(model.text_encoders)
         joint = [KeyLockedTextEncoder(*pair) for pair in zip(frozen, self.trained, strict=True)]
         keys: list[int] = []
         values: list[int] = []
@@ -106,16 +106,16 @@ class KeyLock:
             start += 2 * width
         self.columns = (torch.tensor(keys), torch.tensor(values))
         self.handles: list[RemovableHandle] = []
-        for name in attention_layers(components.unet):
-            layer = components.unet.get_submodule(name)
+        for name in attention_layers(model.denoiser):
+            layer = model.denoiser.get_submodule(name)
             for module, columns in zip((layer.to_k, layer.to_v), self.columns, strict=True):
                 self.handles.append(module.register_forward_pre_hook(_select(columns)))
         self._place(joint)
 
     def _place(self, encoders: Sequence[nn.Module]) -> None:
-        self.components.text_encoders[:] = encoders
-        for name, encoder in zip(("text_encoder", "text_encoder_2"), encoders, strict=False):
-            setattr(self.components.pipeline, name, encoder)
+        self.model.text_encoders[:] = encoders
+        for name, encoder in zip(self.model.family.text_encoder_names, encoders, strict=True):
+            setattr(self.model.pipeline, name, encoder)
 
     def release(self) -> None:
         """The trained encoders alone again; keys see them, as they are."""
@@ -134,10 +134,10 @@ def _select(columns: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tup
     return hook
 
 
-def lock_keys(components: Components, dtype: torch.dtype = torch.float32) -> KeyLock:
+def lock_keys(model: Model, dtype: torch.dtype = torch.float32) -> KeyLock:
     """Before the first training step and after prepare_training, which knows nothing of the lock. dtype: of the copies that
     the keys see."""
-    return KeyLock(components, [copy.deepcopy(encoder).to(dtype) for encoder in components.text_encoders])
+    return KeyLock(model, [copy.deepcopy(encoder).to(dtype) for encoder in model.text_encoders])
 
 
 @torch.no_grad()
@@ -153,19 +153,19 @@ def merge_keys(
     rank: where the projections are LoRA layers, W - 1 is the best map of this rank (reduced-rank regression, Izenman 1975),
     so that the adapter `default` of to_k takes it in exactly, by as many ranks more. Not for other layers.
     """
-    components = lock.components
+    model = lock.model
     key_columns, value_columns = lock.columns
     texts = [*captions, *[""] * max(1, len(captions) // 50)]
     width = len(key_columns)
-    groups = [token_groups(components.tokenizers[0], text, components.max_tokens) for text in texts]
+    groups = [token_groups(model.tokenizers[0], text, model.max_tokens) for text in texts]
     codes = torch.stack(groups)
     share = {int(code): float((codes == code).double().mean()) for code in codes.unique()}
     gram, cross = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
     held: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {code: [] for code in share}
-    device = components.unet.device
+    device = model.denoiser.device
     for start in tqdm(range(0, len(texts), batch_size), desc="merging keys", unit="batch", disable=not progress):
         part = texts[start : start + batch_size]
-        states, _ = encode_text(components.text_encoders, [ids.to(device) for ids in components.tokenize(part)])
+        states, _ = model.encode([ids.to(device) for ids in model.tokenize(part)])
         states = states.cpu().double()
         x, y = states[..., value_columns], states[..., key_columns]
         places = torch.arange(start, start + len(part))
@@ -194,13 +194,13 @@ def merge_keys(
             if spread > 0:  # one token alone has none
                 r2[name] = float(1 - (y - x @ merge.T).pow(2).sum() / spread)
                 unmerged[name] = float(1 - (y - x).pow(2).sum() / spread)
-    for name in attention_layers(components.unet):
-        projection = components.unet.get_submodule(name).to_k
+    for name in attention_layers(model.denoiser):
+        projection = model.denoiser.get_submodule(name).to_k
         if rank is None:
             projection.weight.copy_(projection.weight.cpu().double() @ merge)
         else:
             ranks = {"attn2.to_k": _widen(projection, *factors)}
-            adapter = components.unet.peft_config["default"]
+            adapter = model.denoiser.peft_config["default"]
             adapter.rank_pattern, adapter.alpha_pattern = adapter.rank_pattern | ranks, adapter.alpha_pattern | ranks
     lock.release()
     return Merged(r2, unmerged)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -28,8 +27,7 @@ from distill.losses import (
     tail_mass,
     token_attention_kl,
 )
-from distill.models.blocks import name_in_teacher
-from distill.models.components import Components, encode_text
+from distill.models.family import Conditions, Model, family_of_denoiser
 from distill.tokens import EOS, PADDING, WORD, token_groups
 
 Terms = dict[str, torch.Tensor]
@@ -57,7 +55,7 @@ class Noised:
     input_ids: list[torch.Tensor]
     prompt_embeds: tuple[torch.Tensor, torch.Tensor | None] | None
     groups: torch.Tensor
-    time_ids: torch.Tensor | None
+    size_ids: torch.Tensor | None
     label_tokens: torch.Tensor | None = None
     regions: torch.Tensor | None = None
 
@@ -66,22 +64,22 @@ class DenoisingObjective(nn.Module):
     """The diffusion loss: L = mean w(t) (target - prediction)^2, target epsilon or v. Source: Ho et al. 2020, eq. 14.
 
     The U-Net and the text encoders are part of the module; which of them train was decided before
-    (components.prepare_training). The VAE is not: it is frozen and never in a checkpoint. `batch` is of
-    data.training.TrainingRows: latents (or pixels), input_ids (or text embeddings), groups, droppable, SDXL's time_ids.
+    (model.prepare_training). The VAE is not: it is frozen and never in a checkpoint. `batch` is of
+    data.training.TrainingRows: latents (or pixels), input_ids (or text embeddings), groups, droppable, SDXL's size_ids.
     """
 
-    def __init__(self, components: Components, config: DenoisingConfig) -> None:
+    def __init__(self, model: Model, config: DenoisingConfig) -> None:
         super().__init__()
-        self.unet = components.unet
-        self.text_encoders = nn.ModuleList(components.text_encoders)
+        self.denoiser = model.denoiser
+        self.text_encoders = nn.ModuleList(model.text_encoders)
         self.trains_text = any(p.requires_grad for p in self.text_encoders.parameters())
-        self.config, self.is_sdxl = config, components.is_sdxl
-        self.noise_scheduler, self.prediction_type = components.noise_scheduler, components.prediction_type
-        if self.prediction_type not in ("epsilon", "v_prediction"):
-            raise UserError(f"the base predicts {self.prediction_type!r}; epsilon and v_prediction are supported")
-        self._vae = (components.vae,)
-        self._empty_ids = components.tokenize([""])
-        self._empty_groups = token_groups(components.tokenizers[0], "", components.max_tokens)
+        self.config, self.family = config, model.family
+        self.noise_scheduler, self.prediction_type = model.noise_scheduler, model.prediction_type
+        model.family.check(model)
+        self._model = (model,)  # in a tuple, since its VAE is no part of this module
+        self._vae = (model.vae,)
+        self._empty_ids = model.tokenize([""])
+        self._empty_groups = token_groups(model.tokenizers[0], "", model.max_tokens)
         self._empty_embeds: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def train(self, mode: bool = True) -> DenoisingObjective:
@@ -114,9 +112,7 @@ class DenoisingObjective(nn.Module):
         timesteps = self.draw_timesteps(count, generator).to(device)
         drop = (torch.rand(count, generator=generator) < self.config.caption_dropout).to(device) & batch["droppable"]
         latents = (mean + std * vae_noise) * self._vae[0].config.scaling_factor
-        target = noise
-        if self.prediction_type == "v_prediction":
-            target = self.noise_scheduler.get_velocity(latents, noise, timesteps)
+        target = self.family.target(self._model[0], latents, noise, timesteps)
         input_ids = [
             torch.where(drop[:, None], empty.to(device), batch[f"input_ids_{i}"])
             for i, empty in enumerate(self._empty_ids)
@@ -126,20 +122,20 @@ class DenoisingObjective(nn.Module):
         if "prompt_embeds" in batch:
             embeds = self._with_empty(batch["prompt_embeds"].float(), batch.get("pooled"), drop)
         return Noised(
-            self.noise_scheduler.add_noise(latents, noise, timesteps),
+            self.family.add_noise(self._model[0], latents, noise, timesteps),
             timesteps,
             target,
             input_ids,
             embeds,
             torch.where(drop[:, None], self._empty_groups.to(device), batch["groups"]),
-            batch.get("time_ids"),
+            batch.get("size_ids"),
             batch["label_tokens"] & ~drop[:, None] if "label_tokens" in batch else None,
             batch["regions"] * ~drop[:, None, None, None] if "regions" in batch else None,
         )
 
     def draw_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """(count,) int64."""
-        return torch.randint(int(self.noise_scheduler.config.num_train_timesteps), (count,), generator=generator)
+        return self.family.draw_timesteps(self._model[0], count, generator)
 
     def _with_empty(
         self, embeds: torch.Tensor, pooled: torch.Tensor | None, drop: torch.Tensor
@@ -147,22 +143,18 @@ class DenoisingObjective(nn.Module):
         if self._empty_embeds is None:
             with torch.no_grad():
                 empty_ids = [ids.to(embeds.device) for ids in self._empty_ids]
-                self._empty_embeds = encode_text(list(self.text_encoders), empty_ids)
+                self._empty_embeds = self.family.encode_text(list(self.text_encoders), empty_ids)
         empty, empty_pooled = self._empty_embeds
         embeds = torch.where(drop[:, None, None], empty.float(), embeds)
         if pooled is not None and empty_pooled is not None:
             pooled = torch.where(drop[:, None], empty_pooled.float(), pooled.float())
         return embeds, pooled
 
-    def predict(self, unet: Any, text_encoders: list[nn.Module], x: Noised) -> torch.Tensor:
-        """The U-Net's output, (batch, channels, height, width)."""
-        embeds, pooled = x.prompt_embeds or encode_text(text_encoders, x.input_ids)
-        dtype = unet.dtype
-        added = None
-        if self.is_sdxl and pooled is not None and x.time_ids is not None:
-            added = {"text_embeds": pooled.to(dtype), "time_ids": x.time_ids.to(dtype)}
-        latents = x.noisy_latents.to(dtype)
-        return unet(latents, x.timesteps, embeds.to(dtype), added_cond_kwargs=added, return_dict=False)[0]
+    def predict(self, denoiser: Any, text_encoders: list[nn.Module], x: Noised) -> torch.Tensor:
+        """The denoiser's output, (batch, channels, height, width)."""
+        embeds, pooled = x.prompt_embeds or self.family.encode_text(text_encoders, x.input_ids)
+        conditions = Conditions(embeds, pooled, x.size_ids)
+        return self.family.predict(denoiser, x.noisy_latents, x.timesteps, conditions)
 
     def loss_of(self, prediction: torch.Tensor, x: Noised) -> torch.Tensor:
         weights = None
@@ -174,7 +166,7 @@ class DenoisingObjective(nn.Module):
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Terms:
         x = self.noised(batch, generator)
-        loss = self.loss_of(self.predict(self.unet, list(self.text_encoders), x), x)
+        loss = self.loss_of(self.predict(self.denoiser, list(self.text_encoders), x), x)
         return {"loss": loss, "denoising": loss}
 
 
@@ -190,8 +182,8 @@ class SupervisedAttentionObjective(DenoisingObjective):
     `measure_tail` goes before the first step.
     """
 
-    def __init__(self, components: Components, config: DenoisingConfig, student_maps: AttentionMaps) -> None:
-        super().__init__(components, config)
+    def __init__(self, model: Model, config: DenoisingConfig, student_maps: AttentionMaps) -> None:
+        super().__init__(model, config)
         self._student_maps = student_maps
         self._tail: dict[str, torch.Tensor] = {}
 
@@ -204,7 +196,7 @@ class SupervisedAttentionObjective(DenoisingObjective):
         for batch in batches:
             x = self.noised(batch, generator)
             self._student_maps.start()
-            self.predict(self.unet, list(self.text_encoders), x)
+            self.predict(self.denoiser, list(self.text_encoders), x)
             bins = self._bins(x).cpu()
             count += torch.bincount(bins, minlength=len(count))
             for name, maps in self._student_maps.take().items():
@@ -214,14 +206,14 @@ class SupervisedAttentionObjective(DenoisingObjective):
 
     def _bins(self, x: Noised) -> torch.Tensor:
         """(batch,): which entry of the measured tail an image is of."""
-        level = x.timesteps * TAIL_BINS // int(self.noise_scheduler.config.num_train_timesteps)
+        level = x.timesteps * TAIL_BINS // self.family.num_timesteps(self._model[0])
         return level + TAIL_BINS * (x.groups != WORD).all(dim=1)
 
     def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Terms:
         x = self.noised(batch, generator)
         c = self.config
         self._student_maps.start()
-        denoising = self.loss_of(self.predict(self.unet, list(self.text_encoders), x), x)
+        denoising = self.loss_of(self.predict(self.denoiser, list(self.text_encoders), x), x)
         maps, sizes = self._student_maps.take(), self._student_maps.sizes
         terms = {"loss": denoising, "denoising": denoising}
         if c.arm_weight:
@@ -273,27 +265,27 @@ class AttentionDistillationObjective(DenoisingObjective):
 
     def __init__(
         self,
-        components: Components,
+        model: Model,
         config: DenoisingConfig,
         distillation: AttentionDistillationConfig,
-        teacher: Components,
+        teacher: Model,
         student_maps: AttentionMaps,
         teacher_maps: AttentionMaps,
     ) -> None:
-        super().__init__(components, config)
-        check_same_shape(teacher, components)
-        if distillation.output_weight and teacher.prediction_type != components.prediction_type:
+        super().__init__(model, config)
+        check_same_shape(teacher, model)
+        if distillation.output_weight and teacher.prediction_type != model.prediction_type:
             raise UserError(
                 f"distillation.output_weight: the teacher predicts {teacher.prediction_type}, the student "
-                f"{components.prediction_type}; only their attention and features can be compared"
+                f"{model.prediction_type}; only their attention and features can be compared"
             )
         self.distillation = distillation
-        self._teacher = (teacher if teacher.unet is components.unet else teacher.freeze(),)
+        self._teacher = (teacher if teacher.denoiser is model.denoiser else teacher.freeze(),)
         if distillation.teacher == EMA:  # a part of the module, so that it is in checkpoints
-            self.average = nn.ModuleList([teacher.unet, *teacher.text_encoders])
+            self.average = nn.ModuleList([teacher.denoiser, *teacher.text_encoders])
         self._maps = (student_maps, teacher_maps)
-        self._name_there = name_in_teacher(components.unet.config, teacher.unet.config)
-        self._outputs = tuple(ModuleOutputs(unet, distillation) for unet in (components.unet, teacher.unet))
+        self._name_there = model.family.name_in_teacher(model.denoiser, teacher.denoiser)
+        self._outputs = tuple(ModuleOutputs(denoiser, distillation) for denoiser in (model.denoiser, teacher.denoiser))
 
     def train(self, mode: bool = True) -> AttentionDistillationObjective:
         super().train(mode)
@@ -308,7 +300,7 @@ class AttentionDistillationObjective(DenoisingObjective):
         student_maps, teacher_maps = self._maps
         student_maps.start()
         with self._outputs[0] as outputs:
-            prediction = self.predict(self.unet, list(self.text_encoders), self._partly_frozen(x))
+            prediction = self.predict(self.denoiser, list(self.text_encoders), self._partly_frozen(x))
         denoising = self.loss_of(prediction, x)
         count = max(1, round(c.batch_share * len(x.timesteps)))
         student = {name: maps[:count] for name, maps in student_maps.take().items()}
@@ -316,7 +308,7 @@ class AttentionDistillationObjective(DenoisingObjective):
         part = first_rows(x, count)
         teacher_maps.start()
         with torch.no_grad(), self._outputs[1] as targets:
-            target = self.predict(self._teacher[0].unet, self._teacher[0].text_encoders, part)
+            target = self.predict(self._teacher[0].denoiser, self._teacher[0].text_encoders, part)
         taken = teacher_maps.take()
         teacher = {name: taken[self._name_there(name)] for name in student}
 
@@ -369,7 +361,7 @@ class AttentionDistillationObjective(DenoisingObjective):
     @torch.no_grad()
     def _follow(self) -> None:
         """Move the averaged weights towards the student's."""
-        for ours, mean in zip([self.unet, *self.text_encoders], self.average, strict=True):
+        for ours, mean in zip([self.denoiser, *self.text_encoders], self.average, strict=True):
             pairs = [(p, q) for p, q in zip(ours.parameters(), mean.parameters(), strict=True) if p.requires_grad]
             for parameter, average in pairs:
                 average.lerp_(parameter.to(average.dtype), 1 - self.distillation.ema_decay)
@@ -379,9 +371,11 @@ class AttentionDistillationObjective(DenoisingObjective):
         kept = len(x.timesteps) - round(self.distillation.frozen_share * len(x.timesteps))
         if kept == len(x.timesteps):
             return x
-        embeds, pooled = encode_text(list(self.text_encoders), [ids[:kept] for ids in x.input_ids])
+        embeds, pooled = self.family.encode_text(list(self.text_encoders), [ids[:kept] for ids in x.input_ids])
         with torch.no_grad():
-            rest, rest_pooled = encode_text(self._teacher[0].text_encoders, [ids[kept:] for ids in x.input_ids])
+            rest, rest_pooled = self.family.encode_text(
+                self._teacher[0].text_encoders, [ids[kept:] for ids in x.input_ids]
+            )
         if pooled is not None and rest_pooled is not None:
             pooled = torch.cat([pooled, rest_pooled.to(pooled.dtype)])
         return replace(x, prompt_embeds=(torch.cat([embeds, rest.to(embeds.dtype)]), pooled))
@@ -399,7 +393,7 @@ def first_rows(x: Noised, count: int) -> Noised:
         [ids[:count] for ids in x.input_ids],
         embeds,
         x.groups[:count],
-        None if x.time_ids is None else x.time_ids[:count],
+        None if x.size_ids is None else x.size_ids[:count],
         None if x.label_tokens is None else x.label_tokens[:count],
     )
 
@@ -416,15 +410,15 @@ class ConsistencyObjective(AttentionDistillationObjective):
 
     def __init__(
         self,
-        components: Components,
+        model: Model,
         config: DenoisingConfig,
         distillation: AttentionDistillationConfig,
-        teacher: Components,
+        teacher: Model,
         student_maps: AttentionMaps,
         teacher_maps: AttentionMaps,
         consistency: ConsistencyConfig,
     ) -> None:
-        super().__init__(components, config, distillation, teacher, student_maps, teacher_maps)
+        super().__init__(model, config, distillation, teacher, student_maps, teacher_maps)
         self.consistency = consistency
         self._stride = int(self.noise_scheduler.config.num_train_timesteps) // consistency.solver_steps
 
@@ -436,17 +430,17 @@ class ConsistencyObjective(AttentionDistillationObjective):
         student_maps, teacher_maps = self._maps
         encoders = list(self.text_encoders)
         with torch.no_grad():  # the teacher's too, as it is not trained
-            x = replace(x, prompt_embeds=x.prompt_embeds or encode_text(encoders, x.input_ids))
+            x = replace(x, prompt_embeds=x.prompt_embeds or self.family.encode_text(encoders, x.input_ids))
         student_maps.start()
-        ours = self._clean(self.predict(self.unet, encoders, x), x)
+        ours = self._clean(self.predict(self.denoiser, encoders, x), x)
         mine = student_maps.take()
         with torch.no_grad():
             teacher_maps.start()
             before, theirs = self._step_of_teacher(x, teacher_maps)
-            trains = self.unet.training
-            self.unet.eval()  # no dropout in the target
-            target = self._clean(self.predict(self.unet, encoders, before), before)
-            self.unet.train(trains)
+            trains = self.denoiser.training
+            self.denoiser.eval()  # no dropout in the target
+            target = self._clean(self.predict(self.denoiser, encoders, before), before)
+            self.denoiser.train(trains)
         gap = (ours - target).pow(2) + self.consistency.huber_c**2
         consistency = (gap.sqrt() - self.consistency.huber_c).mean()
         terms = self._attention_terms(mine, {name: theirs[self._name_there(name)] for name in mine}, x)
@@ -455,56 +449,39 @@ class ConsistencyObjective(AttentionDistillationObjective):
     def _step_of_teacher(self, x: Noised, teacher_maps: AttentionMaps) -> tuple[Noised, Maps]:
         """The batch one step nearer to the clean image, and the teacher's attention where the student's is compared."""
         teacher = self._teacher[0]
-        stated = self.predict(teacher.unet, teacher.text_encoders, x)
+        stated = self.predict(teacher.denoiser, teacher.text_encoders, x)
         maps = teacher_maps.take()
         assert x.prompt_embeds is not None
         everything = torch.ones(len(x.timesteps), dtype=torch.bool, device=x.timesteps.device)
         embeds = self._with_empty(*x.prompt_embeds, everything)
-        if teacher.is_sdxl and teacher.pipeline.config.force_zeros_for_empty_prompt:
-            embeds = torch.zeros_like(embeds[0]), None if embeds[1] is None else torch.zeros_like(embeds[1])
-        empty = self.predict(teacher.unet, teacher.text_encoders, replace(x, prompt_embeds=embeds))
+        negative = teacher.family.negative_conditions(teacher, Conditions(*embeds, x.size_ids))
+        embeds = negative.embeds, negative.pooled
+        empty = self.predict(teacher.denoiser, teacher.text_encoders, replace(x, prompt_embeds=embeds))
         prediction = empty.float() + self.consistency.guidance_scale * (stated.float() - empty.float())
-        clean, noise = clean_and_noise(prediction, x.noisy_latents, self._alphas(x.timesteps), teacher.prediction_type)
+        clean, noise = teacher.family.clean_and_noise(teacher, prediction, x.noisy_latents, x.timesteps)
         timesteps = (x.timesteps - self._stride).clamp(min=0)
-        alphas = self._alphas(timesteps)
-        return replace(x, noisy_latents=alphas.sqrt() * clean + (1 - alphas).sqrt() * noise, timesteps=timesteps), maps
+        nearer = self.family.add_noise(self._model[0], clean, noise, timesteps)
+        return replace(x, noisy_latents=nearer, timesteps=timesteps), maps
 
     def _clean(self, prediction: torch.Tensor, x: Noised) -> torch.Tensor:
         """f: the identity at timestep 0. (batch, channels, height, width) float32."""
-        clean, _ = clean_and_noise(prediction.float(), x.noisy_latents, self._alphas(x.timesteps), self.prediction_type)
+        clean, _ = self.family.clean_and_noise(self._model[0], prediction.float(), x.noisy_latents, x.timesteps)
         scaled = (x.timesteps * TIMESTEP_SCALING)[:, None, None, None].float()
         skip = SIGMA_DATA**2 / (scaled**2 + SIGMA_DATA**2)
         return skip * x.noisy_latents + scaled / (scaled**2 + SIGMA_DATA**2).sqrt() * clean
 
-    def _alphas(self, timesteps: torch.Tensor) -> torch.Tensor:
-        """(batch, 1, 1, 1): the share of the image in the variance."""
-        return self.noise_scheduler.alphas_cumprod.to(timesteps.device)[timesteps][:, None, None, None].float()
-
-
-def clean_and_noise(
-    prediction: torch.Tensor, latents: torch.Tensor, alphas: torch.Tensor, prediction_type: str
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """What a prediction of epsilon or v says are the clean latents and the noise. alphas: (batch, 1, 1, 1)."""
-    signal, noise = alphas.sqrt(), (1 - alphas).sqrt()
-    if prediction_type == "v_prediction":
-        return signal * latents - noise * prediction, noise * latents + signal * prediction
-    return (latents - noise * prediction) / signal, prediction
-
 
 class ModuleOutputs:
-    """Context manager that gives {"feature": {block: output}, "self_attention": {layer: output}} of a U-Net's forward passes,
-    as far as the configuration weighs them."""
+    """Context manager that gives {"feature": {block: output}, "self_attention": {layer: output}} of a denoiser's passes, as
+    far as the configuration weighs them."""
 
-    def __init__(self, unet: nn.Module, config: AttentionDistillationConfig) -> None:
+    def __init__(self, denoiser: nn.Module, config: AttentionDistillationConfig) -> None:
         self._modules: dict[str, dict[str, nn.Module]] = {"feature": {}, "self_attention": {}}
         if config.feature_weight:
-            blocks = {
-                n: m for n, m in unet.named_modules() if n == "mid_block" or re.fullmatch(r"(down|up)_blocks\.\d+", n)
-            }
-            self._modules["feature"] = blocks
+            self._modules["feature"] = family_of_denoiser(denoiser).block_outputs(denoiser)
         if config.self_attention_weight:
-            layers = attention_layers(unet, kind="self")
-            self._modules["self_attention"] = {n: unet.get_submodule(n) for n in layers}
+            layers = attention_layers(denoiser, kind="self")
+            self._modules["self_attention"] = {n: denoiser.get_submodule(n) for n in layers}
 
     def __enter__(self) -> dict[str, dict[str, torch.Tensor]]:
         kept: dict[str, dict[str, torch.Tensor]] = {kind: {} for kind in self._modules}
@@ -527,24 +504,19 @@ class ModuleOutputs:
             handle.remove()
 
 
-def check_same_shape(teacher: Components, student: Components) -> None:
+def check_same_shape(teacher: Model, student: Model) -> None:
     """UserError where the attention maps of the two cannot be compared."""
     faults = []
-    stages = len(student.unet.config.block_out_channels)
-    for name in ("cross_attention_dim", "attention_head_dim", "block_out_channels", "down_block_types", "in_channels"):
-        theirs, ours = teacher.unet.config[name], student.unet.config[name]
-        listed = isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple))
-        same = list(theirs)[:stages] == list(ours) if listed else theirs == ours
-        if not same:
-            faults.append(f"{name}: teacher {theirs}, student {ours}")
-    missing: set[str] = set()
-    if len(teacher.unet.config.block_out_channels) >= stages:
-        name_there = name_in_teacher(student.unet.config, teacher.unet.config)
-        missing = {name_there(name) for name in attention_layers(student.unet)} - set(attention_layers(teacher.unet))
+    if teacher.family.denoiser_class is not student.family.denoiser_class:
+        raise UserError(f"the teacher is of the family {teacher.family.name}, the student of {student.family.name}")
+    faults += student.family.shape_faults(student.denoiser, teacher.denoiser)
+    name_there = student.family.name_in_teacher(student.denoiser, teacher.denoiser)
+    missing = {name_there(name) for name in attention_layers(student.denoiser)} - set(
+        attention_layers(teacher.denoiser)
+    )
     if missing:
         faults.append(f"the teacher lacks the student's cross-attention layers {', '.join(sorted(missing))}")
-    theirs, ours = (components.noise_scheduler.alphas_cumprod for components in (teacher, student))
-    if theirs.shape != ours.shape or not torch.allclose(theirs, ours, atol=1e-4):
+    if not student.family.same_schedule(student, teacher):
         faults.append("their noise schedules differ, so that one timestep is not one noise level")
     texts = ("a b", "pleural effusion")
     if any(not torch.equal(a, b) for a, b in zip(teacher.tokenize(texts), student.tokenize(texts), strict=False)):
