@@ -35,7 +35,8 @@ from distill.evaluation.atlas import (
 )
 from distill.evaluation.protocols import DEFAULT_TIMESTEPS, queries
 from distill.files import provenance, write_json
-from distill.models.components import PHANTOM_BASE, SUBSET_FILE, Components, load_components
+from distill.models.family import Model
+from distill.models.loading import PHANTOM_BASE, SUBSET_FILE, load_model
 from distill.report.figures import atlas_chart
 from distill.runs import quiet_libraries
 from distill.trainer import peak_memory_gb
@@ -105,13 +106,13 @@ def load_splits(config: AtlasConfig) -> tuple[Any, Any]:
     return validation, test
 
 
-def check(config: AtlasConfig, components: Components, validation: Any, test: Any) -> None:
+def check(config: AtlasConfig, model: Model, validation: Any, test: Any) -> None:
     """Raise UserError, before anything is computed, for what does not fit the base or the data."""
     faults = []
-    steps = int(components.noise_scheduler.config.num_train_timesteps)
+    steps = model.family.num_timesteps(model)
     if max(config.timesteps) >= steps:
         faults.append(f"timesteps must be in 0 .. {steps - 1}; got {config.timesteps}")
-    factor, resolution = components.vae_factor, config.data.resolution
+    factor, resolution = model.vae_factor, config.data.resolution
     if resolution % factor or resolution < 4 * factor:
         faults.append(
             f"data.resolution is {resolution}; the VAE needs a multiple of {factor}, of at least {4 * factor}"
@@ -121,24 +122,22 @@ def check(config: AtlasConfig, components: Components, validation: Any, test: An
     raise_all("the configuration does not fit the base", faults)
     for which, dataset in (("validation", validation), ("test", test)):
         if isinstance(dataset, RecordDataset):
-            dataset.check_captions(components.tokenizers, components.max_tokens)
+            dataset.check_captions(model.tokenizers, model.max_tokens)
             if config.evaluation.localization_text == "caption":
                 dataset.check_queries()
-        if not queries(dataset, components, replace(config.evaluation, localization_images=1)):
+        if not queries(dataset, model, replace(config.evaluation, localization_images=1)):
             raise UserError(
                 f"no {which} image has a region of a finding: set data.finding_column, and data.box_column or "
                 "data.mask_column, and give regions to the images of that split"
             )
 
 
-def dry_run(
-    config: AtlasConfig, components: Components, validation: Any, accelerator: Accelerator, console: Console
-) -> None:
+def dry_run(config: AtlasConfig, model: Model, validation: Any, accelerator: Accelerator, console: Console) -> None:
     console.print(to_yaml(config))
     few = replace(config.evaluation, localization_images=config.evaluation.batch_size)
-    components.to(accelerator.device).freeze()
+    model.to(accelerator.device).freeze()
     began = time.perf_counter()
-    cells = compute_cells(components, validation, few, config.timesteps[:1], accelerator=accelerator, label="dry run")
+    cells = compute_cells(model, validation, few, config.timesteps[:1], accelerator=accelerator, label="dry run")
     images = len(np.unique(cells.images))
     count = len({*config.timesteps, *DEFAULT_TIMESTEPS})
     passes = config.validation_images * count
@@ -164,16 +163,16 @@ def atlas(config: AtlasConfig) -> None:
     with accelerator.main_process_first():
         validation, test = load_splits(config)
     for run in models.values():  # each of them, so that a fault in the last does not come after minutes
-        components = load_components(config.base, run)
-    check(config, components, validation, test)
+        model = load_model(config.base, run)
+    check(config, model, validation, test)
     if config.dry_run:
-        return dry_run(config, components, validation, accelerator, console)
+        return dry_run(config, model, validation, accelerator, console)
     folder = Path(config.output_dir)
     entries: dict[str, Any] = {}
     stored = []
     for name, run in models.items():
-        components = load_components(config.base, run).to(accelerator.device).freeze()
-        entry = analyse(components, validation, test, config, accelerator=accelerator, folder=folder / name, label=name)
+        model = load_model(config.base, run).to(accelerator.device).freeze()
+        entry = analyse(model, validation, test, config, accelerator=accelerator, folder=folder / name, label=name)
         entries[name] = {"model": str(run or config.base.name)} | entry
         if not main_process:
             continue

@@ -50,7 +50,8 @@ from distill.evaluation.protocols import (
 )
 from distill.files import provenance, write_json
 from distill.metrics import PixelAUROC, macro_mean_interval
-from distill.models.components import Components, load_components
+from distill.models.family import Model
+from distill.models.loading import load_model
 from distill.runs import quiet_libraries
 from distill.trainer import peak_memory_gb
 
@@ -62,12 +63,12 @@ Row = dict[str, Any]
 def paper_way(inputs: Inputs, config: EvaluationConfig) -> torch.Tensor:
     """As Dombrowski et al. do it: 50 sequential steps, the probabilities of all heads, places and tokens of every layer
     and step kept, then the last 40 averaged at 64 x 64."""
-    components, kept = inputs.components, []
-    unet, noise = components.unet, inputs.noise(50, config.seed)
-    with record_attention(unet, reduce=lambda probabilities: probabilities.cpu()) as maps:
-        for place, timestep in enumerate(ddim_timesteps(components, 50)):
-            noisy = components.noise_scheduler.add_noise(inputs.latents, noise[:, place], inputs.steps(timestep))
-            unet(noisy.to(unet.dtype), inputs.steps(timestep), inputs.embeds, added_cond_kwargs=inputs.added)
+    model, kept = inputs.model, []
+    family, noise = model.family, inputs.noise(50, config.seed)
+    with record_attention(model.denoiser, reduce=lambda probabilities: probabilities.cpu()) as maps:
+        for place, timestep in enumerate(ddim_timesteps(model, 50)):
+            noisy = family.add_noise(model, inputs.latents, noise[:, place], inputs.steps(timestep))
+            family.predict(model.denoiser, noisy, inputs.steps(timestep), inputs.conditions)
             kept.append(maps.take())
             maps.start()
     chosen = inputs.chosen.cpu()
@@ -87,25 +88,25 @@ def seconds_of(call: Callable[[], Any], device: torch.device) -> tuple[Any, floa
 
 
 @torch.no_grad()
-def against_paper(components: Components, dataset: Any, config: EvaluationConfig, device: torch.device) -> Row:
+def against_paper(model: Model, dataset: Any, config: EvaluationConfig, device: torch.device) -> Row:
     """Seconds an image from image and caption to maps, and the AUC of the same pairs, of ours and of the paper's way."""
-    config = with_subset(config, components)
+    config = with_subset(config, model)
     assert config.timesteps is not None
-    asked = queries(dataset, components, config)
+    asked = queries(dataset, model, config)
     metric, scores, spent = PixelAUROC(), {"ours": [], "paper": []}, {"ours": [], "paper": []}
-    names = attention_layers(components.unet, config.layers)
+    names = attention_layers(model.denoiser, config.layers)
     starts = range(0, len(asked), config.batch_size)
     for start in tqdm(starts, desc="ours and the paper's way", unit="batch"):
         batch = asked[start : start + config.batch_size]
         samples = [dataset[query.image] for query in batch]
 
         def fast(batch: Any = batch, samples: Any = samples) -> torch.Tensor:
-            inputs = prepare_inputs(components, samples, batch, device)
-            with record_attention(components.unet, names, inputs.reduce) as maps:
+            inputs = prepare_inputs(model, samples, batch, device)
+            with record_attention(model.denoiser, names, inputs.reduce) as maps:
                 return ours(inputs, config, Recorder(maps))[0]
 
         def slow(batch: Any = batch, samples: Any = samples) -> torch.Tensor:
-            return paper_way(prepare_inputs(components, samples, batch, device), config)
+            return paper_way(prepare_inputs(model, samples, batch, device), config)
 
         if start == 0:
             fast()  # warm-up
@@ -153,32 +154,32 @@ def forward_inputs(unet: UNet2DConditionModel, batch: int, size: int, device: to
 
 
 @torch.no_grad()
-def overheads(components: Components, config: BenchmarkLocalizationConfig, device: torch.device) -> Row:
+def overheads(model: Model, config: BenchmarkLocalizationConfig, device: torch.device) -> Row:
     """Time of a forward pass that records two words at all layers, over that of the plain pass (SDPA) on the same batch;
     ours and the peer's, each with its maps computed, in turns. And how far the maps are apart."""
     prompts = [
         f"There is a small pleural effusion and an edema, view {i}." for i in range(config.evaluation.batch_size)
     ]
     words = ("effusion", "edema")
-    chosen = select_tokens(components.tokenizers, prompts, words)
+    chosen = select_tokens(model.tokenizers, prompts, words)
     columns = [list(names).index(word) for names in chosen.names[:1] for word in words]
     tokens = [int(chosen.matrix[0, :, column].nonzero()[0]) for column in columns]
     reduce = replace(chosen, matrix=chosen.matrix[:, :, columns].to(device)).reduce()
-    inputs = forward_inputs(components.unet, len(prompts), components.unet.config.sample_size, device)
+    inputs = forward_inputs(model.denoiser, len(prompts), model.denoiser.config.sample_size, device)
     peer = importlib.import_module("attention_map_diffusers") if _has_peer() else None
     seen: Row = {}
 
     def plain() -> None:
-        components.unet(**inputs)
+        model.denoiser(**inputs)
 
     def recorded() -> None:
-        with record_attention(components.unet, reduce=reduce) as maps:
-            components.unet(**inputs)
+        with record_attention(model.denoiser, reduce=reduce) as maps:
+            model.denoiser(**inputs)
         seen["ours"] = maps.by_layer
 
     def theirs(**options: Any) -> None:
-        with peer.AttentionCapture(components.pipeline, relations="image->text", tokens=tokens, **options) as capture:
-            components.unet(**inputs)
+        with peer.AttentionCapture(model.pipeline, relations="image->text", tokens=tokens, **options) as capture:
+            model.denoiser(**inputs)
             seen["peer"] = capture.compute()
 
     ways: dict[str, Callable[[], None]] = {"plain": plain, "ours": recorded}
@@ -238,9 +239,9 @@ def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
 def memory_of_steps(config: BenchmarkLocalizationConfig, steps: int) -> Row:
     """Peak memory, and bytes that the recorder holds, after drawing images in `steps` steps with all words recorded."""
     quiet_libraries()
-    components = load_components(config.base, config.run).to(Accelerator().device).freeze()
-    pipe, prompts = components.pipeline, ["a small pleural effusion on the left"] * 4
-    side = int(pipe.unet.config.sample_size) * components.vae_factor
+    model = load_model(config.base, config.run).to(Accelerator().device).freeze()
+    pipe, prompts = model.pipeline, ["a small pleural effusion on the left"] * 4
+    side = int(pipe.unet.config.sample_size) * model.vae_factor
     with record_pipeline(pipe, prompts) as maps:
         pipe(prompts, num_inference_steps=steps, guidance_scale=4.0, height=side, width=side, output_type="latent")
     held = sum(m.numel() * m.element_size() for m in maps.recorded.by_layer.values())
@@ -354,16 +355,14 @@ def _numbers(value: Any) -> Iterator[float]:
         yield value
 
 
-def protocols(
-    components: Components, dataset: Any, config: BenchmarkLocalizationConfig, accelerator: Accelerator
-) -> Row:
+def protocols(model: Model, dataset: Any, config: BenchmarkLocalizationConfig, accelerator: Accelerator) -> Row:
     """Every protocol with its own metrics on the same held-out images."""
     found: Row = {}
     for name in ("ours", "dombrowski", "vilouras"):
         own = replace(config.evaluation, protocol=name)
         folder = Path(config.output_dir) / name
         began = time.perf_counter()
-        result = localization(components, dataset, own, accelerator=accelerator, arm_dir=folder, label=name)
+        result = localization(model, dataset, own, accelerator=accelerator, arm_dir=folder, label=name)
         found[name] = result and result | {"seconds": time.perf_counter() - began}
     return found
 
@@ -376,9 +375,9 @@ def benchmark(config: BenchmarkLocalizationConfig) -> None:
     if accelerator.num_processes > 1:
         raise UserError("the benchmark times one process, and starts others itself: launch it with --num_processes 1")
     device = accelerator.device
-    components = load_components(config.base, config.run).to(device).freeze()
+    model = load_model(config.base, config.run).to(device).freeze()
     dataset = load_dataset(config.data, "test")
-    asked = queries(dataset, components, config.evaluation)
+    asked = queries(dataset, model, config.evaluation)
     print(
         f"{len({q.image for q in asked})} held-out images, {sum(len(q.findings) for q in asked)} pairs; "
         f"{torch.get_num_threads()} threads on {device.type}; parts: {', '.join(config.parts)}"
@@ -388,15 +387,15 @@ def benchmark(config: BenchmarkLocalizationConfig) -> None:
         return
     results: Row = {}
     if "overhead" in config.parts:
-        results["overhead"] = overheads(components, config, device)
+        results["overhead"] = overheads(model, config, device)
     if "paper" in config.parts:
-        results["paper"] = against_paper(components, dataset, config.evaluation, device)
+        results["paper"] = against_paper(model, dataset, config.evaluation, device)
     if "memory" in config.parts:
         one, many = (in_fresh_process(memory_of_steps, config, steps) for steps in (1, 50))
         ratio = max(many["peak_gb"] / one["peak_gb"], many["held_bytes"] / one["held_bytes"])
         results["memory"] = {"steps_1": one, "steps_50": many, "memory_50_over_1": ratio}
     if "protocols" in config.parts:
-        results["protocols"] = protocols(components, dataset, config, accelerator)
+        results["protocols"] = protocols(model, dataset, config, accelerator)
     if "scale" in config.parts:
         results["scale"] = scale(config)
     if "full_size" in config.parts:

@@ -25,41 +25,33 @@ from distill.config import BlocksConfig, CompressConfig, LoraConfig
 from distill.derive import derived_base, whole
 from distill.files import write_json
 from distill.models.blocks import model_size, name_in_teacher, pruned_subset, pruned_unet
-from distill.models.components import Components, load_components
+from distill.models.family import Model
+from distill.models.loading import load_model
 from distill.runs import dry_run, evaluate_arm, finish, open_run, train_arm
 
 PRUNED = "pruned_base"
 TIMED_PASSES = 20
 
 
-def prune(components: Components, blocks: BlocksConfig) -> Components:
+def prune(model: Model, blocks: BlocksConfig) -> Model:
     """The same pipeline with fewer blocks in its U-Net."""
-    teacher = components.unet
+    teacher = model.denoiser
     student = pruned_unet(teacher, blocks)
-    components.pipeline.register_modules(unet=student)
-    subset = pruned_subset(components.subset, student, name_in_teacher(student.config, teacher.config))
-    return replace(components, unet=student, subset=subset)
+    model.pipeline.register_modules(**{model.family.denoiser_name: student})
+    subset = pruned_subset(model.subset, student, name_in_teacher(student.config, teacher.config))
+    return replace(model, denoiser=student, subset=subset)
 
 
 @torch.no_grad()
-def seconds_a_pass(models: dict[str, Components], resolution: int, batch: int) -> dict[str, float]:
-    """Median seconds of a U-Net's forward pass, the models in turn, on the device that they are on."""
+def seconds_a_pass(models: dict[str, Model], resolution: int, batch: int) -> dict[str, float]:
+    """Median seconds of a denoiser's forward pass, the models in turn, on the device that they are on."""
     taken: dict[str, list[float]] = {name: [] for name in models}
     for step in range(TIMED_PASSES + 2):
-        for name, components in models.items():
-            unet, side = components.unet, resolution // components.vae_factor
-            device = next(unet.parameters()).device
-            width = components.pipeline.text_encoder.config.hidden_size
-            added = None
-            if components.is_sdxl:
-                second = components.text_encoders[1].config
-                width += second.hidden_size
-                pooled = torch.zeros(batch, second.projection_dim, device=device)
-                added = {"text_embeds": pooled, "time_ids": torch.zeros(batch, 6, device=device)}
-            latents = torch.zeros(batch, unet.config.in_channels, side, side, device=device)
-            text = torch.zeros(batch, components.max_tokens, width, device=device)
+        for name, model in models.items():
+            device = next(model.denoiser.parameters()).device
+            inputs = model.family.example_inputs(model, batch, resolution // model.vae_factor, device)
             began = time.perf_counter()
-            out = unet(latents, torch.full((batch,), 500, device=device), text, added_cond_kwargs=added).sample
+            out = model.family.predict(model.denoiser, *inputs)
             float(out.sum())  # waits for the device
             if step >= 2:
                 taken[name].append(time.perf_counter() - began)
@@ -95,16 +87,16 @@ def compress(config: CompressConfig) -> None:
             device, batch = run.accelerator.device, config.evaluation.batch_size
             models = {
                 "teacher": whole(config).to(device).freeze(),
-                "model": load_components(base, arm.folder).to(device).freeze(),
+                "model": load_model(base, arm.folder).to(device).freeze(),
             }
             seconds = seconds_a_pass(models, config.data.resolution, batch)
-            write_json(run.folder / "speed.json", {"batch_size": batch, "unet_seconds_a_pass": seconds})
-            size = {name: model_size(components, config.data.resolution) for name, components in models.items()}
+            write_json(run.folder / "speed.json", {"batch_size": batch, "denoiser_seconds_a_pass": seconds})
+            size = {name: model_size(model, config.data.resolution) for name, model in models.items()}
             parts = [
                 f"{label} {size['model'][key] / size['teacher'][key]:.2f}"
-                for key, label in (("unet_parameters", "parameters"), ("unet_gflops", "operations"))
+                for key, label in (("denoiser_parameters", "parameters"), ("denoiser_gflops", "operations"))
             ]
-            layers = {name: len(attention_layers(components.unet)) for name, components in models.items()}
+            layers = {name: len(attention_layers(model.denoiser)) for name, model in models.items()}
             run.say(
                 f"U-Net against the teacher's: {', '.join(parts)}, time of a pass {seconds['model'] / seconds['teacher']:.2f}; "
                 f"cross-attention layers {layers['model']} of {layers['teacher']}, and so are the maps of each"

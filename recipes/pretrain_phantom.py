@@ -43,14 +43,7 @@ from distill.methods.objectives import (
 )
 from distill.metrics import bootstrap_interval, finding_auroc
 from distill.metrics.features import PhantomFeatures
-from distill.models.components import (
-    SUBSET_FILE,
-    Components,
-    components_of,
-    load_components,
-    parameter_counts,
-    prepare_training,
-)
+from distill.models.adapters import parameter_counts, prepare_training
 from distill.models.embedded import (
     ImageTower,
     RenderedPictures,
@@ -61,6 +54,8 @@ from distill.models.embedded import (
     render,
     train_tokenizer,
 )
+from distill.models.family import Model
+from distill.models.loading import SUBSET_FILE, load_model, model_of
 from distill.processes import process_state
 from distill.runs import quiet_libraries
 from distill.trainer import fit, make_accelerator
@@ -140,17 +135,17 @@ def train_unet(config: PretrainConfig, stage: str, work: Path, output_dir: Path)
         else:
             text_encoder = new_text_encoder(tokenizer)
         pipeline = new_pipeline(tokenizer, text_encoder, AutoencoderKL.from_pretrained(work / "vae" / "vae"))
-    components = components_of(pipeline)
+    model = model_of(pipeline)
     text_encoder_mode = config.unet_text_encoder if stage == "unet" else "frozen"
-    prepare_training(components, method="full", text_encoder=text_encoder_mode, lora=LoraConfig())
-    components.to(accelerator.device)
+    prepare_training(model, method="full", text_encoder=text_encoder_mode, lora=LoraConfig())
+    model.to(accelerator.device)
     clear = stage == "unet_clear"
     count = config.clear_pictures if clear else config.pictures
     pictures = PicturesDataset("train", count, config.seed, config.resolution, clear)
     with accelerator.main_process_first():
         latents = cache_latents(
             pictures,
-            components.vae,
+            model.vae,
             work / "latents",
             batch_size=8,
             flip=False,
@@ -160,8 +155,8 @@ def train_unet(config: PretrainConfig, stage: str, work: Path, output_dir: Path)
     denoising = DenoisingConfig(
         caption_dropout=config.caption_dropout, min_snr_gamma=config.min_snr_gamma if clear else None
     )
-    objective = DenoisingObjective(components, denoising)
-    rows = TrainingRows(pictures, components, latents=latents)
+    objective = DenoisingObjective(model, denoising)
+    rows = TrainingRows(pictures, model, latents=latents)
     # The seed gives the noise too: a later stage must not see that of an earlier one again.
     train(objective, rows, trainer, work / stage, config.seed + UNET_STAGES.index(stage))
     if accelerator.is_main_process:
@@ -228,7 +223,7 @@ def train_classifier(
 def record(config: PretrainConfig, work: Path) -> None:
     """pretraining.json and samples.png beside the base: what each stage took, and what the result can do, held out."""
     accelerator, output_dir = Accelerator(), Path(config.output_dir)
-    components = load_components(BaseConfig(name=str(output_dir))).to(accelerator.device).freeze()
+    model = load_model(BaseConfig(name=str(output_dir))).to(accelerator.device).freeze()
     phantoms = PhantomDataset("test", 500, config.seed, config.resolution)
     domains = {
         name: PicturesDataset("test", HELD_OUT_PICTURES, config.seed, config.resolution, clear)
@@ -237,13 +232,11 @@ def record(config: PretrainConfig, work: Path) -> None:
 
     def psnr_db(dataset: Any) -> float:
         pixels = torch.stack([dataset[i].pixel_values for i in range(200)]).to(accelerator.device)
-        drawn = torch.cat(
-            [components.vae.decode(components.vae.encode(x).latent_dist.mean).sample for x in pixels.split(20)]
-        )
+        drawn = torch.cat([model.vae.decode(model.vae.encode(x).latent_dist.mean).sample for x in pixels.split(20)])
         return float((10 * torch.log10(4 / (drawn.clamp(-1, 1) - pixels).square().mean(dim=(1, 2, 3)))).mean())
 
     captions = [domains["clear_pictures"].caption(i) for i in range(16)]
-    images = generate(components, captions, list(range(16)), config.resolution, config.evaluation)
+    images = generate(model, captions, list(range(16)), config.resolution, config.evaluation)
     save_png(torch.cat([torch.cat(list(row), dim=-1) for row in images.split(8)], dim=-2), output_dir / "samples.png")
     features = PhantomFeatures(Path(config.classifier_dir))
     scores = torch.cat([features(phantoms[i].pixel_values[None])[1] for i in range(len(phantoms))])
@@ -265,7 +258,7 @@ def record(config: PretrainConfig, work: Path) -> None:
     for name, pictures in domains.items():
         some = PicturesDataset("test", 200, config.seed, config.resolution, pictures.clear)
         located = localization(
-            components, some, config.evaluation, accelerator=accelerator, arm_dir=work / f"maps_{name}", label=name
+            model, some, config.evaluation, accelerator=accelerator, arm_dir=work / f"maps_{name}", label=name
         )
         result[name] = {"localization": located, "recognition": None}
         words = located["word"]
@@ -273,7 +266,7 @@ def record(config: PretrainConfig, work: Path) -> None:
         if not (work / "picture_classifier" / "model").exists():
             print(f"{name}: whether drawings are recognised was not measured, for want of the stage picture_classifier")
         else:
-            result[name]["recognition"] = recognised = recognition(components, pictures, config, work)
+            result[name]["recognition"] = recognised = recognition(model, pictures, config, work)
             for key in ("generated", "real"):
                 of = recognised[key]
                 print(
@@ -288,13 +281,11 @@ def record(config: PretrainConfig, work: Path) -> None:
 
 
 @torch.no_grad()
-def recognition(
-    components: Components, pictures: PicturesDataset, config: PretrainConfig, work: Path
-) -> dict[str, Any]:
+def recognition(model: Model, pictures: PicturesDataset, config: PretrainConfig, work: Path) -> dict[str, Any]:
     """Whether the object classifier finds in what the base draws for held-out captions what they name, and in the real
     pictures of these captions. For any number of objects, per object: AUC. For captions of one object: top-1, the share
     whose object has the highest score of all (chance: 1 in 20)."""
-    model = ResNetForImageClassification.from_pretrained(work / "picture_classifier" / "model").float().eval()
+    classifier = ResNetForImageClassification.from_pretrained(work / "picture_classifier" / "model").float().eval()
     kinds, size = pictures.findings, config.evaluation.batch_size
     single = [i for i in range(len(pictures)) if len(pictures.labels(i)) == 1][:RECOGNISED_PICTURES]
     scores: dict[str, dict[int, torch.Tensor]] = {"real": {}, "generated": {}}
@@ -302,10 +293,10 @@ def recognition(
     for start in tqdm(range(0, len(wanted), size), desc="drawing pictures", unit="batch"):
         some = wanted[start : start + size]
         captions = [pictures.caption(i) for i in some]
-        drawn = generate(components, captions, some, config.resolution, config.evaluation)
-        scores["generated"] |= zip(some, model(drawn * 2 - 1).logits, strict=True)
+        drawn = generate(model, captions, some, config.resolution, config.evaluation)
+        scores["generated"] |= zip(some, classifier(drawn * 2 - 1).logits, strict=True)
         real = torch.stack([pictures[i].pixel_values for i in some])
-        scores["real"] |= zip(some, model(real).logits, strict=True)
+        scores["real"] |= zip(some, classifier(real).logits, strict=True)
     labels = torch.tensor([[kind in pictures.labels(i) for kind in kinds] for i in range(RECOGNISED_PICTURES)])
     found: dict[str, Any] = {"images": RECOGNISED_PICTURES, "one_object_images": len(single)}
     for key, of in scores.items():

@@ -27,7 +27,7 @@ from distill.evaluation.localization import localization
 from distill.evaluation.protocols import queries
 from distill.evaluation.robustness import SHIFTS, ShiftedDataset, negations, two_places
 from distill.files import provenance, write_atomic, write_json
-from distill.models.components import load_components
+from distill.models.loading import load_model
 from distill.report.document import Table, markdown_table
 from distill.report.tables import format_number
 from distill.runs import quiet_libraries
@@ -102,10 +102,10 @@ def robustness(config: RobustnessConfig) -> None:
         raise UserError("runs: the last two parts of the folders' paths must tell them apart")
     test = load_dataset(config.data, "test")
     for run in models.values():  # each, so that a fault in the last does not come after minutes
-        components = load_components(config.base, run)
+        model = load_model(config.base, run)
     if isinstance(test, RecordDataset):
-        test.check_captions(components.tokenizers, components.max_tokens)
-    asked = queries(test, components, config.evaluation, accelerator)
+        test.check_captions(model.tokenizers, model.max_tokens)
+    asked = queries(test, model, config.evaluation, accelerator)
     if not asked:
         raise UserError("no test image has a region of a finding: there is nothing to localize")
     console.print(f"{len(models)} models, {len({q.image for q in asked})} images, {len(SHIFTS)} shifts and negations")
@@ -115,11 +115,11 @@ def robustness(config: RobustnessConfig) -> None:
     folder = Path(config.output_dir)
     found: dict[str, Any] = {}
     for name, run in models.items():
-        components = load_components(config.base, run).to(accelerator.device).freeze()
+        model = load_model(config.base, run).to(accelerator.device).freeze()
         shifts = {}
         for shift in SHIFTS:
             result = localization(
-                components,
+                model,
                 ShiftedDataset(test, shift),
                 config.evaluation,
                 accelerator=accelerator,
@@ -129,7 +129,7 @@ def robustness(config: RobustnessConfig) -> None:
             shifts[shift] = result["word"] if result else {"auc": None, "auc_ci": None}
         found[name] = {"model": str(run or config.base.name), "shifts": shifts}
         for part, look in (("negations", negations), ("two_places", two_places)):
-            found[name][part] = look(components, test, config.evaluation, accelerator=accelerator, label=name)
+            found[name][part] = look(model, test, config.evaluation, accelerator=accelerator, label=name)
     if accelerator.is_main_process:
         write_json(
             folder / "robustness.json",

@@ -19,8 +19,9 @@ from distill.cli import main, refuse_unused
 from distill.config import SwapTextEncoderConfig
 from distill.data.loading import load_dataset
 from distill.errors import UserError
-from distill.models.components import components_of, load_components, parameter_counts
+from distill.models.adapters import parameter_counts
 from distill.models.export import prove_parity
+from distill.models.loading import load_model, model_of
 from distill.models.text_encoder import MULTI_LABEL, load_text_encoder, multi_label_encoder, swap_text_encoder
 from distill.processes import process_state
 from distill.runs import quiet_libraries
@@ -48,7 +49,7 @@ def swap(config: SwapTextEncoderConfig) -> None:
     folder = Path(config.output_dir)
     if folder.exists() and not config.dry_run:
         raise UserError(f"{folder} is there already; choose another --output_dir, or delete it")
-    components = load_components(config.base)
+    model = load_model(config.base)
     loaded = None
     if config.text_encoder != MULTI_LABEL:
         loaded = load_text_encoder(config.text_encoder, config.model_type, max_tokens=config.max_tokens)
@@ -56,14 +57,14 @@ def swap(config: SwapTextEncoderConfig) -> None:
     captions = [train.caption(i) for i in range(min(config.captions, len(train)))]
     if loaded is None:
         labels = sorted({label for i in range(len(train)) for label in train.labels(i)})
-        width = components.text_encoders[0].config.hidden_size
+        width = model.text_encoders[0].config.hidden_size
         loaded = multi_label_encoder(labels, width=width, max_tokens=config.max_tokens)
     encoder, tokenizer = loaded
-    old, new = parameter_counts(components.text_encoders[0])[0], parameter_counts(encoder)[0]
+    old, new = parameter_counts(model.text_encoders[0])[0], parameter_counts(encoder)[0]
     print(
         f"{config.base.name}: text encoder of {old / 1e6:.1f} M parameters -> {config.text_encoder}, {new / 1e6:.1f} M"
     )
-    pipeline, fit = swap_text_encoder(components, encoder, tokenizer, captions)
+    pipeline, fit = swap_text_encoder(model, encoder, tokenizer, captions)
     lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids]
     cut = sum(length > config.max_tokens for length in lengths)
     print(
@@ -76,8 +77,8 @@ def swap(config: SwapTextEncoderConfig) -> None:
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     try:
         pipeline.save_pretrained(partial, safe_serialization=True)
-        stock = load_components(type(config.base)(name=str(partial)))
-        difference = prove_parity(components_of(pipeline), stock, torch.device("cpu"))
+        stock = load_model(type(config.base)(name=str(partial)))
+        difference = prove_parity(model_of(pipeline), stock, torch.device("cpu"))
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

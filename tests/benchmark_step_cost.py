@@ -25,7 +25,9 @@ from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows
 from distill.methods.key_lock import lock_keys
 from distill.methods.objectives import AttentionDistillationObjective, DenoisingObjective, SupervisedAttentionObjective
-from distill.models.components import Components, load_components, prepare_training
+from distill.models.adapters import prepare_training
+from distill.models.family import Model
+from distill.models.loading import load_model
 
 LOCKED = "key_locked"
 Kind = AttentionDistillationConfig | DenoisingConfig | str | None
@@ -49,10 +51,10 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def student() -> Components:
-    components = load_components(BaseConfig(name="phantom"))
-    prepare_training(components, method="full", text_encoder="full", lora=LoraConfig())
-    return components
+def student() -> Model:
+    model = load_model(BaseConfig(name="phantom"))
+    prepare_training(model, method="full", text_encoder="full", lora=LoraConfig())
+    return model
 
 
 def stepper(
@@ -64,16 +66,16 @@ def stepper(
         lock_keys(own)
     objective = DenoisingObjective(own, DenoisingConfig())
     if isinstance(config, DenoisingConfig):
-        objective = SupervisedAttentionObjective(own, config, stack.enter_context(record_attention(own.unet)))
+        objective = SupervisedAttentionObjective(own, config, stack.enter_context(record_attention(own.denoiser)))
         if config.tail_weight:
             objective.measure_tail([batch], torch.Generator().manual_seed(0))
     elif isinstance(config, AttentionDistillationConfig):
-        teacher = load_components(BaseConfig(name="phantom"))
+        teacher = load_model(BaseConfig(name="phantom"))
         if config.teacher == "frozen_text_encoder":
             teacher = replace(own, text_encoders=[copy.deepcopy(e).requires_grad_(False) for e in own.text_encoders])
-        maps = [stack.enter_context(record_attention(own.unet, config.layers, text_gradient=config.text_gradient))]
-        shared = teacher.unet is own.unet
-        maps += maps if shared else [stack.enter_context(record_attention(teacher.unet, config.layers))]
+        maps = [stack.enter_context(record_attention(own.denoiser, config.layers, text_gradient=config.text_gradient))]
+        shared = teacher.denoiser is own.denoiser
+        maps += maps if shared else [stack.enter_context(record_attention(teacher.denoiser, config.layers))]
         objective = AttentionDistillationObjective(own, DenoisingConfig(), config, teacher, *maps)
     objective.train()
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-5)

@@ -11,7 +11,8 @@ from tiny import save_tiny
 
 from distill.config import BaseConfig
 from distill.data.phantom.dataset import PhantomDataset
-from distill.models.components import Components, load_components
+from distill.models.family import Model
+from distill.models.loading import load_model
 
 # The same examples in every run, so that a failure is of the change that it follows; others: --hypothesis-profile default
 settings.register_profile("repeatable", derandomize=True, print_blob=True)
@@ -28,15 +29,15 @@ def shared_data() -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Components]:
+def loaded(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Model]:
     """Tiny bases of each architecture, loaded from their folders."""
     folder = tmp_path_factory.mktemp("bases")
     paths = {kind: save_tiny(folder / kind, kind) for kind in ("sd", "v", "sdxl")}
-    return {kind: load_components(BaseConfig(name=str(path))).freeze() for kind, path in paths.items()}
+    return {kind: load_model(BaseConfig(name=str(path))).freeze() for kind, path in paths.items()}
 
 
 @pytest.fixture(scope="module")
-def sd(loaded: dict[str, Components]) -> Components:
+def sd(loaded: dict[str, Model]) -> Model:
     return loaded["sd"]
 
 

@@ -20,7 +20,8 @@ from diffusers import (
 from tiny import tiny_tokenizer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-from distill.models.components import Components, components_of
+from distill.models.family import Model
+from distill.models.loading import model_of
 
 UNET_SD15: dict[str, Any] = {
     "sample_size": 64,
@@ -122,8 +123,8 @@ ARCHITECTURES = {
 VAE_PARAMETERS = 83_653_863
 
 
-def full_size(name: str, device: str = "meta") -> Components:
-    """Components with random weights (none on the meta device) and a tiny tokenizer, whose ids the vocabulary holds."""
+def full_size(name: str, device: str = "meta") -> Model:
+    """Model with random weights (none on the meta device) and a tiny tokenizer, whose ids the vocabulary holds."""
     architecture = ARCHITECTURES[name]
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
@@ -132,17 +133,17 @@ def full_size(name: str, device: str = "meta") -> Components:
     tokenizer = tiny_tokenizer()
     special = {f"{key}_token_id": getattr(tokenizer, f"{key}_token_id") for key in ("bos", "eos", "pad")}
     with torch.device(device):
-        unet, vae = UNet2DConditionModel(**architecture.unet), AutoencoderKL(**architecture.vae)
+        unet, vae = UNet2DConditionModel(**architecture.denoiser), AutoencoderKL(**architecture.vae)
         text_encoder = CLIPTextModel(CLIPTextConfig(**architecture.text_encoders[0], **special))
         if len(architecture.text_encoders) == 1:
-            return components_of(
+            return model_of(
                 StableDiffusionPipeline(
                     vae, text_encoder, tokenizer, unet, scheduler,
                     safety_checker=None, feature_extractor=None, requires_safety_checker=False,
                 )
             )  # fmt: skip
         text_encoder_2 = CLIPTextModelWithProjection(CLIPTextConfig(**architecture.text_encoders[1], **special))
-        return components_of(
+        return model_of(
             StableDiffusionXLPipeline(
                 vae, text_encoder, text_encoder_2, tokenizer, tiny_tokenizer(), unet, scheduler, add_watermarker=False
             )

@@ -45,7 +45,8 @@ from distill.evaluation.atlas import (
 from distill.evaluation.localization import TOKEN_MAPS, localization
 from distill.evaluation.protocols import DEFAULT_TIMESTEPS, with_subset
 from distill.metrics import macro_mean_interval
-from distill.models.components import AttentionSubset, Components, load_components, read_subset
+from distill.models.family import AttentionSubset, Model
+from distill.models.loading import load_model, read_subset
 
 CONFIG = EvaluationConfig(localization_images=4, batch_size=3, bootstrap_samples=20)
 
@@ -56,8 +57,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def sd(base: Path) -> Components:
-    return load_components(BaseConfig(name=str(base))).freeze()
+def sd(base: Path) -> Model:
+    return load_model(BaseConfig(name=str(base))).freeze()
 
 
 @pytest.fixture(scope="module")
@@ -189,7 +190,7 @@ def pair_scores(folder: Path, token: str) -> list[float]:
 
 
 def test_a_cell_has_the_auc_that_the_protocol_gives_its_layer_and_timestep(
-    sd: Components, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
+    sd: Model, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
 ) -> None:
     """One timestep at a time, since the noise depends on the number of timesteps."""
     cells = compute_cells(sd, phantoms, CONFIG, [600], accelerator=accelerator)
@@ -203,7 +204,7 @@ def test_a_cell_has_the_auc_that_the_protocol_gives_its_layer_and_timestep(
 
 @pytest.mark.parametrize("truth", ["mask", "boxes"])
 def test_the_mean_of_cells_is_the_map_of_the_protocol(
-    sd: Components, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path, truth: Any
+    sd: Model, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path, truth: Any
 ) -> None:
     config = replace(CONFIG, ground_truth=truth, smoothing_sigma=1.0, timesteps=(100, 600))
     cells = compute_cells(sd, phantoms, config, [100, 600], accelerator=accelerator)
@@ -213,7 +214,7 @@ def test_the_mean_of_cells_is_the_map_of_the_protocol(
     assert result is not None and macro_mean(values, cells.findings) == pytest.approx(result["word"]["auc"], abs=1e-4)
 
 
-def test_a_region_that_fills_the_image_is_left_out(sd: Components, accelerator: Accelerator) -> None:
+def test_a_region_that_fills_the_image_is_left_out(sd: Model, accelerator: Accelerator) -> None:
     whole = sample("b", "Edema.", ("edema", None))
     whole = replace(whole, regions=(replace(whole.regions[0], mask=torch.ones(64, 64, dtype=torch.bool)),))
     dataset = Listed([whole, sample("a", "Small effusion.", ("pleural effusion", None))], WORDS)
@@ -230,22 +231,20 @@ def _rank(rank: int, port: int, base: str, folder: str) -> None:
     os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
     accelerator = Accelerator(cpu=True)
-    components = load_components(BaseConfig(name=base)).freeze()
-    found = [few_choice(components, accelerator, images) for images in (1, 3)]
+    model = load_model(BaseConfig(name=base)).freeze()
+    found = [few_choice(model, accelerator, images) for images in (1, 3)]
     (Path(folder) / f"{rank}.json").write_text(json.dumps([accelerator.num_processes, *found]))
 
 
-def few_choice(components: Components, accelerator: Accelerator, images: int) -> tuple[int, tuple[str, ...], float]:
+def few_choice(model: Model, accelerator: Accelerator, images: int) -> tuple[int, tuple[str, ...], float]:
     config = replace(CONFIG, localization_images=images)
     dataset = PhantomDataset("validation", 8, 0, 64)
-    cells = compute_cells(components, dataset, config, [100, 600], accelerator=accelerator)
+    cells = compute_cells(model, dataset, config, [100, 600], accelerator=accelerator)
     choice = choose_subset(cells, config, 2)
     return len(cells.findings), choice.subset.layers, choice.auc
 
 
-def test_two_processes_choose_what_one_chooses(
-    base: Path, sd: Components, accelerator: Accelerator, tmp_path: Path
-) -> None:
+def test_two_processes_choose_what_one_chooses(base: Path, sd: Model, accelerator: Accelerator, tmp_path: Path) -> None:
     """Also of one image, where a process has no pair."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -389,9 +388,9 @@ def test_the_recipe_writes_what_it_says_and_the_run_is_evaluated_by_its_subset(
         assert entry["validation"]["images"] == 3 and entry["test"]["chosen"]["word"]["images"] == 4
 
     chosen = content["models"]["frozen"]["chosen"]
-    components = load_components(BaseConfig(name=str(folder / "base")), run=folder / "runs" / "frozen")
-    assert components.subset == AttentionSubset(tuple(chosen["layers"]), tuple(chosen["timesteps"]))
-    used = with_subset(EvaluationConfig(), components)
+    model = load_model(BaseConfig(name=str(folder / "base")), run=folder / "runs" / "frozen")
+    assert model.subset == AttentionSubset(tuple(chosen["layers"]), tuple(chosen["timesteps"]))
+    used = with_subset(EvaluationConfig(), model)
     assert (used.layers, used.timesteps) == (tuple(chosen["layers"]), tuple(chosen["timesteps"]))
 
     text = (folder / "out" / "atlas.md").read_text(encoding="utf-8")
@@ -404,7 +403,7 @@ def test_the_recipe_writes_what_it_says_and_the_run_is_evaluated_by_its_subset(
         assert image.width > 600 and image.height > 100
 
     run([*argv, "--store", "false", "--store_base", "true", "--output_dir", str(folder / "again")])
-    stored = read_subset(folder / "base", components.unet)
+    stored = read_subset(folder / "base", model.denoiser)
     own = content["models"]["base"]["chosen"]
     assert stored == AttentionSubset(tuple(own["layers"]), tuple(own["timesteps"])), (
         "the stored subset is not its own rival"

@@ -27,7 +27,7 @@ from distill.attention.heat_maps import aggregate, normalize, record_pipeline, s
 from distill.attention.recording import attention_layers, mean_over_heads, record_attention
 from distill.config import LoraConfig
 from distill.errors import UserError
-from distill.models.components import add_lora
+from distill.models.adapters import add_lora
 from distill.tokens import BOS, EOS, PADDING, WORD, token_groups, words_of
 
 TOKENS = 9
@@ -749,8 +749,8 @@ def img2img(**call: Any) -> Callable[[Any, dict[str, Any]], tuple[Any, dict[str,
 
     def change(pipe: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         kind = StableDiffusionInpaintPipeline if call.get("mask_image") is not None else StableDiffusionImg2ImgPipeline
-        components = pipe.components | {"requires_safety_checker": False}
-        return kind(**components), arguments | {"image": image, "strength": 0.7} | call
+        model = pipe.components | {"requires_safety_checker": False}
+        return kind(**model), arguments | {"image": image, "strength": 0.7} | call
 
     return change
 

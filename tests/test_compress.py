@@ -27,15 +27,11 @@ from distill.derive import derived_base
 from distill.errors import UserError
 from distill.losses import token_attention_kl
 from distill.methods.objectives import AttentionDistillationObjective
+from distill.models.adapters import parameter_counts, prepare_training
 from distill.models.blocks import model_size, name_in_teacher, pruned_config, pruned_subset, pruned_unet
-from distill.models.components import (
-    AttentionSubset,
-    components_of,
-    load_components,
-    parameter_counts,
-    prepare_training,
-)
 from distill.models.export import export, prove_parity
+from distill.models.family import AttentionSubset
+from distill.models.loading import load_model, model_of
 
 BASE = BlocksConfig(layers_per_block=1)
 SMALL = BlocksConfig(layers_per_block=1, remove_mid_block=True)
@@ -78,7 +74,7 @@ def test_of_stable_diffusion_it_makes_the_published_bk_sdm(blocks: BlocksConfig,
         student = UNet2DConditionModel.from_config(pruned_config(full_size("sd15").unet.config, blocks))
     assert parameter_counts(student)[0] == published
     stages = 3 if blocks.remove_stages else 4
-    assert tuple(student.config.down_block_types) == ARCHITECTURES["sd15"].unet["down_block_types"][:stages]
+    assert tuple(student.config.down_block_types) == ARCHITECTURES["sd15"].denoiser["down_block_types"][:stages]
     assert (student.mid_block is None) == blocks.remove_mid_block
     assert [len(block.resnets) for block in student.up_blocks] == [2] * stages
 
@@ -184,8 +180,8 @@ def test_what_is_left_of_the_chosen_layers() -> None:
 @pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl, pipeline_of_two_pairs])
 def test_operations_are_those_of_a_real_pass(build: Any) -> None:
     """Counted apart, from the inputs of every matrix product: layers of a real pass by hooks, attention by its sizes."""
-    components = components_of(build())
-    unet, counted = components.unet, 0
+    model = model_of(build())
+    unet, counted = model.denoiser, 0
 
     def of_layer(module: Any, inputs: Any, output: torch.Tensor) -> None:
         nonlocal counted
@@ -205,8 +201,8 @@ def test_operations_are_those_of_a_real_pass(build: Any) -> None:
             module.register_forward_hook(of_layer)
         if type(module).__name__ == "Attention":
             module.register_forward_hook(of_attention, with_kwargs=True)
-    side, added = 64 // components.vae_factor, None
-    if components.is_sdxl:
+    side, added = 64 // model.vae_factor, None
+    if model.is_sdxl:
         added = {"text_embeds": torch.zeros(1, 16), "time_ids": torch.zeros(1, 6)}
     with torch.no_grad():
         unet(
@@ -215,7 +211,7 @@ def test_operations_are_those_of_a_real_pass(build: Any) -> None:
             torch.zeros(1, 77, unet.config.cross_attention_dim),
             added_cond_kwargs=added,
         )
-    size = model_size(components, 64)
+    size = model_size(model, 64)
     assert size["unet_gflops"] == pytest.approx(counted / 1e9, rel=1e-6)
     assert size["unet_parameters"] == parameter_counts(unet)[0]
 
@@ -225,25 +221,25 @@ def test_operations_are_those_of_a_real_pass(build: Any) -> None:
 
 @pytest.mark.parametrize(("blocks", "left"), [(SMALL, 6), (TINY, 6)], ids=["small", "tiny"])
 def test_each_layer_learns_from_the_layer_that_it_was(blocks: BlocksConfig, left: int) -> None:
-    teacher, student = components_of(pipeline_of_two_pairs()), components_of(pipeline_of_two_pairs())
-    student.unet = pruned_unet(teacher.unet, blocks)
+    teacher, student = model_of(pipeline_of_two_pairs()), model_of(pipeline_of_two_pairs())
+    student.denoiser = pruned_unet(teacher.denoiser, blocks)
     prepare_training(student, method="full", text_encoder="frozen", lora=LoraConfig())
-    there = name_in_teacher(student.unet.config, teacher.unet.config)
+    there = name_in_teacher(student.denoiser.config, teacher.denoiser.config)
     config = AttentionDistillationConfig(output_weight=1.0, feature_weight=1.0)
     batch = batch_of(student)
     with ExitStack() as stack:
-        layers = [there(name) for name in attention_layers(student.unet)]
-        assert len(layers) == left < len(attention_layers(teacher.unet)) == 11
+        layers = [there(name) for name in attention_layers(student.denoiser)]
+        assert len(layers) == left < len(attention_layers(teacher.denoiser)) == 11
         maps = (
-            stack.enter_context(record_attention(student.unet)),
-            stack.enter_context(record_attention(teacher.unet, layers)),
+            stack.enter_context(record_attention(student.denoiser)),
+            stack.enter_context(record_attention(teacher.denoiser, layers)),
         )
         objective = AttentionDistillationObjective(student, NO_DROPOUT, config, teacher, *maps)
         terms = objective(batch, generator())
         terms["loss"].backward()
         x = objective.noised(batch, generator())
         ours, theirs = ({}, {})
-        for unet, kept, recorder in ((student.unet, ours, maps[0]), (teacher.unet, theirs, maps[1])):
+        for unet, kept, recorder in ((student.denoiser, ours, maps[0]), (teacher.denoiser, theirs, maps[1])):
             recorder.start()
             with torch.no_grad():
                 objective.predict(unet, student.text_encoders, x)
@@ -252,7 +248,7 @@ def test_each_layer_learns_from_the_layer_that_it_was(blocks: BlocksConfig, left
     expected = [token_attention_kl(theirs[there(name)], maps, rows) for name, maps in ours.items()]
     assert float(terms["token_kl"].detach()) == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
     assert float(terms["feature"].detach()) > 0 and float(terms["output"].detach()) > 0
-    assert all(p.grad is not None for p in student.unet.parameters() if p.requires_grad)
+    assert all(p.grad is not None for p in student.denoiser.parameters() if p.requires_grad)
 
 
 # --- the recipe -----------------------------------------------------------------------------------------------------
@@ -270,9 +266,9 @@ def test_a_run_of_adapters_becomes_a_smaller_model_that_stock_diffusers_loads(
     """Adapters -> compress.py -> stock loading; the same command again does nothing."""
     pipeline_of_two_pairs().save_pretrained(tmp_path / "base")
     teacher_run, out = tmp_path / "teacher", tmp_path / "out"
-    adapted = load_components(BaseConfig(name=str(tmp_path / "base")))
+    adapted = load_model(BaseConfig(name=str(tmp_path / "base")))
     prepare_training(adapted, method="lora", text_encoder="lora", lora=LoraConfig(rank=2))
-    for module in (adapted.unet, *adapted.text_encoders):
+    for module in (adapted.denoiser, *adapted.text_encoders):
         for name, parameter in module.named_parameters():
             if "lora_" in name:
                 nn.init.normal_(parameter, std=0.1)
@@ -301,21 +297,21 @@ def test_a_run_of_adapters_becomes_a_smaller_model_that_stock_diffusers_loads(
         rel=1e-4,
     )
     # The teacher's adapters are in the student that it starts from.
-    teacher = load_components(BaseConfig(name=str(tmp_path / "base")), run=teacher_run)
+    teacher = load_model(BaseConfig(name=str(tmp_path / "base")), run=teacher_run)
     teacher.pipeline.fuse_lora()
     start = UNet2DConditionModel.from_pretrained(out / "pruned_base" / "unet")
     query = "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q"
-    fused = teacher.unet.get_submodule(query).base_layer.weight
+    fused = teacher.denoiser.get_submodule(query).base_layer.weight
     torch.testing.assert_close(start.get_submodule(query).weight, fused)
 
-    trained = load_components(BaseConfig(name=str(out / "pruned_base")), run=out)
+    trained = load_model(BaseConfig(name=str(out / "pruned_base")), run=out)
     stock = StableDiffusionPipeline.from_pretrained(
         out / "pruned_base",
         unet=UNet2DConditionModel.from_pretrained(out / "unet"),
         text_encoder=type(trained.text_encoders[0]).from_pretrained(out / "text_encoder"),
         safety_checker=None,
     )
-    prove_parity(trained, components_of(stock), "cpu")
+    prove_parity(trained, model_of(stock), "cpu")
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "pruned_base" in card and "| blocks.layers\\_per\\_block | 1 |" in card and "lora.rank" not in card
 
@@ -333,10 +329,10 @@ def _rank(rank: int, port: int, folder: str) -> None:
     argv = ["--base.name", str(root / "base"), "--blocks.remove_mid_block", "true", "--output_dir"]
     arm = Arm("model", root / "out", "full", "frozen", 1e-4, 1e-4, distillation=AttentionDistillationConfig())
 
-    def change(components: Any) -> Any:
+    def change(model: Any) -> Any:
         with (root / "written").open("a") as log:
             log.write(f"{rank}\n")
-        return components
+        return model
 
     def found(config: CompressConfig, keep: bool = False) -> str:
         with derived_base(config, arm, "derived", change) as base:

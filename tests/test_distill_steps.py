@@ -23,7 +23,9 @@ from distill.attention.recording import record_attention
 from distill.cli import parse
 from distill.config import AttentionDistillationConfig, ConsistencyConfig, DistillStepsConfig, EvaluationConfig
 from distill.methods.objectives import ConsistencyObjective, Noised
-from distill.models.components import LORA_FILE, Components, components_of, encode_text, prepare_training
+from distill.models.adapters import prepare_training
+from distill.models.family import Model
+from distill.models.loading import LORA_FILE, model_of
 from distill.rules import value_faults
 
 BUILDS = [tiny_sd, lambda: tiny_sd("v_prediction"), tiny_sdxl]
@@ -32,15 +34,15 @@ IDS = ["epsilon", "v", "sdxl"]
 
 def objective_of(
     stack: ExitStack, build: Callable[[], Any], *, method: Any = "full", other: bool = False, **options: Any
-) -> tuple[ConsistencyObjective, Components]:
+) -> tuple[ConsistencyObjective, Model]:
     """An objective and its teacher, equal to the student unless `other`."""
-    student, teacher = components_of(build()), components_of(build())
+    student, teacher = model_of(build()), model_of(build())
     prepare_training(student, method=method, text_encoder="frozen", lora=LORA)
     if other:
         with torch.no_grad():
-            for parameter in student.unet.parameters():
+            for parameter in student.denoiser.parameters():
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator()))
-    maps = [stack.enter_context(record_attention(c.unet)) for c in (student, teacher)]
+    maps = [stack.enter_context(record_attention(c.denoiser)) for c in (student, teacher)]
     return ConsistencyObjective(
         student, NO_DROPOUT, AttentionDistillationConfig(), teacher, *maps, ConsistencyConfig(**options)
     ), teacher
@@ -48,7 +50,7 @@ def objective_of(
 
 def embedded(objective: ConsistencyObjective, batch: dict[str, Any]) -> Noised:
     x = objective.noised(batch, generator())
-    return replace(x, prompt_embeds=encode_text(list(objective.text_encoders), x.input_ids))
+    return replace(x, prompt_embeds=objective.family.encode_text(list(objective.text_encoders), x.input_ids))
 
 
 @pytest.mark.parametrize("build", BUILDS, ids=IDS)
@@ -56,7 +58,7 @@ def test_the_clean_guess_is_the_one_that_the_stock_sampler_makes(build: Callable
     with ExitStack() as stack, torch.no_grad():
         objective, teacher = objective_of(stack, build)
         x = embedded(objective, batch_of(teacher))
-        prediction = objective.predict(objective.unet, [], x)
+        prediction = objective.predict(objective.denoiser, [], x)
         ours = objective._clean(prediction, x)
         scheduler = LCMScheduler.from_config(teacher.pipeline.scheduler.config)
         for i, timestep in enumerate(x.timesteps):
@@ -77,7 +79,7 @@ def test_the_teachers_step_is_the_stock_samplers_under_guidance(build: Callable[
         )
         empty = (stock[1], stock[3] if len(stock) == 4 else None)
         stated, without = (
-            objective.predict(teacher.unet, [], replace(x, prompt_embeds=e)) for e in (x.prompt_embeds, empty)
+            objective.predict(teacher.denoiser, [], replace(x, prompt_embeds=e)) for e in (x.prompt_embeds, empty)
         )
         scheduler = DDIMScheduler.from_config(teacher.pipeline.scheduler.config)
         scheduler.set_timesteps(50)
@@ -111,8 +113,8 @@ def test_the_loss_is_the_papers_and_maps_of_the_teacher_itself_cost_nothing(buil
         with torch.no_grad():
             x = embedded(objective, batch)
             before, _ = objective._step_of_teacher(x, objective._maps[1])
-            ours = objective._clean(objective.predict(objective.unet, [], x), x)
-            target = objective._clean(objective.predict(objective.unet, [], before), before)
+            ours = objective._clean(objective.predict(objective.denoiser, [], x), x)
+            target = objective._clean(objective.predict(objective.denoiser, [], before), before)
         expected = (np.sqrt((ours - target).numpy().astype(float) ** 2 + 1e-6) - 1e-3).mean()
         assert float(terms["consistency"].detach()) == pytest.approx(expected, rel=1e-3)
         assert float(terms["loss"].detach()) == pytest.approx(float(terms["consistency"].detach()), abs=1e-6)
@@ -123,7 +125,7 @@ def test_at_the_last_timestep_the_target_is_the_teachers_own_image() -> None:
         objective, teacher = objective_of(stack, tiny_sd)
         x = replace(embedded(objective, batch_of(teacher)), timesteps=torch.full((4,), 19))
         before, _ = objective._step_of_teacher(x, objective._maps[1])
-        target = objective._clean(objective.predict(objective.unet, [], before), before)
+        target = objective._clean(objective.predict(objective.denoiser, [], before), before)
         torch.testing.assert_close(target, before.noisy_latents)
 
 
@@ -136,7 +138,7 @@ def test_gradients_reach_the_student_and_not_the_teacher(method: str) -> None:
         total = terms["consistency"] + 0.1 * (terms["token_kl"] + terms["place_kl"] + terms["mass"])
         assert float(terms["loss"].detach()) == pytest.approx(float(total.detach()), rel=1e-5)
         terms["loss"].backward()
-        assert has_gradient(objective.unet) and not has_gradient(teacher.unet)
+        assert has_gradient(objective.denoiser) and not has_gradient(teacher.denoiser)
         assert not any(has_gradient(encoder) for encoder in [*objective.text_encoders, *teacher.text_encoders])
 
 
@@ -146,8 +148,8 @@ def test_consistency_can_be_learned() -> None:
     with ExitStack() as stack:
         objective, teacher = objective_of(stack, tiny_sd)
         batch = batch_of(teacher)
-        before = copy.deepcopy(objective.unet.state_dict())
-        optimizer = torch.optim.Adam(objective.unet.parameters(), lr=1e-2)
+        before = copy.deepcopy(objective.denoiser.state_dict())
+        optimizer = torch.optim.Adam(objective.denoiser.parameters(), lr=1e-2)
         losses = []
         for _ in range(20):
             terms = objective(batch, generator(3))
@@ -156,7 +158,7 @@ def test_consistency_can_be_learned() -> None:
             optimizer.step()
             losses.append(float(terms["consistency"].detach()))
         assert losses[-1] < 0.5 * losses[0], losses
-        assert any(not torch.equal(v, before[k]) for k, v in objective.unet.state_dict().items())
+        assert any(not torch.equal(v, before[k]) for k, v in objective.denoiser.state_dict().items())
 
 
 # --- the recipe -----------------------------------------------------------------------------------------------------

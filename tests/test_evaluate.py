@@ -31,7 +31,7 @@ from distill.evaluation.evaluate import (
 )
 from distill.metrics import frechet_distance
 from distill.metrics.features import Features
-from distill.models.components import Components
+from distill.models.family import Model
 from distill.report import validate_metrics
 
 CONFIG = EvaluationConfig(
@@ -52,7 +52,7 @@ CONFIG = EvaluationConfig(
 
 
 @pytest.mark.parametrize("kind", ["sd", "v", "sdxl"])
-def test_an_image_depends_on_its_caption_and_seed_only(loaded: dict[str, Components], kind: str) -> None:
+def test_an_image_depends_on_its_caption_and_seed_only(loaded: dict[str, Model], kind: str) -> None:
     captions = ["No edema.", "Large pleural effusion on the left.", "", "Edema."]
     together = generate(loaded[kind], captions, [5, 6, 7, 8], 64, CONFIG)
     assert together.shape == (4, 3, 64, 64) and together.dtype == torch.float32
@@ -67,17 +67,15 @@ def test_an_image_depends_on_its_caption_and_seed_only(loaded: dict[str, Compone
 # --- chance and resolution ------------------------------------------------------------------------------------------
 
 
-def run_all(components: Components, dataset: Any, config: EvaluationConfig, folder: Path, resolution: int) -> Any:
+def run_all(model: Model, dataset: Any, config: EvaluationConfig, folder: Path, resolution: int) -> Any:
     accelerator = Accelerator()
-    against = held_out(dataset, components, config, None, accelerator=accelerator, run_dir=folder)
+    against = held_out(dataset, model, config, None, accelerator=accelerator, run_dir=folder)
     return evaluate(
-        components, against, config, resolution=resolution, accelerator=accelerator, arm_dir=folder / "model", label="m"
+        model, against, config, resolution=resolution, accelerator=accelerator, arm_dir=folder / "model", label="m"
     )
 
 
-def test_the_same_seed_gives_the_same_numbers_and_files(
-    sd: Components, phantoms: PhantomDataset, tmp_path: Path
-) -> None:
+def test_the_same_seed_gives_the_same_numbers_and_files(sd: Model, phantoms: PhantomDataset, tmp_path: Path) -> None:
     results = []
     for place, name in enumerate("ab"):
         torch.manual_seed(place)  # the global generator must not matter
@@ -102,7 +100,7 @@ def test_the_same_seed_gives_the_same_numbers_and_files(
 
 
 @pytest.mark.parametrize("resolution", [64, 72, 128])
-def test_evaluation_runs_at_the_resolution_of_the_data(sd: Components, tmp_path: Path, resolution: int) -> None:
+def test_evaluation_runs_at_the_resolution_of_the_data(sd: Model, tmp_path: Path, resolution: int) -> None:
     """72 px gives 9 x 9 latents, and 5 x 5 places one level down."""
     dataset = PhantomDataset("test", 4, 0, resolution)
     config = replace(CONFIG, generated_images=2, localization_images=2)
@@ -156,14 +154,14 @@ def pictures(count: int) -> Listed:
 def draw_real(dataset: Listed) -> Any:
     """In place of generate(): the real image of the caption whose seed it is, at 8 bits as no other is."""
 
-    def generated(components: Any, captions: Any, seeds: Sequence[int], *rest: Any) -> torch.Tensor:
+    def generated(model: Any, captions: Any, seeds: Sequence[int], *rest: Any) -> torch.Tensor:
         return torch.stack([(dataset[seed % 1_000_003].pixel_values + 1) / 2 for seed in seeds])
 
     return generated
 
 
 def test_real_images_in_place_of_generated_ones_have_fid_0_full_finding_auc_and_diversity_0(
-    sd: Components, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sd: Model, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = pictures(8)
     config = replace(CONFIG, generated_images=6, diversity_captions=2, diversity_samples=3, seed=0)
@@ -184,7 +182,7 @@ def test_real_images_in_place_of_generated_ones_have_fid_0_full_finding_auc_and_
 
 
 def test_diversity_is_above_0_for_images_that_differ(
-    sd: Components, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
+    sd: Model, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
 ) -> None:
     config = replace(CONFIG, generated_images=1, diversity_captions=1, diversity_samples=3)
     result = quality(
@@ -196,7 +194,7 @@ def test_diversity_is_above_0_for_images_that_differ(
 
 
 def test_the_real_row_has_the_distance_between_two_sets_of_real_images(
-    sd: Components, accelerator: Accelerator, tmp_path: Path
+    sd: Model, accelerator: Accelerator, tmp_path: Path
 ) -> None:
     dataset = pictures(8)
     against = held_out(dataset, sd, CONFIG, Means(), accelerator=accelerator, run_dir=tmp_path)
@@ -221,7 +219,7 @@ def test_examples_come_first_in_the_order_of_captions() -> None:
     assert evaluation_order(dataset, [], 99) == [0, 1, 2, 3, 4, 5]
 
 
-def test_captions_without_boxes_have_quality_and_no_localization(sd: Components, tmp_path: Path) -> None:
+def test_captions_without_boxes_have_quality_and_no_localization(sd: Model, tmp_path: Path) -> None:
     dataset = Listed([sample(n, f"A picture, {n}.") for n in "abcd"], {})
     result = run_all(sd, dataset, CONFIG, tmp_path, 64)
     assert result["localization"] is None and result["quality"]["images"] == 4
@@ -232,16 +230,16 @@ def test_captions_without_boxes_have_quality_and_no_localization(sd: Components,
 # --- the rest -------------------------------------------------------------------------------------------------------
 
 
-def test_evaluation_leaves_the_model_as_it_was(sd: Components, phantoms: PhantomDataset, tmp_path: Path) -> None:
-    before = {name: value.clone() for name, value in sd.unet.state_dict().items()}
-    processors = dict(sd.unet.attn_processors)
+def test_evaluation_leaves_the_model_as_it_was(sd: Model, phantoms: PhantomDataset, tmp_path: Path) -> None:
+    before = {name: value.clone() for name, value in sd.denoiser.state_dict().items()}
+    processors = dict(sd.denoiser.attn_processors)
     against = HeldOut(phantoms, [0], None, Generated([], None, None), {})
     evaluate(
         sd, against, replace(CONFIG, generated_images=1, localization_images=1), resolution=64,
         accelerator=Accelerator(), arm_dir=tmp_path, label="",
     )  # fmt: skip
-    assert all(torch.equal(value, before[name]) for name, value in sd.unet.state_dict().items())
-    assert sd.unet.attn_processors == processors
+    assert all(torch.equal(value, before[name]) for name, value in sd.denoiser.state_dict().items())
+    assert sd.denoiser.attn_processors == processors
 
 
 @pytest.mark.parametrize(

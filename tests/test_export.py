@@ -19,8 +19,10 @@ from tiny import save_tiny
 
 from distill.config import BaseConfig, LoraConfig
 from distill.errors import UserError
-from distill.models.components import LORA_FILE, Components, load_components, prepare_training
+from distill.models.adapters import prepare_training
 from distill.models.export import export, prove_parity
+from distill.models.family import Model
+from distill.models.loading import LORA_FILE, load_model
 
 CASES = ("sd-lora", "sd-text-only", "sd-full", "sd-mixed", "sdxl-lora", "sdxl-full")
 RANK, ALPHA = 4, 10.0
@@ -69,11 +71,11 @@ for case in sys.argv[2:]:
 """
 
 
-def load(folder: Path, kind: str, run: Path | None = None) -> Components:
-    return load_components(BaseConfig(name=str(folder / kind)), run=run)
+def load(folder: Path, kind: str, run: Path | None = None) -> Model:
+    return load_model(BaseConfig(name=str(folder / kind)), run=run)
 
 
-def make_trained(folder: Path, case: str) -> Components:
+def make_trained(folder: Path, case: str) -> Model:
     """As after a training: every trainable parameter is random, so that nothing is a no-op."""
     kind, how = case.split("-", 1)
     method, text = {
@@ -82,30 +84,30 @@ def make_trained(folder: Path, case: str) -> Components:
         "full": ("full", "full"),
         "mixed": ("full", "lora"),
     }[how]
-    components = load(folder, kind)
+    model = load(folder, kind)
     lora = LoraConfig(rank=RANK, alpha=ALPHA)
     torch.manual_seed(1)
-    prepare_training(components, method=method, text_encoder=text, lora=lora)  # type: ignore[arg-type]
-    for module in (components.unet, *components.text_encoders):
+    prepare_training(model, method=method, text_encoder=text, lora=lora)  # type: ignore[arg-type]
+    for module in (model.denoiser, *model.text_encoders):
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:
                 scale = 0.3 if "lora_" in name else 0.05
                 parameter.data += scale * torch.randn(parameter.shape)
         module.eval()
-    return components
+    return model
 
 
 @torch.no_grad()
-def outputs(components: Components, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def outputs(model: Model, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     ids = inputs["ids"]
-    if not components.is_sdxl:
-        embeds = components.text_encoders[0](ids)[0]
-        sample = components.unet(inputs["latents"], inputs["timesteps"], embeds).sample
+    if not model.is_sdxl:
+        embeds = model.text_encoders[0](ids)[0]
+        sample = model.denoiser(inputs["latents"], inputs["timesteps"], embeds).sample
         return {"embeds": embeds, "sample": sample}
-    first, second = (encoder(ids, output_hidden_states=True) for encoder in components.text_encoders)
+    first, second = (encoder(ids, output_hidden_states=True) for encoder in model.text_encoders)
     embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
     added = {"text_embeds": second.text_embeds, "time_ids": inputs["time_ids"]}
-    sample = components.unet(inputs["latents"], inputs["timesteps"], embeds, added_cond_kwargs=added).sample
+    sample = model.denoiser(inputs["latents"], inputs["timesteps"], embeds, added_cond_kwargs=added).sample
     return {"embeds": embeds, "pooled": second.text_embeds, "sample": sample}
 
 
@@ -233,7 +235,7 @@ def test_another_alpha_in_the_file_makes_the_proof_fail(folder: Path, tmp_path: 
 
 def test_a_base_that_was_rounded_for_training_is_proved_as_strictly(folder: Path, tmp_path: Path) -> None:
     trained = make_trained(folder, "sd-lora")
-    for module in (trained.unet, *trained.text_encoders):
+    for module in (trained.denoiser, *trained.text_encoders):
         for name, parameter in module.named_parameters():
             if "lora_" not in name:
                 parameter.data = parameter.data.bfloat16()
@@ -246,12 +248,12 @@ def full_disk(*args: Any, **kwargs: Any) -> None:
     raise OSError(errno.ENOSPC, "No space left on device")
 
 
-def fail_at_adapters(components: Components, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(type(components.pipeline), "save_lora_weights", full_disk)
+def fail_at_adapters(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(type(model.pipeline), "save_lora_weights", full_disk)
 
 
-def fail_at_the_second_folder(components: Components, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(components.text_encoders[0], "save_pretrained", full_disk)
+def fail_at_the_second_folder(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model.text_encoders[0], "save_pretrained", full_disk)
 
 
 @pytest.mark.parametrize(
@@ -263,13 +265,13 @@ def test_an_export_that_fails_leaves_the_one_before_it_whole(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     case: str,
-    fail: Callable[[Components, pytest.MonkeyPatch], None],
+    fail: Callable[[Model, pytest.MonkeyPatch], None],
 ) -> None:
     trained = make_trained(folder, case)
     export(trained, tmp_path)
     before = {name: (tmp_path / name).read_bytes() for name in files_in(tmp_path)}
     assert before.keys() == FILES[case]
-    for module in (trained.unet, *trained.text_encoders):
+    for module in (trained.denoiser, *trained.text_encoders):
         for parameter in module.parameters():
             parameter.data += 1.0
     with monkeypatch.context() as context:

@@ -21,7 +21,7 @@ from distill.cli import parse
 from distill.config import BaseConfig, EvaluationConfig, TradeoffConfig
 from distill.evaluation.evaluate import generate
 from distill.models.bits import megabytes, quantize
-from distill.models.components import load_components
+from distill.models.loading import load_model
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 Change = Callable[[nn.Module], None]
@@ -29,7 +29,7 @@ Change = Callable[[nn.Module], None]
 
 @pytest.fixture
 def unet(tmp_path: Path) -> nn.Module:
-    return load_components(BaseConfig(name=str(save_tiny(tmp_path / "sd", "sd")))).freeze().unet
+    return load_model(BaseConfig(name=str(save_tiny(tmp_path / "sd", "sd")))).freeze().unet
 
 
 def on_gpu(unet: nn.Module, dtype: torch.dtype) -> dict[str, Any]:
@@ -73,7 +73,7 @@ def test_maps_are_those_of_the_cpu(unet: Any) -> None:
 @torch.no_grad()
 def test_fewer_bits_are_those_of_stock_loading_and_of_the_cpu(tmp_path: Path, bits: Any) -> None:
     folder = save_tiny(tmp_path / "sd", "sd")
-    here, there = (load_components(BaseConfig(name=str(folder))).freeze() for _ in range(2))
+    here, there = (load_model(BaseConfig(name=str(folder))).freeze() for _ in range(2))
     quantize(here, bits)
     there.to("cuda")
     quantize(there, bits)
@@ -82,10 +82,10 @@ def test_fewer_bits_are_those_of_stock_loading_and_of_the_cpu(tmp_path: Path, bi
     stock = UNet2DConditionModel.from_pretrained(
         folder / "unet", quantization_config=BitsAndBytesConfig(**options), torch_dtype=torch.float32
     )
-    call = on_gpu(there.unet, torch.float32)
-    expected = there.unet(**call).sample
+    call = on_gpu(there.denoiser, torch.float32)
+    expected = there.denoiser(**call).sample
     torch.testing.assert_close(stock(**call).sample.float(), expected, atol=2e-2, rtol=2e-2)
-    torch.testing.assert_close(here.unet(**inputs(here.unet)).sample, expected.cpu(), atol=5e-2, rtol=5e-2)
+    torch.testing.assert_close(here.denoiser(**inputs(here.denoiser)).sample, expected.cpu(), atol=5e-2, rtol=5e-2)
 
 
 @pytest.mark.slow
@@ -104,10 +104,10 @@ def test_a_compiled_u_net_gives_the_same_maps(unet: Any) -> None:
 
 
 def test_batch_size_does_not_change_an_image(tmp_path: Path) -> None:
-    components = load_components(BaseConfig(name=str(save_tiny(tmp_path / "sd", "sd")))).to("cuda").freeze()
+    model = load_model(BaseConfig(name=str(save_tiny(tmp_path / "sd", "sd")))).to("cuda").freeze()
     captions = [f"a small pleural effusion, view {i}" for i in range(5)]
     config = EvaluationConfig(num_inference_steps=3)
-    one, five = (generate(components, captions, list(range(5)), 64, replace(config, batch_size=n)) for n in (1, 5))
+    one, five = (generate(model, captions, list(range(5)), 64, replace(config, batch_size=n)) for n in (1, 5))
     torch.testing.assert_close(one.cpu(), five.cpu(), atol=1e-2, rtol=0)
 
 

@@ -15,22 +15,24 @@ from distill.config import BaseConfig, LoraConfig
 from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
 from distill.methods.key_lock import lock_keys, merge_keys
-from distill.models.components import Components, encode_text, load_components, prepare_training
+from distill.models.adapters import prepare_training
 from distill.models.export import export, prove_parity
+from distill.models.family import Model
+from distill.models.loading import load_model
 
 CAPTIONS = [PhantomDataset("train", 60, 0, 64).caption(i) for i in range(60)]
 
 
 @pytest.fixture(params=["sd", "sdxl"])
-def components(request: pytest.FixtureRequest, tmp_path: Path) -> Components:
-    found = load_components(BaseConfig(name=str(save_tiny(tmp_path / "base", request.param))))
+def model(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
+    found = load_model(BaseConfig(name=str(save_tiny(tmp_path / "base", request.param))))
     prepare_training(found, method="full", text_encoder="full", lora=LoraConfig())
     return found
 
 
-def seen(components: Components) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+def seen(model: Model) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """Output of the U-Net on fixed inputs, and what the keys and the values of each layer are."""
-    unet, found = components.unet, {"to_k": {}, "to_v": {}}  # type: ignore[var-annotated]
+    unet, found = model.denoiser, {"to_k": {}, "to_v": {}}  # type: ignore[var-annotated]
     handles = [
         getattr(unet.get_submodule(name), part).register_forward_hook(
             lambda _m, _i, out, into=found[part], name=name: into.__setitem__(name, out)
@@ -38,7 +40,7 @@ def seen(components: Components) -> tuple[torch.Tensor, dict[str, torch.Tensor],
         for name in attention_layers(unet)
         for part in found
     ]
-    embeds, pooled = encode_text(components.text_encoders, components.tokenize(CAPTIONS[:2]))
+    embeds, pooled = model.encode(model.tokenize(CAPTIONS[:2]))
     added = (
         None if pooled is None else {"text_embeds": pooled, "time_ids": torch.tensor([[64.0, 64, 0, 0, 64, 64]] * 2)}
     )
@@ -49,122 +51,122 @@ def seen(components: Components) -> tuple[torch.Tensor, dict[str, torch.Tensor],
     return out, found["to_k"], found["to_v"]
 
 
-def disturb(components: Components) -> None:
+def disturb(model: Model) -> None:
     """Other weights for the encoders that are trained, as a training would give."""
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for encoder in components.text_encoders:
+        for encoder in model.text_encoders:
             for parameter in getattr(encoder, "trained", encoder).parameters():
                 parameter += 0.3 * parameter.std() * torch.randn(parameter.shape, generator=generator)
 
 
-def test_untrained_it_changes_nothing_and_merges_to_nothing(components: Components) -> None:
-    images = draw(components)
-    before = seen(components)
-    weights = copy.deepcopy(components.unet.state_dict())
-    encoders = list(components.text_encoders)
-    lock = lock_keys(components)
-    torch.testing.assert_close(seen(components)[0], before[0], atol=1e-6, rtol=0)
-    torch.testing.assert_close(draw(components), images, atol=1e-5, rtol=0)
+def test_untrained_it_changes_nothing_and_merges_to_nothing(model: Model) -> None:
+    images = draw(model)
+    before = seen(model)
+    weights = copy.deepcopy(model.denoiser.state_dict())
+    encoders = list(model.text_encoders)
+    lock = lock_keys(model)
+    torch.testing.assert_close(seen(model)[0], before[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(draw(model), images, atol=1e-5, rtol=0)
     merged = merge_keys(lock, CAPTIONS)
-    assert components.text_encoders == encoders and components.pipeline.text_encoder is encoders[0]
+    assert model.text_encoders == encoders and model.pipeline.text_encoder is encoders[0]
     assert merged.r2 == pytest.approx(dict.fromkeys(("words", "eos", "padding"), 1.0))
-    torch.testing.assert_close(dict(components.unet.state_dict()), dict(weights), atol=1e-6, rtol=0)
-    torch.testing.assert_close(seen(components)[0], before[0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(dict(model.denoiser.state_dict()), dict(weights), atol=1e-6, rtol=0)
+    torch.testing.assert_close(seen(model)[0], before[0], atol=1e-6, rtol=0)
 
 
-def draw(components: Components) -> torch.Tensor:
+def draw(model: Model) -> torch.Tensor:
     size: dict[str, Any] = {"height": 64, "width": 64, "num_inference_steps": 2, "output_type": "latent"}
-    images: torch.Tensor = components.pipeline(
+    images: torch.Tensor = model.pipeline(
         CAPTIONS[:2], generator=[torch.Generator().manual_seed(i) for i in range(2)], **size
     ).images
     return images
 
 
-def test_keys_see_the_encoder_as_it_was_and_values_the_trained_one(components: Components) -> None:
-    _, keys, values = seen(components)
-    lock_keys(components)
-    disturb(components)
-    _, now, drawn = seen(components)
+def test_keys_see_the_encoder_as_it_was_and_values_the_trained_one(model: Model) -> None:
+    _, keys, values = seen(model)
+    lock_keys(model)
+    disturb(model)
+    _, now, drawn = seen(model)
     for name in keys:
         torch.testing.assert_close(now[name], keys[name], atol=1e-6, rtol=0)
         assert (drawn[name] - values[name]).abs().max() > 1e-3
 
 
-def test_no_gradient_reaches_the_trained_encoder_through_keys(components: Components) -> None:
-    lock_keys(components)
-    torch.stack([key.square().sum() for key in seen(components)[1].values()]).sum().backward()
-    for encoder in components.text_encoders:
+def test_no_gradient_reaches_the_trained_encoder_through_keys(model: Model) -> None:
+    lock_keys(model)
+    torch.stack([key.square().sum() for key in seen(model)[1].values()]).sum().backward()
+    for encoder in model.text_encoders:
         assert all(p.grad is None or not p.grad.any() for p in encoder.trained.parameters())
         assert all(p.requires_grad for p in encoder.trained.parameters())
         assert not any(p.requires_grad for p in encoder.frozen.parameters())
 
 
-def test_the_images_reach_the_trained_encoder_and_resting_dropout_stays_off(components: Components) -> None:
-    lock_keys(components)
-    torch.nn.ModuleList(components.text_encoders).train()
-    seen(components)[0].square().sum().backward()
-    for encoder in components.text_encoders:
+def test_the_images_reach_the_trained_encoder_and_resting_dropout_stays_off(model: Model) -> None:
+    lock_keys(model)
+    torch.nn.ModuleList(model.text_encoders).train()
+    seen(model)[0].square().sum().backward()
+    for encoder in model.text_encoders:
         assert encoder.trained.training and not encoder.frozen.training
         assert any(p.grad is not None and p.grad.any() for p in encoder.trained.parameters())
 
 
 def test_a_linear_change_of_the_hidden_states_is_merged_exactly(tmp_path: Path) -> None:
-    components = load_components(BaseConfig(name=str(save_tiny(tmp_path / "base", "sd"))))
-    prepare_training(components, method="full", text_encoder="full", lora=LoraConfig())
-    _, keys, _ = seen(components)
-    lock = lock_keys(components)
-    norm = components.text_encoders[0].trained.get_submodule(
-        next(n for n, _ in components.text_encoders[0].trained.named_modules() if n.endswith("final_layer_norm"))
+    model = load_model(BaseConfig(name=str(save_tiny(tmp_path / "base", "sd"))))
+    prepare_training(model, method="full", text_encoder="full", lora=LoraConfig())
+    _, keys, _ = seen(model)
+    lock = lock_keys(model)
+    norm = model.text_encoders[0].trained.get_submodule(
+        next(n for n, _ in model.text_encoders[0].trained.named_modules() if n.endswith("final_layer_norm"))
     )
     with torch.no_grad():  # its bias is 0, so that hidden states are scaled, each column by its own
         norm.weight *= torch.linspace(0.5, 2.0, len(norm.weight))
     merged = merge_keys(lock, CAPTIONS)
     assert min(merged.r2.values()) > 0.999
-    _, now, _ = seen(components)
+    _, now, _ = seen(model)
     for name in keys:
         torch.testing.assert_close(now[name], keys[name], atol=2e-3, rtol=0)
 
 
 def test_after_any_change_the_merge_is_nearer_to_the_locked_keys_and_exports_stock(
-    components: Components, tmp_path: Path
+    model: Model, tmp_path: Path
 ) -> None:
-    _, keys, _ = seen(components)
-    lock = lock_keys(components)
-    disturb(components)
+    _, keys, _ = seen(model)
+    lock = lock_keys(model)
+    disturb(model)
     plain = copy.deepcopy(lock)
     plain.release()
     merge_keys(lock, CAPTIONS)
     gaps = []
-    for model in (plain.components, components):
+    for one in (plain.model, model):
         with torch.no_grad():
-            now = seen(model)[1]
+            now = seen(one)[1]
         gaps.append(sum(float((now[name] - keys[name].detach()).square().sum()) for name in keys))
     assert gaps[1] < 0.5 * gaps[0]
-    written = export(components, tmp_path / "run")
+    written = export(model, tmp_path / "run")
     assert {"unet", "text_encoder"} <= set(written)
-    loaded = load_components(BaseConfig(name=str(tmp_path / "base")), run=tmp_path / "run")
-    assert prove_parity(components, loaded, "cpu") < 1e-5
+    loaded = load_model(BaseConfig(name=str(tmp_path / "base")), run=tmp_path / "run")
+    assert prove_parity(model, loaded, "cpu") < 1e-5
 
 
 def test_few_captions_fit_the_empty_one_and_a_rank_beyond_the_width_is_the_width(tmp_path: Path) -> None:
     base = BaseConfig(name=str(save_tiny(tmp_path / "base", "sd")))
-    components = load_components(base)
-    prepare_training(components, method="lora", text_encoder="full", lora=LoraConfig(rank=2, alpha=2.0))
-    lock = lock_keys(components)
-    disturb(components)
+    model = load_model(base)
+    prepare_training(model, method="lora", text_encoder="full", lora=LoraConfig(rank=2, alpha=2.0))
+    lock = lock_keys(model)
+    disturb(model)
     with torch.no_grad():
-        wanted, mine = encode_text(components.text_encoders, components.tokenize([""]))[0].chunk(2, dim=-1)
-    before = components.unet.get_submodule(attention_layers(components.unet)[0]).to_k
+        wanted, mine = model.encode(model.tokenize([""]))[0].chunk(2, dim=-1)
+    before = model.denoiser.get_submodule(attention_layers(model.denoiser)[0]).to_k
     with torch.no_grad():
         target, unmerged = before.base_layer(wanted), before.base_layer(mine)
     merged = merge_keys(lock, CAPTIONS[:10], rank=40)
     assert all(merged.r2_unmerged[name] < value for name, value in merged.r2.items())
     with torch.no_grad():
-        found = components.unet.get_submodule(attention_layers(components.unet)[0]).to_k(mine)
+        found = model.denoiser.get_submodule(attention_layers(model.denoiser)[0]).to_k(mine)
     assert (found - target).square().sum() < 0.3 * (unmerged - target).square().sum()
-    export(components, tmp_path / "run")
-    assert prove_parity(components, load_components(base, run=tmp_path / "run"), "cpu") < 1e-5
+    export(model, tmp_path / "run")
+    assert prove_parity(model, load_model(base, run=tmp_path / "run"), "cpu") < 1e-5
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
@@ -174,22 +176,22 @@ def test_adapters_take_the_keys_in_exactly_and_stock_diffusers_loads_them(kind: 
     width = 16 if kind == "sd" else 32
     merged = []
     for method in ("lora", "full"):
-        components = load_components(base)
+        model = load_model(base)
         torch.manual_seed(0)
-        prepare_training(components, method="lora", text_encoder="lora", lora=LoraConfig(rank=2, alpha=3.0))
-        disturb_adapters(components)
+        prepare_training(model, method="lora", text_encoder="lora", lora=LoraConfig(rank=2, alpha=3.0))
+        disturb_adapters(model)
         if method == "full":  # the same model without adapters in the U-Net
-            for name in attention_layers(components.unet):
-                layer = components.unet.get_submodule(name).to_k
+            for name in attention_layers(model.denoiser):
+                layer = model.denoiser.get_submodule(name).to_k
                 layer.merge()
-        lock = lock_keys(components)
+        lock = lock_keys(model)
         with torch.no_grad():
-            for encoder in components.text_encoders:
+            for encoder in model.text_encoders:
                 for name, parameter in encoder.trained.named_parameters():
                     if "lora_B" in name:
                         parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
         r2 = merge_keys(lock, CAPTIONS, rank=width if method == "lora" else None)
-        merged.append((components, r2))
+        merged.append((model, r2))
     (lora, r2), (full, wanted) = merged
     assert r2.r2 == pytest.approx(wanted.r2, abs=1e-6)
     with torch.no_grad():
@@ -197,22 +199,22 @@ def test_adapters_take_the_keys_in_exactly_and_stock_diffusers_loads_them(kind: 
     for name in ours:
         torch.testing.assert_close(ours[name], theirs[name], atol=1e-4, rtol=0)
     assert set(export(lora, tmp_path / "run")) == {"lora"}
-    loaded = load_components(base, run=tmp_path / "run")
+    loaded = load_model(base, run=tmp_path / "run")
     assert prove_parity(lora, loaded, "cpu") < 1e-5
-    layer = loaded.unet.get_submodule(attention_layers(loaded.unet)[0])
+    layer = loaded.denoiser.get_submodule(attention_layers(loaded.denoiser)[0])
     assert (layer.to_k.r["default"], layer.to_v.r["default"]) == (2 + width, 2)
 
 
-def disturb_adapters(components: Components) -> None:
+def disturb_adapters(model: Model) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        for module in (components.unet, *components.text_encoders):
+        for module in (model.denoiser, *model.text_encoders):
             for name, parameter in module.named_parameters():
                 if "lora_B" in name:
                     parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
 
 
-def test_a_unet_that_projects_the_text_itself_is_refused(components: Components) -> None:
-    components.unet.register_to_config(encoder_hid_dim=8)
+def test_a_unet_that_projects_the_text_itself_is_refused(model: Model) -> None:
+    model.denoiser.register_to_config(encoder_hid_dim=8)
     with pytest.raises(UserError, match="projects the text before its cross-attention"):
-        lock_keys(components)
+        lock_keys(model)

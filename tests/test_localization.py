@@ -45,7 +45,8 @@ from distill.evaluation.protocols import (
     vilouras_layers,
     with_subset,
 )
-from distill.models.components import AttentionSubset, Components, load_components
+from distill.models.family import AttentionSubset, Model
+from distill.models.loading import load_model
 from distill.tokens import BOS, EOS, PADDING, WORD, token_groups
 
 CONFIG = EvaluationConfig(localization_images=4, timesteps=(100, 600), batch_size=4, bootstrap_samples=20)
@@ -53,14 +54,14 @@ CONFIG = EvaluationConfig(localization_images=4, timesteps=(100, 600), batch_siz
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["sd", "v", "sdxl"])
-def test_a_map_does_not_depend_on_the_batch(loaded: dict[str, Components], phantoms: PhantomDataset, kind: str) -> None:
-    components = loaded[kind]
-    found = queries(phantoms, components, CONFIG)[:4]
-    with record_attention(components.unet) as maps:
+def test_a_map_does_not_depend_on_the_batch(loaded: dict[str, Model], phantoms: PhantomDataset, kind: str) -> None:
+    model = loaded[kind]
+    found = queries(phantoms, model, CONFIG)[:4]
+    with record_attention(model.denoiser) as maps:
 
         def of(batch: Sequence[Query]) -> torch.Tensor:
             samples = [phantoms[query.image] for query in batch]
-            inputs = prepare_inputs(components, samples, batch, torch.device("cpu"))
+            inputs = prepare_inputs(model, samples, batch, torch.device("cpu"))
             maps.reduce = inputs.reduce
             return ours(inputs, CONFIG, Recorder(maps))[0]
 
@@ -75,7 +76,7 @@ def test_a_map_does_not_depend_on_the_batch(loaded: dict[str, Components], phant
 
 
 def test_scores_do_not_depend_on_the_batch_size(
-    sd: Components, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
+    sd: Model, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
 ) -> None:
     results, files = [], []
     for size in (1, 3):
@@ -107,7 +108,7 @@ def assert_close(first: Any, second: Any, tolerance: float) -> None:
 # --- queries and their tokens ---------------------------------------------------------------------------------------
 
 
-def test_pairs_whose_words_the_caption_lacks_are_left_out(sd: Components) -> None:
+def test_pairs_whose_words_the_caption_lacks_are_left_out(sd: Model) -> None:
     dataset = Listed(
         [
             sample("a", "Edema with small effusions.", ("edema", None), ("pleural effusion", None)),
@@ -134,7 +135,7 @@ def test_pairs_whose_words_the_caption_lacks_are_left_out(sd: Components) -> Non
 WORDS_OF = list(WORDS)
 
 
-def test_phrase_mode_has_a_text_for_each_pair(sd: Components) -> None:
+def test_phrase_mode_has_a_text_for_each_pair(sd: Model) -> None:
     dataset = Listed(
         [
             sample("a", "Nothing is said.", ("edema", "wet lungs"), ("pleural effusion", "a small effusion")),
@@ -194,7 +195,7 @@ def force_attention(monkeypatch: pytest.MonkeyPatch, mask: torch.Tensor, inside:
 
 
 def test_attention_within_the_mask_scores_one_through_the_whole_path(
-    sd: Components, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sd: Model, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The mask is on no diagonal and no axis of symmetry: a map turned, mirrored or shifted would score low."""
     dataset = Listed([sample("a", "Small effusion.", ("pleural effusion", None), size=128)], WORDS)
@@ -215,7 +216,7 @@ def test_attention_within_the_mask_scores_one_through_the_whole_path(
 
 
 def test_a_map_equal_to_the_mask_is_perfect(
-    sd: Components, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sd: Model, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = Listed([sample(n, "Edema.", ("edema", None)) for n in "ab"], WORDS)
 
@@ -234,7 +235,7 @@ def test_a_map_equal_to_the_mask_is_perfect(
 
 
 def test_attention_that_is_everywhere_the_same_is_chance(
-    sd: Components, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sd: Model, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = Listed([sample("a", "Edema.", ("edema", None))], WORDS)
     force_attention(monkeypatch, torch.zeros(64, 64), [1], 0)
@@ -255,7 +256,7 @@ def with_original(dataset: Listed, size: tuple[int, int]) -> Listed:
 @pytest.mark.parametrize("kind", ["sd", "v", "sdxl"])
 @pytest.mark.parametrize("protocol", ["dombrowski", "vilouras"])
 def test_the_published_protocols_run_on_every_architecture(
-    loaded: dict[str, Components], accelerator: Accelerator, tmp_path: Path, protocol: Any, kind: str
+    loaded: dict[str, Model], accelerator: Accelerator, tmp_path: Path, protocol: Any, kind: str
 ) -> None:
     dataset = Listed(
         [sample("a", "Edema.", ("edema", None)), sample("b", "Wet lungs.", ("pleural effusion", None))], WORDS
@@ -278,13 +279,13 @@ def test_the_published_protocols_run_on_every_architecture(
 
 
 @torch.no_grad()
-def test_dombrowski_is_the_mean_of_the_last_forty_steps_over_layers_and_heads(sd: Components) -> None:
+def test_dombrowski_is_the_mean_of_the_last_forty_steps_over_layers_and_heads(sd: Model) -> None:
     """A loop over steps, layers, heads and tokens, with the stock functions of diffusers and torch only."""
     dataset = Listed([sample("a", "Small effusion and effusion.", ("pleural effusion", None))], WORDS)
     config = replace(CONFIG, protocol="dombrowski")
     (query,) = queries(dataset, sd, config)
     inputs = prepare_inputs(sd, [dataset[0]], [query], torch.device("cpu"))
-    with record_attention(sd.unet) as maps:
+    with record_attention(sd.denoiser) as maps:
         maps.reduce = inputs.reduce
         found = PROTOCOLS["dombrowski"].maps(inputs, config, Recorder(maps))[0][0, 4]
     scheduler = DDIMScheduler.from_config(sd.noise_scheduler.config)
@@ -294,8 +295,8 @@ def test_dombrowski_is_the_mean_of_the_last_forty_steps_over_layers_and_heads(sd
     for step, timestep in enumerate(scheduler.timesteps[10:]):
         alpha = sd.noise_scheduler.alphas_cumprod[timestep]
         noisy = alpha.sqrt() * inputs.latents + (1 - alpha).sqrt() * noise[step]
-        with record_attention(sd.unet, reduce=lambda p: p) as every:
-            sd.unet(noisy, timestep, inputs.embeds)
+        with record_attention(sd.denoiser, reduce=lambda p: p) as every:
+            sd.denoiser(noisy, timestep, inputs.embeds)
         for name, probabilities in every.by_layer.items():
             for head in probabilities[0]:
                 for token in query.tokens[0]:
@@ -344,8 +345,8 @@ def test_masks_are_kept_where_there_are_no_boxes_or_masks_are_asked_for() -> Non
     assert (doubled ^ mask.repeat_interleave(2, 0).repeat_interleave(2, 1)).sum() <= 120, "it differs at the edge only"
 
 
-def test_the_models_own_subset_is_used_unless_the_configuration_says_otherwise(sd: Components) -> None:
-    layers = attention_layers(sd.unet)
+def test_the_models_own_subset_is_used_unless_the_configuration_says_otherwise(sd: Model) -> None:
+    layers = attention_layers(sd.denoiser)
     model = replace(sd, subset=AttentionSubset((layers[1],), (333,)))
     plain = EvaluationConfig()
     assert (with_subset(plain, sd).layers, with_subset(plain, sd).timesteps) == ((), DEFAULT_TIMESTEPS)
@@ -355,14 +356,14 @@ def test_the_models_own_subset_is_used_unless_the_configuration_says_otherwise(s
 
 
 @torch.no_grad()
-def test_maps_are_refined_by_self_attention(sd: Components, phantoms: PhantomDataset) -> None:
+def test_maps_are_refined_by_self_attention(sd: Model, phantoms: PhantomDataset) -> None:
     query = queries(phantoms, sd, CONFIG)[0]
     config = replace(CONFIG, self_attention_power=1)
     inputs = prepare_inputs(sd, [phantoms[query.image]], [query], torch.device("cpu"))
 
     def made(config: EvaluationConfig) -> torch.Tensor:
         with ExitStack() as stack:
-            recorder = open_recorder(stack, sd, attention_layers(sd.unet), config)
+            recorder = open_recorder(stack, sd, attention_layers(sd.denoiser), config)
             recorder.cross.reduce = inputs.reduce
             return ours(inputs, config, recorder)[0]
 
@@ -393,7 +394,7 @@ def test_post_processing_keeps_the_largest_bright_part() -> None:
 
 
 def test_a_run_that_was_killed_continues_and_gives_the_same(
-    sd: Components, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    sd: Model, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = replace(CONFIG, batch_size=1)
     whole = localization(sd, phantoms, config, accelerator=accelerator, arm_dir=tmp_path / "whole")
@@ -422,9 +423,7 @@ def test_a_run_that_was_killed_continues_and_gives_the_same(
     assert sum(len(images) for images in calls) == len(asked), "another configuration starts anew"
 
 
-def test_scores_of_another_ground_truth_are_not_taken_over(
-    sd: Components, accelerator: Accelerator, tmp_path: Path
-) -> None:
+def test_scores_of_another_ground_truth_are_not_taken_over(sd: Model, accelerator: Accelerator, tmp_path: Path) -> None:
     """The same images and captions, and the region elsewhere."""
     dataset = Listed([sample("a", "Edema.", ("edema", None))], WORDS)
     before = localization(sd, dataset, CONFIG, accelerator=accelerator, arm_dir=tmp_path)
@@ -440,15 +439,15 @@ def _rank(rank: int, port: int, base: str, folder: str) -> None:
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
                    "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
     torch.set_num_threads(1)
-    components = load_components(BaseConfig(name=base)).freeze()
+    model = load_model(BaseConfig(name=base)).freeze()
     dataset = PhantomDataset("test", 8, 0, 64)
     config = replace(CONFIG, localization_images=7, batch_size=2)
-    result = localization(components, dataset, config, accelerator=Accelerator(cpu=True), arm_dir=Path(folder))
+    result = localization(model, dataset, config, accelerator=Accelerator(cpu=True), arm_dir=Path(folder))
     (Path(folder) / f"result-{rank}.json").write_text(json.dumps(finite(result)), encoding="utf-8")
 
 
 def test_two_processes_give_the_metrics_of_one(
-    sd: Components, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
+    sd: Model, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
 ) -> None:
     base = save_tiny(tmp_path / "base", "sd")
     with socket.socket() as free:
@@ -461,7 +460,7 @@ def test_two_processes_give_the_metrics_of_one(
     torch.set_num_threads(1)  # as the two have: another number of threads sums in another order
     try:
         one = localization(
-            load_components(BaseConfig(name=str(base))).freeze(), phantoms, config, accelerator=accelerator,
+            load_model(BaseConfig(name=str(base))).freeze(), phantoms, config, accelerator=accelerator,
             arm_dir=tmp_path / "one", examples=[],
         )  # fmt: skip
     finally:

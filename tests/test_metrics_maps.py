@@ -172,7 +172,7 @@ def test_majority_filter_equals_brute_force(masks: np.ndarray) -> None:
     assert (given_masks.numpy() == masks).all()
 
 
-def components(mask: np.ndarray) -> list[set[tuple[int, int]]]:
+def model(mask: np.ndarray) -> list[set[tuple[int, int]]]:
     left = {(int(row), int(column)) for row, column in np.argwhere(mask)}
     found = []
     while left:
@@ -192,7 +192,7 @@ def components(mask: np.ndarray) -> list[set[tuple[int, int]]]:
 def test_remove_orphans_equals_brute_force(masks: np.ndarray, min_share: float) -> None:
     expected = np.zeros_like(masks)
     for number, mask in enumerate(masks):
-        found = components(mask)
+        found = model(mask)
         largest = max(map(len, found), default=0)
         for component in found:
             if len(component) >= min_share * largest:

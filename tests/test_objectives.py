@@ -33,7 +33,9 @@ from distill.methods.objectives import (
     SupervisedAttentionObjective,
     resize_regions,
 )
-from distill.models.components import Components, components_of, encode_text, prepare_training
+from distill.models.adapters import prepare_training
+from distill.models.family import Model
+from distill.models.loading import model_of
 from distill.tokens import EOS, WORD
 
 LABEL = "pleural effusion"
@@ -50,24 +52,22 @@ def phantoms() -> PhantomDataset:
     return PhantomDataset("train", 12, resolution=64)
 
 
-def batch_of(components: Components, rows: Sequence[int] = range(4), **options: Any) -> dict[str, Any]:
-    dataset = TrainingRows(phantoms(), components, **options)
+def batch_of(model: Model, rows: Sequence[int] = range(4), **options: Any) -> dict[str, Any]:
+    dataset = TrainingRows(phantoms(), model, **options)
     return default_collate([dataset[i] for i in rows])
 
 
 def prepared(
     build: Callable[[], Any] = tiny_sd, method: Any = "full", text_encoder: Any = "full", **options: Any
-) -> Components:
-    components = components_of(build())
-    prepare_training(components, method=method, text_encoder=text_encoder, lora=LORA, **options)
-    return components
+) -> Model:
+    model = model_of(build())
+    prepare_training(model, method=method, text_encoder=text_encoder, lora=LORA, **options)
+    return model
 
 
-def distilling(
-    stack: ExitStack, student: Components, teacher: Components, **options: Any
-) -> AttentionDistillationObjective:
+def distilling(stack: ExitStack, student: Model, teacher: Model, **options: Any) -> AttentionDistillationObjective:
     layers = options.get("layers", ())
-    maps = [stack.enter_context(record_attention(c.unet, layers)) for c in (student, teacher)]
+    maps = [stack.enter_context(record_attention(c.denoiser, layers)) for c in (student, teacher)]
     return AttentionDistillationObjective(student, NO_DROPOUT, AttentionDistillationConfig(**options), teacher, *maps)
 
 
@@ -85,9 +85,9 @@ def assert_equal(a: Noised, b: Noised, exactly: bool = True) -> None:
 
 
 def test_noise_is_a_function_of_the_generator_only() -> None:
-    components = prepared()
-    objective = DenoisingObjective(components, DenoisingConfig(caption_dropout=0.5))
-    batch = batch_of(components, flip=True)
+    model = prepared()
+    objective = DenoisingObjective(model, DenoisingConfig(caption_dropout=0.5))
+    batch = batch_of(model, flip=True)
     torch.manual_seed(1)
     state = torch.get_rng_state()
     first = objective.noised(batch, generator(7))
@@ -99,16 +99,16 @@ def test_noise_is_a_function_of_the_generator_only() -> None:
 
 def test_cached_latents_and_pixels_give_the_same_batch(tmp_path: Path) -> None:
     """Flips included: a row is mirrored only where its caption names no side."""
-    components = prepared()
-    cache = cache_latents(phantoms(), components.vae, tmp_path, batch_size=4, flip=True, device="cpu")
+    model = prepared()
+    cache = cache_latents(phantoms(), model.vae, tmp_path, batch_size=4, flip=True, device="cpu")
     rows = range(12)
     from_cache, from_pixels = (
-        batch_of(components, rows, latents=cache, flip=True),
-        batch_of(components, rows, flip=True),
+        batch_of(model, rows, latents=cache, flip=True),
+        batch_of(model, rows, flip=True),
     )
     assert 0 < int(from_cache["flippable"].sum()) < len(rows)
     assert "pixel_values" not in from_cache and "latents_mean" not in from_pixels
-    objective = DenoisingObjective(components, NO_DROPOUT)
+    objective = DenoisingObjective(model, NO_DROPOUT)
     for seed in range(3):
         assert_equal(
             objective.noised(from_cache, generator(seed)), objective.noised(from_pixels, generator(seed)), False
@@ -116,19 +116,19 @@ def test_cached_latents_and_pixels_give_the_same_batch(tmp_path: Path) -> None:
 
 
 def test_only_flippable_rows_are_mirrored_and_those_about_half_of_the_time(tmp_path: Path) -> None:
-    components = prepared()
+    model = prepared()
     data = phantoms()
-    cache = cache_latents(data, components.vae, tmp_path, batch_size=4, flip=True, device="cpu")
-    batch = batch_of(components, range(12), latents=cache, flip=True)
+    cache = cache_latents(data, model.vae, tmp_path, batch_size=4, flip=True, device="cpu")
+    batch = batch_of(model, range(12), latents=cache, flip=True)
     assert batch["flippable"].tolist() == [not names_side(data.caption(i)) for i in range(12)]
     for name in ("latents_std", "latents_std_flipped"):
         batch[name] = torch.zeros_like(batch[name])  # then the latents are the mean, and noise can be taken off again
-    objective = DenoisingObjective(components, NO_DROPOUT)
-    scale = components.vae.config.scaling_factor
+    objective = DenoisingObjective(model, NO_DROPOUT)
+    scale = model.vae.config.scaling_factor
     mirrored = torch.zeros(12)
     for seed in range(40):
         x = objective.noised(batch, generator(seed))
-        alpha = components.noise_scheduler.alphas_cumprod[x.timesteps][:, None, None, None]
+        alpha = model.noise_scheduler.alphas_cumprod[x.timesteps][:, None, None, None]
         latents = (x.noisy_latents - (1 - alpha).sqrt() * x.target) / alpha.sqrt() / scale
         distance = [
             (latents - batch[name]).flatten(1).abs().amax(dim=1) for name in ("latents_mean", "latents_mean_flipped")
@@ -141,45 +141,45 @@ def test_only_flippable_rows_are_mirrored_and_those_about_half_of_the_time(tmp_p
 
 @pytest.mark.parametrize("label", [None, LABEL, NO_LABEL])
 def test_only_captions_with_the_label_are_dropped(label: str | None) -> None:
-    components = prepared()
+    model = prepared()
     data = phantoms()
     rows = range(12)
-    batch = batch_of(components, rows, drop_only_label=label)
+    batch = batch_of(model, rows, drop_only_label=label)
     dropped = torch.tensor([label is None or label in (data.labels(i) or (NO_LABEL,)) for i in rows])
     assert dropped.any() and (label is None or not dropped.all())
-    x = DenoisingObjective(components, DenoisingConfig(caption_dropout=1.0)).noised(batch, generator())
-    (empty,) = components.tokenize([""])
+    x = DenoisingObjective(model, DenoisingConfig(caption_dropout=1.0)).noised(batch, generator())
+    (empty,) = model.tokenize([""])
     assert torch.equal(x.input_ids[0][dropped], empty.expand(int(dropped.sum()), -1))
     assert not (x.groups[dropped] == WORD).any()
     assert torch.equal(x.input_ids[0][~dropped], batch["input_ids_0"][~dropped])
     assert torch.equal(x.groups[~dropped], batch["groups"][~dropped])
 
-    kept = DenoisingObjective(components, NO_DROPOUT).noised(batch, generator())
+    kept = DenoisingObjective(model, NO_DROPOUT).noised(batch, generator())
     assert torch.equal(kept.input_ids[0], batch["input_ids_0"])
     assert torch.equal(kept.noisy_latents, x.noisy_latents)
 
 
 @pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl])
 def test_cached_text_embeddings_give_the_loss_of_the_tokens(build: Callable[[], Any], tmp_path: Path) -> None:
-    components = prepared(build, text_encoder="frozen")
+    model = prepared(build, text_encoder="frozen")
     data = phantoms()
 
     def encode(captions: list[str]) -> Any:
-        embeds, pooled = encode_text(components.text_encoders, components.tokenize(captions))
+        embeds, pooled = model.encode(model.tokenize(captions))
         return embeds if pooled is None else (embeds, pooled)
 
     cache = cache_text_embeddings([data.caption(i) for i in range(12)], encode, tmp_path, "hash", 4)
-    objective = DenoisingObjective(components, DenoisingConfig(caption_dropout=0.5))
-    cached, tokens = batch_of(components, text=cache), batch_of(components)
+    objective = DenoisingObjective(model, DenoisingConfig(caption_dropout=0.5))
+    cached, tokens = batch_of(model, text=cache), batch_of(model)
     assert "input_ids_0" not in cached
     torch.testing.assert_close(objective(cached, generator())["loss"], objective(tokens, generator())["loss"])
 
 
 def test_half_precision_does_not_reach_the_vae() -> None:
     """Stock VAEs overflow in float16; latents made on the way are those of the cache."""
-    components = prepared()
-    objective = DenoisingObjective(components, NO_DROPOUT)
-    batch = batch_of(components)
+    model = prepared()
+    objective = DenoisingObjective(model, NO_DROPOUT)
+    batch = batch_of(model)
     full = objective.noised(batch, generator())
     with torch.autocast("cpu", torch.bfloat16):
         assert_equal(objective.noised(batch, generator()), full)
@@ -198,12 +198,12 @@ def test_targets_mix_back_to_latents_and_noise() -> None:
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_min_snr_weighs_each_image(kind: str) -> None:
-    components = prepared(lambda: tiny_sd(kind))
-    batch = batch_of(components)
-    objective = DenoisingObjective(components, DenoisingConfig(min_snr_gamma=5.0, caption_dropout=0.0))
+    model = prepared(lambda: tiny_sd(kind))
+    batch = batch_of(model)
+    objective = DenoisingObjective(model, DenoisingConfig(min_snr_gamma=5.0, caption_dropout=0.0))
     x = objective.noised(batch, generator())
-    prediction = objective.predict(components.unet, components.text_encoders, x)
-    snr = 1 / (1 / components.noise_scheduler.alphas_cumprod[x.timesteps] - 1)
+    prediction = objective.predict(model.denoiser, model.text_encoders, x)
+    snr = 1 / (1 / model.noise_scheduler.alphas_cumprod[x.timesteps] - 1)
     weights = snr.clamp(max=5) / (snr if kind == "epsilon" else snr + 1)
     expected = (weights * (prediction - x.target).square().mean(dim=(1, 2, 3))).mean()
     terms = objective(batch, generator())
@@ -213,7 +213,7 @@ def test_min_snr_weighs_each_image(kind: str) -> None:
 
 def test_another_prediction_type_is_refused() -> None:
     with pytest.raises(UserError, match="'sample'; epsilon and v_prediction"):
-        DenoisingObjective(components_of(tiny_sd("sample")), DenoisingConfig())
+        DenoisingObjective(model_of(tiny_sd("sample")), DenoisingConfig())
 
 
 # What trains
@@ -221,61 +221,61 @@ def test_another_prediction_type_is_refused() -> None:
 
 def test_sdxl_predicts_what_the_stock_pipeline_would() -> None:
     pipeline = tiny_sdxl()
-    components = components_of(pipeline)
-    objective = DenoisingObjective(components.freeze(), NO_DROPOUT)
+    model = model_of(pipeline)
+    objective = DenoisingObjective(model.freeze(), NO_DROPOUT)
     rows = [0, 1, 2]
-    batch = batch_of(components, rows)
+    batch = batch_of(model, rows)
     assert torch.equal(batch["time_ids"], torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(3, 6))
     x = objective.noised(batch, generator())
     captions = [phantoms().caption(i) for i in rows]
     embeds, _, pooled, _ = pipeline.encode_prompt(captions, device="cpu", do_classifier_free_guidance=False)
     added = {"text_embeds": pooled, "time_ids": batch["time_ids"]}
     expected = pipeline.unet(x.noisy_latents, x.timesteps, embeds, added_cond_kwargs=added).sample
-    torch.testing.assert_close(objective.predict(components.unet, components.text_encoders, x), expected)
+    torch.testing.assert_close(objective.predict(model.denoiser, model.text_encoders, x), expected)
 
 
 @pytest.mark.parametrize("build", [tiny_sd, lambda: tiny_sd("v_prediction"), tiny_sdxl], ids=["sd", "v", "sdxl"])
 def test_gradients_reach_all_that_trains(build: Callable[[], Any]) -> None:
-    components = prepared(build)
-    objective = DenoisingObjective(components, NO_DROPOUT)
-    objective(batch_of(components), generator())["loss"].backward()
-    for module in (components.unet, *components.text_encoders):
+    model = prepared(build)
+    objective = DenoisingObjective(model, NO_DROPOUT)
+    objective(batch_of(model), generator())["loss"].backward()
+    for module in (model.denoiser, *model.text_encoders):
         assert has_gradient(module)
-    assert not has_gradient(components.vae)
+    assert not has_gradient(model.vae)
 
 
 @pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl])
 @pytest.mark.parametrize("frozen_dtype", ["fp32", "bf16"])
 def test_lora_trains_adapters_only(build: Callable[[], Any], frozen_dtype: str) -> None:
-    components = prepared(build, "lora", "lora", frozen_dtype=frozen_dtype)
-    objective = DenoisingObjective(components, NO_DROPOUT)
+    model = prepared(build, "lora", "lora", frozen_dtype=frozen_dtype)
+    objective = DenoisingObjective(model, NO_DROPOUT)
     trainable = {n: p for n, p in objective.named_parameters() if p.requires_grad}
     assert trainable and all(".lora_" in name and p.dtype == torch.float32 for name, p in trainable.items())
-    for i in range(len(components.text_encoders)):
+    for i in range(len(model.text_encoders)):
         assert any(name.startswith(f"text_encoders.{i}.") for name in trainable)
     assert any(name.startswith("unet.") for name in trainable)
-    loss = objective(batch_of(components), generator())["loss"]
+    loss = objective(batch_of(model), generator())["loss"]
     loss.backward()
     assert torch.isfinite(loss)
     assert all(p.grad is None for n, p in objective.named_parameters() if n not in trainable)
-    assert has_gradient(components.unet)
-    for encoder in components.text_encoders:
+    assert has_gradient(model.denoiser)
+    for encoder in model.text_encoders:
         assert has_gradient(encoder)
 
 
 def test_vae_stays_outside_and_a_frozen_text_encoder_stays_in_eval_mode() -> None:
-    components = prepared(text_encoder="frozen")
-    objective = DenoisingObjective(components, NO_DROPOUT).train()
-    assert objective.unet.training and not objective.text_encoders.training
-    assert not any(module is components.vae for module in objective.modules())
-    components = prepared(text_encoder="lora")
-    assert DenoisingObjective(components, NO_DROPOUT).train().text_encoders.training
+    model = prepared(text_encoder="frozen")
+    objective = DenoisingObjective(model, NO_DROPOUT).train()
+    assert objective.denoiser.training and not objective.text_encoders.training
+    assert not any(module is model.vae for module in objective.modules())
+    model = prepared(text_encoder="lora")
+    assert DenoisingObjective(model, NO_DROPOUT).train().text_encoders.training
 
 
 def test_one_batch_overfits() -> None:
-    components = prepared()
-    objective = DenoisingObjective(components, NO_DROPOUT).train()
-    batch = batch_of(components)
+    model = prepared()
+    objective = DenoisingObjective(model, NO_DROPOUT).train()
+    batch = batch_of(model)
     optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-2)
     losses = []
     for _ in range(100):
@@ -326,7 +326,7 @@ def test_each_term_reaches_the_student_and_never_the_teacher(method: str) -> Non
         for name in TERMS:
             objective.zero_grad()
             objective(batch, generator())[name].backward()
-            assert has_gradient(student.unet) and has_gradient(student.text_encoders[0]), name
+            assert has_gradient(student.denoiser) and has_gradient(student.text_encoders[0]), name
     for module, state in zip(teacher.modules(), before, strict=True):
         assert all(p.grad is None and not p.requires_grad for p in module.parameters())
         assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
@@ -452,7 +452,7 @@ def test_further_terms_vanish_on_the_teacher_itself_and_reach_the_student(build:
     weights = {"token_kl_weight": 0.0, "place_kl_weight": 0.0, "mass_weight": 0.0, EXTRA[term]: 2.0}
     batch = batch_of(student)
 
-    def terms_of(teacher: Components) -> Any:
+    def terms_of(teacher: Model) -> Any:
         with ExitStack() as stack:
             terms = distilling(stack, student, teacher, **weights)(batch, generator())
         torch.testing.assert_close(terms["loss"], terms["denoising"] + 2.0 * terms[term])
@@ -463,15 +463,15 @@ def test_further_terms_vanish_on_the_teacher_itself_and_reach_the_student(build:
     for seed in range(8):  # the leak is 0 for a teacher with more mass in the tail, so look for one with less
         other = copy.deepcopy(student)
         with torch.no_grad():
-            for p in [*other.unet.parameters(), *(p for e in other.text_encoders for p in e.parameters())]:
+            for p in [*other.denoiser.parameters(), *(p for e in other.text_encoders for p in e.parameters())]:
                 p += 0.05 * torch.randn(p.shape, generator=generator(int(p.numel()) + seed))
         terms = terms_of(other)
         if float(terms[term].detach()) > 0:
             break
     assert float(terms[term].detach()) > 0
     terms[term].backward()
-    assert has_gradient(student.unet) and has_gradient(student.text_encoders[0])
-    assert not any(module._forward_hooks for module in student.unet.modules()), "hooks are removed"
+    assert has_gradient(student.denoiser) and has_gradient(student.text_encoders[0])
+    assert not any(module._forward_hooks for module in student.denoiser.modules()), "hooks are removed"
 
 
 def test_tail_leak_counts_only_what_is_beyond_the_teacher() -> None:
@@ -488,7 +488,7 @@ def test_a_share_of_the_batch_is_distilled(share: float) -> None:
     batch = batch_of(student)
     count = max(1, round(share * len(batch["input_ids_0"])))
     seen = []
-    handle = teacher.unet.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
+    handle = teacher.denoiser.register_forward_pre_hook(lambda module, inputs: seen.append(len(inputs[0])))
     with ExitStack() as stack:
         part = distilling(stack, student, teacher, batch_share=share)(batch, generator())
         whole = distilling(stack, student, teacher)(batch, generator())
@@ -504,11 +504,11 @@ def test_a_student_under_the_text_encoder_of_the_base_is_its_own_teacher() -> No
     teacher = replace(student, text_encoders=[copy.deepcopy(e).requires_grad_(False) for e in student.text_encoders])
     batch = batch_of(student)
     with ExitStack() as stack:
-        maps = stack.enter_context(record_attention(student.unet))
+        maps = stack.enter_context(record_attention(student.denoiser))
         objective = AttentionDistillationObjective(
             student, NO_DROPOUT, AttentionDistillationConfig(), teacher, maps, maps
         ).train()
-        assert all(p.requires_grad for p in student.unet.parameters()), "the shared U-Net still trains"
+        assert all(p.requires_grad for p in student.denoiser.parameters()), "the shared U-Net still trains"
         assert all(abs(float(objective(batch, generator())[name].detach())) < 1e-9 for name in TERMS)
         with torch.no_grad():
             for p in student.text_encoders[0].parameters():
@@ -516,7 +516,7 @@ def test_a_student_under_the_text_encoder_of_the_base_is_its_own_teacher() -> No
         terms = objective(batch, generator())
         assert all(float(terms[name].detach()) > 0 for name in TERMS)
         (terms["loss"] - terms["denoising"]).backward()
-    assert has_gradient(student.unet) and has_gradient(student.text_encoders[0])
+    assert has_gradient(student.denoiser) and has_gradient(student.text_encoders[0])
     assert not has_gradient(teacher.text_encoders[0])
 
 
@@ -525,7 +525,7 @@ def test_distillation_of_labels_leaves_every_other_token_free() -> None:
     teacher = copy.deepcopy(student).freeze()
     batch = batch_of(student, label_tokens=True)
     with ExitStack() as stack:
-        maps = [stack.enter_context(record_attention(c.unet)) for c in (student, teacher)]
+        maps = [stack.enter_context(record_attention(c.denoiser)) for c in (student, teacher)]
         objective = AttentionDistillationObjective(student, NO_DROPOUT, config, teacher, *maps).train()
         with torch.no_grad():
             for p in student.text_encoders[0].parameters():
@@ -546,15 +546,15 @@ def test_part_of_the_batch_is_seen_through_the_frozen_text_encoder() -> None:
             p += 0.1 * torch.randn(p.shape, generator=generator(p.numel()))
     batch, seen = batch_of(student), []
     count = len(batch["input_ids_0"])
-    handle = student.unet.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2].detach()))
+    handle = student.denoiser.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[2].detach()))
     with ExitStack() as stack:
-        maps = stack.enter_context(record_attention(student.unet))
+        maps = stack.enter_context(record_attention(student.denoiser))
         config = AttentionDistillationConfig(teacher="frozen_text_encoder", batch_share=0.5, frozen_share=0.5)
         objective = AttentionDistillationObjective(student, NO_DROPOUT, config, teacher, maps, maps).train()
         objective(batch, generator())["loss"].backward()
     handle.remove()
-    own, _ = encode_text(student.text_encoders, [batch["input_ids_0"]])
-    frozen, _ = encode_text(teacher.text_encoders, [batch["input_ids_0"]])
+    own, _ = student.encode([batch["input_ids_0"]])
+    frozen, _ = teacher.encode([batch["input_ids_0"]])
     torch.testing.assert_close(seen[0], torch.cat([own[: count // 2], frozen[count // 2 :]]))
     torch.testing.assert_close(seen[1], frozen[: count // 2])
     assert has_gradient(student.text_encoders[0]) and not has_gradient(teacher.text_encoders[0])
@@ -563,22 +563,22 @@ def test_part_of_the_batch_is_seen_through_the_frozen_text_encoder() -> None:
 def test_text_gradient_scales_what_the_maps_tell_the_text_encoder_alone() -> None:
     """Through the keys of the only layer; the losses, and the gradients of the U-Net, stay what they are."""
     student, teacher = prepared(), prepared(lambda: tiny_sd(seed=1))
-    layer = attention_layers(student.unet)[0]
+    layer = attention_layers(student.denoiser)[0]
     batch = batch_of(student)
     values, of_text, of_unet = [], [], []
     for share in (1.0, 0.25, 0.0):
-        student.unet.zero_grad()
+        student.denoiser.zero_grad()
         student.text_encoders[0].zero_grad()
         with ExitStack() as stack:
-            mine = stack.enter_context(record_attention(student.unet, layer, text_gradient=share))
-            theirs = stack.enter_context(record_attention(teacher.unet, layer))
+            mine = stack.enter_context(record_attention(student.denoiser, layer, text_gradient=share))
+            theirs = stack.enter_context(record_attention(teacher.denoiser, layer))
             config = AttentionDistillationConfig()
             objective = AttentionDistillationObjective(student, NO_DROPOUT, config, teacher, mine, theirs).train()
             terms = objective(batch, generator())
         values.append({name: float(value.detach()) for name, value in terms.items()})
         terms["place_kl"].backward()
         of_text.append([p.grad.clone() for p in student.text_encoders[0].parameters() if p.grad is not None])
-        of_unet.append([p.grad.clone() for p in student.unet.parameters() if p.grad is not None])
+        of_unet.append([p.grad.clone() for p in student.denoiser.parameters() if p.grad is not None])
     assert values[1] == pytest.approx(values[0], rel=1e-5)
     assert values[2] == pytest.approx(values[0], rel=1e-5)
     assert any(g.any() for g in of_text[0]) and any(g.any() for g in of_unet[0])
@@ -612,7 +612,7 @@ def test_supervision_by_regions_trains_unet_and_text_encoder() -> None:
     config = DenoisingConfig(
         caption_dropout=0.0, region_token_weight=0.5, region_pixel_weight=0.25, region_mask_weight=2.0
     )
-    with record_attention(student.unet) as maps:
+    with record_attention(student.denoiser) as maps:
         terms = SupervisedAttentionObjective(student, config, maps)(batch, generator())
     assert "arm" not in terms
     expected = (
@@ -620,8 +620,8 @@ def test_supervision_by_regions_trains_unet_and_text_encoder() -> None:
     )
     torch.testing.assert_close(terms["loss"], expected)
     (terms["loss"] - terms["denoising"]).backward()
-    assert has_gradient(student.unet) and has_gradient(student.text_encoders[0])
-    with record_attention(student.unet) as maps:
+    assert has_gradient(student.denoiser) and has_gradient(student.text_encoders[0])
+    with record_attention(student.denoiser) as maps:
         dropped = SupervisedAttentionObjective(student, replace(config, caption_dropout=1.0), maps)(batch, generator())
     assert float(dropped["region_token"].detach()) == 0, "a dropped caption names nothing"
 
@@ -629,12 +629,12 @@ def test_supervision_by_regions_trains_unet_and_text_encoder() -> None:
 def test_a_mean_teacher_follows_the_student_and_is_in_its_checkpoint() -> None:
     student = prepared()
     teacher = replace(
-        student, unet=copy.deepcopy(student.unet), text_encoders=[copy.deepcopy(e) for e in student.text_encoders]
+        student, unet=copy.deepcopy(student.denoiser), text_encoders=[copy.deepcopy(e) for e in student.text_encoders]
     )
     config = AttentionDistillationConfig(teacher="ema", ema_decay=0.75)
     batch = batch_of(student)
     with ExitStack() as stack:
-        maps = [stack.enter_context(record_attention(c.unet)) for c in (student, teacher)]
+        maps = [stack.enter_context(record_attention(c.denoiser)) for c in (student, teacher)]
         objective = AttentionDistillationObjective(student, NO_DROPOUT, config, teacher, *maps).train()
         assert not objective.average.training and not any(p.requires_grad for p in objective.average.parameters())
         terms = objective(batch, generator())
@@ -661,12 +661,12 @@ def test_attention_regularization_is_the_papers_formula_and_reaches_the_text_enc
     labels = batch["label_tokens"]
     assert labels.any() and not (labels & (batch["groups"] != WORD)).any()
     with ExitStack() as stack:
-        maps = stack.enter_context(record_attention(student.unet))
+        maps = stack.enter_context(record_attention(student.denoiser))
         config = DenoisingConfig(caption_dropout=0.0, arm_weight=0.5)
         objective = SupervisedAttentionObjective(student, config, maps)
         terms = objective(batch, generator())
         maps.start()
-        objective.predict(student.unet, student.text_encoders, objective.noised(batch, generator()))
+        objective.predict(student.denoiser, student.text_encoders, objective.noised(batch, generator()))
         attention = torch.stack([m.mean(dim=1) for m in maps.take().values()]).mean(dim=0)
     eps = 2.0**-10
     expected = sum(1 / (float(a) + eps) - 1 for a in attention[labels]) / int(labels.sum()) * eps
@@ -691,13 +691,13 @@ def test_the_tail_penalty_is_the_mass_of_eos_and_padding_beyond_that_before_the_
     student = prepared()
     batch = batch_of(student)
     with ExitStack() as stack:
-        maps = stack.enter_context(record_attention(student.unet))
+        maps = stack.enter_context(record_attention(student.denoiser))
         objective = SupervisedAttentionObjective(student, DenoisingConfig(caption_dropout=0.3, tail_weight=0.5), maps)
         objective.measure_tail([batch] * 4, generator())
         level = objective.noised(batch, generator()).timesteps * 10 // 1000
         x = objective.noised(batch, generator())
         maps.start()
-        objective.predict(student.unet, student.text_encoders, x)
+        objective.predict(student.denoiser, student.text_encoders, x)
         now = {n: (m.mean(dim=1) * (x.groups >= EOS)).sum(dim=1) for n, m in maps.take().items()}
         assert set(objective._tail) == set(now)
         bins = level + 10 * (x.groups != WORD).all(dim=1)
@@ -710,7 +710,7 @@ def test_the_tail_penalty_is_the_mass_of_eos_and_padding_beyond_that_before_the_
         terms = objective(batch, generator())
         torch.testing.assert_close(terms["tail"], torch.stack([m.mean() for m in now.values()]).mean())
         terms["tail"].backward()
-        assert has_gradient(student.text_encoders[0]) and has_gradient(student.unet)
+        assert has_gradient(student.text_encoders[0]) and has_gradient(student.denoiser)
         objective._tail = dict.fromkeys(now, torch.ones(20))
         assert float(objective(batch, generator())["tail"].detach()) == 0
 
@@ -719,7 +719,7 @@ def test_the_tail_before_the_training_is_a_mean_by_noise_level_and_unseen_levels
     student = prepared()
     batch = batch_of(student)
     with ExitStack() as stack:
-        maps = stack.enter_context(record_attention(student.unet))
+        maps = stack.enter_context(record_attention(student.denoiser))
         objective = SupervisedAttentionObjective(student, DenoisingConfig(caption_dropout=0.5, tail_weight=0.1), maps)
         draws = generator()
         objective.measure_tail([batch, batch], draws)
@@ -727,7 +727,7 @@ def test_the_tail_before_the_training_is_a_mean_by_noise_level_and_unseen_levels
         for _ in range(2):
             x = objective.noised(batch, draws)
             maps.start()
-            objective.predict(student.unet, student.text_encoders, x)
+            objective.predict(student.denoiser, student.text_encoders, x)
             found = maps.take()
             name = next(iter(found))
             mass = (found[name].mean(dim=1) * (x.groups >= EOS)).sum(dim=1).detach()

@@ -22,7 +22,7 @@ from distill.data.pictures import PicturesDataset
 from distill.data.sample import Sample
 from distill.errors import UserError
 from distill.files import read_json
-from distill.models.components import PHANTOM_BASE, load_components
+from distill.models.loading import PHANTOM_BASE, load_model
 
 CONFIG = ["--config", str(ROOT / "recipes/configs/phantom/pretrain.yaml")]
 
@@ -76,7 +76,7 @@ def test_recognition_counts_each_picture_for_its_own_caption(monkeypatch: pytest
 
     def found() -> dict[str, Any]:
         dataset = Numbered("test", 30, 0, 128, clear=True)
-        return recipe.recognition(load_components(BaseConfig(name="phantom")), dataset, config, Path("."))
+        return recipe.recognition(load_model(BaseConfig(name="phantom")), dataset, config, Path("."))
 
     right = found()
     assert right["images"] == 8 and right["one_object_images"] == 8
@@ -101,7 +101,7 @@ def test_a_stage_replaces_the_base_and_not_its_measurements(tmp_path: Path) -> N
         next(pipeline.unet.parameters()).add_(1.0)
     recipe.save_base(pipeline, "unet_clear", work, base)
     read = StableDiffusionPipeline.from_pretrained(base)
-    assert torch.equal(next(read.unet.parameters()), next(pipeline.unet.parameters()).half().float())
+    assert torch.equal(next(read.denoiser.parameters()), next(pipeline.unet.parameters()).half().float())
     assert recipe.stages_of(base) == stages | {"unet_clear": {"steps": 7, "last": {"step": 7, "loss": 0.5}}}
     assert not {"localization.json", "samples.png"} & {path.name for path in base.iterdir()}
     assert recipe.stages_of(tmp_path / "base.before") == stages

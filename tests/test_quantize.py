@@ -13,9 +13,11 @@ from torch import nn
 
 from distill.attention.recording import record_attention
 from distill.config import LoraConfig
+from distill.models.adapters import parameter_counts, prepare_training
 from distill.models.bits import RoundedLinear, megabytes, quantize
 from distill.models.blocks import model_size
-from distill.models.components import Components, components_of, encode_text, parameter_counts, prepare_training
+from distill.models.family import Model
+from distill.models.loading import model_of
 
 # QLoRA (Dettmers et al. 2023), appendix E.
 NORMAL_FLOAT = [
@@ -25,19 +27,19 @@ NORMAL_FLOAT = [
 ]  # fmt: skip
 
 
-def linear_layers(components: Components) -> dict[str, nn.Module]:
+def linear_layers(model: Model) -> dict[str, nn.Module]:
     return {
         f"{i}.{name}": layer
-        for i, module in enumerate((components.unet, *components.text_encoders))
+        for i, module in enumerate((model.denoiser, *model.text_encoders))
         for name, layer in module.named_modules()
         if isinstance(layer, nn.Linear)
     }
 
 
 @torch.no_grad()
-def output_of(components: Components) -> torch.Tensor:
-    unet, added = components.unet, None
-    embeds, pooled = encode_text(components.text_encoders, components.tokenize(["a small effusion", "no edema"]))
+def output_of(model: Model) -> torch.Tensor:
+    unet, added = model.denoiser, None
+    embeds, pooled = model.encode(model.tokenize(["a small effusion", "no edema"]))
     if pooled is not None:
         added = {"text_embeds": pooled, "time_ids": torch.zeros(2, 6)}
     latents = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -57,10 +59,10 @@ def nearest_normal_float(weight: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl])
 def test_nf4_is_the_nearest_of_its_levels_in_every_linear_layer(build: Callable[[], Any]) -> None:
-    components = components_of(build()).freeze()
-    before = {name: layer.weight.clone() for name, layer in linear_layers(components).items()}
-    quantize(components, "nf4")
-    after = linear_layers(components)
+    model = model_of(build()).freeze()
+    before = {name: layer.weight.clone() for name, layer in linear_layers(model).items()}
+    quantize(model, "nf4")
+    after = linear_layers(model)
     assert before.keys() == after.keys()
     for name, layer in after.items():
         assert isinstance(layer, (bitsandbytes.nn.Linear4bit, RoundedLinear)) and not layer.weight.requires_grad
@@ -71,7 +73,7 @@ def test_nf4_is_the_nearest_of_its_levels_in_every_linear_layer(build: Callable[
 
 def test_the_model_computes_with_the_rounded_weights() -> None:
     """The quantized model gives what a plain one gives whose weights are the nearest levels."""
-    rounded, quantized = components_of(tiny_sd()).freeze(), components_of(tiny_sd()).freeze()
+    rounded, quantized = model_of(tiny_sd()).freeze(), model_of(tiny_sd()).freeze()
     exact = output_of(rounded)
     for layer in linear_layers(rounded).values():
         layer.weight.data = nearest_normal_float(layer.weight.data)
@@ -83,13 +85,13 @@ def test_the_model_computes_with_the_rounded_weights() -> None:
 @pytest.mark.parametrize(("bits", "most"), [("int8", 0.02), ("nf4", 0.3)])
 @pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl])
 def test_outputs_and_maps_stay_near(build: Callable[[], Any], bits: Any, most: float) -> None:
-    components = components_of(build()).freeze()
-    with record_attention(components.unet) as recorded:
-        exact = output_of(components)
+    model = model_of(build()).freeze()
+    with record_attention(model.denoiser) as recorded:
+        exact = output_of(model)
     maps = dict(recorded.by_layer)
-    quantize(components, bits)
-    with record_attention(components.unet) as recorded:
-        near = output_of(components)
+    quantize(model, bits)
+    with record_attention(model.denoiser) as recorded:
+        near = output_of(model)
     assert 0 < float((near - exact).norm() / exact.norm()) < most
     for name, found in recorded.by_layer.items():
         assert 0 < float((found - maps[name]).norm() / maps[name].norm()) < most
@@ -100,48 +102,48 @@ def test_outputs_and_maps_stay_near(build: Callable[[], Any], bits: Any, most: f
 def test_layers_of_any_shape(shape: tuple[int, int], bits: Any) -> None:
     """Width 96 is in the embedded base, where bitsandbytes on a CPU would take another block's scale."""
     torch.manual_seed(0)
-    components = components_of(tiny_sd()).freeze()
-    layer = components.text_encoders[0].extra = nn.Linear(*shape)
+    model = model_of(tiny_sd()).freeze()
+    layer = model.text_encoders[0].extra = nn.Linear(*shape)
     nn.init.normal_(layer.weight, std=0.02)
     layer.weight.data *= torch.linspace(1, 9, shape[1])[:, None]  # rows, and so blocks, of other scales
     x = torch.randn(4, shape[0])
     rows = layer.weight.abs().amax(dim=1, keepdim=True)
     rounded = (layer.weight / rows * 127).round() * rows / 127 if bits == "int8" else nearest_normal_float(layer.weight)
     expected = nn.functional.linear(x, rounded, layer.bias)
-    quantize(components, bits)
-    found = components.text_encoders[0].extra(x)
+    quantize(model, bits)
+    found = model.text_encoders[0].extra(x)
     # int8 rounds the input too, to 1/127 of its largest
     tolerance = 0.02 * float(expected.detach().abs().max()) if bits == "int8" else 1e-5
     torch.testing.assert_close(found, expected, atol=tolerance, rtol=1e-4)
 
 
 def test_adapters_stay_whole() -> None:
-    components = components_of(tiny_sd())
-    prepare_training(components, method="lora", text_encoder="lora", lora=LoraConfig(rank=2))
-    components.freeze()
-    adapters = {k: v.clone() for k, v in components.unet.state_dict().items() if ".lora_" in k}
-    quantize(components, "nf4")
-    left = {k: v for k, v in components.unet.state_dict().items() if ".lora_" in k}
+    model = model_of(tiny_sd())
+    prepare_training(model, method="lora", text_encoder="lora", lora=LoraConfig(rank=2))
+    model.freeze()
+    adapters = {k: v.clone() for k, v in model.denoiser.state_dict().items() if ".lora_" in k}
+    quantize(model, "nf4")
+    left = {k: v for k, v in model.denoiser.state_dict().items() if ".lora_" in k}
     assert left.keys() == adapters.keys() and all(torch.equal(left[k], v) for k, v in adapters.items())
-    target = components.unet.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k")
+    target = model.denoiser.get_submodule("down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k")
     assert isinstance(target.base_layer, (bitsandbytes.nn.Linear4bit, RoundedLinear))
-    assert output_of(components).isfinite().all()
+    assert output_of(model).isfinite().all()
 
 
 @pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl])
 def test_stored_size(build: Callable[[], Any]) -> None:
     """2 bytes a number; of a quantized layer 1 and 4 a row, or a half (whole bytes) and 4 for each 64 numbers."""
-    components = components_of(build()).freeze()
-    modules = [components.unet, *components.text_encoders]
+    model = model_of(build()).freeze()
+    modules = [model.denoiser, *model.text_encoders]
     numbers = sum(parameter_counts(module)[0] for module in modules)
-    size = model_size(components, 64)
-    shapes = [tuple(layer.weight.shape) for layer in linear_layers(components).values()]
-    assert megabytes(components) == pytest.approx(2 * numbers / 1e6)
+    size = model_size(model, 64)
+    shapes = [tuple(layer.weight.shape) for layer in linear_layers(model).values()]
+    assert megabytes(model) == pytest.approx(2 * numbers / 1e6)
     for bits, cost in (
         ("int8", lambda rows, columns: rows * columns + 4 * rows),
         ("nf4", lambda rows, columns: -(-rows * columns // 2) + 4 * -(-rows * columns // 64)),
     ):
-        fewer = components_of(build()).freeze()
+        fewer = model_of(build()).freeze()
         quantize(fewer, bits)
         expected = 2 * numbers + sum(cost(*shape) - 2 * shape[0] * shape[1] for shape in shapes)
         assert megabytes(fewer) == pytest.approx(expected / 1e6)

@@ -27,7 +27,8 @@ from distill import runs, sharing
 from distill.cli import parse
 from distill.config import BaseConfig, DistillAttentionConfig, EvaluateConfig, FinetuneConfig, TradeoffConfig
 from distill.methods.key_lock import Merged
-from distill.models.components import LORA_FILE, load_components, parameter_counts
+from distill.models.adapters import parameter_counts
+from distill.models.loading import LORA_FILE, load_model
 from distill.report import validate_metrics
 
 ROOT = Path(__file__).parents[1]
@@ -312,8 +313,8 @@ def test_variants_are_arms_with_options_of_their_own(
     assert costs["rank_3"]["trainable_parameters"] == costs["lora"]["trainable_parameters"] * 3 // 2
     card = (out / "rank_3" / "README.md").read_text(encoding="utf-8")
     assert "| lora.rank | 3 |" in card and "| trainer.max\\_steps | 1 |" in card
-    loaded = load_components(BaseConfig(name=str(work / "sd")), run=out / "rank_3")
-    scales = {m.scaling["default"] for m in loaded.unet.modules() if hasattr(m, "scaling")}
+    loaded = load_model(BaseConfig(name=str(work / "sd")), run=out / "rank_3")
+    scales = {m.scaling["default"] for m in loaded.denoiser.modules() if hasattr(m, "scaling")}
     assert scales == {2.0}, "alpha / rank of the variant"
 
 
@@ -454,9 +455,9 @@ def test_locked_keys_are_merged_into_stock_weights(
     r2 = json.loads((out / "key_locked/key_lock.json").read_text(encoding="utf-8"))["r2"]
     assert min(r2.values()) > 0.9  # two steps change little
     assert set(read_metrics(out)["arms"]) == {"base", "frozen", "key_locked"}
-    base = load_components(BaseConfig(name=str(work / "sd")))
-    trained = load_components(BaseConfig(name=str(work / "sd")), run=out / "key_locked")
-    for ours, theirs in ((trained.unet, base.unet), (trained.text_encoders[0], base.text_encoders[0])):
+    base = load_model(BaseConfig(name=str(work / "sd")))
+    trained = load_model(BaseConfig(name=str(work / "sd")), run=out / "key_locked")
+    for ours, theirs in ((trained.denoiser, base.denoiser), (trained.text_encoders[0], base.text_encoders[0])):
         assert parameter_counts(ours)[0] == parameter_counts(theirs)[0]
         assert any(not torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
     locked = ["--text_encoder", "lora", "--lock_keys", "true", "--lora.rank", "2", *argv]
@@ -495,7 +496,7 @@ def test_locked_keys_in_half_precision_and_a_merge_that_is_worse_than_none(
     said = capsys.readouterr().out
     assert "for eos the merge is worse than none" in said and "R^2 of words" in said
     assert json.loads((tmp_path / "half/model/key_lock.json").read_text(encoding="utf-8"))["r2"]["eos"] == 0.2
-    encoder = load_components(BaseConfig(name=str(work / "sd")), run=tmp_path / "half").text_encoders[0]
+    encoder = load_model(BaseConfig(name=str(work / "sd")), run=tmp_path / "half").text_encoders[0]
     assert all(parameter.dtype == torch.float32 for parameter in encoder.parameters())
 
 
@@ -623,8 +624,8 @@ def test_a_dry_run_prints_counts_and_estimates_and_writes_nothing(
     run(name, argv)
     assert list(tmp_path.iterdir()) == []
     printed = capsys.readouterr().out
-    components = load_components(BaseConfig(name=str(work / "sd")))
-    unet, text = (parameter_counts(m)[0] for m in (components.unet, components.text_encoders[0]))
+    model = load_model(BaseConfig(name=str(work / "sd")))
+    unet, text = (parameter_counts(m)[0] for m in (model.denoiser, model.text_encoders[0]))
     assert f"num_inference_steps: {2}" in printed and "dry run: the data and the base are fine" in printed
     assert "peak memory" in printed and " min" in printed
     if name == "evaluate":
@@ -637,7 +638,7 @@ def test_a_dry_run_prints_counts_and_estimates_and_writes_nothing(
     arm = "lora" if name == "tradeoff" else "model"
     # Rank 8. A transformer block of width w has six projections from w to w and two from the text's 16 to w; each of
     # the two layers of the text encoder has four from 16 to 16.
-    blocks = [m for m in components.unet.modules() if type(m).__name__ == "BasicTransformerBlock"]
+    blocks = [m for m in model.denoiser.modules() if type(m).__name__ == "BasicTransformerBlock"]
     lora_unet = sum(8 * (6 * 2 * w + 2 * (16 + w)) for w in (block.attn1.to_q.in_features for block in blocks))
     lora_text = 0 if name == "finetune" else 2 * 4 * 8 * (16 + 16)
     assert f"{arm}: U-Net {unet + lora_unet:,} parameters ({lora_unet:,} trainable)" in printed

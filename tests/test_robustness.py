@@ -30,7 +30,7 @@ from distill.evaluation.robustness import (
     with_swapped_sides,
     with_synonyms,
 )
-from distill.models.components import Components
+from distill.models.family import Model
 from distill.tokens import find_words
 
 PHANTOMS = PhantomDataset("test", 60, resolution=64)
@@ -78,7 +78,7 @@ def test_a_shift_changes_what_it_says_and_keeps_the_rest(name: str) -> None:
         assert (int(columns.min()), int(rows.min())) == (int(x), int(y)), "boxes go with their masks"
 
 
-def test_negated_findings_are_those_that_the_caption_names_and_the_image_has_not(sd: Components) -> None:
+def test_negated_findings_are_those_that_the_caption_names_and_the_image_has_not(sd: Model) -> None:
     found = negation_queries(PHANTOMS, sd, 6)
     assert len(found) == 6
     for query in found:
@@ -91,7 +91,7 @@ def test_negated_findings_are_those_that_the_caption_names_and_the_image_has_not
 
 
 def test_a_map_of_one_of_two_places_is_worse_by_the_place_that_it_lacks(
-    sd: Components, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+    sd: Model, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With maps that are the true mask, and the mask of its first box alone."""
     config = EvaluationConfig(localization_images=40, timesteps=(300,), bootstrap_samples=20)

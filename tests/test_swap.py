@@ -22,8 +22,10 @@ from transformers import (
 from distill.config import BaseConfig, LoraConfig
 from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
-from distill.models.components import Components, components_of, encode_text, load_components, prepare_training
+from distill.models.adapters import prepare_training
 from distill.models.export import export, prove_parity
+from distill.models.family import Model
+from distill.models.loading import load_model, model_of
 from distill.models.text_encoder import load_text_encoder, multi_label_encoder, swap_text_encoder
 from distill.tokens import BOS, EOS, PADDING, WORD, find_words, token_groups, token_spans
 
@@ -62,7 +64,7 @@ def save_encoder(folder: Path, kind: str) -> Path:
 
 
 @pytest.fixture(scope="module", params=["bert", "distilbert", "t5"])
-def swapped(request: pytest.FixtureRequest, sd: Components, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def swapped(request: pytest.FixtureRequest, sd: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp(request.param)
     encoder, tokenizer = load_text_encoder(str(save_encoder(folder / "encoder", request.param)), max_tokens=LENGTH)
     pipeline, _ = swap_text_encoder(sd, encoder, tokenizer, CAPTIONS)
@@ -72,28 +74,28 @@ def swapped(request: pytest.FixtureRequest, sd: Components, tmp_path_factory: py
 
 def test_stock_diffusers_loads_it_and_encodes_as_we_do(swapped: Path) -> None:
     pipeline = StableDiffusionPipeline.from_pretrained(swapped)
-    components = load_components(BaseConfig(name=str(swapped)))
+    model = load_model(BaseConfig(name=str(swapped)))
     theirs, empty = pipeline.encode_prompt(CAPTIONS[:3], "cpu", 1, True)
-    ours, _ = encode_text(components.text_encoders, components.tokenize(CAPTIONS[:3]))
+    ours, _ = model.encode(model.tokenize(CAPTIONS[:3]))
     assert ours.shape == (3, LENGTH, 24)
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
-    nothing, _ = encode_text(components.text_encoders, components.tokenize([""] * 3))
+    nothing, _ = model.encode(model.tokenize([""] * 3))
     torch.testing.assert_close(nothing, empty, atol=1e-6, rtol=0)
     image = pipeline(CAPTIONS[0], height=64, width=64, num_inference_steps=1, output_type="np").images[0]
     assert image.shape == (64, 64, 3)
 
 
 def test_padding_does_not_reach_the_words(swapped: Path) -> None:
-    components = load_components(BaseConfig(name=str(swapped)))
-    ids = components.tokenize(["small effusion"])[0]
-    words = int((token_groups(components.tokenizers[0], "small effusion", LENGTH) != PADDING).sum())
-    whole, _ = encode_text(components.text_encoders, [ids])
-    cut, _ = encode_text(components.text_encoders, [ids[:, :words]])
+    model = load_model(BaseConfig(name=str(swapped)))
+    ids = model.tokenize(["small effusion"])[0]
+    words = int((token_groups(model.tokenizers[0], "small effusion", LENGTH) != PADDING).sum())
+    whole, _ = model.encode([ids])
+    cut, _ = model.encode([ids[:, :words]])
     torch.testing.assert_close(whole[:, :words], cut, atol=1e-5, rtol=0)
 
 
 def test_groups_and_words_of_other_tokenizers(swapped: Path) -> None:
-    tokenizer = load_components(BaseConfig(name=str(swapped))).tokenizers[0]
+    tokenizer = load_model(BaseConfig(name=str(swapped))).tokenizers[0]
     caption = "No pleural EFFUSION."
     groups = token_groups(tokenizer, caption, LENGTH)
     ids = tokenizer(caption)["input_ids"]
@@ -107,27 +109,27 @@ def test_groups_and_words_of_other_tokenizers(swapped: Path) -> None:
     assert "".join(tokenizer.convert_ids_to_tokens([ids[i] for i in spans])).replace("##", "") == "effusion"
 
 
-def test_the_projection_is_folded_exactly(sd: Components, tmp_path: Path) -> None:
+def test_the_projection_is_folded_exactly(sd: Model, tmp_path: Path) -> None:
     """The new U-Net on the new states is the old one on their projection, whatever the projection."""
     encoder, tokenizer = load_text_encoder(str(save_encoder(tmp_path, "bert")), max_tokens=LENGTH)
     pipeline, _ = swap_text_encoder(sd, encoder, tokenizer, CAPTIONS)
-    new = components_of(pipeline)
-    name = next(n for n, _ in sd.unet.named_parameters() if n.endswith("attn2.to_k.weight"))
-    old_k, new_k = sd.unet.get_parameter(name).double(), new.unet.get_parameter(name).double()
+    new = model_of(pipeline)
+    name = next(n for n, _ in sd.denoiser.named_parameters() if n.endswith("attn2.to_k.weight"))
+    old_k, new_k = sd.denoiser.get_parameter(name).double(), new.denoiser.get_parameter(name).double()
     projection = torch.linalg.lstsq(old_k, new_k).solution  # (old width, new width)
     torch.testing.assert_close(old_k @ projection, new_k, atol=1e-5, rtol=0)
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(2, LENGTH, 24, generator=generator)
-    latents = torch.randn(2, sd.unet.config.in_channels, 8, 8, generator=generator)
-    ours = new.unet(latents, 5, states).sample
-    if sd.unet.config.cross_attention_dim <= old_k.shape[0]:  # to_k alone tells the projection
-        theirs = sd.unet(latents, 5, (states.double() @ projection.T).float()).sample
+    latents = torch.randn(2, sd.denoiser.config.in_channels, 8, 8, generator=generator)
+    ours = new.denoiser(latents, 5, states).sample
+    if sd.denoiser.config.cross_attention_dim <= old_k.shape[0]:  # to_k alone tells the projection
+        theirs = sd.denoiser(latents, 5, (states.double() @ projection.T).float()).sample
         torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=0)
-    others = {k: v for k, v in new.unet.state_dict().items() if "attn2.to_k" not in k and "attn2.to_v" not in k}
-    assert all(torch.equal(v, sd.unet.state_dict()[k]) for k, v in others.items())
+    others = {k: v for k, v in new.denoiser.state_dict().items() if "attn2.to_k" not in k and "attn2.to_v" not in k}
+    assert all(torch.equal(v, sd.denoiser.state_dict()[k]) for k, v in others.items())
 
 
-def test_swapping_in_the_same_encoder_changes_little(sd: Components, tmp_path: Path) -> None:
+def test_swapping_in_the_same_encoder_changes_little(sd: Model, tmp_path: Path) -> None:
     sd.text_encoders[0].save_pretrained(tmp_path)
     sd.tokenizers[0].save_pretrained(tmp_path)
     encoder, tokenizer = load_text_encoder(str(tmp_path), max_tokens=sd.max_tokens)
@@ -139,25 +141,25 @@ def test_swapping_in_the_same_encoder_changes_little(sd: Components, tmp_path: P
 
 
 def test_it_trains_and_its_run_loads_again(swapped: Path, tmp_path: Path) -> None:
-    components = load_components(BaseConfig(name=str(swapped)))
-    prepare_training(components, method="full", text_encoder="full", lora=LoraConfig())
-    latents = torch.randn(1, components.unet.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
-    embeds, _ = encode_text(components.text_encoders, components.tokenize(CAPTIONS[:1]))
-    components.unet(latents, 5, embeds).sample.pow(2).mean().backward()
-    trained = [p for p in components.text_encoders[0].parameters() if p.requires_grad]
+    model = load_model(BaseConfig(name=str(swapped)))
+    prepare_training(model, method="full", text_encoder="full", lora=LoraConfig())
+    latents = torch.randn(1, model.denoiser.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    embeds, _ = model.encode(model.tokenize(CAPTIONS[:1]))
+    model.denoiser(latents, 5, embeds).sample.pow(2).mean().backward()
+    trained = [p for p in model.text_encoders[0].parameters() if p.requires_grad]
     assert trained and all(p.grad is not None for p in trained), "under DDP, a parameter without a gradient is an error"
     with torch.no_grad():
         for parameter in trained:
             parameter -= 0.1 * parameter.grad.sign()
-    export(components, tmp_path)
-    assert prove_parity(components, load_components(BaseConfig(name=str(swapped)), run=tmp_path), "cpu") == 0
+    export(model, tmp_path)
+    assert prove_parity(model, load_model(BaseConfig(name=str(swapped)), run=tmp_path), "cpu") == 0
 
 
 def test_adapters_that_stock_diffusers_could_not_load_are_refused(swapped: Path) -> None:
-    components = load_components(BaseConfig(name=str(swapped)))
+    model = load_model(BaseConfig(name=str(swapped)))
     lora = LoraConfig(text_encoder_targets=("query", "value"))
     with pytest.raises(UserError, match="adapters of CLIP text encoders only"):
-        prepare_training(components, method="lora", text_encoder="lora", lora=lora)
+        prepare_training(model, method="lora", text_encoder="lora", lora=lora)
 
 
 @pytest.mark.parametrize(
@@ -199,7 +201,7 @@ def test_a_foreign_class_is_read_as_the_kind_that_it_is_of(tmp_path: Path) -> No
         assert torch.equal(read.state_dict()[name], value), name
 
 
-def test_bases_that_cannot_be_swapped(loaded: dict[str, Components], tmp_path: Path) -> None:
+def test_bases_that_cannot_be_swapped(loaded: dict[str, Model], tmp_path: Path) -> None:
     encoder, tokenizer = load_text_encoder(str(save_encoder(tmp_path, "bert")), max_tokens=LENGTH)
     with pytest.raises(UserError, match="SD 1.x and 2.x"):
         swap_text_encoder(loaded["sdxl"], encoder, tokenizer, CAPTIONS)
@@ -207,7 +209,7 @@ def test_bases_that_cannot_be_swapped(loaded: dict[str, Components], tmp_path: P
         swap_text_encoder(loaded["sd"], encoder, tokenizer, CAPTIONS[:9])
 
 
-def test_multi_label_tokens_stand_alone(sd: Components, tmp_path: Path) -> None:
+def test_multi_label_tokens_stand_alone(sd: Model, tmp_path: Path) -> None:
     """One token a label, the same in any order and company; read back from a stock pipeline, with maps of each word."""
     train = PhantomDataset("train", 60, 0, 64, captions="labels")
     captions = [train.caption(i) for i in range(60)]
@@ -217,24 +219,24 @@ def test_multi_label_tokens_stand_alone(sd: Components, tmp_path: Path) -> None:
     assert len(tokenizer) == 4 + len(labels) + 1
     pipeline, _ = swap_text_encoder(sd, encoder, tokenizer, captions)
     pipeline.save_pretrained(tmp_path / "base")
-    components = load_components(BaseConfig(name=str(tmp_path / "base")))
+    model = load_model(BaseConfig(name=str(tmp_path / "base")))
     texts = ["Edema, pleural effusion", "pleural  effusion; edema", "edema", "edema, oedema"]
-    ids = components.tokenize(texts)[0]
+    ids = model.tokenize(texts)[0]
     assert [(row != 0).sum() for row in ids] == [4, 4, 3, 4] and (ids == 1).sum() == 1  # [UNK]
     with torch.no_grad():
-        states, _ = encode_text(components.text_encoders, [ids])
+        states, _ = model.encode([ids])
     assert sorted(ids[0].tolist()) == sorted(ids[1].tolist())
     for row, other in ((0, 1), (0, 2), (0, 3)):
         mine, theirs = ids[row].tolist(), ids[other].tolist()
         for token in set(mine) & set(theirs):
             torch.testing.assert_close(states[row, mine.index(token)], states[other, theirs.index(token)])
-    one = components.tokenizers[0]
+    one = model.tokenizers[0]
     assert token_spans(one, texts[0], find_words(texts[0], ["effusion"]), 12) == [2]
     assert token_spans(one, texts[0], find_words(texts[0], ["pleural", "effusion"]), 12) == [2]
-    prepare_training(components, method="full", text_encoder="full", lora=LoraConfig())
-    export(components, tmp_path / "run")
-    loaded = load_components(BaseConfig(name=str(tmp_path / "base")), run=tmp_path / "run")
-    assert prove_parity(components, loaded, "cpu") < 1e-5
+    prepare_training(model, method="full", text_encoder="full", lora=LoraConfig())
+    export(model, tmp_path / "run")
+    loaded = load_model(BaseConfig(name=str(tmp_path / "base")), run=tmp_path / "run")
+    assert prove_parity(model, loaded, "cpu") < 1e-5
 
 
 def test_multi_label_tokens_need_labels_and_room() -> None:

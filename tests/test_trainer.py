@@ -24,7 +24,9 @@ from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows
 from distill.errors import UserError
 from distill.methods.objectives import AttentionDistillationObjective, DenoisingObjective
-from distill.models.components import Components, components_of, prepare_training
+from distill.models.adapters import prepare_training
+from distill.models.family import Model
+from distill.models.loading import model_of
 from distill.trainer import FitResult, StepSampler, fit, generator_at, make_accelerator
 
 
@@ -80,15 +82,15 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def tiny(method: Any = "full", text_encoder: Any = "full", seed: int = 0) -> Components:
-    components = components_of(tiny_sd(seed=seed))
+def tiny(method: Any = "full", text_encoder: Any = "full", seed: int = 0) -> Model:
+    model = model_of(tiny_sd(seed=seed))
     torch.manual_seed(0)
-    prepare_training(components, method=method, text_encoder=text_encoder, lora=LoraConfig(rank=2, alpha=4.0))
-    return components
+    prepare_training(model, method=method, text_encoder=text_encoder, lora=LoraConfig(rank=2, alpha=4.0))
+    return model
 
 
-def rows_of(components: Components) -> TrainingRows:
-    return TrainingRows(PhantomDataset("train", 8, resolution=64), components)
+def rows_of(model: Model) -> TrainingRows:
+    return TrainingRows(PhantomDataset("train", 8, resolution=64), model)
 
 
 # Order of data and noise
@@ -138,33 +140,33 @@ def test_noise_depends_on_seed_step_and_rank() -> None:
 @pytest.mark.parametrize("distilled", [False, True])
 def test_frozen_means_frozen(tmp_path: Path, distilled: bool) -> None:
     """Bit for bit, after real optimizer steps with weight decay: text encoder, VAE, and all of the teacher."""
-    components, teacher = tiny(text_encoder="frozen"), tiny(seed=1)
-    frozen = [components.vae, *components.text_encoders, *teacher.modules()]
-    before, unet = state_of(*frozen), state_of(components.unet)
+    model, teacher = tiny(text_encoder="frozen"), tiny(seed=1)
+    frozen = [model.vae, *model.text_encoders, *teacher.modules()]
+    before, unet = state_of(*frozen), state_of(model.denoiser)
     with ExitStack() as stack:
-        objective = DenoisingObjective(components, DenoisingConfig())
+        objective = DenoisingObjective(model, DenoisingConfig())
         if distilled:
-            maps = [stack.enter_context(record_attention(c.unet)) for c in (components, teacher)]
+            maps = [stack.enter_context(record_attention(c.denoiser)) for c in (model, teacher)]
             objective = AttentionDistillationObjective(
-                components, DenoisingConfig(), AttentionDistillationConfig(), teacher, *maps
+                model, DenoisingConfig(), AttentionDistillationConfig(), teacher, *maps
             )
-        result = train(objective, tmp_path, rows_of(components), weight_decay=0.1)
+        result = train(objective, tmp_path, rows_of(model), weight_decay=0.1)
     assert same(state_of(*frozen), before)
     assert all(p.grad is None for module in frozen for p in module.parameters())
-    assert not any(torch.equal(a, b) for a, b in zip(state_of(components.unet), unet, strict=True))
-    assert result.trainable_parameters == sum(p.numel() for p in components.unet.parameters())
+    assert not any(torch.equal(a, b) for a, b in zip(state_of(model.denoiser), unet, strict=True))
+    assert result.trainable_parameters == sum(p.numel() for p in model.denoiser.parameters())
 
 
 def test_lora_changes_adapters_only(tmp_path: Path) -> None:
-    components = tiny("lora", "lora")
+    model = tiny("lora", "lora")
     teacher = tiny(seed=1)
-    modules = nn.ModuleList([components.unet, *components.text_encoders, components.vae])
+    modules = nn.ModuleList([model.denoiser, *model.text_encoders, model.vae])
     before = {k: v.clone() for k, v in modules.state_dict().items()}
-    with record_attention(components.unet) as ours, record_attention(teacher.unet) as theirs:
+    with record_attention(model.denoiser) as ours, record_attention(teacher.denoiser) as theirs:
         objective = AttentionDistillationObjective(
-            components, DenoisingConfig(), AttentionDistillationConfig(), teacher, ours, theirs
+            model, DenoisingConfig(), AttentionDistillationConfig(), teacher, ours, theirs
         )
-        train(objective, tmp_path, rows_of(components), weight_decay=0.1)
+        train(objective, tmp_path, rows_of(model), weight_decay=0.1)
     changed = {k for k, v in modules.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {k for k in before if ".lora_" in k}
     row = log_of(tmp_path)[-1]
@@ -173,12 +175,12 @@ def test_lora_changes_adapters_only(tmp_path: Path) -> None:
 
 
 def test_mixed_precision_keeps_trained_weights_in_float32(tmp_path: Path) -> None:
-    components = tiny()
-    objective = DenoisingObjective(components, DenoisingConfig())
-    before = state_of(components.unet)
-    train(objective, tmp_path, rows_of(components), max_steps=2, mixed_precision="bf16")
+    model = tiny()
+    objective = DenoisingObjective(model, DenoisingConfig())
+    before = state_of(model.denoiser)
+    train(objective, tmp_path, rows_of(model), max_steps=2, mixed_precision="bf16")
     assert all(p.dtype == torch.float32 for p in objective.parameters())
-    assert not same(state_of(components.unet), before)
+    assert not same(state_of(model.denoiser), before)
 
 
 def test_accumulated_batches_give_the_step_of_one_large_batch(tmp_path: Path) -> None:
@@ -348,13 +350,13 @@ def test_four_steps_equal_two_and_two_after_a_kill(tmp_path: Path, options: dict
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_distillation_continues_bit_for_bit(tmp_path: Path, method: str) -> None:
     def run(folder: Path, on: Any = None) -> list[torch.Tensor]:
-        components, teacher = tiny(method, method), tiny(seed=1)
-        with record_attention(components.unet) as ours, record_attention(teacher.unet) as theirs:
+        model, teacher = tiny(method, method), tiny(seed=1)
+        with record_attention(model.denoiser) as ours, record_attention(teacher.denoiser) as theirs:
             objective = AttentionDistillationObjective(
-                components, DenoisingConfig(), AttentionDistillationConfig(), teacher, ours, theirs
+                model, DenoisingConfig(), AttentionDistillationConfig(), teacher, ours, theirs
             )
             options = {"checkpoint_every_steps": 2, "sample_every_steps": 1}
-            train(objective, folder, rows_of(components), on=on, **options)
+            train(objective, folder, rows_of(model), on=on, **options)
         return state_of(objective)
 
     straight = run(tmp_path / "straight")

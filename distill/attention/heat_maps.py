@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.attention.recording import ALWAYS, AttentionMaps, Reduce, attention_layers, record_attention
 from distill.errors import UserError
+from distill.models.family import denoiser_of, unwrapped
 from distill.tokens import BOS, EOS, PADDING, find_words, token_groups, token_spans, words_of
 
 
@@ -36,7 +37,7 @@ class TokenSelection:
             batch, tokens = probabilities.shape[0], probabilities.shape[-1]
             if (batch, tokens) != matrix.shape[:2]:
                 raise ValueError(
-                    f"{batch} texts of {tokens} tokens reach the U-Net, where {len(matrix)} of {matrix.shape[1]} were "
+                    f"{batch} texts of {tokens} tokens reach the denoiser, where {len(matrix)} of {matrix.shape[1]} were "
                     "selected from; give both the same prompts and number of images per prompt"
                 )
             chosen = matrix.to(probabilities.device)
@@ -133,10 +134,11 @@ def record_pipeline(
     pipeline call raises ValueError for another number of prompts, images or tokens than was said.
     """
     tokenizers = [t for t in (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")) if t is not None]
-    if not tokenizers or not hasattr(pipe, "unet") or not hasattr(type(pipe), "do_classifier_free_guidance"):
-        raise UserError(f"{type(pipe).__name__} is not a text-to-image pipeline with a U-Net")
-    unet = getattr(pipe.unet, "_orig_mod", pipe.unet)
-    counts = {name: unet.get_submodule(name).heads for name in attention_layers(unet, layers)}
+    denoiser = denoiser_of(pipe)
+    if not tokenizers or denoiser is None or not hasattr(type(pipe), "do_classifier_free_guidance"):
+        raise UserError(f"{type(pipe).__name__} is not a text-to-image pipeline with a denoiser of a known family")
+    inner = unwrapped(denoiser)
+    counts = {name: inner.get_submodule(name).heads for name in attention_layers(inner, layers)}
     if heads == "each" and len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise UserError(f"with heads 'each', give layers that have equally many; they have: {listed}")
@@ -148,7 +150,7 @@ def record_pipeline(
 
     reduce = chosen.reduce(heads=heads, images_per_prompt=images_per_prompt)
     with record_attention(
-        pipe.unet, layers, reduce, accumulate=True, timesteps=timesteps, rows=conditional_rows
+        denoiser, layers, reduce, accumulate=True, timesteps=timesteps, rows=conditional_rows
     ) as maps:
         yield PromptMaps(maps, chosen.names, images_per_prompt)
 

@@ -1,4 +1,4 @@
-"""Capture of cross-attention probabilities of a diffusers U-Net, and their aggregation to maps.
+"""Capture of the attention probabilities of a denoiser of any registered family.
 
 SDPA never forms the probabilities, so the layers asked for get a processor that does, with the softmax in float32; the
 others keep theirs. Of generated images, one heat map a word (as DAAM, Tang et al. 2023, arXiv 2210.04885):
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,11 +20,10 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from distill.errors import UserError
+from distill.models.family import Family, Kind, family_of_denoiser, unwrapped
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 
-
-Kind = Literal["cross", "self"]
 ALWAYS = (0, 2**31)
 """Timesteps of any forward pass."""
 
@@ -33,22 +32,16 @@ PLAIN = ("AttnProcessor", "AttnProcessor2_0", "AttnProcessorNPU", "FusedAttnProc
 """Processors that compute the same attention in different ways. Others (IP-Adapter, PAG) compute another."""
 
 
-def attention_layers(unet: nn.Module, prefixes: str | Sequence[str] = (), kind: Kind = "cross") -> list[str]:
+def attention_layers(denoiser: nn.Module, prefixes: str | Sequence[str] = (), kind: Kind = "cross") -> list[str]:
     """Names of the attention modules of a kind that start with any of `prefixes` (all for none), in forward order.
 
     Raises UserError, with the available names, for a prefix that matches nothing, and if there is no such layer.
     """
     prefixes = [prefixes] if isinstance(prefixes, str) else prefixes
-    modules = list(getattr(unet, "_orig_mod", unet).named_modules())  # torch.compile wraps the module
-    # named_modules lists the up blocks before the middle one; maps are stored in the order of the forward pass.
-    names = [
-        n
-        for part in ("down_blocks", "mid_block", "up_blocks")
-        for n, m in modules
-        if n.startswith(part) and isinstance(m, Attention) and m.is_cross_attention == (kind == "cross")
-    ]
+    inner = unwrapped(denoiser)
+    names = family_of_denoiser(inner).attention_layers(inner, kind)
     if not names:
-        raise UserError(f"{type(unet).__name__} has no {kind}-attention layer in down_blocks, mid_block or up_blocks")
+        raise UserError(f"this {type(inner).__name__} has no {kind}-attention layer")
     for prefix in prefixes:
         if not any(n.startswith(prefix) for n in names):
             listed = ", ".join(n.removesuffix(".attn2").removesuffix(".attn1") for n in names)
@@ -84,6 +77,7 @@ class AttentionMaps:
 
     def __init__(
         self,
+        family: Family,
         reduce: Reduce,
         *,
         accumulate: bool = False,
@@ -92,7 +86,7 @@ class AttentionMaps:
         last: str = "",
         text_gradient: float = 1.0,
     ) -> None:
-        self.reduce, self.text_gradient = reduce, text_gradient
+        self.family, self.reduce, self.text_gradient = family, reduce, text_gradient
         self.accumulate, self.timesteps, self.rows = accumulate, timesteps, rows
         self.active = True
         self.by_layer: dict[str, torch.Tensor] = {}
@@ -112,11 +106,11 @@ class AttentionMaps:
     def start(self) -> None:
         self.by_layer, self.active, self.passes = {}, True, 0
 
-    def run(self, unet: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """A forward pass that ends after the last recorded layer, for maps without an output."""
+    def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """Call `forward`, which runs the denoiser, and end after the last recorded layer: maps without an output."""
         self._stop_early = True
         try:
-            unet(*args, **kwargs)
+            forward(*args, **kwargs)
         except Enough:
             pass
         finally:
@@ -138,28 +132,21 @@ class AttentionMaps:
             self.by_layer[layer] = self.by_layer[layer] + reduced
         else:
             self.by_layer[layer] = reduced
-        self.sizes[layer] = self._places(probabilities.shape[2])
+        self.sizes[layer] = self.family.grid(self._latent_size, probabilities.shape[2])
         if self._stop_early and layer == self._last:
             raise Enough
 
     @torch.compiler.disable
     def skip(self, layer: str) -> None:
-        """For a layer of too many places: of the up blocks, those after it have no fewer."""
-        if self._stop_early and layer.startswith("up_blocks"):
+        """For a layer of too many places: ends the pass if no later layer has fewer."""
+        if self._stop_early and self.family.nothing_smaller_follows(layer):
             raise Enough
-
-    def _places(self, count: int) -> tuple[int, int]:
-        height, width = self._latent_size
-        while height * width > count:
-            height, width = (height + 1) // 2, (width + 1) // 2
-        if height * width != count:
-            raise ValueError(f"{count} places do not fit latents of {self._latent_size}")
-        return height, width
 
     @torch.compiler.disable
     def see_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        sample, timestep = (args[i] if len(args) > i else kwargs[name] for i, name in enumerate(("sample", "timestep")))
-        self._latent_size = (sample.shape[-2], sample.shape[-1])
+        places = (self.family.latents_input, self.family.timestep_input)
+        latents, timestep = (args[place] if len(args) > place else kwargs[name] for name, place in places)
+        self._latent_size = (latents.shape[-2], latents.shape[-1])
         self._stored = set()
         low, high = self.timesteps
         if (low, high) != ALWAYS:  # looking at it waits for the device
@@ -223,7 +210,7 @@ class RecordingAttnProcessor:
 
 @contextmanager
 def record_attention(
-    unet: nn.Module,
+    denoiser: nn.Module,
     layers: str | Sequence[str] = (),
     reduce: Reduce = mean_over_heads,
     *,
@@ -246,13 +233,19 @@ def record_attention(
 
     Works with LoRA attached, quantized layers, torch.compile (each recorded layer breaks the graph, so not with
     fullgraph=True), gradients and gradient checkpointing, whose second pass inside backward is not recorded. The output
-    of the U-Net stays what it was, to rounding. Processors are restored at the end, also after an error. Of
+    of the denoiser stays what it was, to rounding. Processors are restored at the end, also after an error. Of
     several recorders of a layer, the last opened records. Raises UserError for other attention, such as an IP-Adapter's.
     """
-    inner = getattr(unet, "_orig_mod", unet)
-    names = attention_layers(unet, layers, kind)
+    inner = unwrapped(denoiser)
+    names = attention_layers(inner, layers, kind)
     maps = AttentionMaps(
-        reduce, accumulate=accumulate, timesteps=timesteps, rows=rows, last=names[-1], text_gradient=text_gradient
+        family_of_denoiser(inner),
+        reduce,
+        accumulate=accumulate,
+        timesteps=timesteps,
+        rows=rows,
+        last=names[-1],
+        text_gradient=text_gradient,
     )
     modules: dict[str, Any] = {name: inner.get_submodule(name) for name in names}
     originals = {name: module.processor for name, module in modules.items()}

@@ -29,7 +29,7 @@ class Sample:
 
     pixel_values: (3, height, width) float32 in [-1, 1].
     labels: the findings that the image is said to have, with or without a region.
-    original_size, crop_top_left: (height, width) of the file and the crop's corner, in pixels (SDXL's time ids).
+    original_size, crop_top_left: (height, width) of the file and the crop's corner, in pixels (read by SDXL).
     """
 
     id: str
@@ -40,6 +40,11 @@ class Sample:
     original_size: tuple[int, int] = (0, 0)
     crop_top_left: tuple[int, int] = (0, 0)
     meta: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def size_ids(self) -> tuple[int, ...]:
+        """What SDXL reads of an image: original size, top left corner of the crop, and size, each (height, width) in px."""
+        return (*self.original_size, *self.crop_top_left, *self.pixel_values.shape[-2:])
 
 
 class ImageCaptionDataset(Protocol):

@@ -43,7 +43,7 @@ from distill.evaluation.protocols import (
 )
 from distill.files import provenance
 from distill.metrics import PixelAUROC, macro_mean_interval
-from distill.models.components import AttentionSubset, Components
+from distill.models.family import AttentionSubset, Model
 from distill.report.document import UNKNOWN
 from distill.report.tables import format_number
 
@@ -96,7 +96,7 @@ def macro_mean(values: NDArray[np.float64], findings: NDArray[np.int64]) -> NDAr
 
 @torch.no_grad()
 def compute_cells(
-    components: Components,
+    model: Model,
     dataset: ImageCaptionDataset,
     config: EvaluationConfig,
     timesteps: Sequence[int],
@@ -109,16 +109,16 @@ def compute_cells(
     timesteps: in ascending order. The maps stay in memory: 4 bytes x pairs x layers x timesteps x latent places, shared
     between the processes. Raises UserError if no region can be scored.
     """
-    asked = queries(dataset, components, config, accelerator)
+    asked = queries(dataset, model, config, accelerator)
     starts = np.cumsum([0, *(len(query.findings) for query in asked)])
-    layers = attention_layers(components.unet)
+    layers = attention_layers(model.denoiser)
     mine = list(range(len(asked)))[accelerator.process_index :: accelerator.num_processes]
     maps: list[torch.Tensor] = []
     auc = [np.zeros((0, len(TOKEN_MAPS), len(layers), len(timesteps)))]
     masks: list[torch.Tensor] = []
     pairs: list[tuple[int, int, int]] = []
     bar = tqdm(total=len(mine), desc=f"{label} atlas", unit="image", disable=not accelerator.is_main_process)
-    with record_attention(components.unet) as recorder:
+    with record_attention(model.denoiser) as recorder:
         for start in range(0, len(mine), config.batch_size):
             batch = [asked[n] for n in mine[start : start + config.batch_size]]
             samples = [dataset[query.image] for query in batch]
@@ -132,7 +132,7 @@ def compute_cells(
                     columns.append(4 + place)
                     truths.append(mask)
                     pairs.append((finding, query.image, int(starts[mine[start + row]]) + place))
-            inputs = prepare_inputs(components, samples, batch, accelerator.device)
+            inputs = prepare_inputs(model, samples, batch, accelerator.device)
             recorder.reduce = partial(_chosen_columns, inputs.chosen)
             found = torch.empty(len(rows), len(layers), len(timesteps), *inputs.size)
             scores = np.empty((len(rows), *auc[0].shape[1:]))
@@ -288,7 +288,7 @@ def paired_difference(
 
 
 def compare_on_test(
-    components: Components,
+    model: Model,
     dataset: ImageCaptionDataset,
     config: EvaluationConfig,
     subset: AttentionSubset,
@@ -310,7 +310,7 @@ def compare_on_test(
     ):
         own = replace(config, layers=layers, timesteps=timesteps)
         shared: dict[str, Any] = {"accelerator": accelerator, "arm_dir": folder / name, "label": f"{label} {name}"}
-        found[name] = localization(components, dataset, own, **shared)
+        found[name] = localization(model, dataset, own, **shared)
         if found[name] is None:
             return None
         accelerator.wait_for_everyone()  # the first process has written the file
@@ -324,7 +324,7 @@ def compare_on_test(
 
 
 def analyse(
-    components: Components,
+    model: Model,
     validation: ImageCaptionDataset,
     test: ImageCaptionDataset,
     config: AtlasConfig,
@@ -338,7 +338,7 @@ def analyse(
     evaluation, own = config.evaluation, replace(config.evaluation, localization_images=config.validation_images)
     timesteps = sorted({*config.timesteps, *DEFAULT_TIMESTEPS})
     shared: dict[str, Any] = {"accelerator": accelerator, "label": label}
-    cells = compute_cells(components, validation, own, timesteps, **shared)
+    cells = compute_cells(model, validation, own, timesteps, **shared)
     measured = time.perf_counter()
     bar = tqdm(desc=f"{label} choice", unit="change", disable=not accelerator.is_main_process)
 
@@ -352,7 +352,7 @@ def analyse(
     tables = macro_mean(values, findings).round(6)
     images = len({image_key(validation, i) for part in gather_object([cells.images.tolist()]) for i in part})
     chosen = time.perf_counter()
-    result = compare_on_test(components, test, evaluation, choice.subset, folder=folder, **shared)
+    result = compare_on_test(model, test, evaluation, choice.subset, folder=folder, **shared)
     if result is None:
         raise UserError("no test image has a region of a finding; the subset cannot be tested")
     return {

@@ -1,6 +1,6 @@
 """Localization and quality of one model, as dictionaries of metrics.json.
 
-Evaluation never imports training: it takes a base and, as a user would, a run folder (components.load_components).
+Evaluation never imports training: it takes a base and, as a user would, a run folder (models.load_model).
 Work is shared between the processes of `accelerate launch`; every process must call these functions.
 """
 
@@ -31,7 +31,7 @@ from distill.metrics import Diversity, finding_auroc, frechet_distance, frechet_
 from distill.metrics.features import Features
 from distill.models.bits import megabytes, quantize
 from distill.models.blocks import model_size
-from distill.models.components import Components
+from distill.models.family import Model
 
 
 def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
@@ -47,19 +47,19 @@ class Generated:
     scores: torch.Tensor | None
 
 
-def sampler(components: Components, config: EvaluationConfig) -> Any:
+def sampler(model: Model, config: EvaluationConfig) -> Any:
     """A scheduler as images are drawn with."""
-    own = components.pipeline.scheduler
+    own = model.pipeline.scheduler
     return LCMScheduler.from_config(own.config) if config.scheduler == "lcm" else type(own).from_config(own.config)
 
 
 @torch.no_grad()
 def generate(
-    components: Components, captions: Sequence[str], seeds: Sequence[int], resolution: int, config: EvaluationConfig
+    model: Model, captions: Sequence[str], seeds: Sequence[int], resolution: int, config: EvaluationConfig
 ) -> torch.Tensor:
     """(captions, 3, resolution, resolution) float32 in [0, 1], on the CPU. An image depends on its caption and seed only."""
-    pipeline, own = components.pipeline, components.pipeline.scheduler
-    pipeline.scheduler = sampler(components, config)
+    pipeline, own = model.pipeline, model.pipeline.scheduler
+    pipeline.scheduler = sampler(model, config)
     try:
         images = pipeline(
             prompt=list(captions),
@@ -93,7 +93,7 @@ def evaluation_order(dataset: ImageCaptionDataset, examples: Sequence[int], coun
 
 @torch.no_grad()
 def quality(
-    components: Components,
+    model: Model,
     dataset: ImageCaptionDataset,
     config: EvaluationConfig,
     *,
@@ -127,7 +127,7 @@ def quality(
     bar = tqdm(total=len(mine), desc=f"{label} images", unit="image", disable=not accelerator.is_main_process)
     for batch in _batches(mine, config.batch_size):
         captions = [dataset.caption(job[0]) for job in batch]
-        images = generate(components, captions, [job[1] for job in batch], resolution, config)
+        images = generate(model, captions, [job[1] for job in batch], resolution, config)
         values, scores = _extract(features, images, accelerator.device)
         for (index, _, place, kind), image, value, score in zip(batch, images, values, scores, strict=True):
             if kind == "fid":
@@ -236,7 +236,7 @@ class HeldOut:
 
 def held_out(
     dataset: ImageCaptionDataset,
-    components: Components,
+    model: Model,
     config: EvaluationConfig,
     features: Features | None,
     *,
@@ -248,7 +248,7 @@ def held_out(
     The FID of the real row is between the real images that the arms are compared with and as many others, so that it
     shows what the distance is at this number of images when nothing is wrong.
     """
-    located = list(dict.fromkeys(query.image for query in queries(dataset, components, config, accelerator)))
+    located = list(dict.fromkeys(query.image for query in queries(dataset, model, config, accelerator)))
     examples = (located or list(range(len(dataset))))[: config.examples]
     if accelerator.is_main_process:
         write_examples(dataset, examples, run_dir / "real")
@@ -267,7 +267,7 @@ def held_out(
 
 
 def evaluate(
-    components: Components,
+    model: Model,
     against: HeldOut,
     config: EvaluationConfig,
     *,
@@ -278,20 +278,20 @@ def evaluate(
 ) -> dict[str, Any]:
     """{"localization", "quality", "size", "seconds": {"localization_seconds", "evaluation_seconds"}} of one model."""
     began = time.perf_counter()
-    components.to(accelerator.device).freeze()
+    model.to(accelerator.device).freeze()
     if config.quantization != "none":
-        quantize(components, config.quantization)
-    stored = megabytes(components)
+        quantize(model, config.quantization)
+    stored = megabytes(model)
     shared: dict[str, Any] = {
         "accelerator": accelerator,
         "arm_dir": arm_dir,
         "examples": against.examples,
         "label": label,
     }
-    located = localization(components, against.dataset, config, **shared)
+    located = localization(model, against.dataset, config, **shared)
     localization_seconds = time.perf_counter() - began
     drawn = quality(
-        components,
+        model,
         against.dataset,
         config,
         resolution=resolution,
@@ -303,10 +303,10 @@ def evaluate(
         "localization_seconds": localization_seconds,
         "evaluation_seconds": time.perf_counter() - began,
     }
-    scheduler = sampler(components, config)
+    scheduler = sampler(model, config)
     scheduler.set_timesteps(config.num_inference_steps)
     passes = len(scheduler.timesteps) * (2 if config.guidance_scale > 1 else 1)
-    size = model_size(components, resolution) | {"unet_passes_an_image": passes, "megabytes": stored}
+    size = model_size(model, resolution) | {"denoiser_passes_an_image": passes, "megabytes": stored}
     return finite({"localization": located, "quality": drawn, "size": size, "seconds": seconds})
 
 

@@ -41,7 +41,7 @@ from distill.evaluation.protocols import (
 )
 from distill.metrics import AttentionMass, LocalizationMetric, MixtureMetric, macro_mean_interval
 from distill.metrics.maps import mixture_masks
-from distill.models.components import Components
+from distill.models.family import Model
 
 TOKEN_MAPS = ("word", "eos", "padding")
 
@@ -110,14 +110,14 @@ def score_rows(
 
 
 def _evaluation_key(
-    components: Components, dataset: ImageCaptionDataset, asked: Sequence[Query], config: EvaluationConfig
+    model: Model, dataset: ImageCaptionDataset, asked: Sequence[Query], config: EvaluationConfig
 ) -> str:
     """Hash of everything that decides a line of the scores."""
     irrelevant = ("batch_size", "generated_images", "diversity_captions", "diversity_samples", "num_inference_steps",
                   "guidance_scale", "scheduler", "features", "bootstrap_samples", "examples")  # fmt: skip
     settings = {key: value for key, value in asdict(config).items() if key not in irrelevant}
     parts = [json.dumps(settings, sort_keys=True)]
-    parts += [model_fingerprint(module) for module in components.modules()]
+    parts += [model_fingerprint(module) for module in model.modules()]
     parts += [f"{dataset.fingerprint(q.image)}{q.truth}{q.text}{q.findings}{q.tokens}" for q in asked]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
@@ -140,7 +140,7 @@ def _read_rows(folder: Path, key: str) -> list[dict[str, Any]]:
 
 @torch.no_grad()
 def localization(
-    components: Components,
+    model: Model,
     dataset: ImageCaptionDataset,
     config: EvaluationConfig,
     *,
@@ -153,14 +153,14 @@ def localization(
 
     Writes the examples' maps to maps.safetensors, and the scores of each pair to pairs.jsonl.
     """
-    asked = queries(dataset, components, config, accelerator)
+    asked = queries(dataset, model, config, accelerator)
     if not asked:
         return None
-    config = with_subset(config, components)
+    config = with_subset(config, model)
     device, protocol = accelerator.device, PROTOCOLS[config.protocol]
-    names = protocol.layers(attention_layers(components.unet, config.layers))
+    names = protocol.layers(attention_layers(model.denoiser, config.layers))
     scores = Scores(protocol, config, device)
-    key = _evaluation_key(components, dataset, asked, config)
+    key = _evaluation_key(model, dataset, asked, config)
     earlier = _read_rows(arm_dir, key)
     complete = {q: sum(row["query"] == q for row in earlier) for q in {row["query"] for row in earlier}}
     shown = [n for n, q in enumerate(asked) if q.image in examples]
@@ -179,12 +179,12 @@ def localization(
     bar = tqdm(total=len(mine), desc=f"{label} maps", unit="image", disable=not (mine and accelerator.is_main_process))
     with ExitStack() as stack:
         log = stack.enter_context(_part_file(arm_dir, accelerator.process_index, key))
-        recorder = open_recorder(stack, components, names, config)
+        recorder = open_recorder(stack, model, names, config)
         for start in range(0, len(mine), config.batch_size):
             numbers = mine[start : start + config.batch_size]
             batch = [asked[n] for n in numbers]
             samples = [dataset[query.image] for query in batch]
-            inputs = prepare_inputs(components, samples, batch, device)
+            inputs = prepare_inputs(model, samples, batch, device)
             recorder.cross.reduce = inputs.reduce
             maps, mass = protocol.maps(inputs, config, recorder)
             rows: list[dict[str, Any]] = []

@@ -45,7 +45,7 @@ from distill.metrics.maps import (
     refine_by_self_attention,
     remove_orphans,
 )
-from distill.models.components import Components, encode_text
+from distill.models.family import Conditions, Model
 from distill.tokens import BOS, EOS, PADDING, WORD, find_words, token_groups, token_spans
 
 DEFAULT_TIMESTEPS = (100, 250, 400, 550, 700)
@@ -69,7 +69,7 @@ class Query:
 
 def queries(
     dataset: ImageCaptionDataset,
-    components: Components,
+    model: Model,
     config: EvaluationConfig,
     accelerator: Accelerator | None = None,
 ) -> list[Query]:
@@ -91,7 +91,7 @@ def queries(
         indices = range(start, min(start + together, len(dataset)))
         looked, faults = [], []
         try:
-            looked = [(index, *_queries_of(dataset, index, components, config)) for index in indices[rank::world]]
+            looked = [(index, *_queries_of(dataset, index, model, config)) for index in indices[rank::world]]
         except UserError as error:  # an image that cannot be read; the other processes must not wait for this one
             faults.append(str(error))
         if world > 1:
@@ -112,10 +112,10 @@ def queries(
 
 
 def _queries_of(
-    dataset: ImageCaptionDataset, index: int, components: Components, config: EvaluationConfig
+    dataset: ImageCaptionDataset, index: int, model: Model, config: EvaluationConfig
 ) -> tuple[int, list[Query]]:
     """How many findings have a region in an image, and its queries."""
-    tokenizer, length = components.tokenizers[0], components.max_tokens
+    tokenizer, length = model.tokenizers[0], model.max_tokens
     names, regions = list(dataset.findings), dataset[index].regions
     texts: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
     phrases = {region.finding: region.phrase for region in regions}
@@ -157,16 +157,15 @@ def selection(query: Query, columns: int) -> torch.Tensor:
 
 @dataclass(frozen=True)
 class Inputs:
-    """A batch of queries as the U-Net takes it.
+    """A batch of queries as the denoiser takes it.
 
-    latents: (batch, channels, height, width) posterior means, scaled. embeds: (batch, tokens, dim). added: SDXL's
-    conditions. chosen: (batch, tokens, 4 + pairs), see `selection`. images: index of each query's image.
+    latents: (batch, channels, height, width) posterior means, scaled. chosen: (batch, tokens, 4 + pairs), see `selection`.
+    images: index of each query's image.
     """
 
-    components: Components
+    model: Model
     latents: torch.Tensor
-    embeds: torch.Tensor
-    added: dict[str, torch.Tensor] | None
+    conditions: Conditions
     chosen: torch.Tensor
     images: tuple[int, ...]
 
@@ -189,37 +188,35 @@ class Inputs:
 
     def renoised(self, timesteps: Sequence[int], seed: int, maps: AttentionMaps) -> Iterator[dict[str, torch.Tensor]]:
         """Maps by layer, (batch, places, 4 + pairs), of the real latents noised at each of `timesteps`."""
-        unet, scheduler = self.components.unet, self.components.noise_scheduler
+        model, family = self.model, self.model.family
         noise = self.noise(len(timesteps), seed)
         for place, timestep in enumerate(timesteps):
-            noisy = scheduler.add_noise(self.latents, noise[:, place], self.steps(timestep))
+            steps = self.steps(timestep)
+            noisy = family.add_noise(model, self.latents, noise[:, place], steps)
             maps.start()
-            maps.run(unet, noisy.to(unet.dtype), self.steps(timestep), self.embeds, added_cond_kwargs=self.added)
+            maps.run(family.predict, model.denoiser, noisy, steps, self.conditions)
             yield maps.take()
 
 
-def prepare_inputs(
-    components: Components, samples: Sequence[Sample], batch: Sequence[Query], device: torch.device
-) -> Inputs:
+def prepare_inputs(model: Model, samples: Sequence[Sample], batch: Sequence[Query], device: torch.device) -> Inputs:
     """Encode each query's image and text. Batches of any composition give the same rows, to rounding."""
     columns = 4 + max(len(query.tokens) for query in batch)
-    pixels = torch.stack([sample.pixel_values for sample in samples]).to(device, components.vae.dtype)
+    pixels = torch.stack([sample.pixel_values for sample in samples]).to(device, model.vae.dtype)
     with torch.autocast(device.type, enabled=False):  # stock VAEs overflow in half precision
-        latents = components.vae.encode(pixels).latent_dist.mean.float() * components.vae.config.scaling_factor
-    ids = [x.to(device) for x in components.tokenize([query.text for query in batch])]
-    embeds, pooled = encode_text(components.text_encoders, ids)
-    dtype = components.unet.dtype
-    added = None
-    if components.is_sdxl and pooled is not None:
-        ids_of_time = [(*s.original_size, *s.crop_top_left, *s.pixel_values.shape[-2:]) for s in samples]
-        added = {"text_embeds": pooled.to(dtype), "time_ids": torch.tensor(ids_of_time, device=device, dtype=dtype)}
+        latents = model.vae.encode(pixels).latent_dist.mean.float() * model.vae.config.scaling_factor
+    ids = [x.to(device) for x in model.tokenize([query.text for query in batch])]
+    embeds, pooled = model.encode(ids)
+    sizes = None
+    if model.family.reads_size:
+        sizes = torch.tensor([sample.size_ids for sample in samples], dtype=torch.float32, device=device)
     chosen = torch.stack([selection(query, columns) for query in batch]).to(device)
-    return Inputs(components, latents, embeds.to(dtype), added, chosen, tuple(query.image for query in batch))
+    conditions = Conditions(embeds, pooled, sizes)
+    return Inputs(model, latents, conditions, chosen, tuple(query.image for query in batch))
 
 
 @dataclass(frozen=True)
 class Recorder:
-    """Open recorders of a U-Net: cross-attention, and self-attention where maps are refined by it."""
+    """Open recorders of a denoiser: cross-attention, and self-attention where maps are refined by it."""
 
     cross: AttentionMaps
     self_attention: AttentionMaps | None = None
@@ -250,8 +247,8 @@ def refine(maps: torch.Tensor, recorder: Recorder, config: EvaluationConfig) -> 
     return refine_by_self_attention(small.flatten(2), same, config.self_attention_power).unflatten(2, size)
 
 
-def ddim_timesteps(components: Components, steps: int) -> list[int]:
-    scheduler = DDIMScheduler.from_config(components.noise_scheduler.config)
+def ddim_timesteps(model: Model, steps: int) -> list[int]:
+    scheduler = DDIMScheduler.from_config(model.noise_scheduler.config)
     scheduler.set_timesteps(steps)
     return [int(t) for t in scheduler.timesteps]
 
@@ -259,7 +256,7 @@ def ddim_timesteps(components: Components, steps: int) -> list[int]:
 def dombrowski(inputs: Inputs, config: EvaluationConfig, recorder: Recorder) -> tuple[torch.Tensor, torch.Tensor]:
     """The last 40 of 50 DDIM timesteps, all layers and heads, at 64 x 64 by nearest neighbour, mean. As `ours`."""
     total = torch.zeros((), device=inputs.latents.device)
-    timesteps = ddim_timesteps(inputs.components, 50)[10:]
+    timesteps = ddim_timesteps(inputs.model, 50)[10:]
     for by_layer in inputs.renoised(timesteps, config.seed, recorder.cross):
         total = total + aggregate(by_layer, recorder.cross.sizes, (64, 64), mode="nearest")
     maps = total / len(timesteps)
@@ -270,7 +267,7 @@ VILOURAS_STEPS, VILOURAS_RECORDED, VILOURAS_LAYERS = 300, range(120, 180), (3, 4
 
 
 def vilouras_layers(names: Sequence[str]) -> list[str]:
-    """The layers 3, 4, 6, 7, from 0 and of SD's 16, and those at the same relative depth of a U-Net with fewer."""
+    """The layers 3, 4, 6, 7, from 0 and of SD's 16, and those at the same relative depth of a denoiser with fewer."""
     scale = min(1.0, (len(names) - 1) / 15)
     return list(dict.fromkeys(names[round(place * scale)] for place in VILOURAS_LAYERS))
 
@@ -282,27 +279,25 @@ def vilouras(inputs: Inputs, config: EvaluationConfig, recorder: Recorder) -> tu
     of the model's image, where the authors' code smooths; it also resizes each layer before the mean, where this
     resizes the mean.
     """
-    components = inputs.components
-    scheduler = DDIMInverseScheduler.from_config(components.noise_scheduler.config)
+    model = inputs.model
+    scheduler = DDIMInverseScheduler.from_config(model.noise_scheduler.config)
     scheduler.set_timesteps(VILOURAS_STEPS, device=inputs.latents.device)
     timesteps = [int(t) for t in scheduler.timesteps[: VILOURAS_RECORDED.stop]]
-    latents, unet, maps = inputs.latents, components.unet, recorder.cross
+    latents, denoiser, maps = inputs.latents, model.denoiser, recorder.cross
     maps.timesteps = (timesteps[VILOURAS_RECORDED.start], timesteps[-1])
     total = torch.zeros((), device=latents.device)
     mass = torch.zeros((), device=latents.device)
     count = 0
     for timestep in timesteps:
         maps.start()
-        predicted = unet(
-            latents.to(unet.dtype), timestep, inputs.embeds, added_cond_kwargs=inputs.added, return_dict=False
-        )[0]
+        predicted = model.family.predict(denoiser, latents, inputs.steps(timestep), inputs.conditions)
         latents = scheduler.step(predicted.float(), timestep, latents).prev_sample
         for name, values in maps.take().items():
             raw = to_image(values, maps.sizes[name], inputs.size)
             total, mass, count = total + normalize(raw), mass + raw[:, :4].mean(dim=(-2, -1)), count + 1
-    if count != len(VILOURAS_RECORDED) * len(vilouras_layers(attention_layers(unet))):
+    if count != len(VILOURAS_RECORDED) * len(vilouras_layers(attention_layers(denoiser))):
         raise RuntimeError(f"{count} maps were recorded, where steps and layers ask for another number")
-    side = [components.vae_factor * length for length in inputs.size]
+    side = [model.vae_factor * length for length in inputs.size]
     mean = F.interpolate(total / count, size=side, mode="bilinear", align_corners=False)
     smooth = normalize(gaussian_smooth(mean.flatten(0, 1), 2.5))
     masked = smooth * (smooth > otsu_threshold(smooth)[:, None, None])
@@ -363,10 +358,10 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 
 
-def with_subset(config: EvaluationConfig, components: Components) -> EvaluationConfig:
+def with_subset(config: EvaluationConfig, model: Model) -> EvaluationConfig:
     """The configuration with the layers and timesteps that its maps are of: its own, the model's chosen subset
     (localization.json), or the defaults. The protocols of papers fix their own."""
-    subset = components.subset if config.protocol == "ours" else None
+    subset = model.subset if config.protocol == "ours" else None
     layers, timesteps = config.layers, config.timesteps
     if subset is not None and not layers and timesteps is None:
         layers, timesteps = subset.layers, subset.timesteps
@@ -404,9 +399,9 @@ def post_process(maps: torch.Tensor, config: EvaluationConfig) -> torch.Tensor:
     return maps
 
 
-def open_recorder(stack: ExitStack, components: Components, names: Sequence[str], config: EvaluationConfig) -> Recorder:
-    cross = stack.enter_context(record_attention(components.unet, names))
+def open_recorder(stack: ExitStack, model: Model, names: Sequence[str], config: EvaluationConfig) -> Recorder:
+    cross = stack.enter_context(record_attention(model.denoiser, names))
     if config.self_attention_power == 0:
         return Recorder(cross)
     # Of the self-attention layers, those of the finest size that has at most 32 x 32 places can be held.
-    return Recorder(cross, stack.enter_context(record_attention(components.unet, kind="self", max_places=1024)))
+    return Recorder(cross, stack.enter_context(record_attention(model.denoiser, kind="self", max_places=1024)))

@@ -27,7 +27,7 @@ from distill.config import EvaluationConfig
 from distill.data.sample import ImageCaptionDataset, Sample
 from distill.evaluation.protocols import PROTOCOLS, Query, open_recorder, prepare_inputs, queries, with_subset
 from distill.metrics import PixelAUROC, bootstrap_interval
-from distill.models.components import Components
+from distill.models.family import Model
 from distill.tokens import find_words, token_groups, token_spans
 
 SYNONYMS: tuple[tuple[str, str], ...] = (
@@ -148,10 +148,10 @@ class ShiftedDataset:
         return f"{self.dataset.fingerprint(index)} {self.name}"
 
 
-def negation_queries(dataset: ImageCaptionDataset, components: Components, count: int) -> list[Query]:
+def negation_queries(dataset: ImageCaptionDataset, model: Model, count: int) -> list[Query]:
     """Of the first `count` captions that state a finding and name another that the image does not have, both: the stated
     findings first. A finding is counted as stated or absent by the image's labels."""
-    tokenizer, length = components.tokenizers[0], components.max_tokens
+    tokenizer, length = model.tokenizers[0], model.max_tokens
     found: list[Query] = []
     for index in range(len(dataset)):
         if len(found) == count:
@@ -177,7 +177,7 @@ def negation_queries(dataset: ImageCaptionDataset, components: Components, count
 
 @torch.no_grad()
 def maps_of(
-    components: Components,
+    model: Model,
     dataset: ImageCaptionDataset,
     asked: Sequence[Query],
     config: EvaluationConfig,
@@ -187,16 +187,16 @@ def maps_of(
 ) -> Iterator[tuple[Query, Sample, torch.Tensor]]:
     """Of this process's share of the queries: the image, and its maps by protocol ours at latent size, not normalized, of
     shape (findings, height, width)."""
-    config = with_subset(replace(config, protocol="ours"), components)
+    config = with_subset(replace(config, protocol="ours"), model)
     mine = asked[accelerator.process_index :: accelerator.num_processes]
-    components.to(accelerator.device).freeze()
+    model.to(accelerator.device).freeze()
     with ExitStack() as stack:
-        recorder = open_recorder(stack, components, attention_layers(components.unet, config.layers), config)
+        recorder = open_recorder(stack, model, attention_layers(model.denoiser, config.layers), config)
         starts = range(0, len(mine), config.batch_size)
         for start in tqdm(starts, desc=label, unit="batch", disable=not accelerator.is_main_process):
             batch = mine[start : start + config.batch_size]
             samples = [dataset[query.image] for query in batch]
-            inputs = prepare_inputs(components, samples, batch, accelerator.device)
+            inputs = prepare_inputs(model, samples, batch, accelerator.device)
             recorder.cross.reduce = inputs.reduce
             maps, _ = PROTOCOLS["ours"].maps(inputs, config, recorder)
             for query, sample, own in zip(batch, samples, maps, strict=True):
@@ -216,7 +216,7 @@ def means(columns: Mapping[str, Sequence[float]], images: Sequence[int], config:
 
 
 def negations(
-    components: Components,
+    model: Model,
     dataset: ImageCaptionDataset,
     config: EvaluationConfig,
     *,
@@ -229,10 +229,10 @@ def negations(
     finding lights up as a stated one does), "peak_ratio_ci", "stated_wins": share of images where the stated one's peak is
     larger, "stated_wins_ci", "images"}. Attention is that of protocol ours, not normalized.
     """
-    asked = negation_queries(dataset, components, config.localization_images)
+    asked = negation_queries(dataset, model, config.localization_images)
     rows: list[tuple[int, float]] = []
     label = f"{label} negations"
-    for query, _, maps in maps_of(components, dataset, asked, config, accelerator=accelerator, label=label):
+    for query, _, maps in maps_of(model, dataset, asked, config, accelerator=accelerator, label=label):
         peaks = maps.flatten(1).amax(dim=1)
         stated = int(query.truth)
         rows.append((query.image, float(peaks[stated:].mean() / peaks[:stated].mean())))
@@ -245,7 +245,7 @@ def negations(
 
 
 def two_places(
-    components: Components,
+    model: Model,
     dataset: ImageCaptionDataset,
     config: EvaluationConfig,
     *,
@@ -258,10 +258,10 @@ def two_places(
     both, "auc_ci", "lesser_auc_ci", "images", "pairs"}: means over the (image, finding) pairs of two boxes or more among
     the first `localization_images` images, without post-processing of the maps. A place is a box's part of the mask.
     """
-    asked = queries(dataset, components, replace(config, protocol="ours"), accelerator)
+    asked = queries(dataset, model, replace(config, protocol="ours"), accelerator)
     metric, rows = PixelAUROC(), []
     label = f"{label} two places"
-    for query, sample, maps in maps_of(components, dataset, asked, config, accelerator=accelerator, label=label):
+    for query, sample, maps in maps_of(model, dataset, asked, config, accelerator=accelerator, label=label):
         regions = {region.finding: region for region in sample.regions}
         for finding, small in zip(query.findings, maps, strict=True):
             region = regions[dataset.findings[finding]]

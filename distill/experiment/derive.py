@@ -15,16 +15,17 @@ from distill.arms import Arm, unused_options
 from distill.cli import refuse_unused
 from distill.config import BaseConfig, CompressConfig, DistillStepsConfig
 from distill.errors import UserError
-from distill.models.components import SUBSET_FILE, Components, load_components
+from distill.models.family import Model
+from distill.models.loading import SUBSET_FILE, load_model
 from distill.processes import process_state
 from distill.runs import claim, quiet_libraries
 
-Change = Callable[[Components], Components]
+Change = Callable[[Model], Model]
 
 
 @contextmanager
 def derived_base(
-    config: CompressConfig | DistillStepsConfig, arm: Arm, name: str, change: Change = lambda components: components
+    config: CompressConfig | DistillStepsConfig, arm: Arm, name: str, change: Change = lambda model: model
 ) -> Iterator[BaseConfig]:
     """Write base and run, after `change`, to <output_dir>/<name> unless it is there, and give it as a base.
 
@@ -60,25 +61,25 @@ def derived_base(
                 folder.rmdir()
 
 
-def whole(config: CompressConfig | DistillStepsConfig) -> Components:
+def whole(config: CompressConfig | DistillStepsConfig) -> Model:
     """Base and run as plain weights: adapters are fused, so that they cost no time and no parameters of their own."""
-    components = load_components(config.base, config.run)
-    if any("lora_" in name for module in components.modules() for name, _ in module.named_parameters()):
-        components.pipeline.fuse_lora()
-        components.pipeline.unload_lora_weights()
-    return components
+    model = load_model(config.base, config.run)
+    if any("lora_" in name for module in model.modules() for name, _ in module.named_parameters()):
+        model.pipeline.fuse_lora()
+        model.pipeline.unload_lora_weights()
+    return model
 
 
 def _write(config: CompressConfig | DistillStepsConfig, folder: Path, change: Change) -> None:
     """At `folder` only when it is whole."""
-    components = change(whole(config))
+    model = change(whole(config))
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
-        components.pipeline.save_pretrained(partial, safe_serialization=True)
-        if components.subset:
-            content = {"layers": components.subset.layers, "timesteps": components.subset.timesteps}
+        model.pipeline.save_pretrained(partial, safe_serialization=True)
+        if model.subset:
+            content = {"layers": model.subset.layers, "timesteps": model.subset.timesteps}
             (partial / SUBSET_FILE).write_text(json.dumps(content), encoding="utf-8")
         partial.rename(folder)
     finally:

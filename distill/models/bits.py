@@ -1,4 +1,4 @@
-"""Fewer bits: the linear layers of U-Net and text encoders in 8 or 4 bits, by bitsandbytes.
+"""Fewer bits: the linear layers of denoiser and text encoders in 8 or 4 bits, by bitsandbytes.
 
 int8 is LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339) with its threshold of 6, nf4 the 4-bit NormalFloat of QLoRA
 (Dettmers et al. 2023, arXiv 2305.14314) in blocks of 64: what stock loading does with a BitsAndBytesConfig of load_in_8bit,
@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import nn
 
-from distill.models.components import Components
+from distill.models.family import Model
 
 Bits = Literal["int8", "nf4"]
 OUTLIER_THRESHOLD = 6.0
@@ -26,9 +26,9 @@ class RoundedLinear(nn.Linear):
     """
 
 
-def quantize(components: Components, bits: Bits) -> None:
-    """Replace the linear layers of U-Net and text encoders, in place; adapters on them stay as they are."""
-    for module in (components.unet, *components.text_encoders):
+def quantize(model: Model, bits: Bits) -> None:
+    """Replace the linear layers of denoiser and text encoders in place; their adapters stay as they are."""
+    for module in (model.denoiser, *model.text_encoders):
         linear = [
             (name, layer)
             for name, layer in module.named_modules()
@@ -76,10 +76,13 @@ def _nf4(layer: nn.Linear) -> nn.Module:
     return new.to(weight.device)
 
 
-def megabytes(components: Components) -> float:
-    """What U-Net and text encoders take, in units of 1e6 bytes: 2 bytes a number, quantized ones theirs and their scales'."""
+def megabytes(model: Model) -> float:
+    """Size of denoiser and text encoders in units of 1e6 bytes.
+
+    A number takes 2 bytes. Quantized layers take the bytes of their numbers and of their scales.
+    """
     total = 0
-    for module in (components.unet, *components.text_encoders):
+    for module in (model.denoiser, *model.text_encoders):
         rounded = {id(layer.weight) for layer in module.modules() if isinstance(layer, RoundedLinear)}
         for parameter in module.parameters():
             state = getattr(parameter, "quant_state", None)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,15 +20,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distill.config import BlocksConfig
 from distill.errors import UserError, raise_all
-from distill.models.components import AttentionSubset, Components
+from distill.models.family import AttentionSubset, Model, ModuleName, unwrapped
 
 PER_STAGE = (
     "down_block_types", "block_out_channels", "attention_head_dim", "num_attention_heads", "cross_attention_dim",
     "layers_per_block", "transformer_layers_per_block", "only_cross_attention",
 )  # fmt: skip
 """Entries of a U-Net's config that may be lists of one value a stage, outermost first."""
-
-ModuleName = Callable[[str], str]
 
 
 def pruned_config(config: Mapping[str, Any], blocks: BlocksConfig) -> dict[str, Any]:
@@ -112,6 +110,8 @@ def pruned_unet(teacher: UNet2DConditionModel, blocks: BlocksConfig) -> UNet2DCo
     Raises UserError where a block that stays does not fit: the innermost stages can go only where the next one has as many
     channels, as in Stable Diffusion.
     """
+    if not isinstance(teacher, UNet2DConditionModel):
+        raise UserError(f"blocks can be taken out of a UNet2DConditionModel; this base has a {type(teacher).__name__}")
     student = UNet2DConditionModel.from_config(pruned_config(teacher.config, blocks))
     name_there, theirs = name_in_teacher(student.config, teacher.config), teacher.state_dict()
     state, faults = {}, []
@@ -128,7 +128,7 @@ def pruned_unet(teacher: UNet2DConditionModel, blocks: BlocksConfig) -> UNet2DCo
 
 
 def pruned_subset(subset: AttentionSubset | None, student: nn.Module, name_there: ModuleName) -> AttentionSubset | None:
-    """What is left of the teacher's layers for `ours`, None if nothing is."""
+    """Those of the teacher's chosen layers that the student has too; None if there are none."""
     if subset is None:
         return None
     layers = tuple(n for n, _ in student.named_modules() if n.endswith(".attn2") and name_there(n) in subset.layers)
@@ -136,23 +136,22 @@ def pruned_subset(subset: AttentionSubset | None, student: nn.Module, name_there
 
 
 @torch.no_grad()
-def model_size(components: Components, resolution: int) -> dict[str, float | int]:
-    """{"unet_parameters", "text_encoder_parameters", "unet_gflops"}; the last of one image, as torch counts matrix products
-    and convolutions (two operations for each multiplication and addition)."""
-    unet, side = components.unet, resolution // components.vae_factor
+def model_size(model: Model, resolution: int) -> dict[str, float | int]:
+    """{"denoiser_parameters", "text_encoder_parameters", "denoiser_gflops"}.
+
+    The last is for one pass of one image, as torch counts matrix products and convolutions: two operations for each
+    multiplication and addition.
+    """
+    inner = unwrapped(model.denoiser)
     with torch.device("meta"):
-        shell = UNet2DConditionModel.from_config(unet.config)
-        tokens = torch.zeros(1, components.max_tokens, _first(unet.config.cross_attention_dim))
-        latents, added = torch.zeros(1, unet.config.in_channels, side, side), None
-        if components.is_sdxl:
-            pooled = components.text_encoders[1].config.projection_dim
-            added = {"text_embeds": torch.zeros(1, pooled), "time_ids": torch.zeros(1, 6)}
-        with FlopCounterMode(display=False) as counter:
-            shell(latents, torch.zeros(1), tokens, added_cond_kwargs=added)
+        shell = type(inner).from_config(inner.config)
+    inputs = model.family.example_inputs(model, 1, resolution // model.vae_factor, "meta")
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        model.family.predict(shell, *inputs)
     return {
-        "unet_parameters": _parameters(unet),
-        "text_encoder_parameters": sum(map(_parameters, components.text_encoders)),
-        "unet_gflops": counter.get_total_flops() / 1e9,
+        "denoiser_parameters": _parameters(inner),
+        "text_encoder_parameters": sum(map(_parameters, model.text_encoders)),
+        "denoiser_gflops": counter.get_total_flops() / 1e9,
     }
 
 
@@ -160,7 +159,3 @@ def _parameters(module: nn.Module) -> int:
     """Numbers, however they are stored: a layer in 4 bits holds two in a byte."""
     states = ((p, getattr(p, "quant_state", None)) for p in module.parameters())
     return sum(p.numel() if state is None else math.prod(state.shape) for p, state in states)
-
-
-def _first(value: Any) -> int:
-    return int(value[0] if isinstance(value, (list, tuple)) else value)

@@ -29,7 +29,8 @@ from transformers.utils import cached_file
 
 from distill.data.captions import NO_LABEL
 from distill.errors import UserError
-from distill.models.components import UNREADABLE, Components, encode_text, first_line
+from distill.models.family import Model
+from distill.models.loading import UNREADABLE, first_line
 from distill.tokens import BOS, EOS, PADDING, token_groups
 
 RIDGE = 1e-3
@@ -83,7 +84,7 @@ def load_text_encoder(name: str, model_type: str | None = None, *, max_tokens: i
         raise UserError(f"max_tokens is {max_tokens}, and {name} has {limit} positions")
     tokenizer.model_max_length = max_tokens
     encoder.config.pad_token_id = tokenizer.pad_token_id
-    # The stock pipeline and components.encode_text then tell the encoder which tokens are padding.
+    # The stock pipeline and Model.encode then tell the encoder which tokens are padding.
     encoder.config.use_attention_mask = True
     return encoder.eval(), tokenizer
 
@@ -136,7 +137,7 @@ def multi_label_encoder(labels: Sequence[str], *, width: int, max_tokens: int) -
 
 
 def swap_text_encoder(
-    components: Components, encoder: nn.Module, tokenizer: Any, captions: Sequence[str], *, batch_size: int = 32
+    model: Model, encoder: nn.Module, tokenizer: Any, captions: Sequence[str], *, batch_size: int = 32
 ) -> tuple[StableDiffusionPipeline, float]:
     """A stock pipeline with `encoder` in place of the text encoder, and how well it stands in: R^2 on held-out captions.
 
@@ -146,19 +147,23 @@ def swap_text_encoder(
     then expects the new encoder's width. Everything else is as it was; VAE and scheduler are shared.
     Raises UserError for SDXL, for U-Nets that project text themselves, and for fewer than 10 captions.
     """
-    config = components.unet.config
-    width = config.cross_attention_dim
-    if components.is_sdxl or not isinstance(width, int) or config.get("encoder_hid_dim") is not None:
+    config = model.denoiser.config
+    width = config.get("cross_attention_dim")
+    if (
+        model.family.name != "stable_diffusion"
+        or not isinstance(width, int)
+        or config.get("encoder_hid_dim") is not None
+    ):
         raise UserError(
             "the text encoder can be swapped in SD 1.x and 2.x; this base has two encoders, or projects text"
         )
     if len(captions) < 10:
         raise UserError(f"{len(captions)} captions are too few to fit the projection; at least 10, better 1,000")
-    other = replace(components, text_encoders=[encoder], tokenizers=[tokenizer])
+    other = replace(model, text_encoders=[encoder], tokenizers=[tokenizer])
     x, y, train = [], [], []
     for start in tqdm(range(0, len(captions), batch_size), desc="captions", unit="batch"):
         part = list(captions[start : start + batch_size])
-        theirs, ours = (_by_word(model, part) for model in (components, other))
+        theirs, ours = _by_word(model, part), _by_word(other, part)
         for k, (old, new) in enumerate(zip(theirs, ours, strict=True)):
             shared = [key for key in old if key in new]
             x += [new[key] for key in shared]
@@ -171,22 +176,23 @@ def swap_text_encoder(
     projection = torch.linalg.solve(gram + RIDGE * gram.diagonal().mean() * eye, a.T @ b).T
     held, wanted = features[~fitted], targets[~fitted]
     rest = (wanted - held @ projection.T).pow(2).sum() / (wanted - wanted.mean(dim=0)).pow(2).sum()
-    unet = type(components.unet).from_config({**config, "cross_attention_dim": features.shape[1]})
-    state = components.unet.state_dict()
+    denoiser = type(model.denoiser).from_config({**config, "cross_attention_dim": features.shape[1]})
+    state = model.denoiser.state_dict()
     for key in state:
         if re.search(r"\.attn2\.to_[kv]\.weight$", key):
             state[key] = (state[key].double() @ projection).to(state[key].dtype)
-    unet.load_state_dict(state)
-    parts = {**components.pipeline.components, "unet": unet, "text_encoder": encoder, "tokenizer": tokenizer}
+    denoiser.load_state_dict(state)
+    swapped = {model.family.denoiser_name: denoiser, "text_encoder": encoder, "tokenizer": tokenizer}
+    parts = {**model.pipeline.components, **swapped}
     parts |= {"safety_checker": None, "feature_extractor": None, "image_encoder": None}
     return StableDiffusionPipeline(**parts, requires_safety_checker=False), float(1 - rest)
 
 
 @torch.no_grad()
-def _by_word(components: Components, captions: list[str]) -> list[dict[tuple[str, int], torch.Tensor]]:
+def _by_word(model: Model, captions: list[str]) -> list[dict[tuple[str, int], torch.Tensor]]:
     """For each caption, (kind, place) -> mean hidden state (width) of the tokens of that word or group."""
-    embeds, _ = encode_text(components.text_encoders, components.tokenize(captions))
-    tokenizer, length = components.tokenizers[0], components.max_tokens
+    embeds, _ = model.encode(model.tokenize(captions))
+    tokenizer, length = model.tokenizers[0], model.max_tokens
     out = []
     for caption, hidden in zip(captions, embeds, strict=True):
         groups = token_groups(tokenizer, caption, length)

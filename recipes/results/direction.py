@@ -24,7 +24,7 @@ from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 from distill.config import BaseConfig
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.pictures import PicturesDataset
-from distill.models.components import encode_text, load_components
+from distill.models.loading import load_model
 
 STEPS, BATCH, RATE, HELD_OUT = 2500, 24, 2e-3, 500
 POSITIONS = 52
@@ -38,7 +38,7 @@ def captions_of(split: str, phantoms: int, pictures: int) -> list[str]:
 
 def make(folder: Path, *, causal: bool) -> dict[str, float]:
     """One twin, saved with its tokenizer; R^2 of its hidden states on held-out captions, of phantoms and of pictures."""
-    base = load_components(BaseConfig(name="phantom")).freeze()
+    base = load_model(BaseConfig(name="phantom")).freeze()
     old, teacher = base.tokenizers[0], base.text_encoders[0].config
     # The base pads with the end token; with an attention mask, that would hide the end too.
     tokenizer = PreTrainedTokenizerFast(
@@ -68,8 +68,8 @@ def make(folder: Path, *, causal: bool) -> dict[str, float]:
         with torch.no_grad():
             # A causal encoder's first states do not depend on what is cut off.
             ids_of_base = [ids[:, :POSITIONS] for ids in base.tokenize(captions)]
-            wanted = encode_text(base.text_encoders, ids_of_base)[0]
-        return encode_text([twin], [ids.input_ids])[0], wanted
+            wanted = base.encode(ids_of_base)[0]
+        return base.family.encode_text([twin], [ids.input_ids])[0], wanted
 
     train = captions_of("train", 4000, 12000)
     optimizer = torch.optim.AdamW(twin.parameters(), RATE)

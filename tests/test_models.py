@@ -27,17 +27,10 @@ from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows
 from distill.errors import UserError
 from distill.methods.objectives import DenoisingObjective, check_same_shape
-from distill.models.components import (
-    LORA_FILE,
-    Components,
-    add_lora,
-    check_lora_targets,
-    encode_text,
-    load_components,
-    parameter_counts,
-    prepare_training,
-)
+from distill.models.adapters import add_lora, check_lora_targets, parameter_counts, prepare_training
 from distill.models.export import adapter_state, export
+from distill.models.family import Model
+from distill.models.loading import LORA_FILE, load_model
 from distill.trainer import fit, make_accelerator
 
 CAPTIONS = ["Small pleural effusion in the left lower zone.", ""]
@@ -49,13 +42,13 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {kind: save_tiny(folder / kind, kind) for kind in ("sd", "v", "sdxl")}
 
 
-def load(path: Path, run: Path | None = None) -> Components:
-    return load_components(BaseConfig(name=str(path)), run=run)
+def load(path: Path, run: Path | None = None) -> Model:
+    return load_model(BaseConfig(name=str(path)), run=run)
 
 
 def refusal(path: str | Path, run: Path | None = None) -> str:
     with pytest.raises(UserError) as caught:
-        load_components(BaseConfig(name=str(path)), run=run)
+        load_model(BaseConfig(name=str(path)), run=run)
     return str(caught.value)
 
 
@@ -64,50 +57,50 @@ class FullSize:
     """One architecture on the meta device, with default adapters attached after its parameters were counted."""
 
     published: Architecture
-    components: Components
+    model: Model
     counts: tuple[int, int, tuple[int, ...]]
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def large(request: pytest.FixtureRequest) -> Iterator[FullSize]:
-    components = full_size(request.param)
+    model = full_size(request.param)
     counts = (
-        parameter_counts(components.unet)[0],
-        parameter_counts(components.vae)[0],
-        tuple(parameter_counts(encoder)[0] for encoder in components.text_encoders),
+        parameter_counts(model.denoiser)[0],
+        parameter_counts(model.vae)[0],
+        tuple(parameter_counts(encoder)[0] for encoder in model.text_encoders),
     )
-    prepare_training(components, method="lora", text_encoder="lora", lora=LoraConfig(rank=8))
-    yield FullSize(ARCHITECTURES[request.param], components, counts)
+    prepare_training(model, method="lora", text_encoder="lora", lora=LoraConfig(rank=8))
+    yield FullSize(ARCHITECTURES[request.param], model, counts)
 
 
 def test_full_size_has_the_published_number_of_parameters(large: FullSize) -> None:
     assert large.counts == (large.published.unet_parameters, VAE_PARAMETERS, large.published.text_parameters)
-    assert large.components.prediction_type == large.published.prediction_type
-    assert large.components.is_sdxl == (len(large.published.text_parameters) == 2)
-    assert large.components.vae_factor == 8
+    assert large.model.prediction_type == large.published.prediction_type
+    assert large.model.is_sdxl == (len(large.published.text_parameters) == 2)
+    assert large.model.vae_factor == 8
 
 
 def test_full_size_attention_layers_are_the_attn2_of_each_block_in_forward_order(large: FullSize) -> None:
-    names = attention_layers(large.components.unet)
-    blocks = [n for n, m in large.components.unet.named_modules() if type(m).__name__ == "BasicTransformerBlock"]
+    names = attention_layers(large.model.denoiser)
+    blocks = [n for n, m in large.model.denoiser.named_modules() if type(m).__name__ == "BasicTransformerBlock"]
     assert len(names) == large.published.layers
     assert sorted(names) == sorted(f"{block}.attn2" for block in blocks)
     order = [("down_blocks", "mid_block", "up_blocks").index(name.split(".")[0]) for name in names]
     assert order == sorted(order)
-    first = large.components.unet.get_submodule(names[0])
-    assert first.to_k.in_features == large.published.unet["cross_attention_dim"]
+    first = large.model.denoiser.get_submodule(names[0])
+    assert first.to_k.in_features == large.published.denoiser["cross_attention_dim"]
 
 
 def test_full_size_adapters_train_the_known_number_of_parameters(large: FullSize) -> None:
-    trainable = parameter_counts(large.components.unet)[1]
-    texts = tuple(parameter_counts(encoder)[1] for encoder in large.components.text_encoders)
+    trainable = parameter_counts(large.model.denoiser)[1]
+    texts = tuple(parameter_counts(encoder)[1] for encoder in large.model.text_encoders)
     assert (trainable, texts) == (large.published.lora_unet, large.published.lora_text_encoders)
-    assert parameter_counts(large.components.vae)[1] == 0
+    assert parameter_counts(large.model.vae)[1] == 0
 
 
 def test_full_size_adapter_keys_are_those_that_other_tools_read(large: FullSize) -> None:
-    unet = set(adapter_state("unet", large.components.unet))
-    blocks = [name.removesuffix(".attn2") for name in attention_layers(large.components.unet)]
+    unet = set(adapter_state("unet", large.model.denoiser))
+    blocks = [name.removesuffix(".attn2") for name in attention_layers(large.model.denoiser)]
     assert unet == {
         f"{block}.{attention}.{layer}.lora.{side}.weight"
         for block in blocks
@@ -116,7 +109,7 @@ def test_full_size_adapter_keys_are_those_that_other_tools_read(large: FullSize)
         for side in ("down", "up")
     }
     for name, encoder, config in zip(
-        ("text_encoder", "text_encoder_2"), large.components.text_encoders, large.published.text_encoders, strict=False
+        ("text_encoder", "text_encoder_2"), large.model.text_encoders, large.published.text_encoders, strict=False
     ):
         assert set(adapter_state(name, encoder)) == {
             f"text_model.encoder.layers.{layer}.self_attn.{projection}.lora_linear_layer.{side}.weight"
@@ -127,7 +120,7 @@ def test_full_size_adapter_keys_are_those_that_other_tools_read(large: FullSize)
 
 
 def test_adapter_parameters_follow_from_the_layers_they_sit_on(large: FullSize) -> None:
-    for module in (large.components.unet, *large.components.text_encoders):
+    for module in (large.model.denoiser, *large.model.text_encoders):
         state = get_peft_model_state_dict(module)
         for name, tensor in state.items():
             if name.endswith("lora_A.weight"):
@@ -138,39 +131,39 @@ def test_adapter_parameters_follow_from_the_layers_they_sit_on(large: FullSize) 
 
 @pytest.mark.parametrize("kind", ["sd", "v", "sdxl"])
 def test_a_pipeline_folder_loads_in_float32(bases: dict[str, Path], kind: str) -> None:
-    components = load(bases[kind])
-    assert components.is_sdxl == (kind == "sdxl")
-    assert components.prediction_type == ("v_prediction" if kind == "v" else "epsilon")
-    assert components.max_tokens == 77 and components.vae_factor == 8
-    assert {p.dtype for m in components.modules() for p in m.parameters()} == {torch.float32}
-    assert [ids.shape for ids in components.tokenize(CAPTIONS)] == [(2, 77)] * (2 if kind == "sdxl" else 1)
+    model = load(bases[kind])
+    assert model.is_sdxl == (kind == "sdxl")
+    assert model.prediction_type == ("v_prediction" if kind == "v" else "epsilon")
+    assert model.max_tokens == 77 and model.vae_factor == 8
+    assert {p.dtype for m in model.modules() for p in m.parameters()} == {torch.float32}
+    assert [ids.shape for ids in model.tokenize(CAPTIONS)] == [(2, 77)] * (2 if kind == "sdxl" else 1)
 
 
 @torch.no_grad()
 @pytest.mark.parametrize("kind", ["sd", "v", "sdxl"])
 def test_text_embeddings_are_those_of_the_stock_pipeline(bases: dict[str, Path], kind: str) -> None:
-    components = load(bases[kind])
+    model = load(bases[kind])
     captions = [CAPTIONS[0], "no pneumothorax", "words " * 100]
-    embeds, pooled = encode_text(components.text_encoders, components.tokenize(captions))
+    embeds, pooled = model.encode(model.tokenize(captions))
     if kind == "sdxl":
-        expected, _, expected_pooled, _ = components.pipeline.encode_prompt(
+        expected, _, expected_pooled, _ = model.pipeline.encode_prompt(
             captions, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False
         )
         assert torch.equal(pooled, expected_pooled)
     else:
-        expected, _ = components.pipeline.encode_prompt(captions, "cpu", 1, False)
+        expected, _ = model.pipeline.encode_prompt(captions, "cpu", 1, False)
         assert pooled is None
     assert torch.equal(embeds, expected)
     assert not torch.equal(embeds[0], embeds[1])
 
 
 def test_freeze_leaves_nothing_trainable_and_nothing_in_training_mode(bases: dict[str, Path]) -> None:
-    components = load(bases["sdxl"])
-    for module in components.modules():
+    model = load(bases["sdxl"])
+    for module in model.modules():
         module.requires_grad_(True).train()
-    assert components.freeze() is components
-    assert not any(p.requires_grad for m in components.modules() for p in m.parameters())
-    assert not any(part.training for m in components.modules() for part in m.modules())
+    assert model.freeze() is model
+    assert not any(p.requires_grad for m in model.modules() for p in m.parameters())
+    assert not any(part.training for m in model.modules() for part in m.modules())
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "frozen"])
@@ -178,17 +171,17 @@ def test_freeze_leaves_nothing_trainable_and_nothing_in_training_mode(bases: dic
 def test_only_what_was_asked_for_is_trainable_and_it_is_float32(
     bases: dict[str, Path], method: str, text_encoder: str
 ) -> None:
-    components = load(bases["sdxl"])
+    model = load(bases["sdxl"])
     prepare_training(
-        components,
+        model,
         method=method,  # type: ignore[arg-type]
         text_encoder=text_encoder,  # type: ignore[arg-type]
         lora=LoraConfig(rank=2),
         frozen_dtype="bf16",
     )
-    assert not any(p.requires_grad for p in components.vae.parameters()) and components.vae.dtype == torch.float32
+    assert not any(p.requires_grad for p in model.vae.parameters()) and model.vae.dtype == torch.float32
     hows = [method] + [text_encoder] * 2
-    for module, how in zip([components.unet, *components.text_encoders], hows, strict=True):
+    for module, how in zip([model.denoiser, *model.text_encoders], hows, strict=True):
         for name, parameter in module.named_parameters():
             assert parameter.requires_grad == (how == "full" or (how == "lora" and "lora_" in name)), name
             assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
@@ -196,27 +189,27 @@ def test_only_what_was_asked_for_is_trainable_and_it_is_float32(
 
 
 def test_a_fresh_adapter_changes_nothing_until_it_is_trained(bases: dict[str, Path]) -> None:
-    components, base = load(bases["sd"]), load(bases["sd"])
-    prepare_training(components, method="lora", text_encoder="lora", lora=LoraConfig())
+    model, base = load(bases["sd"]), load(bases["sd"])
+    prepare_training(model, method="lora", text_encoder="lora", lora=LoraConfig())
     ids = base.tokenize(CAPTIONS)
     with torch.no_grad():
-        assert torch.equal(encode_text(components.text_encoders, ids)[0], encode_text(base.text_encoders, ids)[0])
+        assert torch.equal(model.encode(ids)[0], base.encode(ids)[0])
 
 
 def test_a_lora_target_that_matches_nothing_is_answered_with_those_that_would(bases: dict[str, Path]) -> None:
-    components = load(bases["sd"])
+    model = load(bases["sd"])
     with pytest.raises(UserError) as caught:
-        add_lora(components.unet, LoraConfig(), ("to_q", "to_querry", "o_q"), "unet")
+        add_lora(model.denoiser, LoraConfig(), ("to_q", "to_querry", "o_q"), "unet")
     message = str(caught.value)
     assert message.startswith("lora.unet_targets: to_querry, o_q match no layer") and "\n" not in message
     assert {"to_q", "to_k", "to_v", "to_out.0"} <= set(re.split(r"[ ,]+", message))
-    assert not any("lora_" in name for name, _ in components.unet.named_parameters())
+    assert not any("lora_" in name for name, _ in model.denoiser.named_parameters())
     with pytest.raises(UserError, match="lora.text_encoder_targets: to_q match no layer.*q_proj"):
-        add_lora(components.text_encoders[0], LoraConfig(), ("to_q",), "text_encoder")
+        add_lora(model.text_encoders[0], LoraConfig(), ("to_q",), "text_encoder")
 
 
 def test_a_peft_that_transformers_refuses_is_said_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("distill.models.components.MIN_PEFT_VERSION", "999.0.0")
+    monkeypatch.setattr("distill.models.adapters.MIN_PEFT_VERSION", "999.0.0")
     with pytest.raises(UserError, match=r"transformers .* does not work with the installed peft .*999\.0\.0"):
         check_lora_targets(torch.nn.Sequential(torch.nn.Linear(2, 2)), ["0"], "unet")
 
@@ -262,9 +255,9 @@ def test_a_damaged_pipeline_folder_is_refused_in_words(bases: dict[str, Path], t
 
 
 def trained_run(base: Path, folder: Path, *, method: str, text_encoder: str) -> Path:
-    components = load(base)
-    prepare_training(components, method=method, text_encoder=text_encoder, lora=LoraConfig(rank=2))  # type: ignore[arg-type]
-    export(components, folder)
+    model = load(base)
+    prepare_training(model, method=method, text_encoder=text_encoder, lora=LoraConfig(rank=2))  # type: ignore[arg-type]
+    export(model, folder)
     return folder
 
 
@@ -318,36 +311,38 @@ def test_a_run_folder_puts_back_what_was_trained(bases: dict[str, Path], tmp_pat
     prepare_training(trained, method="full", text_encoder="full", lora=LoraConfig())
     untouched = copy.deepcopy(trained.vae.state_dict())
     with torch.no_grad():
-        for module in (trained.unet, *trained.text_encoders):
+        for module in (trained.denoiser, *trained.text_encoders):
             for parameter in module.parameters():
                 parameter += 0.01 * torch.randn_like(parameter)
     export(trained, tmp_path)
     loaded = load(bases["sdxl"], tmp_path)
-    for ours, theirs in zip([trained.unet, *trained.text_encoders], [loaded.unet, *loaded.text_encoders], strict=True):
+    for ours, theirs in zip(
+        [trained.denoiser, *trained.text_encoders], [loaded.denoiser, *loaded.text_encoders], strict=True
+    ):
         assert all(torch.equal(value, theirs.state_dict()[key]) for key, value in ours.state_dict().items())
     assert all(torch.equal(value, untouched[key]) for key, value in loaded.vae.state_dict().items())
-    assert loaded.pipeline.unet is loaded.unet and loaded.pipeline.text_encoder_2 is loaded.text_encoders[1]
+    assert loaded.pipeline.unet is loaded.denoiser and loaded.pipeline.text_encoder_2 is loaded.text_encoders[1]
 
 
 @pytest.mark.slow
 def test_sd15_at_full_size_takes_a_real_lora_step_on_the_cpu(tmp_path: Path) -> None:
     """About 6 GB of memory: 4.3 GB of float32 weights, and the activations of one 64 px image."""
     torch.manual_seed(0)
-    components = full_size("sd15", device="cpu")
-    prepare_training(components, method="lora", text_encoder="lora", lora=LoraConfig(rank=4, alpha=8.0))
-    before = {n: p.detach().clone() for m in (components.unet, *components.text_encoders) for n, p in trainable(m)}
-    frozen = {name: p.detach().clone() for name, p in list(components.unet.named_parameters())[:4]}
+    model = full_size("sd15", device="cpu")
+    prepare_training(model, method="lora", text_encoder="lora", lora=LoraConfig(rank=4, alpha=8.0))
+    before = {n: p.detach().clone() for m in (model.denoiser, *model.text_encoders) for n, p in trainable(m)}
+    frozen = {name: p.detach().clone() for name, p in list(model.denoiser.named_parameters())[:4]}
     config = TrainerConfig(max_steps=1, batch_size=1, tracker="none", log_every_steps=1)
-    rows = TrainingRows(PhantomDataset("train", 2, 0, 64), components)
-    objective = DenoisingObjective(components, DenoisingConfig(caption_dropout=0.0))
+    rows = TrainingRows(PhantomDataset("train", 2, 0, 64), model)
+    objective = DenoisingObjective(model, DenoisingConfig(caption_dropout=0.0))
     result = fit(objective, rows, config, accelerator=make_accelerator(config, tmp_path), output_dir=tmp_path, seed=0)
     row = json.loads((tmp_path / "train_log.jsonl").read_text())
     assert 0 < row["loss"] < 10 and row["grad_norm"] > 0
     assert result.trainable_parameters == 797_184 + 294_912
-    after = {n: p for m in (components.unet, *components.text_encoders) for n, p in trainable(m)}
+    after = {n: p for m in (model.denoiser, *model.text_encoders) for n, p in trainable(m)}
     # The first gradient of lora_A is exactly 0, since lora_B starts at 0.
     assert all(not torch.equal(after[n], before[n]) for n in before if "lora_B" in n)
-    assert all(torch.equal(components.unet.get_parameter(name), value) for name, value in frozen.items())
+    assert all(torch.equal(model.denoiser.get_parameter(name), value) for name, value in frozen.items())
 
 
 def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
@@ -356,14 +351,14 @@ def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 
 def test_an_adapter_that_is_there_is_gone_on_with(bases: dict[str, Path]) -> None:
     lora = LoraConfig(rank=2, alpha=4.0)
-    components = load(bases["sd"]).freeze()
-    add_lora(components.unet, lora, lora.unet_targets, "unet")
-    before = {name: p.detach().clone() for name, p in components.unet.named_parameters()}
-    components.freeze()
-    add_lora(components.unet, lora, lora.unet_targets, "unet")
-    assert all(torch.equal(p, before[name]) for name, p in components.unet.named_parameters())
-    assert all(p.requires_grad == ("lora_" in name) for name, p in components.unet.named_parameters())
+    model = load(bases["sd"]).freeze()
+    add_lora(model.denoiser, lora, lora.unet_targets, "unet")
+    before = {name: p.detach().clone() for name, p in model.denoiser.named_parameters()}
+    model.freeze()
+    add_lora(model.denoiser, lora, lora.unet_targets, "unet")
+    assert all(torch.equal(p, before[name]) for name, p in model.denoiser.named_parameters())
+    assert all(p.requires_grad == ("lora_" in name) for name, p in model.denoiser.named_parameters())
     with pytest.raises(
         UserError, match=r"an adapter of rank 2, alpha 4.* set lora.rank, lora.alpha and lora.unet_targets"
     ):
-        add_lora(components.unet, replace(lora, rank=3), lora.unet_targets, "unet")
+        add_lora(model.denoiser, replace(lora, rank=3), lora.unet_targets, "unet")

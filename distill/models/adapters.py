@@ -1,0 +1,115 @@
+"""Which parameters train: low-rank adapters, full weights, or none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+import peft
+import torch
+import transformers
+from peft import LoraConfig as PeftLoraConfig
+from torch import nn
+from transformers import CLIPTextModel, CLIPTextModelWithProjection
+from transformers.integrations.peft import MIN_PEFT_VERSION
+from transformers.utils import check_peft_version
+
+from distill.config import LoraConfig
+from distill.errors import UserError
+from distill.models.family import Model
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def check_lora_targets(module: nn.Module, targets: Sequence[str], part: str) -> None:
+    """Raise UserError if a target matches no layer of `module`, with the names that would, or if transformers refuses the
+    installed peft, which it would say only when an adapter is attached."""
+    try:
+        check_peft_version(MIN_PEFT_VERSION)
+    except ValueError as error:
+        raise UserError(
+            f"transformers {transformers.__version__} does not work with the installed peft {peft.__version__}: {error}. "
+            "Where no such peft is released, install an earlier transformers"
+        ) from None
+    if part == "text_encoder" and not isinstance(module, (CLIPTextModel, CLIPTextModelWithProjection)):
+        raise UserError(
+            f"text_encoder lora: the base's text encoder is a {type(module).__name__}, and stock diffusers loads adapters "
+            "of CLIP text encoders only; train it in full, or freeze it"
+        )
+    layers = [n for n, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
+    unmatched = [t for t in targets if not any(n == t or n.endswith("." + t) for n in layers)]
+    if unmatched:
+        ends = sorted({n.split(".")[-1] if not n[-1].isdigit() else ".".join(n.split(".")[-2:]) for n in layers})
+        raise UserError(f"lora.{part}_targets: {', '.join(unmatched)} match no layer; layers end in: {', '.join(ends)}")
+
+
+def add_lora(module: nn.Module, lora: LoraConfig, targets: Sequence[str], part: str) -> None:
+    """Attach a fresh adapter named `default` to `module`, or go on with the one that it has; its parameters are float32 and
+    the only trainable ones.
+
+    Raises UserError if a target matches no layer, or if the adapter that is there is of another rank, scale or targets.
+    """
+    there = getattr(module, "peft_config", {}).get("default")
+    if there is not None:
+        theirs = (there.r, float(there.lora_alpha), set(there.target_modules))
+        if theirs != (lora.rank, float(lora.alpha), set(targets)):
+            raise UserError(
+                f"the {part} has an adapter of rank {there.r}, alpha {there.lora_alpha} on {', '.join(sorted(theirs[2]))}; to "
+                f"go on with it, set lora.rank, lora.alpha and lora.{part}_targets to these"
+            )
+        for name, parameter in module.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(True)
+                parameter.data = parameter.data.float()
+        return
+    check_lora_targets(module, targets, part)
+    config = PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=list(targets),
+        init_lora_weights="gaussian",
+    )
+    module.add_adapter(config)  # type: ignore[operator]
+    for parameter in module.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def prepare_training(
+    model: Model,
+    *,
+    method: Literal["lora", "full", "frozen"],
+    text_encoder: Literal["frozen", "lora", "full"],
+    lora: LoraConfig,
+    frozen_dtype: str = "fp32",
+    gradient_checkpointing: bool = False,
+) -> None:
+    """Freeze everything, cast all but the VAE to `frozen_dtype`, then make trainable (float32) what the method asks for."""
+    model.freeze()
+    for module in (model.denoiser, *model.text_encoders):
+        module.to(DTYPES[frozen_dtype])
+    denoiser_targets = lora.unet_targets or model.family.adapter_targets("denoiser")
+    text_encoder_targets = lora.text_encoder_targets or model.family.adapter_targets("text_encoder")
+    for module, how, targets, part in (
+        (model.denoiser, method, denoiser_targets, "denoiser"),
+        *((encoder, text_encoder, text_encoder_targets, "text_encoder") for encoder in model.text_encoders),
+    ):
+        if how == "full":
+            module.to(torch.float32)
+            module.requires_grad_(True)
+            if getattr(module, "pooler", None) is not None:  # of BERT and its kin; no denoiser reads it
+                module.pooler.requires_grad_(False)
+        elif how == "lora":
+            add_lora(module, lora, targets, part)
+        if how != "frozen" and gradient_checkpointing:
+            enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
+            enable()
+
+
+def parameter_counts(module: nn.Module) -> tuple[int, int]:
+    """Numbers of parameters: (total, trainable)."""
+    return (
+        sum(p.numel() for p in module.parameters()),
+        sum(p.numel() for p in module.parameters() if p.requires_grad),
+    )

@@ -1,0 +1,120 @@
+"""Stable Diffusion 1.x and 2.x: a U-Net with one text encoder (Rombach et al. 2022, arXiv 2112.10752)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+from torch import nn
+
+from distill.models.blocks import name_in_teacher
+from distill.models.family import Conditions, Family, Kind, Model, ModuleName, TextStates, register
+
+COMPARED = ("cross_attention_dim", "attention_head_dim", "block_out_channels", "down_block_types", "in_channels")
+"""Entries of a U-Net's config that decide whether its attention maps can be compared with another's."""
+
+
+class UNetFamily(Family):
+    """What all families with diffusers' UNet2DConditionModel share."""
+
+    denoiser_class = UNet2DConditionModel
+    denoiser_name = "unet"
+    latents_input = ("sample", 0)
+    timestep_input = ("timestep", 1)
+
+    def model_of(self, pipeline: Any) -> Model:
+        return Model(
+            family=self,
+            denoiser=pipeline.unet,
+            vae=pipeline.vae,
+            text_encoders=[getattr(pipeline, name) for name in self.text_encoder_names],
+            tokenizers=[getattr(pipeline, name) for name in self.tokenizer_names],
+            noise_scheduler=DDPMScheduler.from_config(pipeline.scheduler.config),
+            pipeline=pipeline,
+        )
+
+    def added_conditions(self, conditions: Conditions, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
+        """What the U-Net reads besides the text's hidden states."""
+        return None
+
+    def predict(
+        self, denoiser: Any, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
+    ) -> torch.Tensor:
+        dtype = denoiser.dtype
+        added = self.added_conditions(conditions, dtype)
+        latents, embeds = noisy_latents.to(dtype), conditions.embeds.to(dtype)
+        output: torch.Tensor = denoiser(latents, timesteps, embeds, added_cond_kwargs=added, return_dict=False)[0]
+        return output
+
+    def example_inputs(
+        self, model: Model, batch: int, side: int, device: torch.device | str | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor, Conditions]:
+        config = model.denoiser.config
+        width = config.cross_attention_dim
+        width = int(width[0] if isinstance(width, (list, tuple)) else width)
+        return (
+            torch.zeros(batch, config.in_channels, side, side, device=device),
+            torch.full((batch,), 500, device=device),
+            Conditions(torch.zeros(batch, model.max_tokens, width, device=device)),
+        )
+
+    def attention_layers(self, denoiser: nn.Module, kind: Kind = "cross") -> list[str]:
+        names = super().attention_layers(denoiser, kind)
+        # named_modules lists the up blocks before the middle one.
+        parts = ("down_blocks", "mid_block", "up_blocks")
+        return [name for part in parts for name in names if name.startswith(part)]
+
+    def grid(self, latent_size: tuple[int, int], places: int) -> tuple[int, int]:
+        height, width = latent_size
+        while height * width > places:
+            height, width = (height + 1) // 2, (width + 1) // 2
+        if height * width != places:
+            raise ValueError(f"{places} places do not fit latents of {latent_size}")
+        return height, width
+
+    def nothing_smaller_follows(self, layer: str) -> bool:
+        return layer.startswith("up_blocks")
+
+    def block_outputs(self, denoiser: nn.Module) -> dict[str, nn.Module]:
+        """The middle block and every stage, as BK-SDM (Kim et al. 2023, arXiv 2305.15798) distills them."""
+        return {
+            name: module
+            for name, module in denoiser.named_modules()
+            if name == "mid_block" or re.fullmatch(r"(down|up)_blocks\.\d+", name)
+        }
+
+    def name_in_teacher(self, student: Any, teacher: Any) -> ModuleName:
+        return name_in_teacher(student.config, teacher.config)
+
+    def shape_faults(self, student: Any, teacher: Any) -> list[str]:
+        """A student of fewer stages is compared with as many of the teacher's, the outermost."""
+        faults, stages = [], len(student.config.block_out_channels)
+        for name in COMPARED:
+            theirs, ours = teacher.config[name], student.config[name]
+            listed = isinstance(ours, (list, tuple)) and isinstance(theirs, (list, tuple))
+            if (list(theirs)[:stages] != list(ours)) if listed else (theirs != ours):
+                faults.append(f"{name}: teacher {theirs}, student {ours}")
+        return faults
+
+
+class StableDiffusion(UNetFamily):
+    name = "stable_diffusion"
+    pipeline_class = StableDiffusionPipeline
+    text_encoder_names = ("text_encoder",)
+
+    def owns(self, denoiser: nn.Module) -> bool:
+        return super().owns(denoiser) and denoiser.config.addition_embed_type != "text_time"  # type: ignore[union-attr]
+
+    def encode_text(self, text_encoders: Sequence[nn.Module], input_ids: Sequence[torch.Tensor]) -> TextStates:
+        """The last hidden state, with an attention mask if the encoder's config asks for one (use_attention_mask), as in
+        the stock pipeline."""
+        encoder: Any = text_encoders[0]
+        masked = getattr(encoder.config, "use_attention_mask", False)
+        mask = (input_ids[0] != encoder.config.pad_token_id).long() if masked else None
+        return encoder(input_ids[0], attention_mask=mask)[0], None
+
+
+register(StableDiffusion())
