@@ -10,9 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from distill.data_config import AnyData, PhantomData
-from distill.settings import BelowOne, Count, Inside, Number, Positive, Probability, Seed, Settings, Text, Weight
-
-
+from distill.settings import BelowOne, Count, Inside, Number, Positive, Probability, Seed, Settings, Text
 
 
 class BaseConfig(Settings):
@@ -54,7 +52,7 @@ class DenoisingConfig(Settings):
     """Drop only captions of images with this label; `no finding` means images without a label. None drops any caption."""
     training_text: Literal["caption", "labels", "paraphrases"] = "caption"
     """Training text of an image: its caption, its labels in random order, or a paraphrase of each label."""
-    paraphrases: dict[str, list[str]] = {}
+    paraphrases: dict[str, list[str]] = Field(default_factory=dict)
     """Label -> sentences that state it, for training_text paraphrases."""
     insert_labels: Literal["none", "first", "random"] = "none"
     """RaLI (Dombrowski et al.): insert the image's labels before word 0 (first), or before one of words 0 to 5 (random)."""
@@ -212,10 +210,66 @@ class RunConfig(Settings):
     dry_run: bool = False
     """Check everything, take one real step, print sizes and estimates, and stop."""
 
+    @property
+    def trainer_options(self) -> TrainerConfig | None:
+        """The training loop of a recipe that trains, else None."""
+        return getattr(self, "trainer", None)
+
+    @property
+    def training_seed(self) -> int:
+        """The seed of a recipe that trains."""
+        return 0
+
 
 class TrainingRunConfig(RunConfig):
-    """What every recipe that trains has."""
+    """What every recipe that trains one model has."""
 
     trainer: TrainerConfig = TrainerConfig()
     seed: Seed = 0
     """Seed of weights, order of data, noise and timesteps."""
+
+    @property
+    def training_seed(self) -> int:
+        return self.seed
+
+
+class BlocksConfig(Settings):
+    """Blocks to take out of a U-Net.
+
+    BK-SDM-Base is layers_per_block 1; Small also has remove_mid_block; Tiny also has remove_stages 1.
+    """
+
+    layers_per_block: Count | None = None
+    """Pairs of a residual and an attention block that stay in each stage; the up stages keep one more. None keeps all."""
+    remove_mid_block: bool = False
+    """Take out the middle block."""
+    remove_stages: Number = 0
+    """Innermost stages to take out, with the middle block, where the next one has as many channels (SD 1 and 2: 1)."""
+    transformer_layers: Count | None = None
+    """Transformer layers that stay in each attention block (SDXL has up to 10). None keeps all."""
+
+
+class AtlasConfig(RunConfig):
+    """Find the layers and timesteps that localize, on validation images, and store them with the model.
+
+    accelerate launch recipes/atlas.py --config recipes/configs/phantom/atlas.yaml --runs RUN,RUN
+    """
+
+    evaluation: FullEvaluation = FullEvaluation()
+    """How maps are compared."""
+    runs: tuple[Text, ...] = ()
+    """Run folders on the base that are looked at in addition to the base."""
+    timesteps: Annotated[tuple[Number, ...], Field(min_length=1)] = (
+        25, 100, 175, 250, 325, 400, 475, 550, 625, 700, 775, 850, 925,
+    )  # fmt: skip
+    """Timesteps of the atlas; 100, 250, 400, 550 and 700 are added."""
+    max_timesteps: Count = 3
+    """Most timesteps of the subset: the forward passes that it costs an image."""
+    validation_images: Count = 100
+    """Validation images that the subset is chosen on. evaluation.localization_images test images check it."""
+    store: bool = True
+    """Write the subset as localization.json into each run folder, where evaluation finds it."""
+    store_base: bool = False
+    """Write the base's subset into the base's own folder. Runs without a subset then use it."""
+    output_dir: Text = "checkpoints/atlas"
+    """Where atlas.json, atlas.md and each model's heat maps are written."""

@@ -48,7 +48,7 @@ class FileData(Data):
     """Value of the split column for evaluation; `all` evaluates every row and is refused where a model is trained."""
     findings: tuple[Text, ...] = ()
     """Findings to keep and evaluate. Empty keeps all that the files name."""
-    query_words: dict[str, list[str]] = {}
+    query_words: dict[str, list[str]] = Field(default_factory=dict)
     """Finding -> the words that name it in a caption. Default: published lists for MS-CXR findings, else its own words."""
     allow_empty_captions: bool = False
     """Accept rows with an empty caption."""

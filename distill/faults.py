@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from distill.options import KIND, children, entry_type, expected, item_type, keys_of, models_of
+from distill.options import KIND, children, expected, item_type, keys_of, models_of
 from distill.settings import Settings
 from distill.yaml_text import Given
 
@@ -79,9 +79,7 @@ def _nearest(given: Given | None, path: tuple[str | int, ...]) -> tuple[Given | 
     depth = 0
     for part in path:
         value = given.value if given is not None else None
-        if isinstance(value, dict) and part in value:
-            given = value[part]
-        elif isinstance(value, list) and isinstance(part, int):
+        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
             given = value[part]
         else:
             break

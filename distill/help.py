@@ -55,9 +55,7 @@ def _default_text(value: Any) -> str:
         return "needed"
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, (tuple, list)):
-        text = ", ".join(map(str, value)) or "empty"
-    elif isinstance(value, dict):
+    if isinstance(value, (tuple, list)) or isinstance(value, dict):
         text = ", ".join(map(str, value)) or "empty"
     else:
         text = str(value) or "empty"

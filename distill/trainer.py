@@ -28,7 +28,6 @@ from tqdm.auto import tqdm
 from distill.config import TrainerConfig
 from distill.errors import UserError
 
-
 KEPT_CHECKPOINTS = 2
 """Checkpoints kept, the newest."""
 METHOD_FILE = "method.safetensors"
@@ -183,7 +182,10 @@ def fit(
         pin_memory=accelerator.device.type == "cuda",
     )
     if accelerator.log_with:
-        accelerator.init_trackers(label, config={k: str(v) if isinstance(v, tuple) else v for k, v in config.model_dump(exclude_none=True).items()})
+        accelerator.init_trackers(
+            label,
+            config={k: str(v) if isinstance(v, tuple) else v for k, v in config.model_dump(exclude_none=True).items()},
+        )
     bar = tqdm(
         total=config.max_steps, initial=start, desc=label, unit="step", disable=not accelerator.is_main_process,
         dynamic_ncols=True, mininterval=1.0, smoothing=0.05,

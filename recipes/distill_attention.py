@@ -1,44 +1,48 @@
-"""Fine-tune with the text encoder trained, while the cross-attention is held to a frozen-encoder teacher's.
+"""Fine-tune with the text encoder trained, while the cross-attention is held to a teacher's.
 
-    accelerate launch recipes/distill_attention.py --config recipes/configs/phantom/distill_attention.yaml \\
-        --distillation.teacher checkpoints/finetune
+    accelerate launch recipes/distill_attention.py --config recipes/configs/phantom/distill_attention.yaml \
+        --method.teacher checkpoints/finetune
 
-The loss is `AttentionDistillationObjective` in distill/objectives.py; the loop is `fit` in distill/trainer.py.
+The loss is in distill/methods/attention_distillation.py; the loop is `fit` in distill/trainer.py.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
-from distill.arms import Arm
 from distill.cli import main
-from distill.config import DistillAttentionConfig
-from distill.errors import UserError
-from distill.runs import dry_run, evaluate_arm, finish, open_run, train_arm
+from distill.config import TrainingRunConfig
+from distill.methods.attention_distillation import AttentionDistillationOptions
+from distill.methods.training import Trained, Training
+
+
+class DistillAttentionConfig(TrainingRunConfig, Training):
+    """Fine-tune with the text encoder trained, and keep a teacher's cross-attention.
+
+    accelerate launch recipes/distill_attention.py --config recipes/configs/phantom/distill_attention.yaml
+    """
+
+    common: ClassVar[tuple[str, ...]] = (
+        "base.name", "data.kind", "data.root", "method.teacher", "denoiser", "text_encoder", "trainer.max_steps",
+        "trainer.batch_size", "trainer.learning_rate", "output_dir",
+    )  # fmt: skip
+    denoiser: Trained = "lora"
+    """How the denoiser, such as the U-Net, is trained."""
+    text_encoder: Trained = "lora"
+    """How the text encoders are trained."""
+    method: AttentionDistillationOptions = AttentionDistillationOptions()
+    """Attention distillation."""
+    output_dir: str = "checkpoints/distill_attention"
+    """Run folder."""
 
 
 def distill_attention(config: DistillAttentionConfig) -> None:
-    trainer, teacher = config.trainer, config.distillation.teacher
-    if teacher is None:
-        raise UserError("distillation.teacher is missing: a run folder of finetune.py, a pipeline folder or a hub id")
-    arm = Arm(
-        name="model",
-        folder=Path(config.output_dir),
-        method=config.method,
-        text_encoder=config.text_encoder,
-        learning_rate=trainer.learning_rate,
-        text_encoder_learning_rate=trainer.text_encoder_learning_rate or trainer.learning_rate,
-        distillation=config.distillation,
-    )
-    run = open_run(config, arms=[arm])
-    if config.dry_run:
-        return dry_run(run, [arm])
-    cost = train_arm(run, arm)
-    results = {"base": evaluate_arm(run, "base", None)}
-    if Path(teacher).is_dir() and not (Path(teacher) / "model_index.json").exists():
-        results["teacher"] = evaluate_arm(run, "teacher", Path(teacher))
-    results["model"] = evaluate_arm(run, "model", arm.folder, cost, arm)
-    finish(run, results, next_command=f"load it in diffusers as {arm.folder / 'README.md'} shows")
+    from distill.experiment.single import train_one
+
+    teacher = Path(config.method.teacher or "")
+    is_run = config.method.teacher is not None and teacher.is_dir() and not (teacher / "model_index.json").exists()
+    train_one(config, compared_with={"teacher": teacher} if is_run else {})
 
 
 if __name__ == "__main__":

@@ -2,51 +2,79 @@
 
     accelerate launch recipes/distill_steps.py --config recipes/configs/phantom/distill_steps.yaml --run checkpoints/finetune
 
-The loss is `ConsistencyObjective` in distill/objectives.py; the loop is `fit` in distill/trainer.py. With method lora the
-result is an adapter as LCM-LoRA's, for stock diffusers with LCMScheduler.
+The loss is in distill/methods/consistency.py; the loop is `fit` in distill/trainer.py. With denoiser lora the result is an
+adapter for stock diffusers with LCMScheduler, as LCM-LoRA is.
 """
 
 from __future__ import annotations
 
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
-from distill.arms import Arm
+from pydantic import Field
+
 from distill.cli import main
-from distill.config import DistillStepsConfig
-from distill.derive import derived_base
-from distill.runs import dry_run, evaluate_arm, finish, open_run, train_arm
+from distill.config import DenoisingConfig, LoraConfig, TrainingRunConfig
+from distill.methods.consistency import ConsistencyOptions
 
-WHOLE = "whole_base"
+WHOLE = "whole"
+
+
+class DistillStepsConfig(TrainingRunConfig):
+    """Train a student that draws in a few steps and without guidance, for stock LCMScheduler.
+
+    accelerate launch recipes/distill_steps.py --config recipes/configs/phantom/distill_steps.yaml --run checkpoints/finetune
+    """
+
+    common: ClassVar[tuple[str, ...]] = (
+        "base.name", "run", "data.kind", "data.root", "denoiser", "student_steps", "trainer.max_steps", "output_dir",
+    )  # fmt: skip
+    run: str | None = None
+    """The teacher, and what the student starts from: a run folder on the base. None takes the base itself."""
+    denoiser: Literal["lora", "full"] = "lora"
+    """How the denoiser is trained; the text encoder stays the teacher's."""
+    lora: LoraConfig = LoraConfig()
+    """Low-rank adapters, with denoiser lora."""
+    denoising: DenoisingConfig = DenoisingConfig(caption_dropout=0.0)
+    """The text that the student is conditioned on."""
+    method: ConsistencyOptions = ConsistencyOptions()
+    """Consistency distillation."""
+    student_steps: Annotated[int, Field(ge=1, le=50)] = 4
+    """Denoising steps of the student's images; the teacher's are evaluation.num_inference_steps."""
+    output_dir: str = "checkpoints/distill_steps"
+    """Run folder. With a run, whole_base in it is the teacher as one pipeline, which the run folder is loaded on."""
 
 
 def distill_steps(config: DistillStepsConfig) -> None:
-    hurried = f"teacher_{config.student_steps}_steps"
-    few = replace(config.evaluation, num_inference_steps=config.student_steps)
-    arm = Arm(
-        name="model",
-        folder=Path(config.output_dir),
-        method=config.method,
-        text_encoder="frozen",
-        learning_rate=config.trainer.learning_rate,
-        text_encoder_learning_rate=config.trainer.learning_rate,
-        distillation=replace(config.distillation, teacher=config.run or config.base.name),
-        consistency=config.consistency,
-        evaluation=replace(few, scheduler="lcm", guidance_scale=1.0),
-    )
-    with derived_base(config, arm, WHOLE) if config.run else nullcontext(config.base) as base:
-        run = open_run(config, arms=[arm], base=base)
+    from distill.errors import UserError
+    from distill.experiment.arms import Arm
+    from distill.experiment.derive import derived_base
+    from distill.experiment.results import evaluate_arm, finish
+    from distill.experiment.run import open_run
+    from distill.experiment.train import dry_run, train_arm
+    from distill.methods.training import Training
+    from distill.models import load_model
+
+    if config.method.teacher != WHOLE:
+        raise UserError("distill_steps.py: the teacher is the whole model, base and run; leave method.teacher out")
+    folder, hurried = Path(config.output_dir), f"teacher_{config.student_steps}_steps"
+    few = config.evaluation.full(num_inference_steps=config.student_steps)
+    drawn = config.evaluation.full(num_inference_steps=config.student_steps, scheduler="lcm", guidance_scale=1.0)
+    training = Training(denoiser=config.denoiser, method=config.method, lora=config.lora, denoising=config.denoising)
+    arm = Arm("model", folder, training, config.trainer, drawn)
+    with derived_base(config, config.run, "whole_base") if config.run else nullcontext(config.base) as base:
+        references = {WHOLE: lambda: load_model(config.base, config.run)}
+        run = open_run(config, {"model": arm}, base=base, references=references, compare_to=("teacher", hurried))
         if config.dry_run:
-            return dry_run(run, [arm])
+            return dry_run(run)
         cost = train_arm(run, arm)
         results: dict[str, Any] = {
             "teacher": evaluate_arm(run, "teacher", None),
             hurried: evaluate_arm(run, hurried, None, evaluation=few),
-            "model": evaluate_arm(run, "model", arm.folder, cost, arm),
+            "model": evaluate_arm(run, "model", folder, cost),
         }
-        finish(run, results, next_command=f"load it in diffusers as {arm.folder / 'README.md'} shows")
+        finish(run, results, f"load it in diffusers as {folder / 'README.md'} shows")
 
 
 if __name__ == "__main__":

@@ -6,20 +6,38 @@ accelerate launch recipes/evaluate.py --config recipes/configs/phantom/evaluate.
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 from distill.cli import main
-from distill.config import EvaluateConfig
-from distill.runs import dry_run_evaluation, evaluate_arm, finish, open_run
+from distill.config import FullEvaluation, RunConfig
+
+
+class EvaluateConfig(RunConfig):
+    """Measure quality and localization of a base, or of a trained run on it.
+
+    accelerate launch recipes/evaluate.py --config recipes/configs/phantom/evaluate.yaml --run checkpoints/finetune
+    """
+
+    common: ClassVar[tuple[str, ...]] = ("base.name", "run", "data.kind", "data.root", "output_dir")
+    run: str | None = None
+    """Run folder whose adapters or full weights are put on the base. None evaluates the base itself."""
+    evaluation: FullEvaluation = FullEvaluation()
+    """Quality and localization, measured on held-out images."""
+    output_dir: str = "checkpoints/evaluate"
+    """Where metrics.json, samples, maps and the report are written."""
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    run = open_run(config, arms=[])
+    from distill.experiment.results import dry_run_evaluation, evaluate_arm, finish
+    from distill.experiment.run import open_run
+
+    run = open_run(config, {}, evaluation=config.evaluation, run=config.run, compare_to=("base",))
     if config.dry_run:
-        return dry_run_evaluation(run)
+        return dry_run_evaluation(run, config.run)
     results = {"base": evaluate_arm(run, "base", None)}
     if config.run is not None:
         results["model"] = evaluate_arm(run, "model", Path(config.run))
-    finish(run, results, next_command=f"open {Path(config.output_dir) / 'report.html'}")
+    finish(run, results, f"open {Path(config.output_dir) / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -2,36 +2,38 @@
 
     accelerate launch recipes/finetune.py --config recipes/configs/phantom/finetune.yaml
 
-The loss is `DenoisingObjective` in distill/objectives.py; the loop is `fit` in distill/trainer.py.
+The loss is in the file of `method.kind` in distill/methods/; the loop is `fit` in distill/trainer.py.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import ClassVar
 
-from distill.arms import Arm
 from distill.cli import main
-from distill.config import FinetuneConfig
-from distill.runs import dry_run, evaluate_arm, finish, open_run, train_arm
+from distill.config import TrainingRunConfig
+from distill.methods.training import Trained, Training
+
+
+class FinetuneConfig(TrainingRunConfig, Training):
+    """Fine-tune a text-to-image model on captioned images.
+
+    accelerate launch recipes/finetune.py --config recipes/configs/phantom/finetune.yaml
+    """
+
+    common: ClassVar[tuple[str, ...]] = (
+        "base.name", "data.kind", "data.root", "denoiser", "text_encoder", "method.kind", "trainer.max_steps",
+        "trainer.batch_size", "trainer.learning_rate", "output_dir",
+    )  # fmt: skip
+    denoiser: Trained = "lora"
+    """How the denoiser, such as the U-Net, is trained."""
+    output_dir: str = "checkpoints/finetune"
+    """Run folder."""
 
 
 def finetune(config: FinetuneConfig) -> None:
-    trainer = config.trainer
-    arm = Arm(
-        name="model",
-        folder=Path(config.output_dir),
-        method=config.method,
-        text_encoder=config.text_encoder,
-        learning_rate=trainer.learning_rate,
-        text_encoder_learning_rate=trainer.text_encoder_learning_rate or trainer.learning_rate,
-        lock_keys=config.lock_keys,
-    )
-    run = open_run(config, arms=[arm])
-    if config.dry_run:
-        return dry_run(run, [arm])
-    cost = train_arm(run, arm)
-    results = {"base": evaluate_arm(run, "base", None), "model": evaluate_arm(run, "model", arm.folder, cost, arm)}
-    finish(run, results, next_command=f"load it in diffusers as {arm.folder / 'README.md'} shows")
+    from distill.experiment.single import train_one
+
+    train_one(config)
 
 
 if __name__ == "__main__":

@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from distill.config import DenoisingConfig
+from distill.data.batch import Batch, Pixels, Posterior, TextEmbeddings, Tokens
 from distill.data.cache import LatentCache, TextEmbeddingCache
 from distill.data.captions import NO_LABEL, insert_labels, names_side, text_of_labels
 from distill.data.sample import ImageCaptionDataset
-from distill.data.batch import Batch, Pixels, Posterior, TextEmbeddings, Tokens
 from distill.errors import UserError
 from distill.tokens import find_words, token_groups, token_spans
 
@@ -33,9 +33,7 @@ def training_caption(dataset: ImageCaptionDataset, index: int, config: Denoising
     return text if config.insert_labels == "none" else insert_labels(text, labels, config.insert_labels, index)
 
 
-def check_training_text(
-    dataset: ImageCaptionDataset, model: Model, config: DenoisingConfig, *, truncate: bool
-) -> None:
+def check_training_text(dataset: ImageCaptionDataset, model: Model, config: DenoisingConfig, *, truncate: bool) -> None:
     """UserError if a label has no paraphrase, or, without `truncate`, if a text made of labels is longer than the text
     encoder reads."""
     if config.training_text == "paraphrases":

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from tqdm.auto import tqdm
 
 from distill.attention.heat_maps import normalize, to_image
 from distill.attention.recording import attention_layers, record_attention
-from distill.config import AtlasConfig, EvaluationConfig
+from distill.config import AtlasConfig, FullEvaluation
 from distill.data.sample import ImageCaptionDataset, Sample, image_key
 from distill.errors import UserError
 from distill.evaluation.localization import TOKEN_MAPS, localization
@@ -75,7 +75,7 @@ class Cells:
     auc: NDArray[np.float64]
 
 
-def pair_auc(maps: torch.Tensor, masks: torch.Tensor, config: EvaluationConfig) -> NDArray[np.float64]:
+def pair_auc(maps: torch.Tensor, masks: torch.Tensor, config: FullEvaluation) -> NDArray[np.float64]:
     """(N,) pixel AUC of maps (N, height, width) against masks (N, side, side), resized as by protocol `ours`.
 
     NaN where a mask is empty or full.
@@ -98,7 +98,7 @@ def macro_mean(values: NDArray[np.float64], findings: NDArray[np.int64]) -> NDAr
 def compute_cells(
     model: Model,
     dataset: ImageCaptionDataset,
-    config: EvaluationConfig,
+    config: FullEvaluation,
     timesteps: Sequence[int],
     *,
     accelerator: Accelerator,
@@ -164,7 +164,7 @@ def compute_cells(
     )
 
 
-def _mask(sample: Sample, finding: str, config: EvaluationConfig) -> torch.Tensor:
+def _mask(sample: Sample, finding: str, config: FullEvaluation) -> torch.Tensor:
     side = sample.pixel_values.shape[-1]
     kind = PROTOCOLS["ours"].ground_truth if config.ground_truth == "auto" else config.ground_truth
     region = next(region for region in sample.regions if region.finding == finding)
@@ -203,7 +203,7 @@ def gather_pairs(cells: Cells, values: NDArray[np.float64]) -> tuple[NDArray[np.
 
 def choose_subset(
     cells: Cells,
-    config: EvaluationConfig,
+    config: FullEvaluation,
     max_timesteps: int,
     *,
     device: torch.device | None = None,
@@ -268,7 +268,7 @@ def paired_difference(
     chosen: Sequence[Mapping[str, Any]],
     key: str,
     cluster: Callable[[int], str],
-    config: EvaluationConfig,
+    config: FullEvaluation,
 ) -> dict[str, Any]:
     """Chosen minus default of one metric of the word maps: macro mean over the pairs that both have, and its interval.
 
@@ -290,7 +290,7 @@ def paired_difference(
 def compare_on_test(
     model: Model,
     dataset: ImageCaptionDataset,
-    config: EvaluationConfig,
+    config: FullEvaluation,
     subset: AttentionSubset,
     *,
     accelerator: Accelerator,
@@ -308,7 +308,7 @@ def compare_on_test(
         ("default", (), DEFAULT_TIMESTEPS),
         ("chosen", subset.layers, subset.timesteps),
     ):
-        own = replace(config, layers=layers, timesteps=timesteps)
+        own = config.model_copy(update={"layers": layers, "timesteps": timesteps})
         shared: dict[str, Any] = {"accelerator": accelerator, "arm_dir": folder / name, "label": f"{label} {name}"}
         found[name] = localization(model, dataset, own, **shared)
         if found[name] is None:
@@ -335,7 +335,8 @@ def analyse(
 ) -> dict[str, Any]:
     """A model's entry of atlas.json: AUC of all cells, the subset chosen from them, and what it does on test images."""
     began = time.perf_counter()
-    evaluation, own = config.evaluation, replace(config.evaluation, localization_images=config.validation_images)
+    evaluation = config.evaluation
+    own = evaluation.model_copy(update={"localization_images": config.validation_images})
     timesteps = sorted({*config.timesteps, *DEFAULT_TIMESTEPS})
     shared: dict[str, Any] = {"accelerator": accelerator, "label": label}
     cells = compute_cells(model, validation, own, timesteps, **shared)
@@ -399,7 +400,7 @@ def subset_file(entry: Mapping[str, Any], config: AtlasConfig) -> dict[str, Any]
             "difference": test["difference"]["auc"]["value"],
             "difference_ci": test["difference"]["auc"]["ci"],
         },
-        "config": asdict(config),
+        "config": config.model_dump(mode="json"),
         "provenance": provenance(),
     }
 

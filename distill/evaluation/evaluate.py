@@ -23,7 +23,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
-from distill.config import EvaluationConfig
+from distill.config import FullEvaluation
 from distill.data.sample import ImageCaptionDataset
 from distill.evaluation.localization import localization
 from distill.evaluation.protocols import queries
@@ -47,7 +47,7 @@ class Generated:
     scores: torch.Tensor | None
 
 
-def sampler(model: Model, config: EvaluationConfig) -> Any:
+def sampler(model: Model, config: FullEvaluation) -> Any:
     """A scheduler as images are drawn with."""
     own = model.pipeline.scheduler
     return LCMScheduler.from_config(own.config) if config.scheduler == "lcm" else type(own).from_config(own.config)
@@ -55,7 +55,7 @@ def sampler(model: Model, config: EvaluationConfig) -> Any:
 
 @torch.no_grad()
 def generate(
-    model: Model, captions: Sequence[str], seeds: Sequence[int], resolution: int, config: EvaluationConfig
+    model: Model, captions: Sequence[str], seeds: Sequence[int], resolution: int, config: FullEvaluation
 ) -> torch.Tensor:
     """(captions, 3, resolution, resolution) float32 in [0, 1], on the CPU. An image depends on its caption and seed only."""
     pipeline, own = model.pipeline, model.pipeline.scheduler
@@ -95,7 +95,7 @@ def evaluation_order(dataset: ImageCaptionDataset, examples: Sequence[int], coun
 def quality(
     model: Model,
     dataset: ImageCaptionDataset,
-    config: EvaluationConfig,
+    config: FullEvaluation,
     *,
     resolution: int,
     features: Features | None,
@@ -182,7 +182,7 @@ def compare(
     generated: Generated,
     real: Generated,
     dataset: ImageCaptionDataset,
-    config: EvaluationConfig,
+    config: FullEvaluation,
     features: Features | None,
 ) -> dict[str, Any]:
     """FID of two sets of features, and the finding AUC of the first against the labels of its captions; null where none."""
@@ -237,7 +237,7 @@ class HeldOut:
 def held_out(
     dataset: ImageCaptionDataset,
     model: Model,
-    config: EvaluationConfig,
+    config: FullEvaluation,
     features: Features | None,
     *,
     accelerator: Accelerator,
@@ -269,7 +269,7 @@ def held_out(
 def evaluate(
     model: Model,
     against: HeldOut,
-    config: EvaluationConfig,
+    config: FullEvaluation,
     *,
     resolution: int,
     accelerator: Accelerator,

@@ -11,7 +11,6 @@ import json
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +24,7 @@ from tqdm.auto import tqdm
 
 from distill.attention.heat_maps import normalize
 from distill.attention.recording import attention_layers
-from distill.config import EvaluationConfig
+from distill.config import FullEvaluation
 from distill.data.cache import model_fingerprint
 from distill.data.sample import ImageCaptionDataset, Sample, image_key
 from distill.evaluation.protocols import (
@@ -53,7 +52,7 @@ class Scores:
     "mass": [4]}.
     """
 
-    def __init__(self, protocol: Protocol, config: EvaluationConfig, device: torch.device) -> None:
+    def __init__(self, protocol: Protocol, config: FullEvaluation, device: torch.device) -> None:
         self.metrics = {
             token: {key: metric.to(device) for key, metric in protocol.metrics(config).items()} for token in TOKEN_MAPS
         }
@@ -79,7 +78,7 @@ def score_rows(
     mass: torch.Tensor,
     metrics: dict[str, dict[str, LocalizationMetric]],
     names: Sequence[str],
-    config: EvaluationConfig,
+    config: FullEvaluation,
 ) -> list[dict[str, Any]]:
     """The lines of one query; maps: (4 + pairs, height, width)."""
     protocol = PROTOCOLS[config.protocol]
@@ -109,13 +108,11 @@ def score_rows(
     return rows
 
 
-def _evaluation_key(
-    model: Model, dataset: ImageCaptionDataset, asked: Sequence[Query], config: EvaluationConfig
-) -> str:
+def _evaluation_key(model: Model, dataset: ImageCaptionDataset, asked: Sequence[Query], config: FullEvaluation) -> str:
     """Hash of everything that decides a line of the scores."""
     irrelevant = ("batch_size", "generated_images", "diversity_captions", "diversity_samples", "num_inference_steps",
                   "guidance_scale", "scheduler", "features", "bootstrap_samples", "examples")  # fmt: skip
-    settings = {key: value for key, value in asdict(config).items() if key not in irrelevant}
+    settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in irrelevant}
     parts = [json.dumps(settings, sort_keys=True)]
     parts += [model_fingerprint(module) for module in model.modules()]
     parts += [f"{dataset.fingerprint(q.image)}{q.truth}{q.text}{q.findings}{q.tokens}" for q in asked]
@@ -142,7 +139,7 @@ def _read_rows(folder: Path, key: str) -> list[dict[str, Any]]:
 def localization(
     model: Model,
     dataset: ImageCaptionDataset,
-    config: EvaluationConfig,
+    config: FullEvaluation,
     *,
     accelerator: Accelerator,
     arm_dir: Path,
@@ -241,7 +238,7 @@ def _merge(arm_dir: Path, key: str) -> None:
 
 
 def _summary(
-    metrics: dict[str, LocalizationMetric], dataset: ImageCaptionDataset, config: EvaluationConfig
+    metrics: dict[str, LocalizationMetric], dataset: ImageCaptionDataset, config: FullEvaluation
 ) -> dict[str, Any]:
     result: dict[str, Any] = {"top1": None, "top1_ci": None, "iou": None, "iou_ci": None}
     micro: dict[str, Any] = {}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -21,7 +21,7 @@ from diffusers import DDIMInverseScheduler, DDIMScheduler
 
 from distill.attention.heat_maps import aggregate, normalize, to_image
 from distill.attention.recording import AttentionMaps, attention_layers, record_attention
-from distill.config import EvaluationConfig
+from distill.config import FullEvaluation
 from distill.data.sample import ImageCaptionDataset, Region, Sample
 from distill.errors import UserError
 from distill.metrics import (
@@ -70,7 +70,7 @@ class Query:
 def queries(
     dataset: ImageCaptionDataset,
     model: Model,
-    config: EvaluationConfig,
+    config: FullEvaluation,
     accelerator: Accelerator | None = None,
 ) -> list[Query]:
     """The (image, finding) pairs of the first `localization_images` images that have any, the same for every model.
@@ -112,7 +112,7 @@ def queries(
 
 
 def _queries_of(
-    dataset: ImageCaptionDataset, index: int, model: Model, config: EvaluationConfig
+    dataset: ImageCaptionDataset, index: int, model: Model, config: FullEvaluation
 ) -> tuple[int, list[Query]]:
     """How many findings have a region in an image, and its queries."""
     tokenizer, length = model.tokenizers[0], model.max_tokens
@@ -222,7 +222,7 @@ class Recorder:
     self_attention: AttentionMaps | None = None
 
 
-def ours(inputs: Inputs, config: EvaluationConfig, recorder: Recorder) -> tuple[torch.Tensor, torch.Tensor]:
+def ours(inputs: Inputs, config: FullEvaluation, recorder: Recorder) -> tuple[torch.Tensor, torch.Tensor]:
     """Mean over layers, heads and config.timesteps of the attention on the re-noised real latents, at latent size.
 
     -> maps (batch, 4 + pairs, height, width), mass of BOS, words, EOS and padding (batch, 4).
@@ -236,7 +236,7 @@ def ours(inputs: Inputs, config: EvaluationConfig, recorder: Recorder) -> tuple[
     return refine(maps, recorder, config), mass
 
 
-def refine(maps: torch.Tensor, recorder: Recorder, config: EvaluationConfig) -> torch.Tensor:
+def refine(maps: torch.Tensor, recorder: Recorder, config: FullEvaluation) -> torch.Tensor:
     """Maps times the self-attention of the last pass, config.self_attention_power times; at its own size."""
     if recorder.self_attention is None or config.self_attention_power == 0:
         return maps
@@ -253,7 +253,7 @@ def ddim_timesteps(model: Model, steps: int) -> list[int]:
     return [int(t) for t in scheduler.timesteps]
 
 
-def dombrowski(inputs: Inputs, config: EvaluationConfig, recorder: Recorder) -> tuple[torch.Tensor, torch.Tensor]:
+def dombrowski(inputs: Inputs, config: FullEvaluation, recorder: Recorder) -> tuple[torch.Tensor, torch.Tensor]:
     """The last 40 of 50 DDIM timesteps, all layers and heads, at 64 x 64 by nearest neighbour, mean. As `ours`."""
     total = torch.zeros((), device=inputs.latents.device)
     timesteps = ddim_timesteps(inputs.model, 50)[10:]
@@ -272,7 +272,7 @@ def vilouras_layers(names: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(names[round(place * scale)] for place in VILOURAS_LAYERS))
 
 
-def vilouras(inputs: Inputs, config: EvaluationConfig, recorder: Recorder) -> tuple[torch.Tensor, torch.Tensor]:
+def vilouras(inputs: Inputs, config: FullEvaluation, recorder: Recorder) -> tuple[torch.Tensor, torch.Tensor]:
     """DDIM inversion of the real latent in 300 steps without guidance; the steps 120 to 179 and four layers.
 
     Min-max for each layer and step, mean, Gaussian of sigma 2.5, min-max, times its Otsu mask. As `ours`, but at the size
@@ -306,7 +306,7 @@ def vilouras(inputs: Inputs, config: EvaluationConfig, recorder: Recorder) -> tu
 
 # --- protocols ----------------------------------------------------------------------------------------------------
 
-MapFunction = Callable[[Inputs, EvaluationConfig, Recorder], tuple[torch.Tensor, torch.Tensor]]
+MapFunction = Callable[[Inputs, FullEvaluation, Recorder], tuple[torch.Tensor, torch.Tensor]]
 
 
 @dataclass(frozen=True)
@@ -316,7 +316,7 @@ class Protocol:
     words, "all" by all words. layers: of all cross-attention layers, those to record."""
 
     maps: MapFunction
-    metrics: Callable[[EvaluationConfig], dict[str, LocalizationMetric]]
+    metrics: Callable[[FullEvaluation], dict[str, LocalizationMetric]]
     ground_truth: Literal["mask", "boxes"]
     size: int | Literal["original"] | None = None
     resize: Literal["bilinear", "nearest"] = "bilinear"
@@ -324,7 +324,7 @@ class Protocol:
     layers: Callable[[Sequence[str]], Sequence[str]] = lambda names: names
 
 
-def _ours_metrics(config: EvaluationConfig) -> dict[str, LocalizationMetric]:
+def _ours_metrics(config: FullEvaluation) -> dict[str, LocalizationMetric]:
     return {
         "auc": PixelAUROC(),
         "cnr": SignedCNR(),
@@ -333,7 +333,7 @@ def _ours_metrics(config: EvaluationConfig) -> dict[str, LocalizationMetric]:
     }
 
 
-def _dombrowski_metrics(config: EvaluationConfig) -> dict[str, LocalizationMetric]:
+def _dombrowski_metrics(config: FullEvaluation) -> dict[str, LocalizationMetric]:
     return {
         "auc": PixelAUROC("micro"),
         "cnr": SignedCNR("micro"),
@@ -345,7 +345,7 @@ def _dombrowski_metrics(config: EvaluationConfig) -> dict[str, LocalizationMetri
     }
 
 
-def _vilouras_metrics(config: EvaluationConfig) -> dict[str, LocalizationMetric]:
+def _vilouras_metrics(config: FullEvaluation) -> dict[str, LocalizationMetric]:
     return {"auc": ThresholdAUROC(), "cnr": AbsoluteCNR(), "mean_iou": MeanIoU()}
 
 
@@ -358,14 +358,14 @@ PROTOCOLS: dict[str, Protocol] = {
 }
 
 
-def with_subset(config: EvaluationConfig, model: Model) -> EvaluationConfig:
+def with_subset(config: FullEvaluation, model: Model) -> FullEvaluation:
     """The configuration with the layers and timesteps that its maps are of: its own, the model's chosen subset
     (localization.json), or the defaults. The protocols of papers fix their own."""
     subset = model.subset if config.protocol == "ours" else None
     layers, timesteps = config.layers, config.timesteps
     if subset is not None and not layers and timesteps is None:
         layers, timesteps = subset.layers, subset.timesteps
-    return replace(config, layers=layers, timesteps=timesteps or DEFAULT_TIMESTEPS)
+    return config.model_copy(update={"layers": layers, "timesteps": timesteps or DEFAULT_TIMESTEPS})
 
 
 def ground_truth(
@@ -386,7 +386,7 @@ def ground_truth(
     return resized[0, 0] >= 0.5, boxes
 
 
-def post_process(maps: torch.Tensor, config: EvaluationConfig) -> torch.Tensor:
+def post_process(maps: torch.Tensor, config: FullEvaluation) -> torch.Tensor:
     """(N, height, width) -> the same: smoothing, threshold and orphan filter, as far as the configuration asks."""
     if config.smoothing_sigma:
         maps = gaussian_smooth(maps, config.smoothing_sigma)
@@ -399,7 +399,7 @@ def post_process(maps: torch.Tensor, config: EvaluationConfig) -> torch.Tensor:
     return maps
 
 
-def open_recorder(stack: ExitStack, model: Model, names: Sequence[str], config: EvaluationConfig) -> Recorder:
+def open_recorder(stack: ExitStack, model: Model, names: Sequence[str], config: FullEvaluation) -> Recorder:
     cross = stack.enter_context(record_attention(model.denoiser, names))
     if config.self_attention_power == 0:
         return Recorder(cross)

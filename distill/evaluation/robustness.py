@@ -23,7 +23,7 @@ from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from distill.attention.recording import attention_layers
-from distill.config import EvaluationConfig
+from distill.config import FullEvaluation
 from distill.data.sample import ImageCaptionDataset, Sample
 from distill.evaluation.protocols import PROTOCOLS, Query, open_recorder, prepare_inputs, queries, with_subset
 from distill.metrics import PixelAUROC, bootstrap_interval
@@ -180,14 +180,14 @@ def maps_of(
     model: Model,
     dataset: ImageCaptionDataset,
     asked: Sequence[Query],
-    config: EvaluationConfig,
+    config: FullEvaluation,
     *,
     accelerator: Accelerator,
     label: str,
 ) -> Iterator[tuple[Query, Sample, torch.Tensor]]:
     """Of this process's share of the queries: the image, and its maps by protocol ours at latent size, not normalized, of
     shape (findings, height, width)."""
-    config = with_subset(replace(config, protocol="ours"), model)
+    config = with_subset(config.model_copy(update={"protocol": "ours"}), model)
     mine = asked[accelerator.process_index :: accelerator.num_processes]
     model.to(accelerator.device).freeze()
     with ExitStack() as stack:
@@ -203,7 +203,7 @@ def maps_of(
                 yield query, sample, own[4 : 4 + len(query.findings)]
 
 
-def means(columns: Mapping[str, Sequence[float]], images: Sequence[int], config: EvaluationConfig) -> dict[str, Any]:
+def means(columns: Mapping[str, Sequence[float]], images: Sequence[int], config: FullEvaluation) -> dict[str, Any]:
     """Mean of each column over its rows, and its interval by images drawn with replacement."""
     found: dict[str, Any] = {}
     for name, values in columns.items():
@@ -218,7 +218,7 @@ def means(columns: Mapping[str, Sequence[float]], images: Sequence[int], config:
 def negations(
     model: Model,
     dataset: ImageCaptionDataset,
-    config: EvaluationConfig,
+    config: FullEvaluation,
     *,
     accelerator: Accelerator,
     label: str,
@@ -247,7 +247,7 @@ def negations(
 def two_places(
     model: Model,
     dataset: ImageCaptionDataset,
-    config: EvaluationConfig,
+    config: FullEvaluation,
     *,
     accelerator: Accelerator,
     label: str,
@@ -258,7 +258,7 @@ def two_places(
     both, "auc_ci", "lesser_auc_ci", "images", "pairs"}: means over the (image, finding) pairs of two boxes or more among
     the first `localization_images` images, without post-processing of the maps. A place is a box's part of the mask.
     """
-    asked = queries(dataset, model, replace(config, protocol="ours"), accelerator)
+    asked = queries(dataset, model, config.model_copy(update={"protocol": "ours"}), accelerator)
     metric, rows = PixelAUROC(), []
     label = f"{label} two places"
     for query, sample, maps in maps_of(model, dataset, asked, config, accelerator=accelerator, label=label):

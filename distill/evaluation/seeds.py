@@ -27,7 +27,6 @@ from distill.metrics.quality import frechet_by_factors, weighted_auroc
 Array = NDArray[np.float64]
 TOKENS = ("word", "eos", "padding")
 LOCALIZATION = ("auc", "cnr", "top1", "iou")
-REFERENCES = ("frozen", "learnable")
 FRECHET_SAMPLES = 200
 
 
@@ -37,11 +36,11 @@ def run_folders(folder: Path) -> dict[int, Path]:
     return {seed: found[seed] for seed in sorted(found) if (found[seed] / "metrics.json").exists()}
 
 
-def combine(folder: Path, samples: int | None = None, references: Sequence[str] = REFERENCES) -> dict[str, Any]:
+def combine(folder: Path, samples: int | None = None, compare_to: Sequence[str] = ()) -> dict[str, Any]:
     """metrics.json of `folder`: each arm's means over the seeds, `per_seed` values, and `paired` differences.
 
-    samples: resamples of the bootstrap, by default as many as the runs had. references: the arms that all others but the
-    base are compared with.
+    samples: resamples of the bootstrap, by default as many as the runs had. compare_to: the arms that all others but the
+    base are compared with; empty takes the first.
     Raises UserError if the seeds' runs differ in configuration, arms or images.
     """
     runs = run_folders(folder)
@@ -92,8 +91,9 @@ def combine(folder: Path, samples: int | None = None, references: Sequence[str] 
             where = arms[arm]["quality"] if part == "quality" else (arms[arm]["localization"] or {}).get(part)
             if where is not None and where.get(name) is not None:
                 where[f"{name}_ci"] = interval
+    compare_to = tuple(compare_to) or (next(iter(first["arms"])),)
     paired: dict[str, Any] = {}
-    for other in references:
+    for other in compare_to:
         for arm in arms:
             untrained = arm == "base" and "arms" not in first["provenance"]  # of compare.py an arm as any other
             if other not in arms or arm == other or untrained or f"{other} - {arm}" in paired:
@@ -111,7 +111,7 @@ def combine(folder: Path, samples: int | None = None, references: Sequence[str] 
         name: sum(found["provenance"]["seconds"].get(name, 0.0) for found in metrics.values())
         for name in first["provenance"]["seconds"]
     }
-    return {"arms": arms, "real": first["real"], "paired": paired, "provenance": origin}
+    return {"arms": arms, "real": first["real"], "paired": paired, "compare_to": list(compare_to), "provenance": origin}
 
 
 def _comparable(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -1,8 +1,7 @@
-"""A base made of a base and a run folder on it: one stock pipeline, that a student is trained from."""
+"""A base made of a base and a run folder on it: one stock pipeline, which a student is trained from."""
 
 from __future__ import annotations
 
-import json
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -11,31 +10,29 @@ from pathlib import Path
 
 from accelerate.utils import broadcast_object_list
 
-from distill.arms import Arm, unused_options
-from distill.cli import refuse_unused
-from distill.config import BaseConfig, CompressConfig, DistillStepsConfig
+from distill.config import BaseConfig, RunConfig
 from distill.errors import UserError
-from distill.models.family import Model
-from distill.models.loading import SUBSET_FILE, load_model
+from distill.experiment.run import claim, quiet_libraries
+from distill.files import write_json
+from distill.models import Model, load_model
+from distill.models.loading import SUBSET_FILE
 from distill.processes import process_state
-from distill.runs import claim, quiet_libraries
 
 Change = Callable[[Model], Model]
 
 
 @contextmanager
 def derived_base(
-    config: CompressConfig | DistillStepsConfig, arm: Arm, name: str, change: Change = lambda model: model
+    config: RunConfig, run: str | None, name: str, change: Change = lambda model: model
 ) -> Iterator[BaseConfig]:
     """Write base and run, after `change`, to <output_dir>/<name> unless it is there, and give it as a base.
 
-    Nothing stays of a dry run, nor of a configuration that is refused. Raises UserError for options that the arm does not
-    read, if output_dir holds a run with another configuration, and for a run that is a pipeline of its own.
+    Nothing stays of a dry run, nor of a configuration that is refused. Raises UserError if output_dir holds a run with
+    another configuration, and for a run that is a pipeline of its own.
     """
     quiet_libraries()
-    refuse_unused(config, unused_options(config, [arm]))
-    if config.run is not None and (Path(config.run) / "model_index.json").exists():
-        raise UserError(f"run: {config.run} is a whole pipeline, not a run folder; give it as base.name, without run")
+    if run is not None and (Path(run) / "model_index.json").exists():
+        raise UserError(f"run: {run} is a whole pipeline, not a run folder; give it as base.name, without run")
     state, folder = process_state(), Path(config.output_dir)
     if not config.dry_run:
         claim(folder, config)
@@ -49,7 +46,7 @@ def derived_base(
             if state.is_main_process and not started:
                 shutil.rmtree(path, ignore_errors=True)  # of a command that was killed, perhaps with other options
             if not path.exists():
-                _write(config, path, change)
+                _write(config.base, run, path, change)
         yield BaseConfig(name=str(path), frozen_dtype=config.base.frozen_dtype)
         state.wait_for_everyone()
     finally:
@@ -61,26 +58,25 @@ def derived_base(
                 folder.rmdir()
 
 
-def whole(config: CompressConfig | DistillStepsConfig) -> Model:
+def whole(base: BaseConfig, run: str | None) -> Model:
     """Base and run as plain weights: adapters are fused, so that they cost no time and no parameters of their own."""
-    model = load_model(config.base, config.run)
+    model = load_model(base, run)
     if any("lora_" in name for module in model.modules() for name, _ in module.named_parameters()):
         model.pipeline.fuse_lora()
         model.pipeline.unload_lora_weights()
     return model
 
 
-def _write(config: CompressConfig | DistillStepsConfig, folder: Path, change: Change) -> None:
+def _write(base: BaseConfig, run: str | None, folder: Path, change: Change) -> None:
     """At `folder` only when it is whole."""
-    model = change(whole(config))
+    model = change(whole(base, run))
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
     try:
         model.pipeline.save_pretrained(partial, safe_serialization=True)
         if model.subset:
-            content = {"layers": model.subset.layers, "timesteps": model.subset.timesteps}
-            (partial / SUBSET_FILE).write_text(json.dumps(content), encoding="utf-8")
+            write_json(partial / SUBSET_FILE, {"layers": model.subset.layers, "timesteps": model.subset.timesteps})
         partial.rename(folder)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

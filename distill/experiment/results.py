@@ -12,7 +12,7 @@ from distill.cli import to_yaml
 from distill.config import BaseConfig, FullEvaluation
 from distill.evaluation.evaluate import evaluate, held_out, quality
 from distill.evaluation.localization import localization
-from distill.experiment.arms import Arm, settings_of
+from distill.experiment.arms import settings_of
 from distill.experiment.run import Run
 from distill.files import provenance, read_json, write_json
 from distill.models import load_model
@@ -69,7 +69,9 @@ def evaluate_arm(
 
 def exported_parts(folder: Path) -> dict[str, str]:
     """What of a model a run folder holds: part -> file or folder in it."""
-    found = {part: part for part in ("unet", "transformer", "text_encoder", "text_encoder_2") if (folder / part).is_dir()}
+    found = {
+        part: part for part in ("unet", "transformer", "text_encoder", "text_encoder_2") if (folder / part).is_dir()
+    }
     if (folder / LORA_FILE).exists():
         found["lora"] = LORA_FILE
     return found
@@ -130,7 +132,12 @@ def dry_run_evaluation(run: Run, folder: str | None) -> None:
     """Resolved configuration, and estimates from one batch of maps and one of images. Writes nothing that stays."""
     config, accelerator, c = run.config, run.accelerator, run.evaluation
     run.say(to_yaml(config))
-    change = {"localization_images": c.batch_size, "generated_images": c.batch_size, "diversity_captions": 1, "examples": 1}
+    change = {
+        "localization_images": c.batch_size,
+        "generated_images": c.batch_size,
+        "diversity_captions": 1,
+        "examples": 1,
+    }
     few = c.model_copy(update=change)
     model = load_model(config.base, folder).to(accelerator.device).freeze()
     if c.quantization != "none":

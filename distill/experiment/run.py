@@ -16,7 +16,7 @@ from rich.console import Console
 
 from distill.attention import attention_layers
 from distill.cli import to_yaml
-from distill.config import BaseConfig, FullEvaluation, RunConfig, TrainingRunConfig
+from distill.config import BaseConfig, FullEvaluation, RunConfig
 from distill.data.captions import NO_LABEL
 from distill.data.loading import load_dataset
 from distill.data.readers.records import RecordDataset
@@ -63,7 +63,8 @@ class Run:
 
     @property
     def seed(self) -> int:
-        return self.config.seed if isinstance(self.config, TrainingRunConfig) else 0
+        """The training seed."""
+        return self.config.training_seed
 
     def say(self, message: str) -> None:
         if self.accelerator.is_main_process:
@@ -105,7 +106,7 @@ def open_run(
     if not config.dry_run:
         claim(folder, config)
     accelerator = _accelerator(config, folder)
-    set_seed(config.seed if isinstance(config, TrainingRunConfig) else 0)
+    set_seed(config.training_seed)
     model = load_model(base or config.base, run)
     evaluation = evaluation or config.evaluation.full()
     raise_all("the configuration does not fit the base", _base_faults(config, evaluation, model, arms))
@@ -160,16 +161,15 @@ def claim(folder: Path, config: object) -> None:
 
 
 def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
-    if not isinstance(config, TrainingRunConfig):
+    trainer = config.trainer_options
+    if trainer is None:
         return Accelerator()
     # A tracker of a dry run would leave its files in the run folder.
-    quiet = config.trainer.model_copy(update={"tracker": "none"}) if config.dry_run else config.trainer
+    quiet = trainer.model_copy(update={"tracker": "none"}) if config.dry_run else trainer
     return make_accelerator(quiet, folder)
 
 
-def _base_faults(
-    config: RunConfig, evaluation: FullEvaluation, model: Model, arms: Mapping[str, Arm]
-) -> list[str]:
+def _base_faults(config: RunConfig, evaluation: FullEvaluation, model: Model, arms: Mapping[str, Arm]) -> list[str]:
     """What of the configuration does not fit the base. Raises UserError for layers and adapter targets that are not there."""
     faults = []
     if config.data.resolution % model.vae_factor or config.data.resolution < 4 * model.vae_factor:
@@ -214,7 +214,8 @@ def _start_faults(arm: Arm, arms: Mapping[str, Arm]) -> list[str]:
 def _load_validation(config: RunConfig, arms: Mapping[str, Arm]) -> PhantomDataset | RecordDataset | None:
     """The validation images, where something looks at them. Raises UserError if they cannot serve."""
     gate = [arm.name for arm in arms.values() if arm.training.method.needs_validation]
-    looks = isinstance(config, TrainingRunConfig) and config.trainer.localize_every_steps
+    trainer = config.trainer_options
+    looks = trainer is not None and trainer.localize_every_steps
     if not gate and not (arms and looks):
         return None
     asks = f"the gate of {gate[0]}" if gate else "trainer.localize_every_steps"
@@ -268,6 +269,6 @@ def _check_data(run: Run, model: Model) -> None:
                     "region weights need training images with a box or mask of a finding, and none has one; set "
                     "data.box_column or data.mask_column, and look at method.images"
                 )
-    if isinstance(run.test, RecordDataset) and run.evaluation.protocol == "ours":
-        if run.evaluation.localization_text == "caption":
-            run.test.check_queries()
+    by_words = run.evaluation.protocol == "ours" and run.evaluation.localization_text == "caption"
+    if isinstance(run.test, RecordDataset) and by_words:
+        run.test.check_queries()

@@ -15,13 +15,13 @@ from filelock import FileLock, Timeout
 from rich.console import Console
 
 from distill.cli import to_yaml
-from distill.config import TradeoffConfig
+from distill.config import RunConfig
 from distill.errors import UserError
-from distill.evaluation.seeds import REFERENCES, combine, run_folders
+from distill.evaluation.seeds import combine, run_folders
+from distill.experiment.run import Run
 from distill.files import write_json
 from distill.processes import process_state
 from distill.report import terminal_table, validate_metrics, write_report
-from distill.runs import Run
 
 
 @dataclass(frozen=True)
@@ -73,15 +73,16 @@ def share_out(run: Run, jobs: dict[str, Job]) -> None:
             time.sleep(2)
 
 
-def share_base(folder: Path, config: TradeoffConfig) -> None:
+def share_base(folder: Path, config: RunConfig) -> None:
     """Copy the base's evaluation from another seed of the same configuration, since no seed changes it."""
     target = Path(config.output_dir) / "base"
     if target.exists() or not process_state().is_main_process:
         return
+    ignored = {"seeds": [], "output_dir": ""}
     for path in run_folders(folder).values():
         other = cast(dict[str, Any], yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
         mine = cast(dict[str, Any], yaml.safe_load(to_yaml(config)))
-        if {**other, "seed": 0, "output_dir": ""} == {**mine, "seed": 0, "output_dir": ""}:
+        if {**other, **ignored} == {**mine, **ignored}:
             partial = target.with_name(f"base.{os.getpid()}.partial")
             shutil.copytree(path / "base", partial)
             try:
@@ -91,11 +92,11 @@ def share_base(folder: Path, config: TradeoffConfig) -> None:
             return
 
 
-def finish_seeds(folder: Path, references: Sequence[str] = REFERENCES) -> None:
+def finish_seeds(folder: Path, compare_to: Sequence[str]) -> None:
     """metrics.json and report of all seeds in `folder`, the table in the terminal, and the paths."""
     if not process_state().is_main_process:
         return
-    metrics = combine(folder, references=references)
+    metrics = combine(folder, compare_to=compare_to)
     validate_metrics(metrics)
     write_json(folder / "metrics.json", metrics)
     html, markdown = write_report(folder)

@@ -225,9 +225,7 @@ def _spread_captions(rows: TrainingRows, count: int) -> list[str]:
     return [rows.caption(i) for i in sorted({round(i * last / (count - 1)) for i in range(count)})]
 
 
-def _layer_auc(
-    run: Run, model: Model, images: int, timesteps: Sequence[int], label: str
-) -> tuple[Any, Sequence[str]]:
+def _layer_auc(run: Run, model: Model, images: int, timesteps: Sequence[int], label: str) -> tuple[Any, Sequence[str]]:
     """(token groups, layers, timesteps) AUC on validation images, and the names of the layers."""
     assert run.validation is not None
     few = run.evaluation.model_copy(update={"localization_images": images})
@@ -291,5 +289,3 @@ def dry_run(run: Run) -> None:
             f"{steps:,} steps take about {one.seconds * steps / 60:.1f} min; peak memory {one.peak_memory_gb:.2f} GB"
         )
     run.say("dry run: the data and the base are fine; nothing was written")
-
-

@@ -69,7 +69,9 @@ class Options(Settings):
 class LayerAuc(Protocol):
     """AUC of a model's maps on validation images, for each token group, layer and timestep."""
 
-    def __call__(self, model: Model, images: int, timesteps: Sequence[int], label: str) -> tuple[Any, Sequence[str]]: ...
+    def __call__(
+        self, model: Model, images: int, timesteps: Sequence[int], label: str
+    ) -> tuple[Any, Sequence[str]]: ...
 
 
 @dataclass(frozen=True)

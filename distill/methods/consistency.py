@@ -10,7 +10,7 @@ guidance scale, as LCM-LoRA (arXiv 2311.05556); the target's weights are the stu
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import torch
 from pydantic import Field, field_validator
@@ -69,7 +69,9 @@ class Consistency(AttentionDistillation):
                 f"method.solver_steps is {self.options.solver_steps}; the base's {steps} timesteps must be a multiple of it"
             )
         if self.denoising.min_snr_gamma is not None:
-            faults.append("denoising.min_snr_gamma weighs the diffusion loss, and consistency has another; leave it out")
+            faults.append(
+                "denoising.min_snr_gamma weighs the diffusion loss, and consistency has another; leave it out"
+            )
         return faults
 
     def setup(self, student: Model, context: Context) -> None:

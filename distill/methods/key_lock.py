@@ -288,5 +288,7 @@ class KeyLocked(Method):
         context.say(f"keys merged into the trained text encoder's; R^2: {fits}; {context.log_dir / 'key_lock.json'}")
         worse = [name for name, value in merged.r2.items() if value < merged.r2_unmerged[name]]
         if worse:
-            context.say(f"warning: for {', '.join(worse)} the merge is worse than none; compare the maps, or train shorter")
+            context.say(
+                f"warning: for {', '.join(worse)} the merge is worse than none; compare the maps, or train shorter"
+            )
         return found

@@ -32,7 +32,9 @@ class Training(Settings):
     @model_validator(mode="after")
     def _check_training(self) -> Training:
         if "lora" not in (self.denoiser, self.text_encoder) and self.lora != LoraConfig():
-            raise ValueError("lora options are set, and nothing is trained by LoRA; set denoiser or text_encoder to lora")
+            raise ValueError(
+                "lora options are set, and nothing is trained by LoRA; set denoiser or text_encoder to lora"
+            )
         if self.denoiser == self.text_encoder == "frozen":
             raise ValueError("nothing is trained: denoiser and text_encoder are both frozen")
         return self

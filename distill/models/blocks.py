@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import math
 import re
+import time
 from collections.abc import Mapping
+from dataclasses import replace
+from statistics import median
 from typing import Any
 
 import torch
@@ -27,6 +30,8 @@ PER_STAGE = (
     "layers_per_block", "transformer_layers_per_block", "only_cross_attention",
 )  # fmt: skip
 """Entries of a U-Net's config that may be lists of one value a stage, outermost first."""
+
+TIMED_PASSES = 20
 
 
 def pruned_config(config: Mapping[str, Any], blocks: BlocksConfig) -> dict[str, Any]:
@@ -133,6 +138,31 @@ def pruned_subset(subset: AttentionSubset | None, student: nn.Module, name_there
         return None
     layers = tuple(n for n, _ in student.named_modules() if n.endswith(".attn2") and name_there(n) in subset.layers)
     return AttentionSubset(layers, subset.timesteps) if layers else None
+
+
+def prune(model: Model, blocks: BlocksConfig) -> Model:
+    """The same pipeline with fewer blocks in its U-Net."""
+    teacher = model.denoiser
+    student = pruned_unet(teacher, blocks)
+    model.pipeline.register_modules(**{model.family.denoiser_name: student})
+    subset = pruned_subset(model.subset, student, name_in_teacher(student.config, teacher.config))
+    return replace(model, denoiser=student, subset=subset)
+
+
+@torch.no_grad()
+def seconds_a_pass(models: dict[str, Model], resolution: int, batch: int) -> dict[str, float]:
+    """Median seconds of a denoiser's forward pass, the models in turn, on the device that they are on."""
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    for step in range(TIMED_PASSES + 2):
+        for name, model in models.items():
+            device = next(model.denoiser.parameters()).device
+            inputs = model.family.example_inputs(model, batch, resolution // model.vae_factor, device)
+            began = time.perf_counter()
+            out = model.family.predict(model.denoiser, *inputs)
+            float(out.sum())  # waits for the device
+            if step >= 2:
+                taken[name].append(time.perf_counter() - began)
+    return {name: median(times) for name, times in taken.items()}
 
 
 @torch.no_grad()

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.config import DataConfig
 from distill.data.captions import query_words_for
 from distill.data.readers.pixels import check_segmentation
 from distill.data.readers.records import (
@@ -45,6 +44,7 @@ from distill.data.readers.tables import (
     text_of,
     texts_of,
 )
+from distill.data_config import CocoData
 from distill.errors import UserError, raise_all
 from distill.tokens import find_words
 
@@ -70,7 +70,7 @@ class CocoDataset(RecordDataset):
     Raises UserError that lists all faults at once.
     """
 
-    def __init__(self, config: DataConfig, split: Literal["train", "test", "validation"]) -> None:
+    def __init__(self, config: CocoData, split: Literal["train", "test", "validation"]) -> None:
         root = data_root(config)
         if split == "validation" and config.test_split in VALIDATION_SPLITS:
             raise UserError(
@@ -151,7 +151,7 @@ def _samples(
 
 
 def _read_captions(
-    config: DataConfig, root: Path, name: str, image_dir: str, split: str, faults: Faults
+    config: CocoData, root: Path, name: str, image_dir: str, split: str, faults: Faults
 ) -> list[Caption]:
     text = read_text(root, name, "data.captions_file")
     found: list[Caption] = []

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from distill.config import DataConfig
 from distill.data.captions import query_words_for
 from distill.data.readers.records import (
     VALIDATION_SPLITS,
@@ -39,6 +38,7 @@ from distill.data.readers.tables import (
     text_of,
     texts_of,
 )
+from distill.data_config import FolderData
 from distill.errors import UserError, raise_all
 
 
@@ -63,7 +63,7 @@ class FolderDataset(RecordDataset):
     Raises UserError that lists all faults of the folder at once.
     """
 
-    def __init__(self, config: DataConfig, split: Literal["train", "test", "validation"]) -> None:
+    def __init__(self, config: FolderData, split: Literal["train", "test", "validation"]) -> None:
         root = data_root(config)
         columns, rows = _read_metadata(root, config.metadata_file)
         raise_all(
@@ -117,7 +117,7 @@ def _read_metadata(root: Path, name: str) -> tuple[list[str], list[Row]]:
     return columns, rows
 
 
-def _column_faults(config: DataConfig, columns: list[str]) -> list[str]:
+def _column_faults(config: FolderData, columns: list[str]) -> list[str]:
     faults = []
     optional = ("split_column", "finding_column", "phrase_column", "box_column", "mask_column", "label_column")
     for option in ("image_column", "caption_column", *optional):
@@ -132,7 +132,7 @@ def _column_faults(config: DataConfig, columns: list[str]) -> list[str]:
     return faults
 
 
-def _entries(config: DataConfig, root: Path, rows: list[Row], faults: Faults) -> list[_Entry]:
+def _entries(config: FolderData, root: Path, rows: list[Row], faults: Faults) -> list[_Entry]:
     """Rows brought together by image. Faults of text go to `faults`; files are not opened here."""
     entries: dict[Path, _Entry] = {}
     conflicts: set[tuple[Path, str]] = set()
@@ -161,7 +161,7 @@ def _entries(config: DataConfig, root: Path, rows: list[Row], faults: Faults) ->
     return list(entries.values())
 
 
-def _annotations(config: DataConfig, root: Path, place: Place, row: dict[str, Any]) -> list[Annotation]:
+def _annotations(config: FolderData, root: Path, place: Place, row: dict[str, Any]) -> list[Annotation]:
     boxes = _boxes(row[config.box_column], config.box_column) if config.box_column and config.box_column in row else []
     lists: dict[str, list[Any]] = {
         "box": boxes,
@@ -208,7 +208,7 @@ def _path_in(root: Path, name: str, column: str | None) -> Path:
     return path
 
 
-def _findings(config: DataConfig, rows: list[Row]) -> tuple[tuple[str, ...], list[str]]:
+def _findings(config: FolderData, rows: list[Row]) -> tuple[tuple[str, ...], list[str]]:
     """Findings of the data set, and faults of the config's findings and query words."""
     of_boxes: dict[str, str] = {}
     of_images: dict[str, str] = {}
@@ -222,7 +222,7 @@ def _findings(config: DataConfig, rows: list[Row]) -> tuple[tuple[str, ...], lis
     return choose_findings(config, sorted(of_boxes.values()), {**of_images, **of_boxes}.values(), "row")
 
 
-def _split_faults(config: DataConfig, wanted: tuple[str, ...], rows: list[Row]) -> list[str]:
+def _split_faults(config: FolderData, wanted: tuple[str, ...], rows: list[Row]) -> list[str]:
     if config.split_column is None:
         return []
     seen = Counter(str(row.get(config.split_column, "")).strip() for _, row in rows)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
-from distill.config import DataConfig
 from distill.data.captions import query_words_for
 from distill.data.readers.coco import read_coco
 from distill.data.readers.records import (
@@ -41,6 +40,7 @@ from distill.data.readers.tables import (
     text_of,
     texts_of,
 )
+from distill.data_config import MimicData, MsCxrData
 from distill.errors import UserError, raise_all
 from distill.tokens import find_words
 
@@ -100,7 +100,11 @@ class MimicDataset(RecordDataset):
     """
 
     def __init__(
-        self, config: DataConfig, split: Literal["train", "test", "validation"], *, held_out: Collection[str] = ()
+        self,
+        config: MimicData | MsCxrData,
+        split: Literal["train", "test", "validation"],
+        *,
+        held_out: Collection[str] = (),
     ) -> None:
         root = data_root(config)
         option = "metadata_file" if config.kind == "mimic" else "mimic_file"
@@ -149,7 +153,7 @@ class MimicDataset(RecordDataset):
 
 
 def _read_studies(
-    config: DataConfig, root: Path, option: str, faults: Faults, only: Collection[str] | None = None
+    config: MimicData | MsCxrData, root: Path, option: str, faults: Faults, only: Collection[str] | None = None
 ) -> list[_Study]:
     """Rows of the metadata CSV that `option` names; of those with a dicom_id of `only`, if it is given."""
     name = getattr(config, option)
@@ -248,7 +252,7 @@ class MsCxrDataset(RecordDataset):
     Raises UserError that lists all faults at once.
     """
 
-    def __init__(self, config: DataConfig, split: Literal["test", "validation"]) -> None:
+    def __init__(self, config: MsCxrData, split: Literal["test", "validation"]) -> None:
         root = data_root(config)
         faults: Faults = []
         rows, categories = _read_boxes(config, root, faults)
@@ -278,7 +282,7 @@ class MsCxrDataset(RecordDataset):
         )
 
 
-def mscxr_training(config: DataConfig) -> MimicDataset:
+def mscxr_training(config: MsCxrData) -> MimicDataset:
     """The training rows of config.mimic_file, without the patients of MS-CXR. Raises UserError if there is none."""
     if config.mimic_file is None:
         raise UserError("data.mimic_file is missing: MS-CXR is for evaluation; training needs the MIMIC metadata CSV")
@@ -286,7 +290,7 @@ def mscxr_training(config: DataConfig) -> MimicDataset:
     return MimicDataset(config, "train", held_out={row.dicom_id for row in rows})
 
 
-def _read_boxes(config: DataConfig, root: Path, faults: Faults) -> tuple[list[_Row], list[str]]:
+def _read_boxes(config: MsCxrData, root: Path, faults: Faults) -> tuple[list[_Row], list[str]]:
     """All boxes, and the names of the categories."""
     name = config.metadata_file
     text = read_text(root, name, "data.metadata_file")
@@ -346,7 +350,7 @@ _NO_IMPRESSIONS = (
 )
 
 
-def _read_json(config: DataConfig, text: str, faults: Faults) -> tuple[list[_Row], list[str]]:
+def _read_json(config: MsCxrData, text: str, faults: Faults) -> tuple[list[_Row], list[str]]:
     if config.caption_source == "impression" and config.mimic_file is None:
         raise UserError(_NO_IMPRESSIONS)
     name = config.metadata_file
@@ -399,7 +403,7 @@ def _dashed(part: str) -> Box:
     return box_of(pieces, "bboxxywh")
 
 
-def _texts(config: DataConfig, row: dict[str, Any], boxes: int) -> list[str]:
+def _texts(config: MsCxrData, row: dict[str, Any], boxes: int) -> list[str]:
     """The text of each box of a row of joined boxes: the impression, or a phrase."""
     text = text_of(row, "label_text", empty=True)
     if config.caption_source == "impression" and config.mimic_file is None:
@@ -438,7 +442,7 @@ def _by_image(rows: list[_Row], faults: Faults) -> dict[str, list[_Row]]:
 
 
 def _captions(
-    config: DataConfig, root: Path, by_image: Mapping[str, list[_Row]], faults: Faults
+    config: MsCxrData, root: Path, by_image: Mapping[str, list[_Row]], faults: Faults
 ) -> dict[str, str] | None:
     """The impression of each image by path; None where phrases are captions. Faults of captions go to `faults`."""
     if config.caption_source == "phrase" or config.mimic_file is None:
@@ -477,7 +481,7 @@ def _captions(
 
 
 def _samples(
-    config: DataConfig,
+    config: MsCxrData,
     root: Path,
     by_image: Mapping[str, list[_Row]],
     captions: Mapping[str, str] | None,

@@ -27,10 +27,10 @@ from PIL import Image, UnidentifiedImageError
 from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
-from distill.config import DataConfig
 from distill.data.readers.pixels import SLACK_PX, eight_bits, mask_of_file, open_image, segmentation_mask
 from distill.data.readers.tables import Box, Faults, Place, did_you_mean, key, quote
 from distill.data.sample import Region, Sample
+from distill.data_config import FileData
 from distill.errors import UserError, raise_all
 from distill.tokens import find_words
 
@@ -122,7 +122,7 @@ class RecordDataset:
 
     def __init__(
         self,
-        config: DataConfig,
+        config: FileData,
         *,
         findings: Sequence[str],
         query_words: Mapping[str, tuple[str, ...]],
@@ -326,7 +326,7 @@ def _table(columns: dict[str, list[Any]], features: Features) -> Dataset:
     return Dataset(InMemoryTable.from_pydict(columns, schema=features.arrow_schema))
 
 
-def data_root(config: DataConfig) -> Path:
+def data_root(config: FileData) -> Path:
     """The folder that config.root names. Raises UserError if there is none."""
     if config.root is None:
         raise UserError(f"data.root is missing; data.kind {config.kind} needs the folder that holds the data")
@@ -337,7 +337,7 @@ def data_root(config: DataConfig) -> Path:
 
 
 def choose_findings(
-    config: DataConfig, default: Iterable[str], known: Iterable[str], where: str
+    config: FileData, default: Iterable[str], known: Iterable[str], where: str
 ) -> tuple[tuple[str, ...], list[str]]:
     """config.findings, or `default`; and the faults of config.findings and config.query_words.
 
