@@ -18,10 +18,11 @@ HUGE = 10**6
 @functools.cache
 def field_types(model: type[Settings]) -> dict[str, Any]:
     """Type of each field, with its range as `Annotated`."""
-    return {
-        name: Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
-        for name, field in model.model_fields.items()
-    }
+    return {name: _annotated(field.annotation, field.metadata) for name, field in model.model_fields.items()}
+
+
+def _annotated(hint: Any, metadata: list[Any]) -> Any:
+    return Annotated.__class_getitem__((hint, *metadata)) if metadata else hint  # type: ignore[attr-defined]
 
 
 def members(hint: Any) -> list[Any]:
@@ -70,7 +71,7 @@ def children(hint: Any, name: str, kind: Any = None) -> list[Any]:
     """Types that a key may have in a group or a mapping: of the chosen kind, else of every kind that has it."""
     entry = entry_type(hint)
     models = models_of(hint)
-    if kind in models:
+    if isinstance(kind, str) and kind in models:
         models = {kind: models[kind]}
     found = [field_types(model)[name] for model in models.values() if name in model.model_fields]
     return found if models else [] if entry is None else [entry]
@@ -85,6 +86,18 @@ def keys_of(hint: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     entry = entry_type(hint)
     if entry is not None:
         yield from keys_of(entry, f"{prefix}NAME.")
+
+
+def renamed(config_class: type[Settings], path: tuple[str | int, ...]) -> str | None:
+    """What to write in place of an old key, by the innermost class on the path that knows it."""
+    found = None
+    hints: list[Any] = [config_class]
+    for index, part in enumerate(path):
+        rest = ".".join(map(str, path[index:]))
+        models = [model for hint in hints for model in models_of(hint).values()]
+        found = next((model.renamed[rest] for model in models if rest in model.renamed), found)
+        hints = [child for hint in hints for child in children(hint, str(part))]
+    return found
 
 
 _PLAIN = {
@@ -102,6 +115,9 @@ def expected(hint: Any, *, plural: bool = False, is_above: bool = False) -> str:
 
     is_above: the value is above the limit, so that the limit is named however large it is.
     """
+    if models_of(hint):
+        groups = "groups of options" if plural else "a mapping of its options"
+        return f"{groups}, or none" if is_optional(hint) else groups
     if get_origin(hint) is Annotated:
         base, *metadata = get_args(hint)
         inner = without_none(base)
@@ -120,8 +136,6 @@ def expected(hint: Any, *, plural: bool = False, is_above: bool = False) -> str:
         return f"{'lists' if plural else 'a list'} of {expected(arguments[0], plural=True)}"
     if origin is dict:
         return f"{'mappings' if plural else 'a mapping'} of names to {expected(arguments[1], plural=True)}"
-    if models_of(hint):
-        return "groups of options" if plural else "a mapping of its options"
     return _PLAIN[hint][plural] if hint in _PLAIN else getattr(hint, "__name__", str(hint))
 
 
