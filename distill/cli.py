@@ -261,8 +261,8 @@ def _memory_advice(config: Any) -> str:
         switch.append("--trainer.mixed_precision bf16")
     if value("base.frozen_dtype") == "fp32":
         switch.append("--base.frozen_dtype bf16")
-    if value("method") == "full":
-        switch.append("--method lora")
+    if value("denoiser") == "full":
+        switch.append("--denoiser lora")
     advice = [f"lower {', '.join(lower)}"] if lower else []
     if switch:
         advice.append(f"set {', '.join(switch)}")
