@@ -7,17 +7,19 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 
 from hypothesis import strategies as st
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 
 from distill.configuration.options import KIND, entry_type, field_types, is_optional, models_of, without_none
 from distill.settings import Settings
 
-TRICKY = """no|1e-4|null|None|none|true|3|0x1f|2024-01-01|{a: 1}|[]|~|<<|=|- a|a: b|\x85|a\u2028b|\u2029 c\n|'|"|#| a |a, b|*a|&a
-|!!int 3|\ufeff|\x00|\x1b[31m|a.b|1_000|.inf|0o7|@|`|%|?|:|---|...""".split("|")
+TRICKY = """no|1e-4|null|None|none|true|3|0x1f|2024-01-01|{a: 1}|[]|~|<<|=|- a|a: b|\x85|a\u2028b|\u2029 c\n|'|"|#| a |a, b|*a
+|&a|!!int 3|\ufeff|\x00|\x1b[31m|a.b|1_000|.inf|0o7|@|`|%|?|:|---|...""".split("|")
 TEXTS = st.sampled_from(TRICKY) | st.text(max_size=12)
 
 
 def _limit(metadata: list[Any], *names: str, default: Any) -> Any:
-    return next((getattr(item, name) for item in metadata for name in names if hasattr(item, name)), default)
+    parts = [part for item in metadata for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
+    return next((getattr(part, name) for part in parts for name in names if hasattr(part, name)), default)
 
 
 def values_of(hint: Any, metadata: list[Any] | None = None) -> st.SearchStrategy[Any]:
@@ -27,7 +29,9 @@ def values_of(hint: Any, metadata: list[Any] | None = None) -> st.SearchStrategy
         return values_of(get_args(hint)[0], [*metadata, *get_args(hint)[1:]])
     if is_optional(hint):
         parts = without_none(hint)
-        inner = [part for part in get_args(hint) if part is not type(None)] if get_origin(hint) is not Annotated else parts
+        inner = (
+            [part for part in get_args(hint) if part is not type(None)] if get_origin(hint) is not Annotated else parts
+        )
         return st.none() | st.one_of(*(values_of(part, metadata) for part in inner))
     if models := models_of(hint):
         return st.one_of(*(mappings_of(model, kind) for kind, model in models.items()))

@@ -169,7 +169,7 @@ class Faults:
             if isinstance(node.value, dict) and len(names) < 8:
                 for name, child in node.value.items():
                     visit(child, (*names, name))
-            if names and re.search(rf"(?<![\w.]){re.escape(dotted(names))}(?![\w])", text):
+            if names and re.search(rf"(?<![\w.]){re.escape(dotted(names))}(?!\w|\.\w)", text):
                 found.setdefault(node.origin)
 
         if given is not None:

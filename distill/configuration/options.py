@@ -7,6 +7,8 @@ import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from pydantic.fields import FieldInfo
+
 from distill.settings import Settings
 
 KIND = "kind"
@@ -106,8 +108,6 @@ _PLAIN = {
     str: ("text", "texts"),
     bool: ("true or false", "true or false"),
 }
-_LIMITS = (("ge", "of at least {}"), ("gt", "above {}"), ("le", "of at most {}"), ("lt", "below {}"))
-_LENGTHS = (("min_length", "at least {}"), ("max_length", "at most {}"))
 
 
 def expected(hint: Any, *, plural: bool = False, is_above: bool = False) -> str:
@@ -122,7 +122,7 @@ def expected(hint: Any, *, plural: bool = False, is_above: bool = False) -> str:
         base, *metadata = get_args(hint)
         inner = without_none(base)
         text = " or ".join(expected(member, plural=plural) for member in inner)
-        return f"{text}{_range(inner, metadata, is_above)}{', or none' if is_optional(base) else ''}"
+        return f"{text}{_range(inner, metadata, plural=plural, is_above=is_above)}{', or none' if is_optional(base) else ''}"
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         found = [expected(part, plural=plural, is_above=is_above) for part in arguments if part is not type(None)]
@@ -139,22 +139,29 @@ def expected(hint: Any, *, plural: bool = False, is_above: bool = False) -> str:
     return _PLAIN[hint][plural] if hint in _PLAIN else getattr(hint, "__name__", str(hint))
 
 
-def _range(inner: list[Any], metadata: list[Any], is_above: bool) -> str:
-    """Limits of a value, of a text or of a list."""
-    is_text, words, counts = inner == [str], [], []
-    for item in metadata:
-        for name, text in _LIMITS:
-            limit = getattr(item, name, None)
-            if limit is not None and (is_above or name in ("ge", "gt") or limit < HUGE):
-                words.append(text.format(limit))
-        for name, text in _LENGTHS:
-            if getattr(item, name, None) is not None:
-                counts.append(text.format(getattr(item, name)))
-    patterns = [item.pattern for item in metadata if getattr(item, "pattern", None)]
-    if is_text and r"\S" in patterns:
-        return " that is not blank"
-    unit = "characters" if is_text else "items"
-    counted = [f"with {' and '.join(counts)} {unit}"] if counts else []
-    return "".join(
-        f" {text}" for text in [" and ".join(words), *counted, *(f"that matches {p}" for p in patterns)] if text
+def _range(inner: list[Any], metadata: list[Any], *, plural: bool, is_above: bool) -> str:
+    """Limits of a value, of a text or of a list, with a leading space."""
+    parts = [part for item in metadata for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
+
+    def limit(name: str) -> Any:
+        return next((getattr(part, name) for part in parts if getattr(part, name, None) is not None), None)
+
+    least, above = limit("ge"), limit("gt")
+    most, below = (
+        value if value is not None and (is_above or value < HUGE) else None for value in (limit("le"), limit("lt"))
     )
+    words = [f"above {above}"] if above is not None else []
+    if least is not None:
+        words.append(f"from {least} to {most}" if most is not None else f"of at least {least}")
+    elif most is not None:
+        words.append(f"at most {most}" if words else f"of at most {most}")
+    words += [f"below {below}"] if below is not None else []
+    shortest, longest, pattern, is_text = limit("min_length"), limit("max_length"), limit("pattern"), inner == [str]
+    if is_text and pattern == r"\S":
+        return f" that {'are' if plural else 'is'} not blank"
+    counts = [f"at least {shortest}"] if shortest is not None else []
+    counts += [f"at most {longest}"] if longest is not None else []
+    texts = [" and ".join(words)] if words else []
+    texts += [f"with {' and '.join(counts)} {'characters' if is_text else 'items'}"] if counts else []
+    texts += [f"that {'match' if plural else 'matches'} {pattern}"] if pattern is not None else []
+    return "".join(f" {text}" for text in texts)

@@ -37,7 +37,7 @@ class Given:
 class _Loader(yaml.SafeLoader):
     """YAML without the surprises of 1.1: `1e-4` is a number, and `no` is a string."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own attribute, typed as it is there
+    yaml_implicit_resolvers: dict[str, Any] = {}
 
 
 class _Dumper(yaml.SafeDumper):
