@@ -186,7 +186,6 @@ class Needy(Settings):
     model: Text
     """The model."""
     data: AnyData
-    """Images."""
 
 
 @pytest.fixture
@@ -746,7 +745,8 @@ def test_help_shows_the_chosen_kind(capsys: pytest.CaptureFixture[str], yaml_fil
         assert "--data.train_size INT" in text and "--data.root" not in text
         assert "--data.resolution INT             Side of an image, in pixels. [128]" in text
     text = help_of(Needy, capsys)
-    assert "--data.kind {drawn,folder,archive}" in text and "[needed]" in text and "--data.resolution" not in text
+    assert "  --data.kind {drawn,folder,archive}  Where images come from. [needed]\n" in text
+    assert "--data.resolution" not in text
     assert "kinds: drawn, folder, archive: --data.kind drawn --help" in text
 
 

@@ -115,6 +115,7 @@ def _of_group(hint: Any, given: Given | None, default: Any, key: str, text: str)
     own = getattr(base, KIND, None)
     kind = str(value) if isinstance(value, str) and value in models else own
     others = [other for other in models if other != kind]
+    text = text or _first_paragraph(next(iter(models.values())).model_fields[KIND].description)
     option = _Option(f"{key}.{KIND}", f"{{{','.join(models)}}}", text, _default_text(own if own else default))
     note = f"other kinds: {', '.join(others)}: --{key}.{KIND} {others[0]} --help"
     if kind is None:
