@@ -50,7 +50,9 @@ TRAINER = [
 ]  # fmt: skip
 TRAINING = [*PHANTOM, "--data.train_size", "6", *TRAINER, *EVALUATION]
 ARM_FILES = {"maps.safetensors", "metrics.json", "pairs.jsonl", "samples/0000.png"}
-RUN_FILES = {"config.yaml", "metrics.json", "report.html", "report.md", "real/0000.png", "real/examples.jsonl"}
+RUN_FILES = {
+    "config.yaml", "metrics.json", "report.html", "report.md", "real/0000.png", "real/examples.jsonl", "real/priors.json",
+}  # fmt: skip
 
 
 def load_recipe(name: str) -> Callable[[Any], None]:

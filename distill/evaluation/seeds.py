@@ -27,6 +27,7 @@ from distill.metrics.quality import frechet_by_factors, weighted_auroc
 Array = NDArray[np.float64]
 TOKENS = ("word", "eos", "padding")
 LOCALIZATION = ("auc", "cnr", "top1", "iou")
+IMAGE_ADDS = "image_adds"
 FRECHET_SAMPLES = 200
 
 
@@ -123,6 +124,8 @@ def _values(entry: dict[str, Any]) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for token in TOKENS if entry["localization"] else ():
         found |= {f"{token}.{name}": entry["localization"][token][name] for name in LOCALIZATION}
+        if IMAGE_ADDS in entry["localization"][token]:
+            found[f"{token}.{IMAGE_ADDS}"] = entry["localization"][token][IMAGE_ADDS]
     if entry["localization"]:
         found |= {f"mass.{name}": value for name, value in entry["localization"]["mass"].items()}
     return found | {f"quality.{name}": entry["quality"][name] for name in ("fid", "finding_auc", "diversity")}
@@ -156,6 +159,8 @@ def _pairs(arm_dir: Path) -> dict[str, Any]:
         for name in LOCALIZATION:
             values = [row["scores"][token].get(name) for row in rows]
             found[f"{token}.{name}"] = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+        values = [row.get(IMAGE_ADDS, {}).get(token) for row in rows]
+        found[f"{token}.{IMAGE_ADDS}"] = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
     return found
 
 
@@ -178,7 +183,7 @@ def _estimates(
     keys = scores[arms[0]][0]["keys"]
     if any(entry["keys"] != keys for arm in arms for entry in scores[arm]):
         raise UserError("the arms were scored on different images")
-    for key in (f"{token}.{name}" for token in TOKENS for name in LOCALIZATION) if keys else ():
+    for key in (f"{token}.{name}" for token in TOKENS for name in (*LOCALIZATION, IMAGE_ADDS)) if keys else ():
         tables = [np.stack([entry[key] for entry in scores[arm]]) for arm in arms]
         table = tables[0] - tables[1] if len(tables) == 2 else tables[0]
         usable = ~np.isnan(table).any(axis=0)  # a contrast may be infinite
