@@ -337,7 +337,10 @@ def test_attention_that_is_not_plain_is_refused(unet: UNet2DConditionModel) -> N
     with pytest.raises(UserError, match=f"{name} .*PAGIdentity"), record_attention(unet, kind="self"):
         pass
     assert all(unet.attn_processors[n] is p for n, p in originals.items() if not n.startswith(name))
-    with pytest.raises(UserError, match="Linear is the denoiser of no known model family"), record_attention(nn.Linear(1, 1)):
+    with (
+        pytest.raises(UserError, match="Linear is the denoiser of no known model family"),
+        record_attention(nn.Linear(1, 1)),
+    ):
         pass
 
 

@@ -629,7 +629,9 @@ def test_supervision_by_regions_trains_unet_and_text_encoder() -> None:
 def test_a_mean_teacher_follows_the_student_and_is_in_its_checkpoint() -> None:
     student = prepared()
     teacher = replace(
-        student, denoiser=copy.deepcopy(student.denoiser), text_encoders=[copy.deepcopy(e) for e in student.text_encoders]
+        student,
+        denoiser=copy.deepcopy(student.denoiser),
+        text_encoders=[copy.deepcopy(e) for e in student.text_encoders],
     )
     config = AttentionDistillationConfig(teacher="ema", ema_decay=0.75)
     batch = batch_of(student)
