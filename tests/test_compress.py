@@ -71,7 +71,7 @@ def pipeline_of_two_pairs() -> StableDiffusionPipeline:
 def test_of_stable_diffusion_it_makes_the_published_bk_sdm(blocks: BlocksConfig, published: int) -> None:
     """BK-SDM's table 1: 0.58, 0.49 (rounded up) and 0.33 thousand million parameters, here to the last one."""
     with torch.device("meta"):
-        student = UNet2DConditionModel.from_config(pruned_config(full_size("sd15").unet.config, blocks))
+        student = UNet2DConditionModel.from_config(pruned_config(full_size("sd15").denoiser.config, blocks))
     assert parameter_counts(student)[0] == published
     stages = 3 if blocks.remove_stages else 4
     assert tuple(student.config.down_block_types) == ARCHITECTURES["sd15"].denoiser["down_block_types"][:stages]
@@ -130,7 +130,7 @@ def test_every_block_of_fewer_stages_is_one_of_the_teachers() -> None:
 
 def test_transformer_layers_of_sdxl_become_fewer() -> None:
     with torch.device("meta"):
-        teacher = full_size("sdxl").unet
+        teacher = full_size("sdxl").denoiser
         student = UNet2DConditionModel.from_config(pruned_config(teacher.config, BlocksConfig(transformer_layers=4)))
     assert student.config.transformer_layers_per_block == [1, 2, 4]
     there = name_in_teacher(student.config, teacher.config)
