@@ -74,7 +74,7 @@ def test_of_stable_diffusion_it_makes_the_published_bk_sdm(blocks: BlocksConfig,
         student = UNet2DConditionModel.from_config(pruned_config(full_size("sd15").denoiser.config, blocks))
     assert parameter_counts(student)[0] == published
     stages = 3 if blocks.remove_stages else 4
-    assert tuple(student.config.down_block_types) == ARCHITECTURES["sd15"].denoiser["down_block_types"][:stages]
+    assert tuple(student.config.down_block_types) == ARCHITECTURES["sd15"].unet["down_block_types"][:stages]
     assert (student.mid_block is None) == blocks.remove_mid_block
     assert [len(block.resnets) for block in student.up_blocks] == [2] * stages
 
