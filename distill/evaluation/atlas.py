@@ -410,7 +410,7 @@ def analyse(
 
 
 def subset_file(entry: Mapping[str, Any], config: AtlasConfig) -> dict[str, Any]:
-    """Content of localization.json (see `distill.components.read_subset`), with where the subset comes from."""
+    """Content of localization.json (see `distill.models.loading.read_subset`), with where the subset comes from."""
     chosen, test = entry["chosen"], entry["test"]
     return {
         "layers": chosen["layers"],

@@ -280,6 +280,10 @@ def vilouras(inputs: Inputs, config: FullEvaluation, recorder: Recorder) -> tupl
     resizes the mean.
     """
     model = inputs.model
+    if not hasattr(model.noise_scheduler, "alphas_cumprod"):
+        raise UserError(
+            f"the protocol vilouras inverts a DDPM schedule; the family {model.family.name} has another one"
+        )
     scheduler = DDIMInverseScheduler.from_config(model.noise_scheduler.config)
     scheduler.set_timesteps(VILOURAS_STEPS, device=inputs.latents.device)
     timesteps = [int(t) for t in scheduler.timesteps[: VILOURAS_RECORDED.stop]]
