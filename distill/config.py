@@ -35,10 +35,10 @@ class LoraConfig(Settings):
     """The update is scaled by alpha / rank."""
     dropout: BelowOne = 0.0
     """Dropout on the adapter's input."""
-    denoiser_targets: Annotated[tuple[Text, ...], Field(min_length=1)] = ("to_q", "to_k", "to_v", "to_out.0")
-    """Layers of the denoiser that get an adapter, by the end of their names."""
-    text_encoder_targets: Annotated[tuple[Text, ...], Field(min_length=1)] = ("q_proj", "k_proj", "v_proj", "out_proj")
-    """Layers of the text encoders that get an adapter, by the end of their names."""
+    denoiser_targets: tuple[Text, ...] = ()
+    """Layers of the denoiser that get an adapter, by the end of their names. Empty: to_q, to_k, to_v, to_out.0 for U-Nets."""
+    text_encoder_targets: tuple[Text, ...] = ()
+    """Layers of the text encoders that get an adapter, by the end of their names. Empty: q_proj, k_proj, v_proj, out_proj."""
 
 
 class DenoisingConfig(Settings):

@@ -30,7 +30,7 @@ from distill.methods import method_of
 from distill.methods.attention_distillation import check_same_shape
 from distill.metrics.features import load_features
 from distill.models import Model, load_model
-from distill.models.adapters import check_lora_targets, parameter_counts
+from distill.models.adapters import check_lora_targets, lora_targets, parameter_counts
 from distill.models.loading import LORA_FILE
 from distill.trainer import make_accelerator
 
@@ -190,10 +190,10 @@ def _base_faults(config: RunConfig, evaluation: FullEvaluation, model: Model, ar
             own.append("trainer.cache_text_embeddings: this method needs the tokens of each caption; set it to false")
         faults += [f"{arm.name}: {fault}" for fault in own + _start_faults(arm, arms)]
         if training.denoiser == "lora":
-            check_lora_targets(model.denoiser, training.lora.denoiser_targets, "denoiser")
+            check_lora_targets(model.denoiser, lora_targets(model, training.lora, "denoiser"), "denoiser")
         if training.text_encoder == "lora":
             for encoder in model.text_encoders:
-                check_lora_targets(encoder, training.lora.text_encoder_targets, "text_encoder")
+                check_lora_targets(encoder, lora_targets(model, training.lora, "text_encoder"), "text_encoder")
     return faults
 
 

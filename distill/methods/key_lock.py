@@ -254,7 +254,8 @@ class KeyLocked(Method):
             faults.append("method key_lock locks keys to the text encoder as it was; set text_encoder to full or lora")
         if training.denoiser == "frozen":
             faults.append("method key_lock merges keys into the denoiser; set denoiser to full or lora")
-        if training.denoiser == "lora" and not {"to_k", "attn2.to_k"} & set(training.lora.denoiser_targets):
+        targets = training.lora.denoiser_targets or student.family.adapter_targets("denoiser")
+        if training.denoiser == "lora" and not {"to_k", "attn2.to_k"} & set(targets):
             faults.append("lora.denoiser_targets must hold to_k, whose adapters take in the keys at the end")
         return faults
 

@@ -21,6 +21,13 @@ from distill.models.family import Model
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
+def lora_targets(model: Model, lora: LoraConfig, part: str) -> tuple[str, ...]:
+    """Layers that get an adapter, by the end of their names: the configuration's, or the family's. part: denoiser or
+    text_encoder."""
+    own = lora.denoiser_targets if part == "denoiser" else lora.text_encoder_targets
+    return own or model.family.adapter_targets("denoiser" if part == "denoiser" else "text_encoder")
+
+
 def check_lora_targets(module: nn.Module, targets: Sequence[str], part: str) -> None:
     """Raise UserError if a target matches no layer of `module`, with the names that would, or if transformers refuses the
     installed peft, which it would say only when an adapter is attached."""
@@ -79,21 +86,19 @@ def add_lora(module: nn.Module, lora: LoraConfig, targets: Sequence[str], part: 
 def prepare_training(
     model: Model,
     *,
-    method: Literal["lora", "full", "frozen"],
+    denoiser: Literal["lora", "full", "frozen"],
     text_encoder: Literal["frozen", "lora", "full"],
     lora: LoraConfig,
     frozen_dtype: str = "fp32",
     gradient_checkpointing: bool = False,
 ) -> None:
-    """Freeze everything, cast all but the VAE to `frozen_dtype`, then make trainable (float32) what the method asks for."""
+    """Freeze everything, cast all but the VAE to `frozen_dtype`, then make trainable (float32) what is trained."""
     model.freeze()
     for module in (model.denoiser, *model.text_encoders):
         module.to(DTYPES[frozen_dtype])
-    denoiser_targets = lora.unet_targets or model.family.adapter_targets("denoiser")
-    text_encoder_targets = lora.text_encoder_targets or model.family.adapter_targets("text_encoder")
-    for module, how, targets, part in (
-        (model.denoiser, method, denoiser_targets, "denoiser"),
-        *((encoder, text_encoder, text_encoder_targets, "text_encoder") for encoder in model.text_encoders),
+    for module, how, part in (
+        (model.denoiser, denoiser, "denoiser"),
+        *((encoder, text_encoder, "text_encoder") for encoder in model.text_encoders),
     ):
         if how == "full":
             module.to(torch.float32)
@@ -101,7 +106,7 @@ def prepare_training(
             if getattr(module, "pooler", None) is not None:  # of BERT and its kin; no denoiser reads it
                 module.pooler.requires_grad_(False)
         elif how == "lora":
-            add_lora(module, lora, targets, part)
+            add_lora(module, lora, lora_targets(model, lora, part), part)
         if how != "frozen" and gradient_checkpointing:
             enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
             enable()

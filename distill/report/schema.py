@@ -156,10 +156,10 @@ _COST = _object(
 )
 _SIZE = _object(
     {
-        "unet_parameters": _count,
+        "denoiser_parameters": _count,
         "text_encoder_parameters": _count,
-        "unet_gflops": _number(0),
-        "unet_passes_an_image": _count,
+        "denoiser_gflops": _number(0),
+        "denoiser_passes_an_image": _count,
         "megabytes": _number(0),
     }
 )
@@ -187,8 +187,8 @@ def validate_metrics(metrics: Mapping[str, Any]) -> None:
     - quality: `fid, fid_ci, finding_auc, finding_auc_ci, diversity, images, features`.
     - cost: `train_seconds, steps, peak_memory_gb, evaluation_seconds, trainable_parameters`; optional
       `localization_seconds`.
-    - size (optional): `unet_parameters, text_encoder_parameters, unet_gflops` (of one pass of one image),
-      `unet_passes_an_image` (guidance doubles the denoising steps), `megabytes` (U-Net and text encoders, in 16 bits where
+    - size (optional): `denoiser_parameters, text_encoder_parameters, denoiser_gflops` (of one pass of one image),
+      `denoiser_passes_an_image` (guidance doubles the denoising steps), `megabytes` (U-Net and text encoders, in 16 bits where
       they are not quantized).
     - provenance: any JSON object; `provenance.seconds = {stage: seconds}` is shown as a table.
 

@@ -327,7 +327,7 @@ def cost_table(metrics: Mapping[str, Any]) -> Table:
     sized = any("size" in entry for entry in arms.values())
     for name, entry in arms.items():
         unet, text, gflops = (
-            lookup(entry, "size", key) for key in ("unet_parameters", "text_encoder_parameters", "unet_gflops")
+            lookup(entry, "size", key) for key in ("denoiser_parameters", "text_encoder_parameters", "denoiser_gflops")
         )
         seconds, steps = lookup(entry, "cost", "train_seconds"), lookup(entry, "cost", "steps")
         memory = lookup(entry, "cost", "peak_memory_gb")
@@ -346,7 +346,7 @@ def cost_table(metrics: Mapping[str, Any]) -> Table:
             rows[-1] += [format_count(unet), format_count(text), UNKNOWN if gflops is None else f"{gflops:,.2f}"]
             stored = lookup(entry, "size", "megabytes")
             rows[-1] += [
-                format_count(lookup(entry, "size", "unet_passes_an_image")),
+                format_count(lookup(entry, "size", "denoiser_passes_an_image")),
                 UNKNOWN if stored is None else f"{stored:,.1f} MB",
             ]
     head = ["arm", "trained parameters", "steps", "training", "a step", "evaluation", "peak memory"]
