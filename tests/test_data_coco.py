@@ -20,11 +20,10 @@ from PIL import Image
 
 from distill.config import DataConfig
 from distill.data.loading import load_dataset
-from distill.data.readers.coco import CocoDataset
+from distill.data.readers.coco import CocoDataset, class_words
 from distill.data.readers.folder import FolderDataset
-from distill.data.sample import image_key
-from distill.data.readers.coco import class_words
 from distill.data.readers.pixels import check_segmentation, decode_counts, polygon_mask, rle_mask, segmentation_mask
+from distill.data.sample import image_key
 from distill.errors import UserError
 
 # --- segmentations ------------------------------------------------------------------------------------------------

@@ -12,18 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distill.arms import DATA_OPTIONS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from distill.arms import DATA_OPTIONS
 from distill.config import DataConfig
 from distill.data.loading import load_dataset
 from distill.data.readers.folder import FolderDataset
-from distill.data.readers.mimic import MimicDataset, MsCxrDataset
-from distill.data.readers.records import RecordDataset
-from distill.data.readers.mimic import CHEXPERT_LABELS
-from distill.data.readers.records import _same_aspect
+from distill.data.readers.mimic import CHEXPERT_LABELS, MimicDataset, MsCxrDataset
+from distill.data.readers.records import RecordDataset, _same_aspect
 from distill.errors import UserError
 
 SIZE = (40, 30)

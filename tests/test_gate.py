@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from distill.evaluation.gate import GROUPS, TIMESTEPS, Taught, decide, localizing
 from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.config import AttentionDistillationConfig
 from distill.errors import UserError
-from distill.evaluation.gate import GROUPS, TIMESTEPS, Taught, decide, localizing
 
 AUC = st.floats(0, 1)
 TABLE = st.fixed_dictionaries({name: st.fixed_dictionaries({g: AUC for g in GROUPS}) for name in ("a", "b", "c")})

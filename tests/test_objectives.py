@@ -12,6 +12,15 @@ from typing import Any
 
 import pytest
 import torch
+from distill.methods.objectives import (
+    AttentionDistillationObjective,
+    AutoencoderObjective,
+    ContrastiveObjective,
+    DenoisingObjective,
+    Noised,
+    SupervisedAttentionObjective,
+    resize_regions,
+)
 from tiny import tiny_sd, tiny_sdxl
 from torch import nn
 from torch.utils.data import default_collate
@@ -24,15 +33,6 @@ from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows
 from distill.errors import UserError
 from distill.losses import tail_leak, tail_mass
-from distill.methods.objectives import (
-    AttentionDistillationObjective,
-    AutoencoderObjective,
-    ContrastiveObjective,
-    DenoisingObjective,
-    Noised,
-    SupervisedAttentionObjective,
-    resize_regions,
-)
 from distill.models.adapters import prepare_training
 from distill.models.family import Model
 from distill.models.loading import model_of
