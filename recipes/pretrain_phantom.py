@@ -171,8 +171,8 @@ def stages_of(base: Path) -> dict[str, Any]:
 
 
 def save_base(pipeline: StableDiffusionPipeline, stage: str, work: Path, output_dir: Path) -> None:
-    """The pipeline as output_dir, in fp16; what it replaces stays beside it as .before. Measurements of the replaced
-    weights (`record`, recipes/atlas.py) are not taken over."""
+    """The pipeline as output_dir, in fp16 files that stock loaders read as float32; what it replaces stays beside it as
+    .before. Measurements of the replaced weights (`record`, recipes/atlas.py) are not taken over."""
     pipeline.to("cpu", torch.float16)
     partial, before = output_dir.with_suffix(".partial"), output_dir.with_suffix(".before")
     shutil.rmtree(partial, ignore_errors=True)
@@ -184,11 +184,22 @@ def save_base(pipeline: StableDiffusionPipeline, stage: str, work: Path, output_
         shutil.copytree(output_dir, partial, ignore=measured)
         pipeline.unet.save_pretrained(partial / "unet")
         shutil.copy2(output_dir / "unet" / "config.json", partial / "unet")
+    declare_float32(partial / "text_encoder")
     write_json(partial / "pretraining.json", {"stages": stages_of(output_dir) | {stage: cost_of(work / stage)}})
     if output_dir.exists():
         shutil.rmtree(before, ignore_errors=True)
         os.replace(output_dir, before)
     finish_saving(output_dir)
+
+
+def declare_float32(folder: Path) -> None:
+    """Make stock transformers read the 16-bit weights in `folder` as float32.
+
+    transformers takes the type of config.json, diffusers float32: without this the parts of one pipeline differ in type.
+    """
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) | {"dtype": "float32"}
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def finish_saving(output_dir: Path) -> None:
@@ -217,6 +228,7 @@ def train_classifier(
     train(ClassificationObjective(classifier), rows, trainer, work, seed, collate)
     partial = output_dir.with_suffix(".partial")
     classifier.half().save_pretrained(partial)
+    declare_float32(partial)
     os.replace(partial, output_dir)
 
 
