@@ -106,7 +106,7 @@ DATA_OPTIONS: dict[str, tuple[str, ...]] = {
     ),
     "folder": (
         *_FILE_OPTIONS, "metadata_file", "image_column", "caption_column", "split_column", "finding_column",
-        "phrase_column", "box_column", "mask_column", "label_column",
+        "phrase_column", "box_column", "mask_column", "label_column", "patient_column",
     ),
     "mimic": (*_FILE_OPTIONS, "metadata_file"),
     "mscxr": (*_FILE_OPTIONS, "metadata_file", "split_column", "mimic_file", "caption_source", "mentioned_only"),

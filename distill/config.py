@@ -51,22 +51,33 @@ class DataConfig:
     """folder: path of the image, relative to root."""
     caption_column: str = "text"
     """folder: the caption."""
-    split_column: str | None = None
-    """folder, mscxr: column that holds the split; without it every row is in every split."""
+    split_column: str = "auto"
+    """folder: split of the image. `auto` takes the column `split` if there is one; `none` takes none. Without a column, images
+    are split by the hash of their patient, else of their name: 10 % test, 10 % validation, the rest train; images of one
+    patient and files of the same bytes stay together. mscxr: only a column that is named here; without it all are test."""
     train_split: str = "train"
-    """Value of the split column for training; mimic, coco's CSV: name or number of a split (test, train, val, p19, mscxr)."""
+    """Value of the split column for training; mimic, coco's CSV: name or number of a split (test, train, val, p19, mscxr).
+    Validation images, where a recipe reads some, have the value `validation`, `val` or `valid`."""
     test_split: str = "test"
-    """The same for evaluation."""
-    finding_column: str | None = None
-    """folder: finding (class) of the row's box, or a list of one finding for each box."""
-    phrase_column: str | None = None
-    """folder: short phrase that describes the row's box."""
-    box_column: str | None = None
-    """folder: box as `x,y,w,h` in pixels of the image file, or a list of such boxes."""
-    mask_column: str | None = None
-    """folder: path of a mask image (non-zero is inside), relative to root; it goes before the box."""
-    label_column: str | None = None
-    """folder: findings of the whole image, joined by `|`; without it the findings of its boxes."""
+    """The same for evaluation. folder: `all` evaluates every image, whatever its split; no training takes it."""
+    finding_column: str = "auto"
+    """folder: finding (class) of the row's box, or a list of one finding for each box. `auto` takes the column `finding` if
+    there is one; `none` takes none."""
+    phrase_column: str = "auto"
+    """folder: short phrase that describes the row's box. `auto` takes the column `phrase` if there is one; `none` takes
+    none."""
+    box_column: str = "auto"
+    """folder: box as `x,y,w,h` in pixels of the image file, or a list of such boxes. `auto` takes the column `bbox` if there
+    is one; `none` takes none."""
+    mask_column: str = "auto"
+    """folder: path of a mask image (non-zero is inside), relative to root; it goes before the box. `auto` takes the column
+    `mask` if there is one; `none` takes none."""
+    label_column: str = "auto"
+    """folder: findings of the whole image, joined by `|`; without a column, the findings of its boxes. `auto` takes the column
+    `labels` if there is one; `none` takes none."""
+    patient_column: str = "auto"
+    """folder: patient of the image; no patient may be in two splits. `auto` takes the column `patient` if there is one; `none`
+    takes none."""
     findings: tuple[str, ...] = ()
     """Findings to keep and evaluate; empty keeps all that the files name."""
     query_words: dict[str, list[str]] = field(default_factory=dict)

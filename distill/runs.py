@@ -196,6 +196,10 @@ def open_run(config: Any, *, arms: list[Arm], base: BaseConfig | None = None) ->
     for dataset in (train, test, validation):
         if isinstance(dataset, RecordDataset):
             dataset.check_captions(components.tokenizers, components.max_tokens)
+    console = Console()
+    read = train if train is not None else test
+    if isinstance(read, RecordDataset) and accelerator.is_main_process:
+        console.print(read.summary, highlight=False, markup=False, soft_wrap=True)
     reads_labels = [key for key, is_read in label_readers(config, arms).items() if is_read]
     if train is not None and reads_labels and not any(train.labels(i) for i in range(len(train))):
         raise UserError(
@@ -226,7 +230,7 @@ def open_run(config: Any, *, arms: list[Arm], base: BaseConfig | None = None) ->
     by_words = config.evaluation.localization_text == "caption" and config.evaluation.protocol == "ours"
     if isinstance(test, RecordDataset) and by_words:
         test.check_queries()
-    run = Run(config, folder, accelerator, train, test, Console(), {}, base, validation=validation)
+    run = Run(config, folder, accelerator, train, test, console, {}, base, validation=validation)
     features = load_features(config.evaluation.features, phantom_data=config.data.kind == "phantom")
     sizes = f"{len(train):,} training and {len(test):,} held-out images" if train else f"{len(test):,} held-out images"
     total = parameter_counts(components.unet)[0] + sum(parameter_counts(t)[0] for t in components.text_encoders)
@@ -253,11 +257,6 @@ def load_validation(config: Any, arms: list[Arm]) -> PhantomDataset | RecordData
     asks = "distillation's gate" if gate else "trainer.localize_every_steps"
     if config.data.kind == "phantom" and config.data.validation_size == 0:
         raise UserError(f"data.validation_size is 0, and {asks} looks at validation images; give at least 1")
-    if config.data.kind == "folder" and config.data.split_column is None:
-        raise UserError(
-            f"{asks} looks at validation images, and without data.split_column every row is in every split; set it to a "
-            "column with `validation` (or `val`, `valid`) in some rows"
-        )
     validation = load_dataset(config.data, "validation")
     if not any(validation.findings) or not any(validation[i].regions for i in range(len(validation))):
         raise UserError(

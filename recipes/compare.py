@@ -17,7 +17,7 @@ from typing import Any, cast
 import yaml
 from tqdm.auto import tqdm
 
-from distill.arms import can_be_arm
+from distill.arms import can_be_arm, unused_data_options
 from distill.cli import main, to_yaml
 from distill.components import read_json
 from distill.config import CompareConfig, DataConfig, EvaluationConfig
@@ -85,6 +85,8 @@ def measured_on(found: Evaluated) -> dict[str, Any]:
     ):
         known = cast(dict[str, Any], yaml.safe_load(to_yaml(default))) | found.config[group]
         result |= {f"{group}.{key}": value for key, value in known.items() if key not in besides}
+    for key in unused_data_options(found.config["data"]["kind"]):
+        result.pop(key, None)
     # Not configured, but chosen with the model: recipes/atlas.py.
     located = found.entry["localization"] or {}
     return result | {f"localization.{key}": located.get(key) for key in ("protocol", "layers", "timesteps")}
@@ -93,7 +95,8 @@ def measured_on(found: Evaluated) -> dict[str, Any]:
 def differing(one: Evaluated, first: Evaluated) -> dict[str, Any]:
     """Dotted key -> value in `one`, of what is configured otherwise in `first`."""
     ours, theirs = dict(flatten(one.settings)), dict(flatten(first.settings))
-    return {k: v for k, v in ours.items() if k != "output_dir" and theirs.get(k) != v}
+    unread = {"output_dir", *unused_data_options(one.config["data"]["kind"])}
+    return {k: v for k, v in ours.items() if k not in unread and theirs.get(k) != v}
 
 
 def gather(config: CompareConfig) -> dict[int, dict[str, Evaluated]]:

@@ -11,6 +11,8 @@ from distill.data.mimic import MimicDataset, MsCxrDataset, mscxr_training
 from distill.data.phantom import PhantomDataset
 from distill.data.records import RecordDataset
 from distill.data.sample import ImageCaptionDataset, Region, Sample, image_key
+from distill.data.tables import SPLIT_CODES
+from distill.errors import UserError
 
 __all__ = [
     "CocoDataset",
@@ -29,6 +31,12 @@ __all__ = [
 
 def load_dataset(config: DataConfig, split: Literal["train", "validation", "test"]) -> PhantomDataset | RecordDataset:
     """The data set of a configuration. Raises UserError with every fault of the data."""
+    if split == "train" and config.kind in ("folder", "mimic", "coco"):
+        train, test = (SPLIT_CODES.get(name, name) for name in (config.train_split, config.test_split))
+        if train == test:
+            raise UserError(
+                f"data.train_split and data.test_split are both {train}: a test would see what was trained on"
+            )
     if config.kind == "folder":
         return FolderDataset(config, split)
     if config.kind == "mimic":

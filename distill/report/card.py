@@ -70,7 +70,7 @@ def _folder_location(arm_dir: Path) -> str:
 
 def _class_names(arm_dir: Path, export: Mapping[str, str]) -> dict[str, str]:
     """Class of each exported text encoder, as its config.json names it: a base may have another encoder than CLIP's."""
-    names = {}
+    names: dict[str, str] = {}
     for part in ("text_encoder", "text_encoder_2"):
         path = arm_dir / part / "config.json"
         if part in export and path.is_file():
