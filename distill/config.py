@@ -29,7 +29,96 @@ class BaseConfig(Settings):
 class LoraConfig(Settings):
     """Low-rank adapters (Hu et al. 2021)."""
 
+<<<<<<< HEAD
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
+=======
+    kind: Literal["phantom", "folder", "mimic", "mscxr", "coco"] = "phantom"
+    """`phantom` is drawn from a seed; the others read images and the files that describe them: `folder` (any images),
+    `mimic` (MIMIC-CXR-JPG), `mscxr` (MS-CXR), `coco` (COCO)."""
+    resolution: int = 128
+    """Side of the square training image, in pixels."""
+    seed: int = 0
+    """phantom: which infinite data set is drawn."""
+    train_size: int = 4000
+    """phantom: images of the training split."""
+    validation_size: int = 500
+    """phantom: images of the validation split."""
+    test_size: int = 500
+    """phantom: images of the test split."""
+    phantom_captions: Literal["reports", "affirmed", "stated", "labels"] = "reports"
+    """phantom: reports state findings, negate others and add normal sentences; affirmed negates none; stated has nothing
+    but the findings; labels is their names alone, in random order, or `no finding`."""
+    phantom_companions: float = 0.0
+    """phantom: probability that a finding brings its companion, such as an effusion an atelectasis; 0: independent."""
+    root: str | None = None
+    """The folder that holds the images; names of files are relative to it."""
+    metadata_file: str = "metadata.csv"
+    """folder: metadata.csv or metadata.jsonl; one row an image, or one row a box. mimic: CSV with dicom_id, path, split,
+    impression, Finding Labels. mscxr: MS-CXR's JSON or CSV, or the CSV with bboxxywh."""
+    image_column: str = "file_name"
+    """folder: path of the image, relative to root."""
+    caption_column: str = "text"
+    """folder: the caption."""
+    split_column: str = "auto"
+    """folder: split of the image. `auto` takes the column `split` if there is one; `none` takes none. Without a column, images
+    are split by the hash of their patient, else of their name: 10 % test, 10 % validation, the rest train; images of one
+    patient and files of the same bytes stay together. mscxr: only a column that is named here; without it all are test."""
+    train_split: str = "train"
+    """Value of the split column for training; mimic, coco's CSV: name or number of a split (test, train, val, p19, mscxr).
+    Validation images, where a recipe reads some, have the value `validation`, `val` or `valid`."""
+    test_split: str = "test"
+    """The same for evaluation. folder: `all` evaluates every image, whatever its split; no training takes it."""
+    finding_column: str = "auto"
+    """folder: finding (class) of the row's box, or a list of one finding for each box. `auto` takes the column `finding` if
+    there is one; `none` takes none."""
+    phrase_column: str = "auto"
+    """folder: short phrase that describes the row's box. `auto` takes the column `phrase` if there is one; `none` takes
+    none."""
+    box_column: str = "auto"
+    """folder: box as `x,y,w,h` in pixels of the image file, or a list of such boxes. `auto` takes the column `bbox` if there
+    is one; `none` takes none."""
+    mask_column: str = "auto"
+    """folder: path of a mask image (non-zero is inside), relative to root; it goes before the box. `auto` takes the column
+    `mask` if there is one; `none` takes none."""
+    label_column: str = "auto"
+    """folder: findings of the whole image, joined by `|`; without a column, the findings of its boxes. `auto` takes the column
+    `labels` if there is one; `none` takes none."""
+    patient_column: str = "auto"
+    """folder: patient of the image; no patient may be in two splits. `auto` takes the column `patient` if there is one; `none`
+    takes none."""
+    findings: tuple[str, ...] = ()
+    """Findings to keep and evaluate; empty keeps all that the files name."""
+    query_words: dict[str, list[str]] = field(default_factory=dict)
+    """Words that name a finding in a caption; default: the published lists for MS-CXR findings, else its own words
+    (coco: its whole name, in singular and plural)."""
+    mimic_file: str | None = None
+    """mscxr: MIMIC metadata CSV, whose impressions are captions, and whose train_split is trained on."""
+    caption_source: Literal["impression", "phrase"] = "impression"
+    """mscxr: caption of a sample: the report's impression (a sample an image), or MS-CXR's phrase (a sample a phrase)."""
+    mentioned_only: bool = False
+    """mscxr: keep only findings that the caption names by their query words."""
+    captions_file: str = "annotations/captions_{split}2017.json"
+    """coco: captions JSON, or a CSV with path, captions, split; {split} stands for train_split or test_split."""
+    instances_file: str | None = "annotations/instances_{split}2017.json"
+    """coco: instances JSON; none reads captions only."""
+    image_dir: str = "{split}2017"
+    """coco: folder of the file names in JSON; paths in a CSV are relative to root."""
+    allow_empty_captions: bool = False
+    """Accept rows with an empty caption."""
+    truncate_captions: bool = False
+    """Accept captions of more tokens than the text encoder takes, and cut them."""
+    horizontal_flip: bool = False
+    """Mirror images at random in training, only those whose caption names no side."""
+    cache_dir: str | None = None
+    """Where latents and text embeddings are cached; default: checkpoints/.cache."""
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters (Hu et al. 2021), by peft."""
+
+    rank: int = 8
+>>>>>>> main
     """Rank of the update."""
     alpha: Positive = 8.0
     """The update is scaled by alpha / rank."""

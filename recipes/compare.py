@@ -112,6 +112,8 @@ def measured_on(found: Evaluated) -> dict[str, Any]:
     for group, besides in (("data", TRAINING_DATA), ("evaluation", SPEED)):
         known = defaults[group] | found.config[group]
         result |= {f"{group}.{key}": value for key, value in known.items() if key not in besides}
+    for key in unused_data_options(found.config["data"]["kind"]):
+        result.pop(key, None)
     # Not configured, but chosen with the model: recipes/atlas.py.
     located = found.entry["localization"] or {}
     return result | {f"localization.{key}": located.get(key) for key in ("protocol", "layers", "timesteps")}
@@ -122,7 +124,8 @@ def differing(one: Evaluated, first: Evaluated) -> dict[str, Any]:
     from distill.report.tables import flatten
 
     ours, theirs = dict(flatten(one.settings)), dict(flatten(first.settings))
-    return {k: v for k, v in ours.items() if k != "output_dir" and theirs.get(k) != v}
+    unread = {"output_dir", *unused_data_options(one.config["data"]["kind"])}
+    return {k: v for k, v in ours.items() if k not in unread and theirs.get(k) != v}
 
 
 def check(config: CompareConfig) -> None:

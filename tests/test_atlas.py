@@ -474,8 +474,8 @@ def test_data_without_a_validation_split_or_regions_is_refused(
     splits = ["train", "validation", "test", "test"]
     boxed = make_folder(tmp_path / "boxed", lambda i: f'Edema.,{splits[i]},edema,"8,8,20,20"')
     columns = ["--data.finding_column", "finding", "--data.box_column", "bbox"]
-    message = refusal([*argv, *boxed, *columns], capsys)
-    assert "4 of 4 test images are also validation images" in message and "data.split_column" in message
+    message = refusal([*argv, *boxed, *columns, "--data.test_split", "validation"], capsys)
+    assert "1 of 1 test images are also validation images" in message and "data.split_column" in message
     no_validation = ["--data.split_column", "split", "--data.test_split", "train"]
     plain = make_folder(tmp_path / "plain", lambda i: f"Edema.,{splits[i]}", "file_name,text,split")
     message = refusal([*argv, *plain, "--data.split_column", "split"], capsys)

@@ -292,7 +292,7 @@ def test_findings_that_are_not_asked_for_are_left_out(root: Path) -> None:
 
 
 def test_training_keeps_every_caption(root: Path) -> None:
-    dataset = coco(root, "train")
+    dataset = coco(root, "train", test_split="test")
     assert len(dataset) == 5 and dataset[2].regions == () and dataset.labels(2) == ("dog", "person")
     assert ids(dataset)[2:] == ["val2017/a.jpg#1", "val2017/a.jpg#2", "val2017/c.jpg#0"]
 
@@ -566,7 +566,7 @@ def test_real_photographs_as_coco_json(shared_data: Path, tmp_path: Path) -> Non
         writer.writerows(rows)
     folder = DataConfig(
         kind="folder", root=str(tmp_path), resolution=64, caption_column="captions", finding_column="bbox_label",
-        box_column="bbox_xywh", mask_column="mask_file",
+        box_column="bbox_xywh", mask_column="mask_file", test_split="all",
     )  # fmt: skip
     by_folder = FolderDataset(folder, "test")
     theirs = {by_folder.image_key(i): {r.finding: r for r in by_folder.regions(i)} for i in range(len(by_folder))}

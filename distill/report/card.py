@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import types
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -68,24 +69,44 @@ def _folder_location(arm_dir: Path) -> str:
     return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.name
 
 
-def loading_code(base_name: str, folder: str, export: Mapping[str, str], few_steps: int | None = None) -> str:
+def _class_names(arm_dir: Path, export: Mapping[str, str]) -> dict[str, str]:
+    """Class of each exported text encoder, as its config.json names it: a base may have another encoder than CLIP's."""
+    names: dict[str, str] = {}
+    for part in ("text_encoder", "text_encoder_2"):
+        path = arm_dir / part / "config.json"
+        if part in export and path.is_file():
+            architectures = json.loads(path.read_text(encoding="utf-8")).get("architectures")
+            names |= {part: architectures[0]} if architectures else {}
+    return names
+
+
+def loading_code(
+    base_name: str,
+    folder: str,
+    export: Mapping[str, str],
+    few_steps: int | None = None,
+    class_names: Mapping[str, str] = types.MappingProxyType({}),
+) -> str:
     """Python that loads the parts exported to `folder` into a stock diffusers pipeline.
 
     few_steps: of a model that draws in so many steps of LCMScheduler, without guidance.
+    class_names: part -> class, where it is not that of Stable Diffusion.
     """
-    folders = [part for part in _CLASSES if part in export]
+    classes = {part: (package, class_names.get(part, name)) for part, (package, name) in _CLASSES.items()}
+    folders = [part for part in classes if part in export]
     imports = {"diffusers": ["DiffusionPipeline"] + (["LCMScheduler"] if few_steps is not None else [])}
     for part in folders:
-        package, name = _CLASSES[part]
+        package, name = classes[part]
         imports.setdefault(package, []).append(name)
-    lines = [f"from {package} import {', '.join(names)}" for package, names in imports.items()]
+    lines = ["import torch", *(f"from {package} import {', '.join(names)}" for package, names in imports.items())]
     lines += ["", f"base = {_base_location(base_name)!r}"]
     if export:
         lines.append(f"folder = {folder!r}  # the folder of this card")
     for part in folders:
-        lines.append(f'{part} = {_CLASSES[part][1]}.from_pretrained(folder, subfolder="{part}")')
+        lines.append(f'{part} = {classes[part][1]}.from_pretrained(folder, subfolder="{part}")')
     parts = "".join(f", {part}={part}" for part in folders)
-    lines.append(f"pipe = DiffusionPipeline.from_pretrained(base{parts})")
+    # A base saved in 16 bits would otherwise give parts of different types.
+    lines.append(f"pipe = DiffusionPipeline.from_pretrained(base{parts}, torch_dtype=torch.float32)")
     if "lora" in export:
         lines.append("pipe.load_lora_weights(folder)")
     sampling = "num_inference_steps=20"
@@ -163,7 +184,7 @@ def write_model_card(
     if settings:
         parts.append("Main settings (all of them: `settings` in the `metrics.json` of this model):")
         parts.append(markdown_table(Table(["setting", "value"], settings)))
-    code = loading_code(base_name, _folder_location(arm_dir), export, few_steps)
+    code = loading_code(base_name, _folder_location(arm_dir), export, few_steps, _class_names(arm_dir, export))
     parts += ["## How to load it", f"```python\n{code}\n```"]
     parts += ["## How it was measured", markdown_table(_metrics_table(metrics_for_arm))]
     word = lookup(metrics_for_arm, "localization", "word") or {}
