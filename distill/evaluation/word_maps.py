@@ -1,0 +1,92 @@
+"""Attention maps of every word of the example images' captions, for the report.
+
+A pass of its own after the scored one, so that no number depends on it. Latents, noise, timesteps, layers and aggregation
+are those of the protocol `ours`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from safetensors.torch import save_file
+
+from distill.attention.heat_maps import normalize, select_tokens
+from distill.attention.recording import attention_layers
+from distill.config import EvaluationConfig
+from distill.data.sample import ImageCaptionDataset
+from distill.evaluation.protocols import Query, open_recorder, ours, prepare_inputs, with_subset
+from distill.models.components import Components
+from distill.tokens import find_words, token_groups, words_of
+
+WORD_MAPS_FILE = "word_maps.safetensors"
+LARGEST_MAP = 64
+
+
+@torch.no_grad()
+def write_word_maps(
+    components: Components,
+    dataset: ImageCaptionDataset,
+    config: EvaluationConfig,
+    *,
+    examples: Sequence[int],
+    accelerator: Accelerator,
+    arm_dir: Path,
+) -> None:
+    """Write word_maps.safetensors to `arm_dir`, from the main process; the other processes return at once.
+
+    A map is uint8, (height, width), min-max scaled to 0..255, at latent size or at most 64 x 64. Its key is
+    "<example number>/<word>", where the word is in lower case, or "[BOS]", "[EOS]" or "[PAD]". The file's metadata holds
+    for each example number a JSON object: `words`, {word: [[start, end], ...]} in the caption's order with the spans of
+    characters, and `findings`, {finding: its first word in the caption} of the image's regions.
+    """
+    if not accelerator.is_main_process or not examples:
+        return
+    config = with_subset(replace(config, protocol="ours", self_attention_power=0), components)
+    tensors: dict[str, torch.Tensor] = {}
+    about: dict[str, str] = {}
+    with ExitStack() as stack:
+        recorder = open_recorder(stack, components, attention_layers(components.unet, config.layers), config)
+        for start in range(0, len(examples), config.batch_size):
+            indices = examples[start : start + config.batch_size]
+            samples = [dataset[index] for index in indices]
+            captions = [sample.caption for sample in samples]
+            groups = [token_groups(components.tokenizers[0], text, components.max_tokens) for text in captions]
+            batch = [Query(index, text, (), (), own) for index, text, own in zip(indices, captions, groups, strict=True)]
+            inputs = prepare_inputs(components, samples, batch, accelerator.device)
+            chosen = select_tokens(components.tokenizers, captions, max_length=components.max_tokens)
+            recorder.cross.reduce = replace(inputs, chosen=chosen.matrix.to(inputs.chosen.device)).reduce
+            maps, _ = ours(inputs, config, recorder)
+            if max(maps.shape[-2:]) > LARGEST_MAP:
+                size = [min(side, LARGEST_MAP) for side in maps.shape[-2:]]
+                maps = F.interpolate(maps, size=size, mode="area")
+            scaled = (normalize(maps.float()) * 255).round().to(torch.uint8).cpu()
+            for place, (sample, names, own) in enumerate(zip(samples, chosen.names, scaled, strict=True)):
+                number = start + place
+                tensors |= {f"{number}/{name}": image.contiguous() for name, image in zip(names, own, strict=False)}
+                spans = {name: find_words(sample.caption, [name]) if name[0] != "[" else [] for name in names}
+                findings = {
+                    region.finding: word
+                    for region in sample.regions
+                    if (word := _first_word(sample.caption, dataset.query_words[region.finding], spans)) is not None
+                }
+                about[str(number)] = json.dumps({"words": spans, "findings": findings})
+    arm_dir.mkdir(parents=True, exist_ok=True)
+    partial = arm_dir / f"{WORD_MAPS_FILE}.partial"
+    save_file(tensors, partial, metadata=about)
+    os.replace(partial, arm_dir / WORD_MAPS_FILE)
+
+
+def _first_word(caption: str, query_words: Sequence[str], spans: dict[str, list[tuple[int, int]]]) -> str | None:
+    """The last word of the first place where `caption` names a finding: "effusion" of "pleural effusion"."""
+    for start, end in find_words(caption, query_words)[:1]:
+        inside = [word for word in words_of(caption[start:end]) if word in spans]
+        return inside[-1] if inside else None
+    return None
