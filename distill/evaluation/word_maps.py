@@ -59,7 +59,9 @@ def write_word_maps(
             samples = [dataset[index] for index in indices]
             captions = [sample.caption for sample in samples]
             groups = [token_groups(components.tokenizers[0], text, components.max_tokens) for text in captions]
-            batch = [Query(index, text, (), (), own) for index, text, own in zip(indices, captions, groups, strict=True)]
+            batch = [
+                Query(index, text, (), (), own) for index, text, own in zip(indices, captions, groups, strict=True)
+            ]
             inputs = prepare_inputs(components, samples, batch, accelerator.device)
             chosen = select_tokens(components.tokenizers, captions, max_length=components.max_tokens)
             recorder.cross.reduce = replace(inputs, chosen=chosen.matrix.to(inputs.chosen.device)).reduce

@@ -54,7 +54,9 @@ def _class_of(folder: Path, part: str) -> tuple[str, str]:
     return ("transformers", config["architectures"][0]) if config.get("architectures") else _PARTS[part]
 
 
-def loading_code(base: str, folder: Path, parts: Mapping[str, str], prompt: str | None, config: Mapping[str, Any]) -> str:
+def loading_code(
+    base: str, folder: Path, parts: Mapping[str, str], prompt: str | None, config: Mapping[str, Any]
+) -> str:
     """Python that loads `parts` of `folder` into a stock diffusers pipeline and draws `prompt`."""
     flat = dict(flatten(config))
     few_steps = flat.get("evaluation.num_inference_steps") if flat.get("evaluation.scheduler") == "lcm" else None

@@ -13,7 +13,7 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from distill.report.document import Picture
 from distill.report.results import Results
@@ -74,7 +74,10 @@ def tradeoff_charts(results: Results, chosen: str | None) -> list[Picture]:
         def draw(axes: Axes, points: Any = points, metric: Any = metric) -> None:
             for place, (arm, ends) in enumerate(points.items()):
                 bars = [
-                    [[0 if e.low is None else max(0, e.value - e.low)], [0 if e.high is None else max(0, e.high - e.value)]]
+                    [
+                        [0 if e.low is None else max(0, e.value - e.low)],
+                        [0 if e.high is None else max(0, e.high - e.value)],
+                    ]
                     for e in ends
                 ]
                 style = _style(list(results.arms), arm) | {"fmt": _MARKERS[place % len(_MARKERS)], "ms": 8}
@@ -156,23 +159,19 @@ def sprite(maps: Sequence[np.ndarray]) -> str:
     return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode("ascii")
 
 
-def example_grid(name: str, alt: str, columns: Mapping[str, Sequence[tuple[Image.Image | None, np.ndarray | None]]]) -> Picture:
+def example_grid(
+    name: str, alt: str, columns: Mapping[str, Sequence[tuple[Image.Image, np.ndarray | None]]]
+) -> Picture:
     """A column a title; its pictures below each other, each under its map where one is given."""
-
-    def draw(figure: Figure) -> None:
-        rows = max(len(column) for column in columns.values())
-        grid = figure.subplots(rows, len(columns), squeeze=False)
-        for place, (title, column) in enumerate(columns.items()):
-            grid[0, place].set_title(title, fontsize=9)
-            for row in range(rows):
-                grid[row, place].set_axis_off()
-                image, attention = column[row] if row < len(column) else (None, None)
-                if image is not None:
-                    size = image.size
-                    shown = image.convert("RGBA")
-                    if attention is not None:
-                        shown.alpha_composite(_heat(attention).convert("RGBA").resize(size, Image.Resampling.BILINEAR))
-                    grid[row, place].imshow(shown)
-
-    png = chart(name, alt, 1.6 * len(columns), 1.75 * max(len(c) for c in columns.values()) + 0.2, draw).png
-    return Picture(name, alt, png)
+    side, content = 160, io.BytesIO()
+    grid = Image.new("RGB", (side * len(columns), 20 + side * max(map(len, columns.values()))), "white")
+    for place, (title, column) in enumerate(columns.items()):
+        ImageDraw.Draw(grid).text((side * place + 4, 3), title, fill=_INK, font_size=13)
+        for row, (image, attention) in enumerate(column):
+            shown = image.convert("RGBA").resize((side - 4, side - 4), Image.Resampling.LANCZOS)
+            if attention is not None:
+                heat = _heat(attention).convert("RGBA")
+                shown.alpha_composite(heat.resize(shown.size, Image.Resampling.BILINEAR))
+            grid.paste(shown.convert("RGB"), (side * place, 20 + side * row))
+    grid.save(content, "PNG", optimize=True)
+    return Picture(name, alt, content.getvalue())

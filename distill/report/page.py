@@ -37,6 +37,10 @@ class Maps:
     spans: Mapping[str, Sequence[tuple[int, int]]]
     findings: Mapping[str, str]
 
+    def strip(self, names: Sequence[str]) -> tuple[int, str]:
+        """Height of a map, and all maps of `names` below each other as a data URI."""
+        return len(self.maps[names[0]]), figures.sprite([self.maps[name] for name in names])
+
 
 @dataclass(frozen=True)
 class Example:
@@ -46,6 +50,11 @@ class Example:
     image: Image.Image
     boxes: tuple[tuple[str, float, float, float, float], ...]
     arms: Mapping[str, tuple[Image.Image | None, Maps]]
+
+    @property
+    def real(self) -> str:
+        """The image as a data URI."""
+        return figures.data_uri(self.image)
 
     @property
     def names(self) -> list[str]:
@@ -70,7 +79,9 @@ class Example:
                 pieces += [(self.caption[at:start], None), (self.caption[start:end], name)]
                 at = end
         pieces.append((self.caption[at:], None))
-        return [*pieces, *((name, name) for name in self.names if not spans.get(name))]
+        for name in self.names:
+            pieces += [(" ", None), (name, name)] if not spans.get(name) else []
+        return pieces
 
 
 def _inside(run_dir: Path, *parts: str) -> Path:
@@ -142,14 +153,18 @@ def _read_examples(run_dir: Path, arms: Sequence[str], notes: list[str]) -> list
     return examples
 
 
-def _curves(run_dir: Path, arms: Sequence[str], name: str, notes: list[str]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+def _curves(
+    run_dir: Path, arms: Sequence[str], name: str, notes: list[str]
+) -> dict[str, dict[str, list[tuple[int, float]]]]:
     """{arm: {term: [(step, value)]}} of each arm's log."""
     found: dict[str, dict[str, list[tuple[int, float]]]] = {}
     for arm in arms:
         path = _inside(run_dir, arm, name)
         for row in _read_jsonl(path, notes) if path.is_file() else ():
             flat = {term: value for term, value in row.items() if term not in _NO_LOSS and not term.startswith("lr")}
-            flat |= {f"{token} AUC": row[token].get("auc") for token in ("word", "eos") if isinstance(row.get(token), dict)}
+            flat |= {
+                f"{token} AUC": row[token].get("auc") for token in ("word", "eos") if isinstance(row.get(token), dict)
+            }
             for term, value in flat.items():
                 number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
                 if number and term not in ("images", "pairs") and isinstance(row.get("step"), int):
@@ -157,20 +172,26 @@ def _curves(run_dir: Path, arms: Sequence[str], name: str, notes: list[str]) -> 
     return found
 
 
-def _sections(run_dir: Path, results: Results, notes: list[str]) -> list[Section]:
+def _sections(run_dir: Path, results: Results, charts: Sequence[Picture], notes: list[str]) -> list[Section]:
     arms = list(results.arms)
     losses = figures.curve_charts(_curves(run_dir, arms, "train_log.jsonl", notes), arms, "loss", smooth=True)
     localized = figures.curve_charts(_curves(run_dir, arms, "localization_log.jsonl", notes), arms, "localization")
     optional = [t for t in (tables.difference_table(results), tables.mass_table(results)) if t]
     findings = [t for t in (tables.finding_table(results),) if t]
-    directions = {1: "↑ higher is better", -1: "↓ lower is better", 0: "neither"}
-    meaning = Table(["metric", "better", "meaning"], [[m.name, directions[m.direction], m.meaning] for m in tables.METRICS])
+    directions = {1: "↑ higher", -1: "↓ lower", 0: "neither"}
+    meaning = Table(
+        ["metric", "better", "meaning"], [[m.name, directions[m.direction], m.meaning] for m in tables.METRICS]
+    )
     origin = Table(["key", "value"], list(tables.flatten(results.provenance)), name="provenance")
     said = ["Under each value stands its 95 % interval. Every model is measured on the same held-out images."]
     paired = ["A difference is green or red where its interval excludes 0. Attention mass adds up to 1."]
-    sections = [Section("numbers", "All models", said, tables=[tables.results_table(results)])]
+    sections = [Section("numbers", "All models", said, charts[1:], [tables.results_table(results)])]
     sections += [Section("differences", "Differences and attention mass", paired, tables=optional)] if optional else []
-    sections += [Section("findings", "Word AUC of each finding", ["Few pairs, wide margins."], tables=findings)] if findings else []
+    sections += (
+        [Section("findings", "Word AUC of each finding", ["Few pairs, wide margins."], tables=findings)]
+        if findings
+        else []
+    )
     sections += [Section("training", "Training", (), [*losses, *localized])] if losses or localized else []
     sections.append(Section("cost", "Cost and size", tables=[tables.cost_table(results)]))
     sections.append(Section("meaning", "What the numbers mean", tables=[meaning]))
@@ -194,12 +215,14 @@ def _loading(run_dir: Path, results: Results, arm: str | None, notes: list[str])
 def _grid(number: int, example: Example) -> Picture:
     columns: dict[str, Any] = {"real": [(example.image, None)]}
     for arm, (drawn, maps) in example.arms.items():
-        columns[arm] = [(drawn, None), (example.image, maps.maps.get(example.first or ""))]
+        columns[arm] = [*([(drawn, None)] if drawn else []), (example.image, maps.maps.get(example.first or ""))]
     alt = f"Real image, generated images, and the map of “{example.first}” in each model"
     return figures.example_grid(f"example_{number}", alt, columns)
 
 
-def _markdown(summary: Summary, facts: str, code: str | None, charts: Sequence[Picture], grids: Any, sections: Any) -> str:
+def _markdown(
+    summary: Summary, facts: str, code: str | None, charts: Sequence[Picture], grids: Any, sections: Any
+) -> str:
     parts = [f"# {escape_markdown(summary.title)}", *map(escape_markdown, summary.reasons)]
     parts += [md_table(summary.why)] if summary.why else []
     parts += [escape_markdown(f"{facts} {RULE}"), *map(markdown_picture, charts)]
@@ -232,10 +255,14 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     summary, facts = summarize(results), sample(results)
     examples = _read_examples(files, list(results.arms), notes)
     charts = figures.tradeoff_charts(results, summary.arm)
-    sections = _sections(files, results, notes)
+    sections = _sections(files, results, charts, notes)
     code = _loading(files, results, summary.arm, notes)
     grids = [(example.caption, _grid(number, example)) for number, example in enumerate(examples)]
-    for picture in (*charts, *(c for section in sections for c in section.charts), *(picture for _, picture in grids)):
+    for picture in (
+        *charts[:1],
+        *(c for section in sections for c in section.charts),
+        *(picture for _, picture in grids),
+    ):
         write_atomic(run_dir / "figures" / f"{picture.name}.png", picture.png)
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("distill.report", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -247,5 +274,5 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
         name=run_dir.resolve().name, style=Markup(style), script=Markup(script), Markup=Markup, figures=figures,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
-    markdown = _markdown(summary, facts, code, charts, grids, sections)
+    markdown = _markdown(summary, facts, code, charts[:1], grids, sections)
     return write_atomic(run_dir / "report.html", html), write_atomic(run_dir / "report.md", markdown)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 # Float sums of probabilities may pass 1 by a rounding error.
@@ -51,11 +51,11 @@ class Quality:
 
 @dataclass(frozen=True)
 class Cost:
-    train_seconds: float | None
-    steps: int | None
-    peak_memory_gb: float | None
-    evaluation_seconds: float | None
-    trainable_parameters: int | None
+    train_seconds: float | None = None
+    steps: int | None = None
+    peak_memory_gb: float | None = None
+    evaluation_seconds: float | None = None
+    trainable_parameters: int | None = None
     denoiser_passes: int | None = None
 
 
@@ -77,7 +77,7 @@ class Arm:
     name: str
     localization: Localization | None = None
     quality: Quality | None = None
-    cost: Cost = Cost(None, None, None, None, None)
+    cost: Cost = Cost()
     size: Size | None = None
 
     def estimate(self, key: str) -> Estimate:
@@ -98,7 +98,7 @@ class Results:
     paired: Mapping[tuple[str, str], Mapping[str, Estimate]]
     compare_to: tuple[str, ...]
     provenance: Mapping[str, Any]
-    seeds: tuple[int, ...] = field(default=())
+    seeds: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -181,7 +181,9 @@ def _token_map(o: _Object) -> TokenMap:
     estimates |= {name: o.estimate(name, 0, 1) for name in ("top1", "iou")}
     estimates |= {"image_adds": o.estimate("image_adds", -1, 1, optional=True)}
     estimates |= {"other_image_auc": Estimate(o.number("other_image_auc", 0, 1, optional=True))}
-    findings = {name: (found.number("auc", 0, 1), found.count("pairs")) for name, found in o.each("per_finding").items()}
+    findings = {
+        name: (found.number("auc", 0, 1), found.count("pairs")) for name, found in o.each("per_finding").items()
+    }
     return TokenMap(estimates, o.count("images"), o.count("pairs"), findings)
 
 
@@ -200,20 +202,25 @@ def _quality(o: _Object) -> Quality:
 
 
 def _arm(name: str, o: _Object) -> Arm:
-    located, quality, size, cost = o.object("localization"), o.object("quality"), o.object("size", True), o.required("cost")
-    seconds, memory, evaluation = (cost.number(k, 0) for k in ("train_seconds", "peak_memory_gb", "evaluation_seconds"))
-    steps, parameters = cost.count("steps", null=True), cost.count("trainable_parameters", null=True)
-    sizes = None
+    located, quality, cost, size = (
+        o.object("localization"),
+        o.object("quality"),
+        o.required("cost"),
+        o.object("size", True),
+    )
+    costs: dict[str, Any] = {key: cost.count(key, null=True) for key in ("steps", "trainable_parameters")}
+    costs |= {key: cost.number(key, 0) for key in ("train_seconds", "peak_memory_gb", "evaluation_seconds")}
+    sizes: dict[str, Any] = {}
     if size:
-        counts = [size.count(key) for key in ("denoiser_parameters", "text_encoder_parameters")]
-        flops, passes = size.number("denoiser_gflops", 0), size.count("denoiser_passes_an_image")
-        sizes = Size(*counts, flops, passes, size.number("megabytes", 0))
+        counts = ("denoiser_parameters", "text_encoder_parameters", "denoiser_passes_an_image")
+        sizes |= {key: size.count(key) for key in counts}
+        sizes |= {key: size.number(key, 0) for key in ("denoiser_gflops", "megabytes")}
     return Arm(
         name,
         _localization(located) if located else None,
         _quality(quality) if quality else None,
-        Cost(seconds, steps, memory, evaluation, parameters, cost.count("denoiser_passes", optional=True)),
-        sizes,
+        Cost(**costs, denoiser_passes=cost.count("denoiser_passes", optional=True)),
+        Size(**sizes) if sizes else None,
     )
 
 

@@ -45,7 +45,9 @@ def difference(results: Results, arm: str, other: str, metric: Metric) -> Estima
     if (arm, other) in results.paired:
         return results.paired[arm, other].get(metric.key, Estimate())
     found = results.paired.get((other, arm), {}).get(metric.key, Estimate())
-    ends = [None if v is None else 1 / (1 + v) - 1 if metric is FID else -v for v in (found.value, found.high, found.low)]
+    ends = [
+        None if v is None else 1 / (1 + v) - 1 if metric is FID else -v for v in (found.value, found.high, found.low)
+    ]
     return Estimate(*ends)
 
 
@@ -98,7 +100,13 @@ def summarize(results: Results) -> Summary:
     if partly := [a for a in arms if a not in whole]:
         reasons.append(f"Not compared, because a measure is missing: {', '.join(partly)}.")
     others = tuple(a for a in results.compare_to if a != first) or tuple(a for a in arms if a != first)[:1]
-    title = f"Take {first}" + (f"; {_and(rivals)} {'is' if len(rivals) == 1 else 'are'} not ruled out" if rivals else "")
+    title = f"Take {first}" + (
+        f"; {_and(rivals)} {'is' if len(rivals) == 1 else 'are'} not ruled out" if rivals else ""
+    )
+    if tied and tied == rivals:
+        title = (
+            f"First choice: {first}. The numbers do not separate it from {len(tied)} other model{'s' * (len(tied) > 1)}"
+        )
     if arms[first].cost.train_seconds is None:
         title += " (not trained here)"
     reasons += [*_blind(results, first), *compute(results)]
@@ -121,7 +129,9 @@ def _rank(results: Results, arm: str, among: Sequence[str], metrics: Sequence[Me
 
 
 def _why(results: Results, first: str, others: Sequence[str], metrics: Sequence[Metric]) -> Table:
-    shown = list(dict.fromkeys([WORD_AUC, *metrics] if WORD_AUC not in metrics and metrics[0] is IMAGE_ADDS else metrics))
+    shown = list(
+        dict.fromkeys([WORD_AUC, *metrics] if WORD_AUC not in metrics and metrics[0] is IMAGE_ADDS else metrics)
+    )
     rows: list[list[str | Cell]] = []
     for m in shown:
         row: list[str | Cell] = [m.label, Cell(*format_estimate(results.arms[first].estimate(m.key), m.unit))]
@@ -134,7 +144,9 @@ def _why(results: Results, first: str, others: Sequence[str], metrics: Sequence[
             tones = {"better": "good", "worse": "bad", "not separated": "even"}
             row.append(Cell(mark + answer, note, tones.get(answer, "")))  # type: ignore[arg-type]
         rows.append(row)
-    return Table(["", first, *(f"against {other}" for other in others)], rows, "text", "the first choice and the baselines")
+    return Table(
+        ["", first, *(f"against {other}" for other in others)], rows, "text", "the first choice and the baselines"
+    )
 
 
 def _blind(results: Results, arm: str) -> list[str]:
@@ -167,7 +179,9 @@ def compute(results: Results) -> list[str]:
 
 def sample(results: Results) -> str:
     """How many images, pairs and seeds the numbers rest on."""
-    maps = [a.localization.maps["word"] for a in results.arms.values() if a.localization and "word" in a.localization.maps]
+    maps = [
+        a.localization.maps["word"] for a in results.arms.values() if a.localization and "word" in a.localization.maps
+    ]
     drawn = [arm.quality for arm in results.arms.values() if arm.quality]
     parts = [f"{len(results.seeds)} training seeds." if len(results.seeds) > 1 else "One training seed."]
     if maps:

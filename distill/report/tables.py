@@ -42,7 +42,9 @@ IMAGE_ADDS = Metric(
 OTHER_IMAGE = Metric(
     "word.other_image_auc", "other image's AUC", 0, True, "Word AUC of other images' maps of the same finding."
 )
-CNR = Metric("word.cnr", "CNR", 1, False, "Contrast of the same map between inside and outside, in standard deviations.")
+CNR = Metric(
+    "word.cnr", "CNR", 1, False, "Contrast of the same map between inside and outside, in standard deviations."
+)
 TOP1 = Metric("word.top1", "Top-1", 1, True, "How often the highest pixel of the map lies inside the region.")
 IOU = Metric("word.iou", "IoU", 1, True, "Overlap of the region and the map above a fixed threshold.")
 EOS_AUC = Metric("eos.auc", "EOS AUC", 0, True, "The same AUC for the map of the end-of-text token.")
@@ -56,7 +58,9 @@ FINDING_AUC = Metric(
     "quality.finding_auc", "finding AUC", 1, True,
     "A classifier of real images looks for the caption's findings in each generated image.",
 )  # fmt: skip
-DIVERSITY = Metric("quality.diversity", "diversity", 0, True, "How much several images of one caption differ, 1 - MS-SSIM.")
+DIVERSITY = Metric(
+    "quality.diversity", "diversity", 0, True, "How much several images of one caption differ, 1 - MS-SSIM."
+)
 METRICS = (WORD_AUC, IMAGE_ADDS, OTHER_IMAGE, CNR, TOP1, IOU, EOS_AUC, PADDING_AUC, FID, FINDING_AUC, DIVERSITY)
 
 
@@ -205,7 +209,10 @@ def cost_table(results: Results) -> Table:
         cells += [format_count(cost.denoiser_passes), format_seconds(cost.evaluation_seconds)]
         cells += [format_count(cost.peak_memory_gb, "GB", 2)]
         cells += [format_count(size and size.denoiser_parameters), format_count(size and size.text_encoder_parameters)]
-        cells += [format_count(size and size.denoiser_gflops, "", 2), format_count(size and size.denoiser_passes_an_image)]
+        cells += [
+            format_count(size and size.denoiser_gflops, "", 2),
+            format_count(size and size.denoiser_passes_an_image),
+        ]
         rows.append([arm.name, *cells, format_count(size and size.megabytes, "MB", 1)])
     kept = [0, *(place for place in range(1, len(names) + 1) if any(row[place] != UNKNOWN for row in rows))]
     heads = ["model", *names]
