@@ -8,14 +8,17 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from distill.attention.heat_maps import normalize, select_tokens
@@ -77,7 +80,7 @@ def write_word_maps(
                 findings = {
                     region.finding: word
                     for region in sample.regions
-                    if (word := _first_word(sample.caption, dataset.query_words[region.finding], spans)) is not None
+                    if (word := _word_of(sample.caption, dataset.query_words[region.finding], spans)) is not None
                 }
                 about[str(number)] = json.dumps({"words": spans, "findings": findings})
     arm_dir.mkdir(parents=True, exist_ok=True)
@@ -86,9 +89,45 @@ def write_word_maps(
     os.replace(partial, arm_dir / WORD_MAPS_FILE)
 
 
-def _first_word(caption: str, query_words: Sequence[str], spans: dict[str, list[tuple[int, int]]]) -> str | None:
+def _word_of(caption: str, query_words: Sequence[str], spans: Mapping[str, Any]) -> str | None:
     """The last word of the first place where `caption` names a finding: "effusion" of "pleural effusion"."""
-    for start, end in find_words(caption, query_words)[:1]:
-        inside = [word for word in words_of(caption[start:end]) if word in spans]
-        return inside[-1] if inside else None
-    return None
+    places = find_words(caption, query_words)
+    inside = [word for word in words_of(caption[slice(*places[0])]) if word in spans] if places else []
+    return inside[-1] if inside else None
+
+
+@dataclass(frozen=True)
+class WordMaps:
+    """Maps of one image. maps: word -> (height, width) uint8. spans: word -> its characters. findings: name -> word."""
+
+    maps: Mapping[str, np.ndarray]
+    spans: Mapping[str, Sequence[tuple[int, int]]]
+    findings: Mapping[str, str]
+
+    def pieces(self, caption: str) -> list[tuple[str, str | None]]:
+        """The caption as (text, word of its map or None), then the maps that are of no word of it."""
+        places = sorted((start, end, word) for word, spans in self.spans.items() for start, end in spans)
+        pieces: list[tuple[str, str | None]] = []
+        at = 0
+        for start, end, word in places:
+            if start >= at:
+                pieces += [(caption[at:start], None), (caption[start:end], word)]
+                at = end
+        rest = [piece for word in self.maps if not self.spans.get(word) for piece in ((" ", None), (word, word))]
+        return [*pieces, (caption[at:], None), *rest]
+
+
+def read_word_maps(arm_dir: Path, number: int) -> WordMaps | None:
+    """The maps of example `number`, None where none were written. Raises ValueError for a damaged file."""
+    path = arm_dir / WORD_MAPS_FILE
+    if not path.is_file():
+        return None
+    try:
+        with safe_open(path, "np") as file:
+            about = json.loads((file.metadata() or {}).get(str(number), "null"))
+            if about is None:
+                return None
+            maps = {word: file.get_tensor(f"{number}/{word}") for word in about["words"]}
+            return WordMaps(maps, about["words"], about["findings"])
+    except (SafetensorError, KeyError, TypeError) as error:
+        raise ValueError(str(error)) from error

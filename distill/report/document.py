@@ -1,4 +1,4 @@
-"""Parts of a report (tables, cells, pictures, sections), and their Markdown form. The HTML form is page.html.j2."""
+"""Parts of a report, and their Markdown form. The HTML form is page.html.j2."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class Picture:
 
 @dataclass(frozen=True)
 class Cell:
-    """text with a smaller note under it."""
+    """text with a smaller note under it. tone: "good", "bad", "even" or none."""
 
     text: str
     note: str = ""
-    tone: Literal["", "good", "bad", "even"] = ""
+    tone: str = ""
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,6 @@ class Table:
 
 @dataclass(frozen=True)
 class Section:
-    """anchor: id in the page. folded: shown on demand."""
-
-    anchor: str
     title: str
     text: Sequence[str] = ()
     charts: Sequence[Picture] = ()
@@ -63,18 +60,14 @@ def escape_markdown(text: str) -> str:
 def markdown_table(table: Table) -> str:
     """A pipe table with every cell escaped."""
     align = "---:" if table.kind == "numbers" else "---"
-    cells = [[cell if isinstance(cell, Cell) else Cell(cell) for cell in row] for row in table.rows]
-    lines = [[escape_markdown(name) for name in table.head], ["---"] + [align] * (len(table.head) - 1)]
-    lines += [[escape_markdown(f"{cell.text} {cell.note}") for cell in row] for row in cells]
+    rows = [[f"{cell.text} {cell.note}" if isinstance(cell, Cell) else cell for cell in row] for row in table.rows]
+    lines = [[escape_markdown(cell) for cell in row] for row in [table.head, *rows]]
+    lines.insert(1, ["---", *[align] * (len(table.head) - 1)])
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
-def markdown_picture(picture: Picture) -> str:
-    """A link to figures/."""
-    return f"![{escape_markdown(picture.alt)}](figures/{picture.name}.png)"
-
-
 def markdown_section(section: Section) -> str:
-    """Heading, text, pictures and tables."""
+    """Heading, text, pictures (in figures/) and tables."""
     parts = [f"## {escape_markdown(section.title)}", *map(escape_markdown, section.text)]
-    return "\n\n".join([*parts, *map(markdown_picture, section.charts), *map(markdown_table, section.tables)])
+    parts += [f"![{escape_markdown(picture.alt)}](figures/{picture.name}.png)" for picture in section.charts]
+    return "\n\n".join([*parts, *map(markdown_table, section.tables)])

@@ -13,10 +13,11 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
-from PIL import Image, ImageDraw
+from PIL import Image
 
+from distill.evaluation.results import Results
+from distill.evaluation.word_maps import WordMaps
 from distill.report.document import Picture
-from distill.report.results import Results
 from distill.report.tables import FID, FINDING_AUC, WORD_AUC
 
 # Dark text and lines; in the SVG this very colour is replaced by `currentColor`, so that charts follow a dark page.
@@ -48,91 +49,74 @@ def chart(name: str, alt: str, width: float, height: float, draw: Callable[[Figu
     return Picture(name, alt, png.getvalue(), text.replace(_INK, "currentColor"))
 
 
-def _panel(name: str, alt: str, draw: Callable[[Axes], None], arms: int) -> Picture:
+def _panel(name: str, alt: str, draw: Callable[[Axes], None]) -> Picture:
     """One set of axes with its legend below, narrow enough for a phone."""
 
     def whole(figure: Figure) -> None:
-        axes = figure.subplots()
-        draw(axes)
+        draw(figure.subplots())
         figure.legend(loc="outside lower center", ncols=3, fontsize=9, handletextpad=0.4, columnspacing=1.2)
 
-    return chart(name, alt, 4.9, 3.4 + 0.2 * ((arms + 2) // 3), whole)
+    return chart(name, alt, 4.9, 3.9, whole)
 
 
-def _style(arms: Sequence[str], arm: str) -> dict[str, Any]:
-    place = list(arms).index(arm)
-    return {"color": _COLOURS[place % len(_COLOURS)], "label": arm}
+def _colour(arms: Sequence[str], arm: str) -> str:
+    return _COLOURS[list(arms).index(arm) % len(_COLOURS)]
 
 
 def tradeoff_charts(results: Results, chosen: str | None) -> list[Picture]:
     """Quality against localization, one chart for FID and one for the finding AUC. A ring marks the chosen arm."""
     charts = []
     for metric in (FID, FINDING_AUC):
-        found = {a: (arm.estimate(WORD_AUC.key), arm.estimate(metric.key)) for a, arm in results.arms.items()}
-        points = {a: (x, y) for a, (x, y) in found.items() if x.value is not None and y.value is not None}
+        ends = {a: [arm.estimate(m.key) for m in (WORD_AUC, metric)] for a, arm in results.arms.items()}
+        points = {a: pair for a, pair in ends.items() if pair[0].value is not None and pair[1].value is not None}
 
         def draw(axes: Axes, points: Any = points, metric: Any = metric) -> None:
-            for place, (arm, ends) in enumerate(points.items()):
+            for place, (arm, pair) in enumerate(points.items()):
+                at = [e.value for e in pair]
                 bars = [
-                    [
-                        [0 if e.low is None else max(0, e.value - e.low)],
-                        [0 if e.high is None else max(0, e.high - e.value)],
-                    ]
-                    for e in ends
+                    [[max(0, e.value - e.low)], [max(0, e.high - e.value)]] if e.low is not None else None for e in pair
                 ]
-                style = _style(list(results.arms), arm) | {"fmt": _MARKERS[place % len(_MARKERS)], "ms": 8}
-                axes.errorbar(ends[0].value, ends[1].value, xerr=bars[0], yerr=bars[1], elinewidth=1.6, **style)
+                style: Any = {"fmt": _MARKERS[place % len(_MARKERS)], "ms": 8, "xerr": bars[0], "yerr": bars[1]}
+                axes.errorbar(*at, label=arm, color=_colour(list(results.arms), arm), **style)
                 if arm == chosen:
-                    ring = {"ms": 17, "mfc": "none", "mec": _INK, "mew": 1.6}
-                    axes.plot(ends[0].value, ends[1].value, "o", **ring)
-            values = [y.value for _, y in points.values()]
-            if metric is FID and min(values) > 0 and max(values) > 4 * min(values):
-                _log(axes)
-            if metric.direction < 0:
-                axes.invert_yaxis()
+                    axes.plot(*at, "o", ms=17, mfc="none", mec=_INK, mew=1.6)
             axes.margins(0.12)
             axes.set_xlabel("word AUC (localization, right is better)")
             axes.set_ylabel(f"{metric.name} ({'axis turned, ' if metric.direction < 0 else ''}up is better)")
+            _log_if_wide(axes, [pair[1].value for pair in points.values()] if metric is FID else [])
+            if metric.direction < 0:
+                axes.invert_yaxis()
 
-        if points:
-            alt = f"{metric.name} against word AUC of {', '.join(points)}, with 95 % intervals; the values are in the table"
-            charts.append(_panel(f"tradeoff_{metric.key.split('.')[1]}", alt, draw, len(points)))
+        alt = f"{metric.name} against word AUC of {', '.join(points)}; the values and intervals are in the table"
+        charts += [_panel(f"tradeoff_{metric.key.split('.')[1]}", alt, draw)] if points else []
     return charts
 
 
-def _log(axes: Axes) -> None:
-    axes.set_yscale("log")
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
+    if values and min(values) > 0 and max(values) > 5 * min(values):
+        axes.set_yscale("log")
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-Curves = Mapping[str, Mapping[str, Sequence[tuple[int, float]]]]
-
-
-def curve_charts(logs: Curves, arms: Sequence[str], stem: str, smooth: bool = False) -> list[Picture]:
-    """One chart a term, one line an arm, from {arm: {term: [(step, value)]}}. smooth: the values' running mean on top."""
+def curve_charts(logs: Mapping[str, Mapping[str, Any]], arms: Sequence[str], stem: str) -> list[Picture]:
+    """One chart a term, one line an arm with its running mean, from {arm: {term: [(step, value)]}}."""
     charts = []
     for number, term in enumerate(dict.fromkeys(term for log in logs.values() for term in log)):
+        found = {arm: np.array(log[term], dtype=float).T for arm, log in logs.items() if term in log}
 
-        def draw(axes: Axes, term: str = term) -> None:
-            low, high = np.inf, 0.0
-            for arm, log in logs.items():
-                steps, values = np.array(log.get(term) or np.empty((0, 2)), dtype=float).T
-                if len(steps):
-                    low, high = min(low, values.min()), max(high, values.max())
-                    style = _style(arms, arm) | {"marker": "o" if len(steps) == 1 else None}
-                    axes.plot(steps, values, **(style | {"label": None, "alpha": 0.25} if smooth else style))
-                    if smooth:
-                        width = np.minimum(np.arange(len(values)) + 1, max(1, len(values) // 20))
-                        sums = np.concatenate([[0.0], np.cumsum(values)])
-                        last = np.arange(1, len(values) + 1)
-                        axes.plot(steps, (sums[last] - sums[last - width]) / width, **style)
-            if 0 < low and high > 15 * low:
-                _log(axes)
+        def draw(axes: Axes, term: str = term, found: Mapping[str, np.ndarray] = found) -> None:
+            for arm, (steps, values) in found.items():
+                width = max(1, len(values) // 20)
+                padded = np.concatenate([np.full(width - 1, values[0]), values])
+                smooth = np.convolve(padded, np.full(width, 1 / width), mode="valid")
+                axes.plot(steps, values, color=_colour(arms, arm), alpha=0.25)
+                axes.plot(steps, smooth, ".-", markevery=[-1], color=_colour(arms, arm), label=arm)
+            _log_if_wide(axes, [value for _, values in found.values() for value in values])
             axes.set_title(term, loc="left")
             axes.set_xlabel("step")
 
-        charts.append(_panel(f"{stem}_{number}", f"{term} over the training steps", draw, len(logs)))
+        charts.append(_panel(f"{stem}_{number}", f"{term} over the training steps", draw))
     return charts
 
 
@@ -144,34 +128,11 @@ def data_uri(image: Image.Image, side: int = 256) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode("ascii")
 
 
-def _heat(attention: np.ndarray) -> Image.Image:
-    """(height, width) in 0 to 255 -> palette image. Low attention darkens what is under it, and high attention glows."""
-    image = Image.fromarray(np.ascontiguousarray(attention, dtype=np.uint8), mode="P")
+def sprite(maps: WordMaps, words: Sequence[str]) -> tuple[int, str]:
+    """Height of a map, and the maps of `words` below each other as a data URI. Each has its edge rows repeated."""
+    padded, content = [np.pad(maps.maps[word], ((1, 1), (0, 0)), mode="edge") for word in words], io.BytesIO()
+    image = Image.fromarray(np.concatenate(padded), mode="P")
     image.putpalette((colormaps["inferno"](np.arange(256))[:, :3] * 255).astype(np.uint8).tobytes())
-    image.info["transparency"] = bytes(64 + value // 2 for value in range(256))
-    return image
-
-
-def sprite(maps: Sequence[np.ndarray]) -> str:
-    """Maps of one size below each other, each with its first and last row repeated, as the data URI of one PNG."""
-    content = io.BytesIO()
-    _heat(np.concatenate([np.pad(m, ((1, 1), (0, 0)), mode="edge") for m in maps])).save(content, "PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(content.getvalue()).decode("ascii")
-
-
-def example_grid(
-    name: str, alt: str, columns: Mapping[str, Sequence[tuple[Image.Image, np.ndarray | None]]]
-) -> Picture:
-    """A column a title; its pictures below each other, each under its map where one is given."""
-    side, content = 160, io.BytesIO()
-    grid = Image.new("RGB", (side * len(columns), 20 + side * max(map(len, columns.values()))), "white")
-    for place, (title, column) in enumerate(columns.items()):
-        ImageDraw.Draw(grid).text((side * place + 4, 3), title, fill=_INK, font_size=13)
-        for row, (image, attention) in enumerate(column):
-            shown = image.convert("RGBA").resize((side - 4, side - 4), Image.Resampling.LANCZOS)
-            if attention is not None:
-                heat = _heat(attention).convert("RGBA")
-                shown.alpha_composite(heat.resize(shown.size, Image.Resampling.BILINEAR))
-            grid.paste(shown.convert("RGB"), (side * place, 20 + side * row))
-    grid.save(content, "PNG", optimize=True)
-    return Picture(name, alt, content.getvalue())
+    # Low attention darkens what is under it, and high attention glows.
+    image.save(content, "PNG", optimize=True, transparency=bytes(64 + value // 2 for value in range(256)))
+    return len(padded[0]) - 2, "data:image/png;base64," + base64.b64encode(content.getvalue()).decode("ascii")

@@ -7,9 +7,7 @@ for (const example of document.querySelectorAll(".example")) {
   };
   words.forEach((word, place) => {
     for (const event of ["mouseenter", "focus", "click"]) word.addEventListener(event, () => show(word));
-    word.addEventListener("keydown", (event) => {
-      const step = { ArrowRight: 1, ArrowLeft: -1 }[event.key];
-      if (step) words[(place + step + words.length) % words.length].focus();
-    });
+    const step = { ArrowRight: 1, ArrowLeft: words.length - 1 };
+    word.addEventListener("keydown", ({ key }) => step[key] && words[(place + step[key]) % words.length].focus());
   });
 }

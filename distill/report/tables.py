@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +10,8 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
+from distill.evaluation.results import Arm, Cost, Difference, Estimate, Results, parse_metrics
 from distill.report.document import UNKNOWN, Cell, Table
-from distill.report.results import MASS, Arm, Estimate, Results, parse_metrics
 
 
 @dataclass(frozen=True)
@@ -21,87 +21,65 @@ class Metric:
     key: str
     name: str
     direction: int
-    unit: bool
     meaning: str
+    unit: bool = True
 
     @property
     def label(self) -> str:
         return f"{self.name} {'↓ ↑'[self.direction + 1]}".strip()
 
 
-WORD_AUC = Metric(
-    "word.auc", "word AUC", 1, True,
-    "The chance that the attention map of a finding's words is higher at a pixel inside the finding's region than at one "
-    "outside. .5 is chance, 1 is perfect. Mean over findings.",
-)  # fmt: skip
-IMAGE_ADDS = Metric(
-    "word.image_adds", "image adds", 1, True,
-    "Word AUC of an image's own map, minus the word AUC of other images' maps of the same finding on this image. 0 means "
-    "that the map does not depend on the image.",
-)  # fmt: skip
-OTHER_IMAGE = Metric(
-    "word.other_image_auc", "other image's AUC", 0, True, "Word AUC of other images' maps of the same finding."
-)
-CNR = Metric(
-    "word.cnr", "CNR", 1, False, "Contrast of the same map between inside and outside, in standard deviations."
-)
-TOP1 = Metric("word.top1", "Top-1", 1, True, "How often the highest pixel of the map lies inside the region.")
-IOU = Metric("word.iou", "IoU", 1, True, "Overlap of the region and the map above a fixed threshold.")
-EOS_AUC = Metric("eos.auc", "EOS AUC", 0, True, "The same AUC for the map of the end-of-text token.")
-PADDING_AUC = Metric("padding.auc", "padding AUC", 0, True, "The same AUC for the map of the padding tokens.")
-FID = Metric(
-    "quality.fid", "FID", -1, False,
-    "Distance between the features of generated and real held-out images. It depends on the number of images and on the "
-    "features. Compare only values of one table.",
-)  # fmt: skip
-FINDING_AUC = Metric(
-    "quality.finding_auc", "finding AUC", 1, True,
-    "A classifier of real images looks for the caption's findings in each generated image.",
-)  # fmt: skip
-DIVERSITY = Metric(
-    "quality.diversity", "diversity", 0, True, "How much several images of one caption differ, 1 - MS-SSIM."
-)
-METRICS = (WORD_AUC, IMAGE_ADDS, OTHER_IMAGE, CNR, TOP1, IOU, EOS_AUC, PADDING_AUC, FID, FINDING_AUC, DIVERSITY)
+_WORD = "The chance that a finding's word map is higher inside the finding's region than outside. .5 is chance, 1 is perfect."
+_ADDS = "Word AUC of an image's own map minus that of other images' maps. 0 means that the map ignores the image."
+_FID = "Distance between features of generated and real images. Compare only values of one table."
+_FINDING = "A classifier of real images looks for the caption's findings in each generated image."
+WORD_AUC = Metric("word.auc", "word AUC", 1, _WORD)
+IMAGE_ADDS = Metric("word.image_adds", "image adds", 1, _ADDS)
+OTHER = Metric("word.other_image_auc", "other image's AUC", 0, "Word AUC of other images' maps of the same finding.")
+CNR = Metric("word.cnr", "CNR", 1, "Contrast of the map inside and outside, in standard deviations.", unit=False)
+TOP1 = Metric("word.top1", "Top-1", 1, "How often the highest pixel of the map lies inside the region.")
+IOU = Metric("word.iou", "IoU", 1, "Overlap of the region and the map above a fixed threshold.")
+EOS_AUC = Metric("eos.auc", "EOS AUC", 0, "The same AUC for the map of the end-of-text token.")
+PADDING_AUC = Metric("padding.auc", "padding AUC", 0, "The same AUC for the map of the padding tokens.")
+FID = Metric("quality.fid", "FID", -1, _FID, unit=False)
+FINDING_AUC = Metric("quality.finding_auc", "finding AUC", 1, _FINDING)
+DIVERSITY = Metric("quality.diversity", "diversity", 0, "How much images of one caption differ, 1 - MS-SSIM.")
+METRICS = (WORD_AUC, IMAGE_ADDS, OTHER, CNR, TOP1, IOU, EOS_AUC, PADDING_AUC, FID, FINDING_AUC, DIVERSITY)
 
 
 def format_number(value: float, decimals: int) -> str:
     """Fixed decimals without a zero before the point: `.842`, `-.23`, `12.3`."""
-    text = f"{value:.{decimals}f}"
-    sign, digits = ("-", text[1:]) if text.startswith("-") else ("", text)
-    return sign + (digits[1:] if digits.startswith("0.") else digits)
+    return f"{value:.{decimals}f}".replace("0.", ".", 1) if abs(value) < 1 and decimals else f"{value:.{decimals}f}"
 
 
-def format_estimate(estimate: Estimate, unit: bool) -> tuple[str, str]:
+def format_estimate(estimate: Estimate, metric: Metric) -> tuple[str, str]:
     """(value, interval) such as (`.842`, `[.830, .853]`); a dash and an empty string where unknown."""
     if estimate.value is None:
         return UNKNOWN, ""
-    size = abs(estimate.value)
-    decimals = 3 if unit else 0 if size >= 1000 else 1 if size >= 10 else 2
+    decimals = 3 if metric.unit else 1 if abs(estimate.value) >= 10 else 2
     ends = [format_number(end, decimals) for end in (estimate.low, estimate.high) if end is not None]
-    return format_number(estimate.value, decimals), f"[{', '.join(ends)}]" if len(ends) == 2 else ""
+    return format_number(estimate.value, decimals), f"[{', '.join(ends)}]" if ends else ""
 
 
-def format_difference(estimate: Estimate, relative: bool) -> str:
-    """`+.013 [+.001, +.020]`, or `-7.3 % [-17.3 %, +5.0 %]` of a relative difference."""
-    values = [value for value in (estimate.value, estimate.low, estimate.high) if value is not None]
-    shown = [format_number(100 * value, 1) + " %" if relative else format_number(value, 3) for value in values]
-    signed = [text if text.startswith("-") else f"+{text}" for text in shown]
-    return UNKNOWN if not signed else signed[0] if len(signed) < 3 else f"{signed[0]} [{signed[1]}, {signed[2]}]"
+def format_difference(difference: Difference, metric: Metric) -> str:
+    """`+.013 [+.001, +.020]`; of FID, which is relative, `-7.3 [-17.3, +5.0] %`."""
+    values = (difference.value, *(difference.ci or ()))
+    shown = [format_number(100 * value, 1) if metric is FID else format_number(value, 3) for value in values]
+    first, *ends = [text if text.startswith("-") else f"+{text}" for text in shown]
+    return first + (f" [{', '.join(ends)}]" if ends else "") + (" %" if metric is FID else "")
 
 
 def format_seconds(seconds: float | None) -> str:
     """`8.2s`, `4m12s`, `1h03m`; a dash where unknown."""
-    if seconds is None:
-        return UNKNOWN
-    whole = round(seconds)
-    if whole < 60:
-        return f"{seconds:.1f}s" if seconds < 10 else f"{whole}s"
+    whole = round(seconds or 0)
+    if seconds is None or whole < 60:
+        return UNKNOWN if seconds is None else f"{seconds:.1f}s" if seconds < 10 else f"{whole}s"
     return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
 
 
-def format_count(count: float | None, unit: str = "", decimals: int = 0) -> str:
-    """`1,234 MB`; a dash where unknown."""
-    return UNKNOWN if count is None else f"{count:,.{decimals}f} {unit}".strip()
+def format_count(count: float | None, decimals: int = 0) -> str:
+    """`1,234`; a dash where unknown."""
+    return UNKNOWN if count is None else f"{count:,.{decimals}f}"
 
 
 def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -112,108 +90,87 @@ def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
     elif isinstance(value, (list, tuple)) and any(isinstance(item, (Mapping, list, tuple)) for item in value):
         for index, item in enumerate(value):
             yield from flatten(item, f"{prefix}[{index}]")
-    elif isinstance(value, (list, tuple)):
+    elif isinstance(value, (list, tuple, Mapping)):
         yield prefix, ", ".join(map(str, value)) or "(none)"
-    elif isinstance(value, Mapping):
-        yield prefix, "(none)"
     else:
         yield prefix, UNKNOWN if value is None else str(value)
 
 
-def measured(results: Results) -> list[Metric]:
-    """The metrics that some arm has."""
-    return [m for m in METRICS if any(arm.estimate(m.key).value is not None for arm in results.arms.values())]
-
-
-def _rows(results: Results) -> list[Arm]:
-    """All arms, and the real images as one that has quality only."""
-    return [*results.arms.values(), *([Arm("real images", None, results.real)] if results.real else [])]
-
-
-def results_table(results: Results) -> Table:
-    """One row an arm, the real images, and each map that does not look at the image."""
-    metrics = measured(results)
-    rows: list[list[str | Cell]] = [
-        [arm.name, *(Cell(*format_estimate(arm.estimate(m.key), m.unit)) for m in metrics)] for arm in _rows(results)
-    ]
-    priors = next((arm.localization.priors for arm in results.arms.values() if arm.localization), {})
-    for name, prior in priors.items():
-        shown = [Cell(*format_estimate(prior if m is WORD_AUC else Estimate(), True)) for m in metrics]
-        rows.append([f"blind map: {name.replace('_', ' ')}", *shown])
-    return Table(["model", *(m.label for m in metrics)], rows, "numbers", "results of all models")
+def results_table(results: Results, wanted: Sequence[Metric] = METRICS) -> Table:
+    """One row an arm, the real images, and each map that does not look at the image; the `wanted` metrics if measured."""
+    shown = [m for m in wanted if any(arm.estimate(m.key).value is not None for arm in results.arms.values())]
+    rows: list[list[str | Cell]] = []
+    real = Arm(None, (results.real or {}).get("quality"), Cost(*[None] * 5))
+    for name, arm in [*results.arms.items(), *([("real images", real)] if results.real else [])]:
+        rows.append([name, *(Cell(*format_estimate(arm.estimate(m.key), m)) for m in shown)])
+    for name, prior in next(
+        (arm.localization.priors or {} for arm in results.arms.values() if arm.localization), {}
+    ).items():
+        cells = [Cell(*format_estimate(prior.auc if m is WORD_AUC else Estimate(), m)) for m in shown]
+        rows.append([f"blind map: {name.replace('_', ' ')}", *cells])
+    return Table(["model", *(m.label for m in shown)], rows, "numbers", "results of all models")
 
 
 def terminal_table(metrics: Mapping[str, Any]) -> RichTable:
     """The main metrics for a terminal, `-` where a value is unknown. An interval stands under its value."""
-    results = parse_metrics(metrics)
+    found = results_table(parse_metrics(metrics), (WORD_AUC, IMAGE_ADDS, FID, FINDING_AUC, DIVERSITY))
     caption = "95 % intervals under the values; ↑ higher is better, ↓ lower is better"
     table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
-    table.add_column("model", no_wrap=True, max_width=20)
-    shown = [m for m in (WORD_AUC, IMAGE_ADDS, FID, FINDING_AUC, DIVERSITY) if m in measured(results)]
-    for name in (*(m.label for m in shown), "steps", "time"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for arm in _rows(results):
-        cells = [" ".join(format_estimate(arm.estimate(m.key), m.unit)).strip().replace(" [", "\n[") for m in shown]
-        cells += [format_count(arm.cost.steps), format_seconds(arm.cost.train_seconds)]
+    for place, name in enumerate(found.head):
+        table.add_column(name, justify="right" if place else "left", no_wrap=True, max_width=None if place else 24)
+    for row in found.rows:
+        cells = [f"{cell.text}\n{cell.note}".strip() if isinstance(cell, Cell) else cell for cell in row]
         # Text, not str: rich would read [brackets] in a name as markup.
-        table.add_row(RichText(arm.name), *(RichText("-" if cell == UNKNOWN else cell) for cell in cells))
+        table.add_row(*(RichText("-" if cell == UNKNOWN else cell) for cell in cells))
     return table
 
 
 def difference_table(results: Results) -> Table | None:
     """Differences of pairs of arms on the same images and seeds; None where there are none."""
-    metrics = [m for m in METRICS if any(m.key in found for found in results.paired.values())]
+    paired = results.paired or {}
+    shown = [m for m in METRICS if any(m.key in found for found in paired.values())]
     rows: list[list[str | Cell]] = []
-    for (arm, other), found in results.paired.items():
-        row: list[str | Cell] = [f"{arm} - {other}"]
-        for m in metrics:
-            difference = found.get(m.key, Estimate())
-            low, high = difference.low, difference.high
-            apart = low is not None and high is not None and (low > 0 or high < 0) and m.direction != 0
-            good = (difference.value or 0) * m.direction > 0
-            tone = "even" if not apart else "good" if good else "bad"
-            row.append(Cell(format_difference(difference, m is FID), tone=tone))  # type: ignore[arg-type]
+    for name, found in paired.items():
+        row: list[str | Cell] = [name]
+        for m in shown:
+            d = found.get(m.key)
+            apart = d is not None and d.ci is not None and (d.ci[0] > 0 or d.ci[1] < 0)
+            tone = ("good" if d.value * m.direction > 0 else "bad") if d and apart and m.direction else ""
+            row.append(Cell(format_difference(d, m) if d else UNKNOWN, tone=tone))
         rows.append(row)
-    heads = ["", *(f"{m.label}{', relative' if m is FID else ''}" for m in metrics)]
-    return Table(heads, rows, "numbers", "paired differences") if rows else None
+    return Table(["", *(m.label for m in shown)], rows, "numbers", "paired differences") if rows else None
 
 
 def finding_table(results: Results) -> Table | None:
     """Word AUC of every finding (rows) in every arm (columns); None where no arm has any."""
-    maps = {name: arm.localization.maps.get("word") if arm.localization else None for name, arm in results.arms.items()}
-    findings = {name: found.findings if found else {} for name, found in maps.items()}
+    words = {name: arm.localization and arm.localization.word for name, arm in results.arms.items()}
+    findings = {name: word.per_finding if word else {} for name, word in words.items()}
     rows: list[list[str | Cell]] = []
     for finding in dict.fromkeys(name for found in findings.values() for name in found):
-        cells = [found.get(finding, (None, 0)) for found in findings.values()]
-        pairs = format_count(max(pairs for _, pairs in cells))
-        rows.append([finding, pairs, *(UNKNOWN if auc is None else format_number(auc, 3) for auc, _ in cells)])
+        cells = [found.get(finding) for found in findings.values()]
+        aucs = [UNKNOWN if cell is None or cell.auc is None else format_number(cell.auc, 3) for cell in cells]
+        rows.append([finding, format_count(max(cell.pairs for cell in cells if cell)), *aucs])
     return Table(["finding", "pairs", *findings], rows, "numbers", "word AUC of each finding") if rows else None
 
 
 def mass_table(results: Results) -> Table | None:
-    """Where the attention of each arm goes; None where no arm has any."""
+    """The parts of attention that each arm spends on BOS, words, EOS and padding; None where no arm has any."""
     masses = {name: arm.localization.mass for name, arm in results.arms.items() if arm.localization}
-    found = {name: [mass.get(part) for part in MASS] for name, mass in masses.items() if mass}
-    rows = [[name, *(UNKNOWN if v is None else format_number(v, 3) for v in mass)] for name, mass in found.items()]
-    return Table(["model", "BOS", "words", "EOS", "padding"], rows, "numbers", "attention mass") if rows else None
+    found = {name: mass for name, mass in masses.items() if mass}
+    parts = list(next(iter(found.values()), ()))
+    rows = [[name, *(format_count(mass.get(part), 3) for part in parts)] for name, mass in found.items()]
+    return Table(["attention mass", *parts], rows, "numbers", "attention mass") if rows else None
 
 
 def cost_table(results: Results) -> Table:
     """Training, time, memory and size of each arm; columns that no arm has are left out."""
-    names = ["trained parameters", "steps", "training", "denoiser passes", "evaluation", "peak memory"]
-    names += ["denoiser parameters", "text encoder parameters", "GFLOP a pass", "passes an image", "stored"]
-    rows = []
-    for arm in results.arms.values():
-        cost, size = arm.cost, arm.size
-        cells = [format_count(cost.trainable_parameters), format_count(cost.steps), format_seconds(cost.train_seconds)]
-        cells += [format_count(cost.denoiser_passes), format_seconds(cost.evaluation_seconds)]
-        cells += [format_count(cost.peak_memory_gb, "GB", 2)]
-        cells += [format_count(size and size.denoiser_parameters), format_count(size and size.text_encoder_parameters)]
-        cells += [
-            format_count(size and size.denoiser_gflops, "", 2),
-            format_count(size and size.denoiser_passes_an_image),
-        ]
-        rows.append([arm.name, *cells, format_count(size and size.megabytes, "MB", 1)])
-    kept = [0, *(place for place in range(1, len(names) + 1) if any(row[place] != UNKNOWN for row in rows))]
-    heads = ["model", *names]
-    return Table([heads[k] for k in kept], [[row[k] for k in kept] for row in rows], "numbers", "cost")
+    columns: dict[str, list[str]] = {"model": list(results.arms)}
+    names = {"trainable_parameters": 0, "steps": 0, "denoiser_passes": 0, "peak_memory_gb": 2, "denoiser_parameters": 0}
+    names |= {"text_encoder_parameters": 0, "denoiser_gflops": 2, "denoiser_passes_an_image": 0, "megabytes": 1}
+    for key in ("train_seconds", "evaluation_seconds"):
+        columns[key] = [format_seconds(getattr(arm.cost, key)) for arm in results.arms.values()]
+    for key, decimals in names.items():
+        values = [getattr(arm.cost, key, getattr(arm.size, key, None)) for arm in results.arms.values()]
+        columns[key] = [format_count(value, decimals) for value in values]
+    kept = {key.replace("_", " "): column for key, column in columns.items() if set(column) != {UNKNOWN}}
+    return Table(list(kept), list(zip(*kept.values(), strict=True)), "numbers", "cost and size")
