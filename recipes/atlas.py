@@ -10,12 +10,15 @@ evaluation takes the run's layers and timesteps. The search is `choose_subset` i
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from accelerate import Accelerator
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from rich.console import Console
 
 from distill.arms import unused_data_options
@@ -35,7 +38,9 @@ from distill.evaluation.atlas import (
 from distill.evaluation.protocols import DEFAULT_TIMESTEPS, queries
 from distill.files import provenance, write_json
 from distill.models.components import PHANTOM_BASE, SUBSET_FILE, Components, load_components
-from distill.report.figures import atlas_chart
+from distill.report.document import Picture
+from distill.report.figures import chart
+from distill.report.tables import format_number
 from distill.runs import quiet_libraries
 from distill.trainer import peak_memory_gb
 
@@ -179,8 +184,8 @@ def atlas(config: AtlasConfig) -> None:
         chosen = entry["chosen"]
         frame = tuple([entry[key].index(value) for value in chosen[key]] for key in ("layers", "timesteps"))
         tables = {token: np.array(table) for token, table in entry["validation"]["auc"].items()}
-        chart = atlas_chart(tables, [short_layer(layer) for layer in entry["layers"]], entry["timesteps"], frame)
-        (folder / name / "atlas.png").write_bytes(chart.png)
+        picture = atlas_chart(tables, [short_layer(layer) for layer in entry["layers"]], entry["timesteps"], frame)
+        (folder / name / "atlas.png").write_bytes(picture.png)
         write_json(folder / name / SUBSET_FILE, subset_file(entry, config))
         target = run if config.store else None
         if run is None and config.store_base:
@@ -208,6 +213,44 @@ def atlas(config: AtlasConfig) -> None:
         command = "accelerate launch recipes/evaluate.py --config recipes/configs/phantom/evaluate.yaml"
         following = f"{command} --run {config.runs[0]} --evaluation.timesteps null"
     console.print(f"numbers: {folder / 'atlas.json'}\ntables and heat maps: {folder / 'atlas.md'}\nnext: {following}")
+
+
+def atlas_chart(
+    tables: Mapping[str, np.ndarray],
+    layers: Sequence[str],
+    timesteps: Sequence[int],
+    chosen: tuple[Sequence[int], Sequence[int]],
+) -> Picture:
+    """A heat map a token map: AUC of each layer (rows) at each timestep (columns), .5 in white.
+
+    tables: name -> (layers, timesteps) in [0, 1]. chosen: rows and columns whose common cells get a frame.
+    """
+    count = len(layers) * len(timesteps)
+    far = max(0.05, *(float(np.abs(table - 0.5).max()) for table in tables.values()))
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
+        for axes, (name, table) in zip(panels, tables.items(), strict=True):
+            image = axes.imshow(table, cmap="RdBu_r", vmin=0.5 - far, vmax=0.5 + far, aspect="auto")
+            axes.set_title(f"{name}, best {format_number(float(table.max()), 3)}", loc="left")
+            axes.set_xticks(range(len(timesteps)), [str(t) for t in timesteps], rotation=60, fontsize=8)
+            axes.set_yticks(range(len(layers)), layers, fontsize=8)
+            axes.set_xlabel("timestep")
+            axes.grid(False)
+            for row, column in np.ndindex(table.shape) if count <= 400 else ():
+                value = float(table[row, column])
+                colour = "white" if abs(value - 0.5) > 0.7 * far else "black"
+                text = format_number(value, 2)
+                axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
+            for row in chosen[0]:
+                for column in chosen[1]:
+                    frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2)
+                    axes.add_patch(frame)
+        figure.colorbar(image, ax=panels, label="AUC", fraction=0.02, pad=0.01)
+
+    width = 2.2 + len(tables) * (0.4 + 0.33 * len(timesteps))
+    alt = "AUC of attention maps by layer and timestep on validation images; the chosen cells have a frame"
+    return chart("atlas", alt, width, 1.5 + 0.28 * len(layers), draw)
 
 
 if __name__ == "__main__":

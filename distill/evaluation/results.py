@@ -44,7 +44,7 @@ class TokenMap:
     images: int
     pairs: int
     per_finding: Mapping[str, Finding]
-    image_adds: AnyEstimate = Estimate()
+    image_adds: Annotated[Estimate, -1.0, 1.0] = Estimate()
     other_image_auc: UnitEstimate = Estimate()
 
 

@@ -65,7 +65,7 @@ def loading_code(
         # Relative to where the run was started, as the base's folder is; no path of this machine.
         place = folder.resolve()
         shown = place.relative_to(Path.cwd()).as_posix() if place.is_relative_to(Path.cwd()) else place.name
-        lines.append(f"folder = {shown!r}  # of this model")
+        lines.append(f"folder = {shown!r}  # the folder of this model")
     lines += [f'{part} = {name}.from_pretrained(folder, subfolder="{part}")' for part, (_, name) in modules.items()]
     given = {"revision": revision, "variant": variant} if known else {}
     keywords = [f"{part}={part}" for part in modules] + [f"{key}={value!r}" for key, value in given.items() if value]

@@ -121,9 +121,10 @@ def _sections(run_dir: Path, results: Results, charts: Sequence[Picture], notes:
         ["metric", "better", "meaning"], [[m.name, directions[m.direction], m.meaning] for m in tables.METRICS]
     )
     said = "Under each value stands its 95 % interval. Every model is measured on the same held-out images."
+    shares = "Attention mass is the part of all cross-attention that a group of tokens receives."
     differs = "The difference of two models on the same images. It is green or red where its interval excludes 0."
     sections = [
-        Section("All models", [said], charts, [tables.results_table(results), *mass]),
+        Section("All models", [said, shares] if mass else [said], charts, [tables.results_table(results), *mass]),
         Section("Differences", [differs], [], paired),
         Section("Word AUC of each finding", ["A finding with few pairs has a wide margin."], [], findings),
         Section("Training", [], [*losses, *located]),

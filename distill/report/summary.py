@@ -81,7 +81,7 @@ def summarize(results: Results) -> Summary:
     }
     for a in (a for a in rivals if a not in tied):
         better, worse = (
-            _and([m.name for m, found in zip(metrics, answers[a, first], strict=True) if found == answer])
+            _and([m.name for m, found in zip(metrics, answers[a, first], strict=True) if found == answer]) or "nothing"
             for answer in ("better", "worse")
         )
         said[f"{a} is better than {first} in {better} and worse in {worse}: choose by what you need."] = True

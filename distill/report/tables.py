@@ -158,7 +158,9 @@ def mass_table(results: Results) -> Table | None:
     masses = {name: arm.localization.mass for name, arm in results.arms.items() if arm.localization}
     found = {name: mass for name, mass in masses.items() if mass}
     parts = list(next(iter(found.values()), ()))
-    rows = [[name, *(format_count(mass.get(part), 3) for part in parts)] for name, mass in found.items()]
+    rows = [
+        [name, *(UNKNOWN if v is None else format_number(v, 3) for v in mass.values())] for name, mass in found.items()
+    ]
     return Table(["attention mass", *parts], rows, "numbers", "attention mass") if rows else None
 
 
