@@ -112,8 +112,6 @@ def measured_on(found: Evaluated) -> dict[str, Any]:
     for group, besides in (("data", TRAINING_DATA), ("evaluation", SPEED)):
         known = defaults[group] | found.config[group]
         result |= {f"{group}.{key}": value for key, value in known.items() if key not in besides}
-    for key in unused_data_options(found.config["data"]["kind"]):
-        result.pop(key, None)
     # Not configured, but chosen with the model: recipes/atlas.py.
     located = found.entry["localization"] or {}
     return result | {f"localization.{key}": located.get(key) for key in ("protocol", "layers", "timesteps")}
@@ -124,7 +122,7 @@ def differing(one: Evaluated, first: Evaluated) -> dict[str, Any]:
     from distill.report.tables import flatten
 
     ours, theirs = dict(flatten(one.settings)), dict(flatten(first.settings))
-    unread = {"output_dir", *unused_data_options(one.config["data"]["kind"])}
+    unread = {"output_dir"}
     return {k: v for k, v in ours.items() if k not in unread and theirs.get(k) != v}
 
 

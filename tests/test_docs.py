@@ -17,12 +17,12 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from distill.components import PHANTOM_BASE, load_components
 from recipe import ROOT, recipe_module
 from tiny import tiny_sd
 from transformers import BertConfig, BertModel, CLIPTextModel, ResNetForImageClassification
 
 from distill.cli import parse
-from distill.components import PHANTOM_BASE, load_components
 from distill.config import BaseConfig, TradeoffConfig
 from distill.metrics.features import PHANTOM_CLASSIFIER
 from distill.report import write_model_card
