@@ -12,15 +12,15 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
-from pydantic_core import PydanticUndefined
+from pydantic import BaseModel, ValidationError
 
+from distill.configuration.faults import Faults, dotted, shown
+from distill.configuration.help import help_text, listed_options
+from distill.configuration.options import KIND, children, entry_type, is_optional, models_of, without_none
+from distill.configuration.overlay import RawText, filled, is_none, merged, yaml_value
+from distill.configuration.yaml_text import Given, printable, read_file, write
 from distill.errors import UserError, raise_all
-from distill.faults import Faults, dotted, shown
-from distill.help import help_text, listed_options
-from distill.options import KIND, children, entry_type, field_types, is_optional, models_of, without_none
 from distill.settings import Settings
-from distill.yaml_text import Given, read_file, read_text, write
 
 T = TypeVar("T", bound=Settings)
 
@@ -32,10 +32,6 @@ COMMAND_LINE = "the command line"
 USAGE_STATUS = 2
 INTERRUPTED_STATUS = 130
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
-
-
-class _Text(str):
-    """A text of the command line, which the type of its option interprets."""
 
 
 def _find(config_class: type[Settings], key: str) -> tuple[tuple[str, ...], list[Any]]:
@@ -86,17 +82,18 @@ def _arguments(
                 text = "true"
             elif has_next:
                 text = words.pop(0)
-            elif words and "help" not in flags and words[0] in ("-h", "--help"):
-                continue
             elif key == "config" or not any(models_of(hint) for hint in hints):
                 faults.append(f"--{key} needs a value")
                 continue
         if key == "config":
             files.append(text)
-        elif not _is_text(text) or not _is_text(key):
-            faults.append(f"--{key!r}: not UTF-8 text ({text!r})")
+        elif not _is_text(word + text):
+            faults.append(f"--{printable(key)}: expected UTF-8 text, got {shown(text)} (from the command line)")
+        elif any(models_of(hint) for hint in hints) and not (is_none(text) and any(map(is_optional, hints))):
+            example = _group_example(hints, key, text)
+            faults.append(f"{dotted(path)} is a group of options: set them one by one, such as {example}")
         else:
-            _add(overrides, path, hints, text, faults)
+            _insert(overrides, path, _given(text, hints))
     return files, Given(overrides, COMMAND_LINE, partial=True), flags
 
 
@@ -104,128 +101,20 @@ def _is_text(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _add(overrides: dict[str, Given], path: tuple[str, ...], hints: list[Any], text: str, faults: list[str]) -> None:
-    """Add one override; a mapping of groups is read at once, because the entries of several sources are merged."""
-    given = Given(_Text(text), COMMAND_LINE)
-    is_none = text.lower() in ("none", "null") and any(is_optional(hint) for hint in hints)
-    groups = [models_of(hint) for hint in hints if models_of(hint)]
-    if is_none and (groups or any(models_of(entry_type(hint)) for hint in hints)):
-        given = Given(None, COMMAND_LINE)
-    elif groups:
-        models = groups[0]
-        example = KIND if len(models) > 1 else next(iter(next(iter(models.values())).model_fields))
-        value = f" {text}" if text in models and len(models) > 1 else ""
-        faults.append(
-            f"{dotted(path)} is a group of options: set them one by one, such as --{dotted(path)}.{example}{value}"
-        )
-        return
-    elif any(models_of(entry_type(hint)) for hint in hints):
-        given = _yaml(text)
-    _insert(overrides, path, given)
+def _given(text: str, hints: list[Any]) -> Given:
+    """A text of the command line; one that holds groups is read at once, because groups of all sources are merged."""
+    if any(models_of(hint) or models_of(entry_type(hint)) for hint in hints):
+        is_null = is_none(text) and any(map(is_optional, hints))
+        return Given(None, COMMAND_LINE) if is_null else yaml_value(text, COMMAND_LINE)
+    return Given(RawText(text), COMMAND_LINE)
 
 
-def _yaml(text: str) -> Given:
-    try:
-        return read_text(text)
-    except ValueError:
-        return Given(text, COMMAND_LINE)
-
-
-def _merged(old: Given | None, new: Given, hint: Any, key: str, faults: list[str]) -> Given | None:
-    """`new` over `old`: groups are merged key by key, values are replaced.
-
-    A later kind drops the options that an earlier source gave for another kind.
-    """
-    models, entry = models_of(hint), entry_type(hint)
-    if not isinstance(new.value, dict):
-        if models and new.value is not None:
-            notes = [model.renamed[key] for model in models.values() if key in model.renamed]
-            faults.append(f"{key}: expected a mapping of its options, got {shown(new.plain())} (from {new.origin})")
-            faults[-1] += "".join(f"; {note}" for note in notes)
-        return old if models and not (new.value is None and is_optional(hint)) else new
-    if not models and not (entry is not None and (new.partial or models_of(entry))):
-        return new
-    before = old.value if old is not None and isinstance(old.value, dict) else {}
-    kinds = [side[KIND].value for side in (before, new.value) if len(models) > 1 and KIND in side]
-    if len(kinds) == 2 and kinds[0] != kinds[1]:
-        before = {}
-    kind = kinds[-1] if kinds and isinstance(kinds[-1], str) else None
-    value = dict(before)
-    for name, child in new.value.items():
-        found = children(hint, name, kind)
-        merged = _merged(value.get(name), child, found[0] if found else Any, f"{key}.{name}".lstrip("."), faults)
-        if merged is not None:
-            value[name] = merged
-    return Given(value, new.origin, new.partial and (old is None or old.partial))
-
-
-def _filled(given: Given, hint: Any, default: Any) -> Any:
-    """Value as JSON has it: texts of the command line interpreted, and what the default of a group has otherwise.
-
-    default: what the recipe has where the user gives nothing; a part of a group leaves the other parts as they are there.
-    """
-    models, entry = models_of(hint), entry_type(hint)
-    if isinstance(given.value, dict) and models:
-        kind = given.value[KIND].value if KIND in given.value else getattr(default, KIND, "")
-        model = models.get(kind if isinstance(kind, str) else "") if len(models) > 1 else models[""]
-        if model is None:
-            return given.plain()
-        base = default if type(default) is model else None
-        filled = {KIND: str(kind)} if len(models) > 1 else {}
-        filled |= {
-            name: _filled(child, field_types(model).get(name, Any), _default(model, base, name))
-            for name, child in given.value.items()
-        }
-        others = {name for name in base.model_fields_set if name not in filled} if base is not None else set()
-        return filled | (base.model_dump(mode="json", include=others) if base is not None and others else {})
-    if isinstance(given.value, dict) and entry is not None:
-        others = default if given.partial and isinstance(default, dict) else {}
-        filled = {name: TypeAdapter(entry).dump_python(value, mode="json") for name, value in others.items()}
-        return filled | {name: _filled(child, entry, others.get(name)) for name, child in given.value.items()}
-    return _interpreted(given.value, hint) if isinstance(given.value, _Text) else given.plain()
-
-
-def _default(model: type[Settings], base: Settings | None, name: str) -> Any:
-    if name not in model.model_fields:
-        return None
-    return getattr(base, name) if base is not None else model.model_fields[name].get_default(call_default_factory=True)
-
-
-def _interpreted(text: str, hint: Any) -> Any:
-    """Value of a command-line text: strings need no quotes, `a,b` is a list, `none` is null where that is legal."""
-    read = _yaml(text).plain()
-    inner = text.strip()[1:-1] if text.strip().startswith("[") and text.strip().endswith("]") else text
-    items = [item.strip() for item in inner.split(",") if item.strip()]
-    if hint is Any:
-        return read
-    candidates = [None] if text.lower() in ("none", "null") and is_optional(hint) else []
-    candidates += [] if isinstance(read, str) or read is None else [read]
-    candidates += [str(text), _yaml(f"[{text}]").plain(), items]
-    adapter: TypeAdapter[Any] = TypeAdapter(hint)
-    if candidates[0] is None and not _errors(adapter, str(text)) and _has_literal(hint, str(text)):
-        return str(text)
-    in_range = [value for value in candidates if not _errors(adapter, value)]
-    of_type = [
-        value
-        for value in candidates
-        if all(
-            "_than" in name or "_short" in name or "_long" in name or name == "string_pattern_mismatch"
-            for name in _errors(adapter, value)
-        )
-    ]
-    return [*in_range, *of_type, read if not isinstance(read, str) and read is not None else str(text)][0]
-
-
-def _errors(adapter: TypeAdapter[Any], value: Any) -> list[str]:
-    try:
-        adapter.validate_json(json.dumps(value), strict=True)
-    except ValidationError as error:
-        return [item["type"] for item in error.errors(include_url=False)]
-    return []
-
-
-def _has_literal(hint: Any, text: str) -> bool:
-    return any(text in getattr(member, "__args__", ()) for member in without_none(hint))
+def _group_example(hints: list[Any], key: str, text: str) -> str:
+    """An option of a group, to be set instead of the group."""
+    models = next(models for hint in hints if (models := models_of(hint)))
+    if len(models) > 1:
+        return f"--{key}.{KIND} {text if text in models else next(iter(models))}"
+    return f"--{key}.{next(iter(next(iter(models.values())).model_fields))}"
 
 
 def _validated(
@@ -247,7 +136,9 @@ def _validated(
     try:
         config_class.model_validate_json(json.dumps(raw), strict=True)
     except ValidationError as error:
-        known = "|".join(re.escape(str(path[-1])) for path in found if path)
+        names = [str(path[-1]) for path in found if path]
+        names += re.findall(r"did you mean [\w.]*?(\w+)[?,]", " ".join(faults))
+        known = "|".join(map(re.escape, names))
         checks = [item for item in error.errors(include_url=False) if item["type"] == "value_error"]
         for texts in describe.of(checks, is_complete=is_complete).values():
             faults += [
@@ -272,7 +163,7 @@ def _read(config_class: type[Settings], argv: Sequence[str] | None, faults: list
     given = Given({}, COMMAND_LINE)
     for source in [*sources, overrides]:
         if source is not None:
-            given = _merged(given, source, config_class, "", faults) or given
+            given = merged(given, source, config_class) or given
     return given, flags, None not in sources
 
 
@@ -288,7 +179,7 @@ def parse(config_class: type[T], argv: Sequence[str] | None = None) -> T:
     if "help" in flags:
         sys.stdout.write(help_text(config_class, given))
         raise SystemExit(0)
-    raw = _filled(given, config_class, PydanticUndefined)
+    raw = filled(given, config_class)
     config = _validated(config_class, raw, given, faults, is_complete=is_complete)
     raise_all("the configuration is not valid", list(dict.fromkeys(faults)))
     if config is None:
@@ -370,8 +261,8 @@ def _memory_advice(config: Any) -> str:
         switch.append("--trainer.mixed_precision bf16")
     if value("base.frozen_dtype") == "fp32":
         switch.append("--base.frozen_dtype bf16")
-    if value("method") == "full":
-        switch.append("--method lora")
+    if value("denoiser") == "full":
+        switch.append("--denoiser lora")
     advice = [f"lower {', '.join(lower)}"] if lower else []
     if switch:
         advice.append(f"set {', '.join(switch)}")

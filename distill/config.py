@@ -199,6 +199,46 @@ class FullEvaluation(EvaluationConfig):
         return self
 
 
+class MapEvaluation(Settings):
+    """How attention maps are compared with regions, where no image is generated."""
+
+    localization_images: Count = 200
+    """Held-out images whose attention maps are scored."""
+    localization_text: Literal["caption", "phrase"] = "caption"
+    """Text that the maps are recorded for: the image's caption, or the region's phrase."""
+    ground_truth: Literal["auto", "mask", "boxes"] = "auto"
+    """What maps are compared with; auto: masks for ours, boxes where there are any for the other protocols."""
+    iou_threshold: Inside = 0.5
+    """ours: the predicted region is where the min-max normalized map is above this."""
+    smoothing_sigma: Annotated[float, Field(ge=0, le=1000)] = 0.0
+    """Gaussian smoothing of the maps before they are compared, in pixels. 0 switches it off."""
+    map_threshold: Literal["none", "otsu", "mixture"] = "none"
+    """Set pixels of the map below this threshold to 0 before it is compared."""
+    orphan_share: BelowOne = 0.0
+    """With a map_threshold: drop parts smaller than this share of the largest. 0 keeps all."""
+    batch_size: Count = 16
+    """Images at a time. It changes the speed, not the maps."""
+    bootstrap_samples: Count = 1000
+    """Resamples behind each 95 % interval."""
+    seed: Seed = 1234
+    """Seed of evaluation noise; image k uses seed + k."""
+
+    def full(self, **options: Any) -> FullEvaluation:
+        """With defaults for all else that evaluation has."""
+        return FullEvaluation.model_validate(self.model_dump() | options)
+
+
+class LayerEvaluation(MapEvaluation):
+    """How attention maps are made and compared with regions, where no image is generated."""
+
+    timesteps: Annotated[tuple[Number, ...], Field(min_length=1)] | None = None
+    """ours: timesteps at which real latents are noised. None takes the model's localization.json, or 100 to 700 by 150."""
+    layers: tuple[Text, ...] = ()
+    """ours: prefixes of the cross-attention layers to average. Empty takes the model's localization.json, or all."""
+    self_attention_power: Annotated[int, Field(ge=0, le=100)] = 0
+    """ours: how often the map is multiplied by the self-attention."""
+
+
 class RunConfig(Settings):
     """What every recipe with a run folder has."""
 
@@ -247,29 +287,3 @@ class BlocksConfig(Settings):
     """Innermost stages to take out, with the middle block, where the next one has as many channels (SD 1 and 2: 1)."""
     transformer_layers: Count | None = None
     """Transformer layers that stay in each attention block (SDXL has up to 10). None keeps all."""
-
-
-class AtlasConfig(RunConfig):
-    """Find the layers and timesteps that localize, on validation images, and store them with the model.
-
-    accelerate launch recipes/atlas.py --config recipes/configs/phantom/atlas.yaml --runs RUN,RUN
-    """
-
-    evaluation: FullEvaluation = FullEvaluation()
-    """How maps are compared."""
-    runs: tuple[Text, ...] = ()
-    """Run folders on the base that are looked at in addition to the base."""
-    timesteps: Annotated[tuple[Number, ...], Field(min_length=1)] = (
-        25, 100, 175, 250, 325, 400, 475, 550, 625, 700, 775, 850, 925,
-    )  # fmt: skip
-    """Timesteps of the atlas; 100, 250, 400, 550 and 700 are added."""
-    max_timesteps: Count = 3
-    """Most timesteps of the subset: the forward passes that it costs an image."""
-    validation_images: Count = 100
-    """Validation images that the subset is chosen on. evaluation.localization_images test images check it."""
-    store: bool = True
-    """Write the subset as localization.json into each run folder, where evaluation finds it."""
-    store_base: bool = False
-    """Write the base's subset into the base's own folder. Runs without a subset then use it."""
-    output_dir: Text = "checkpoints/atlas"
-    """Where atlas.json, atlas.md and each model's heat maps are written."""

@@ -1,86 +1,71 @@
 """Where the attention localizes, by layer and timestep; a subset chosen on validation images, tested, and stored.
 
     accelerate launch recipes/atlas.py --config recipes/configs/phantom/atlas.yaml \
-        --runs "[checkpoints/tradeoff_quick/frozen, checkpoints/tradeoff_quick/learnable]"
+        --runs checkpoints/tradeoff_quick/frozen,checkpoints/tradeoff_quick/learnable
 
-Writes atlas.json, atlas.md and each model's heat maps, and localization.json into each run folder, from where
-evaluation takes the run's layers and timesteps. The search is `choose_subset` in distill/atlas.py.
+Writes atlas.json, atlas.md and each model's heat maps, and localization.json into each run folder, from where evaluation
+takes the run's layers and timesteps. The search is `choose_subset` in distill/evaluation/atlas.py.
 """
 
 from __future__ import annotations
 
-import time
-from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-import numpy as np
-from accelerate import Accelerator
-from rich.console import Console
+from pydantic import Field
 
-from distill.arms import unused_data_options
-from distill.cli import main, refuse_unused, to_yaml
-from distill.config import AtlasConfig
-from distill.data.loading import load_dataset
-from distill.data.readers.records import RecordDataset
-from distill.errors import UserError, raise_all
-from distill.evaluation.atlas import (
-    analyse,
-    answer,
-    compute_cells,
-    markdown,
-    short_layer,
-    subset_file,
-    terminal_table,
-)
-from distill.evaluation.protocols import DEFAULT_TIMESTEPS, queries
-from distill.files import provenance, write_json
-from distill.models.family import Model
-from distill.models.loading import PHANTOM_BASE, SUBSET_FILE, load_model
-from distill.report.figures import atlas_chart
-from distill.runs import quiet_libraries
-from distill.trainer import peak_memory_gb
+from distill.cli import main, to_yaml
+from distill.config import BaseConfig, MapEvaluation
+from distill.data_config import AnyData, PhantomData
+from distill.settings import Count, Number, Settings, Text
 
-IGNORED = {
-    **dict.fromkeys(("evaluation.layers", "evaluation.timesteps"), "the atlas is of all layers, at `timesteps`"),
-    "evaluation.quantization": "the atlas is of the model as it is",
-    "evaluation.protocol": "a subset is of protocol ours",
-    "evaluation.self_attention_power": "the atlas is of cross-attention alone",
-    **dict.fromkeys(
-        [
-            f"evaluation.{name}"
-            for name in (
-                "generated_images", "diversity_captions", "diversity_samples", "num_inference_steps", "guidance_scale",
-                "scheduler", "features", "examples",
-            )
-        ],
-        "atlas.py generates no image",
-    ),
-    **dict.fromkeys(
-        [f"data.{name}" for name in ("train_size", "train_split", "horizontal_flip", "cache_dir")],
-        "atlas.py does not train",
-    ),
-    "base.frozen_dtype": "evaluation runs in fp32",
-}  # fmt: skip
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+    from rich.console import Console
+
+    from distill.models import Model
 
 
-def unused_options(config: AtlasConfig) -> dict[str, str]:
-    unused = unused_data_options(config.data.kind)
-    if config.evaluation.map_threshold == "none":
-        unused["evaluation.orphan_share"] = "evaluation.map_threshold is none"
-    if config.base.name == "phantom" or Path(config.base.name).is_dir():
-        unused["base.revision"] = "base.name is not a hub id"
-    if not config.runs:
-        unused["store"] = "runs is empty"
-    return unused
+class AtlasConfig(Settings):
+    """Find the layers and timesteps that localize, on validation images, and store them with the model.
+
+    accelerate launch recipes/atlas.py --config recipes/configs/phantom/atlas.yaml --runs RUN,RUN
+    """
+
+    common: ClassVar[tuple[str, ...]] = (
+        "base.name", "runs", "data.kind", "data.root", "timesteps", "validation_images", "store", "output_dir",
+    )  # fmt: skip
+    base: BaseConfig = BaseConfig()
+    runs: tuple[Text, ...] = ()
+    """Run folders on the base that are looked at in addition to the base."""
+    data: AnyData = PhantomData()
+    evaluation: MapEvaluation = MapEvaluation()
+    timesteps: Annotated[tuple[Number, ...], Field(min_length=1)] = (
+        25, 100, 175, 250, 325, 400, 475, 550, 625, 700, 775, 850, 925,
+    )  # fmt: skip
+    """Timesteps of the atlas; 100, 250, 400, 550 and 700 are added."""
+    max_timesteps: Count = 3
+    """Most timesteps of the subset: the forward passes that it costs an image."""
+    validation_images: Count = 100
+    """Validation images that the subset is chosen on. evaluation.localization_images test images check it."""
+    store: bool = True
+    """Write the subset as localization.json into each run folder, where evaluation finds it."""
+    store_base: bool = False
+    """Write the base's subset into the base's own folder. Runs without a subset then use it."""
+    output_dir: Text = "checkpoints/atlas"
+    """Where atlas.json, atlas.md and each model's heat maps are written."""
+    dry_run: bool = False
+    """Check everything, measure one batch, print estimates, and stop."""
 
 
-def models_of(config: AtlasConfig) -> dict[str, Path | None]:
+def models_of(runs: tuple[str, ...]) -> dict[str, Path | None]:
     """`base` -> None, and the shortest end of each run folder's path that tells it from the others -> the folder."""
-    folders = [Path(run) for run in config.runs]
+    from distill.errors import UserError
+
+    folders = [Path(run) for run in runs]
     parts = [folder.resolve().parts[1:] for folder in folders]
     if len(set(parts)) < len(parts):
-        raise UserError(f"runs: a folder is given twice: {', '.join(config.runs)}")
+        raise UserError(f"runs: a folder is given twice: {', '.join(runs)}")
     length = 1
     while len({"base", *("-".join(own[-length:]) for own in parts)}) <= len(parts):
         length += 1
@@ -88,19 +73,24 @@ def models_of(config: AtlasConfig) -> dict[str, Path | None]:
 
 
 def base_folder(config: AtlasConfig) -> Path:
+    from distill.models.loading import PHANTOM_BASE
+
     return PHANTOM_BASE if config.base.name == "phantom" else Path(config.base.name)
 
 
 def load_splits(config: AtlasConfig) -> tuple[Any, Any]:
     """Validation and test images. Raises UserError unless they are different images."""
-    if config.data.kind == "phantom" and config.data.validation_size == 0:
+    from distill.data.loading import load_dataset
+    from distill.errors import UserError
+
+    if isinstance(config.data, PhantomData) and config.data.validation_size == 0:
         raise UserError("data.validation_size is 0: the subset is chosen on validation images; give at least 1")
     validation, test = load_dataset(config.data, "validation"), load_dataset(config.data, "test")
     chosen_on, tested = ({dataset.fingerprint(i) for i in range(len(dataset))} for dataset in (validation, test))
     if shared := len(chosen_on & tested):
         raise UserError(
-            f"{shared} of {len(tested)} test images are also validation images, and the subset must be chosen on other "
-            "images than those that test it: set data.split_column to a column with `validation` (or `val`, `valid`) in "
+            f"{shared} of {len(tested)} test images are also validation images, and the subset must be tested on other "
+            "images than it is chosen on: set data.split_column to a column with `validation` (or `val`, `valid`) in "
             "some rows, and data.test_split in others"
         )
     return validation, test
@@ -108,6 +98,10 @@ def load_splits(config: AtlasConfig) -> tuple[Any, Any]:
 
 def check(config: AtlasConfig, model: Model, validation: Any, test: Any) -> None:
     """Raise UserError, before anything is computed, for what does not fit the base or the data."""
+    from distill.data.readers.records import RecordDataset
+    from distill.errors import UserError, raise_all
+    from distill.evaluation.protocols import queries
+
     faults = []
     steps = model.family.num_timesteps(model)
     if max(config.timesteps) >= steps:
@@ -125,7 +119,7 @@ def check(config: AtlasConfig, model: Model, validation: Any, test: Any) -> None
             dataset.check_captions(model.tokenizers, model.max_tokens)
             if config.evaluation.localization_text == "caption":
                 dataset.check_queries()
-        if not queries(dataset, model, replace(config.evaluation, localization_images=1)):
+        if not queries(dataset, model, config.evaluation.full(localization_images=1)):
             raise UserError(
                 f"no {which} image has a region of a finding: set data.finding_column, and data.box_column or "
                 "data.mask_column, and give regions to the images of that split"
@@ -133,8 +127,17 @@ def check(config: AtlasConfig, model: Model, validation: Any, test: Any) -> None
 
 
 def dry_run(config: AtlasConfig, model: Model, validation: Any, accelerator: Accelerator, console: Console) -> None:
+    """Resolved configuration, and estimates from one batch. Writes nothing."""
+    import time
+
+    import numpy as np
+
+    from distill.evaluation.atlas import compute_cells
+    from distill.evaluation.protocols import DEFAULT_TIMESTEPS
+    from distill.trainer import peak_memory_gb
+
     console.print(to_yaml(config))
-    few = replace(config.evaluation, localization_images=config.evaluation.batch_size)
+    few = config.evaluation.full(localization_images=config.evaluation.batch_size)
     model.to(accelerator.device).freeze()
     began = time.perf_counter()
     cells = compute_cells(model, validation, few, config.timesteps[:1], accelerator=accelerator, label="dry run")
@@ -143,23 +146,79 @@ def dry_run(config: AtlasConfig, model: Model, validation: Any, accelerator: Acc
     passes = config.validation_images * count
     passes += config.evaluation.localization_images * (len(DEFAULT_TIMESTEPS) + config.max_timesteps)
     seconds = (time.perf_counter() - began) / max(images, 1) * passes / accelerator.num_processes
-    size = (
-        cells.maps.element_size() * cells.maps[0].numel() * count * len(cells.maps) / images * config.validation_images
-    )
+    size = cells.maps.element_size() * cells.maps[0].numel() * count * len(cells.maps) / images
     console.print(
-        f"{len(cells.layers)} layers at {count} timesteps; about {seconds / 60:.1f} min and {size / 1e9:.2f} GB of maps a "
-        f"model; peak memory so far {peak_memory_gb():.2f} GB\n"
+        f"{len(cells.layers)} layers at {count} timesteps; about {seconds / 60:.1f} min and "
+        f"{size * config.validation_images / 1e9:.2f} GB of maps a model; peak memory so far {peak_memory_gb():.2f} GB\n"
         "dry run: the data and the models are fine; nothing was written"
     )
 
 
+def write_model(config: AtlasConfig, name: str, run: Path | None, entry: dict[str, Any]) -> Path | None:
+    """The heat map and the subset of one model; where the subset was stored for evaluation to find."""
+    import numpy as np
+
+    from distill.evaluation.atlas import short_layer, subset_file
+    from distill.files import write_json
+    from distill.models.loading import SUBSET_FILE
+    from distill.report.figures import atlas_chart
+
+    folder, chosen = Path(config.output_dir) / name, entry["chosen"]
+    rows, columns = ([entry[key].index(value) for value in chosen[key]] for key in ("layers", "timesteps"))
+    tables = {token: np.array(table) for token, table in entry["validation"]["auc"].items()}
+    chart = atlas_chart(tables, [short_layer(layer) for layer in entry["layers"]], entry["timesteps"], (rows, columns))
+    (folder / "atlas.png").write_bytes(chart.png)
+    content = subset_file(entry, config.model_dump(mode="json"))
+    write_json(folder / SUBSET_FILE, content)
+    target = run if config.store else None
+    if run is None and config.store_base:
+        target = base_folder(config)
+    if target is None or not chosen["is_better"]:
+        return None
+    return write_json(target / SUBSET_FILE, content)
+
+
+def write_tables(
+    config: AtlasConfig, entries: dict[str, Any], stored: list[Path], processes: int, console: Console
+) -> None:
+    """atlas.json, atlas.md, the table in the terminal, paths, and the next command."""
+    from distill.evaluation.atlas import answer, markdown, terminal_table
+    from distill.files import provenance, write_atomic, write_json
+    from distill.trainer import peak_memory_gb
+
+    folder = Path(config.output_dir)
+    origin = provenance() | {
+        "seeds": {"evaluation": config.evaluation.seed, "data": getattr(config.data, "seed", None)},
+        "processes": processes,
+        "peak_memory_gb": round(peak_memory_gb(), 3),
+        "config": config.model_dump(mode="json"),
+    }
+    write_json(folder / "atlas.json", {"models": entries, "provenance": origin})
+    write_atomic(folder / "atlas.md", markdown(entries, config.evaluation.full()))
+    console.print(terminal_table(entries))
+    for name, entry in entries.items():
+        console.print(answer(name, entry))
+    for path in stored:
+        console.print(f"stored: {path}")
+    following = f"open {folder / 'atlas.md'}"
+    if isinstance(config.data, PhantomData) and stored and config.runs:
+        command = "accelerate launch recipes/evaluate.py --config recipes/configs/phantom/evaluate.yaml"
+        following = f"{command} --run {config.runs[0]} --evaluation.timesteps null"
+    console.print(f"numbers: {folder / 'atlas.json'}\ntables and heat maps: {folder / 'atlas.md'}\nnext: {following}")
+
+
 def atlas(config: AtlasConfig) -> None:
+    from accelerate import Accelerator
+    from rich.console import Console
+
+    from distill.evaluation.atlas import analyse
+    from distill.experiment.run import quiet_libraries
+    from distill.models import load_model
+
     quiet_libraries()
-    refuse_unused(config, unused_options(config))
     accelerator = Accelerator()
-    main_process = accelerator.is_main_process
-    console = Console(quiet=not main_process, soft_wrap=True, highlight=False, markup=False)
-    models = models_of(config)
+    console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False, markup=False)
+    models = models_of(config.runs)
     with accelerator.main_process_first():
         validation, test = load_splits(config)
     for run in models.values():  # each of them, so that a fault in the last does not come after minutes
@@ -167,48 +226,28 @@ def atlas(config: AtlasConfig) -> None:
     check(config, model, validation, test)
     if config.dry_run:
         return dry_run(config, model, validation, accelerator, console)
-    folder = Path(config.output_dir)
     entries: dict[str, Any] = {}
     stored = []
     for name, run in models.items():
         model = load_model(config.base, run).to(accelerator.device).freeze()
-        entry = analyse(model, validation, test, config, accelerator=accelerator, folder=folder / name, label=name)
+        entry = analyse(
+            model,
+            validation,
+            test,
+            config.evaluation.full(),
+            timesteps=config.timesteps,
+            max_timesteps=config.max_timesteps,
+            validation_images=config.validation_images,
+            accelerator=accelerator,
+            folder=Path(config.output_dir) / name,
+            label=name,
+        )
         entries[name] = {"model": str(run or config.base.name)} | entry
-        if not main_process:
-            continue
-        chosen = entry["chosen"]
-        frame = tuple([entry[key].index(value) for value in chosen[key]] for key in ("layers", "timesteps"))
-        tables = {token: np.array(table) for token, table in entry["validation"]["auc"].items()}
-        chart = atlas_chart(tables, [short_layer(layer) for layer in entry["layers"]], entry["timesteps"], frame)
-        (folder / name / "atlas.png").write_bytes(chart.png)
-        write_json(folder / name / SUBSET_FILE, subset_file(entry, config))
-        target = run if config.store else None
-        if run is None and config.store_base:
-            target = base_folder(config)
-        if target is not None and chosen["is_better"]:
-            write_json(target / SUBSET_FILE, subset_file(entry, config))
-            stored.append(target / SUBSET_FILE)
-    if not main_process:
-        return
-    origin = provenance() | {
-        "seeds": {"evaluation": config.evaluation.seed, "data": config.data.seed},
-        "processes": accelerator.num_processes,
-        "peak_memory_gb": round(peak_memory_gb(), 3),
-        "config": asdict(config),
-    }
-    write_json(folder / "atlas.json", {"models": entries, "provenance": origin})
-    (folder / "atlas.md").write_text(markdown(entries, config), encoding="utf-8")
-    console.print(terminal_table(entries))
-    for name, entry in entries.items():
-        console.print(answer(name, entry))
-    for path in stored:
-        console.print(f"stored: {path}")
-    following = f"open {folder / 'atlas.md'}"
-    if config.data.kind == "phantom" and stored and config.runs:
-        command = "accelerate launch recipes/evaluate.py --config recipes/configs/phantom/evaluate.yaml"
-        following = f"{command} --run {config.runs[0]} --evaluation.timesteps null"
-    console.print(f"numbers: {folder / 'atlas.json'}\ntables and heat maps: {folder / 'atlas.md'}\nnext: {following}")
+        if accelerator.is_main_process and (path := write_model(config, name, run, entry)):
+            stored.append(path)
+    if accelerator.is_main_process:
+        write_tables(config, entries, stored, accelerator.num_processes, console)
 
 
 if __name__ == "__main__":
-    main(atlas, AtlasConfig, ignored=IGNORED)
+    main(atlas, AtlasConfig)

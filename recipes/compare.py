@@ -1,52 +1,62 @@
 """Runs of several commands in one report: what differs between them, paired by image, caption, noise and seed.
 
-    accelerate launch recipes/compare.py --output_dir checkpoints/compare --seeds "[0, 1, 2]" \
+    accelerate launch recipes/compare.py --output_dir checkpoints/compare --seeds 0,1,2 \
         --arms "{frozen: 'checkpoints/tradeoff/seed-{seed}/frozen', longer: 'checkpoints/longer/seed-{seed}/key_locked'}"
 
 Nothing is trained or drawn. The runs must have been evaluated alike: their evaluation, and what names the held-out images,
-have to be the same; how they were trained may differ. Estimates and intervals: distill/seeds.py.
+have to be the same; how they were trained may differ. Estimates and intervals: distill/evaluation/seeds.py.
 """
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Annotated, Any, ClassVar, cast
 
-import yaml
-from tqdm.auto import tqdm
+from pydantic import Field
 
-from distill.arms import can_be_arm
 from distill.cli import main, to_yaml
-from distill.config import CompareConfig, DataConfig, EvaluationConfig
-from distill.errors import UserError, raise_all
-from distill.evaluation.seeds import REFERENCES, combine
-from distill.files import provenance, read_json, write_atomic, write_json
-from distill.processes import process_state
-from distill.report.tables import flatten
-from distill.runs import claim
-from distill.sharing import finish_seeds
+from distill.settings import Seed, Settings, Text
 
-TRAINING_DATA = {"train_size", "validation_size", "train_split", "horizontal_flip", "cache_dir"}
+TRAINING_DATA = {
+    "train_size", "validation_size", "train_split", "allow_empty_captions", "truncate_captions", "horizontal_flip",
+    "cache_dir",
+}  # fmt: skip
 """Of data: what says nothing of the held-out images."""
 SPEED = {"batch_size"}
 """Of evaluation: what changes no number."""
 KEPT = (
-    "pairs.jsonl",
-    "features.safetensors",
-    "maps.safetensors",
-    "train_log.jsonl",
-    "localization_log.jsonl",
-    "samples",
-)
+    "pairs.jsonl", "features.safetensors", "maps.safetensors", "train_log.jsonl", "localization_log.jsonl", "samples",
+)  # fmt: skip
 """Of an arm's folder: what numbers and report are made from."""
+
+
+class CompareConfig(Settings):
+    """Put runs of several commands in one report, with paired differences.
+
+    accelerate launch recipes/compare.py --config recipes/configs/phantom/compare_longer.yaml
+    """
+
+    common: ClassVar[tuple[str, ...]] = ("arms", "seeds", "compare_to", "output_dir")
+    arms: Annotated[dict[str, Text], Field(min_length=2)]
+    """Name in the report -> an evaluated folder, RUN/ARM, or a run folder that holds one trained arm."""
+    seeds: tuple[Seed, ...] = ()
+    """Training seeds, which {seed} in the folders of arms stands for. Empty where each arm is one run."""
+    compare_to: tuple[str, ...] = ()
+    """Arms that all others are compared with. Empty takes the first."""
+    output_dir: Text = "checkpoints/compare"
+    """Where metrics.json and the report are written, with a copy of what they are made from, without weights."""
+    dry_run: bool = False
+    """Check that the runs can be compared, and stop."""
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One evaluated model: its folder, its entry in metrics.json, the code's commit, the configuration of its run, and the
-    settings of its own training."""
+    """One evaluated model.
+
+    entry: its part of metrics.json. commit: of the code that evaluated it. config: of its run. settings: of its training.
+    """
 
     folder: Path
     entry: dict[str, Any]
@@ -54,13 +64,26 @@ class Evaluated:
     config: dict[str, Any]
     settings: dict[str, Any]
 
+    @property
+    def seed(self) -> int:
+        """Its training seed."""
+        seeds = self.config.get("seeds") or [self.config.get("seed", 0)]
+        return int(seeds[0])
+
 
 def read_evaluated(path: Path) -> Evaluated:
-    """Of `<run>/<arm>`, or of a run folder with one trained arm. Raises UserError for anything else."""
+    """Read RUN/ARM, or a run folder with one trained arm. Raises UserError for anything else."""
+    import yaml
+
+    from distill.errors import UserError
+    from distill.files import read_json
+
     if (path / "config.yaml").exists():
         inside = [p.parent.name for p in sorted(path.glob("*/metrics.json")) if p.parent.name not in ("base", "real")]
         if len(inside) != 1:
-            raise UserError(f"{path} is a run folder of {inside or 'no evaluated arm'}; give the folder of one arm")
+            raise UserError(
+                f"{path} is a run folder of {', '.join(inside) or 'no evaluated arm'}; give the folder of one arm"
+            )
         path = path / inside[0]
     run = path.parent / "config.yaml"
     if not (path / "metrics.json").exists() or not run.exists():
@@ -69,19 +92,25 @@ def read_evaluated(path: Path) -> Evaluated:
     config = cast(dict[str, Any], yaml.safe_load(run.read_text(encoding="utf-8")))
     if path.name not in found["arms"]:
         raise UserError(f"{path} was renamed: its metrics.json is of {', '.join(found['arms'])}; name it so again")
-    return Evaluated(
-        path, found["arms"][path.name], found["provenance"]["commit"], config, found.get("settings", config)
-    )
+    settings = found.get("settings", config)
+    return Evaluated(path, found["arms"][path.name], found["provenance"]["commit"], config, settings)
 
 
 def measured_on(found: Evaluated) -> dict[str, Any]:
     """Dotted key -> value of all that decides what an evaluation measures; keys that an older run lacks, by default."""
-    result = {}
-    for group, default, besides in (
-        ("data", DataConfig(), TRAINING_DATA),
-        ("evaluation", EvaluationConfig(), SPEED),
-    ):
-        known = cast(dict[str, Any], yaml.safe_load(to_yaml(default))) | found.config[group]
+    from pydantic import TypeAdapter
+
+    from distill.config import FullEvaluation
+    from distill.data_config import AnyData, DataConfig
+
+    kind: TypeAdapter[DataConfig] = TypeAdapter(AnyData)
+    defaults = {
+        "data": kind.validate_python({"kind": found.config["data"]["kind"]}).model_dump(mode="json"),
+        "evaluation": FullEvaluation().model_dump(mode="json"),
+    }
+    result: dict[str, Any] = {}
+    for group, besides in (("data", TRAINING_DATA), ("evaluation", SPEED)):
+        known = defaults[group] | found.config[group]
         result |= {f"{group}.{key}": value for key, value in known.items() if key not in besides}
     # Not configured, but chosen with the model: recipes/atlas.py.
     located = found.entry["localization"] or {}
@@ -89,23 +118,40 @@ def measured_on(found: Evaluated) -> dict[str, Any]:
 
 
 def differing(one: Evaluated, first: Evaluated) -> dict[str, Any]:
-    """Dotted key -> value in `one`, of what is configured otherwise in `first`."""
+    """Dotted key -> value in `one`, where `first` is configured otherwise."""
+    from distill.report.tables import flatten
+
     ours, theirs = dict(flatten(one.settings)), dict(flatten(first.settings))
     return {k: v for k, v in ours.items() if k != "output_dir" and theirs.get(k) != v}
 
 
-def gather(config: CompareConfig) -> dict[int, dict[str, Evaluated]]:
-    """Seed -> name -> what was evaluated. Raises a UserError that lists all that is missing or not comparable."""
-    faults, found = [], {}
-    if len(config.arms) < 2:
-        raise UserError("arms: give at least two, as {name: folder}")
+def check(config: CompareConfig) -> None:
+    """Raise a UserError that lists what is wrong with the names of arms."""
+    from distill.errors import raise_all
+    from distill.experiment.arms import can_be_arm
+
+    faults = []
     for name, path in config.arms.items():
         if not can_be_arm(name):
             faults.append(f"arms: {name!r} cannot be a folder's name, or is another entry of a run folder")
-        if ("{seed}" in path) != bool(config.seeds):
-            faults.append(f"arms: {name}: {path!r} {'lacks' if config.seeds else 'needs seeds for'} {{seed}}")
-    faults += [f"references: {name!r} is no arm" for name in config.references if name not in config.arms]
+        if ("{seed}" in path) and not config.seeds:
+            faults.append(f"arms: {name}: {path!r} has {{seed}}, and seeds is empty; set seeds")
+        if config.seeds and "{seed}" not in path:
+            faults.append(f"arms: {name}: {path!r} lacks {{seed}}; put it where the folders of the seeds differ")
+    faults += [
+        f"compare_to: {name!r} is no arm; there are {', '.join(config.arms)}"
+        for name in config.compare_to
+        if name not in config.arms
+    ]
     raise_all("the comparison is not valid", faults)
+
+
+def gather(config: CompareConfig) -> dict[int, dict[str, Evaluated]]:
+    """Seed -> name -> what was evaluated. Raises a UserError that lists all that is missing or not comparable."""
+    from distill.errors import UserError, raise_all
+
+    faults: list[str] = []
+    found: dict[tuple[int, str], Evaluated] = {}
     for seed in config.seeds or (0,):
         for name, path in config.arms.items():
             try:
@@ -113,27 +159,71 @@ def gather(config: CompareConfig) -> dict[int, dict[str, Evaluated]]:
             except UserError as error:
                 faults.append(f"{name}: {error}")
     raise_all("runs that cannot be read", faults)
-    (_, first), *_ = found.items()
+    first = next(iter(found.values()))
     wanted = measured_on(first)
     for (_, name), one in found.items():
         have = measured_on(one)
         faults += [
             f"{name}: {one.folder}: {key} is {have.get(key)!r}, and {wanted.get(key)!r} in {first.folder}"
-            for key in wanted
-            if have.get(key) != wanted[key]
+            for key in wanted | have
+            if have.get(key) != wanted.get(key)
         ]
     raise_all("the runs were not evaluated alike", faults)
     if not config.seeds:
-        return {int(first.config.get("seed") or 0): {name: one for (_, name), one in found.items()}}
+        return {first.seed: {name: one for (_, name), one in found.items()}}
     return {seed: {name: found[seed, name] for name in config.arms} for seed in config.seeds}
 
 
+def copy_run(config: CompareConfig, seed: int, arms: dict[str, Evaluated], run: Path) -> None:
+    """A run folder of the arms, as a recipe that trained them together would leave, without weights."""
+    from distill.files import provenance, read_json, write_json
+
+    first = next(iter(arms.values()))
+    for name, one in arms.items():
+        (run / name).mkdir(parents=True)
+        for part in KEPT:
+            source = one.folder / part
+            if source.is_dir():
+                shutil.copytree(source, run / name / part)
+            elif source.exists():
+                shutil.copy2(source, run / name / part)
+    shutil.copytree(first.folder.parent / "real", run / "real")
+    entries = {name: one.entry for name, one in arms.items()}
+    whole = first.folder.parent / "metrics.json"  # not there while its run goes on
+    real = read_json(whole)["real"] if whole.exists() else {"quality": None}
+    seconds = {
+        f"{name}: {stage}": entry["cost"][f"{key}_seconds"]
+        for name, entry in entries.items()
+        for stage, key in (("training", "train"), ("evaluation", "evaluation"))
+        if entry["cost"][f"{key}_seconds"] is not None
+    }
+    trained = seed if config.seeds else sorted({one.seed for one in arms.values()})
+    origin = provenance() | {"seeds": {"training": trained}, "seconds": seconds}
+    origin |= {"config": config.model_dump(mode="json")}
+    origin["arms"] = {
+        name: {"folder": str(one.folder), "commit": one.commit, "differs": differing(one, first)}
+        for name, one in arms.items()
+    }
+    compare_to = list(config.compare_to or tuple(config.arms)[:1])
+    write_json(run / "metrics.json", {"arms": entries, "real": real, "compare_to": compare_to, "provenance": origin})
+
+
 def compare(config: CompareConfig) -> None:
+    from tqdm.auto import tqdm
+
+    from distill.errors import UserError
+    from distill.evaluation.seeds import combine
+    from distill.experiment.run import claim
+    from distill.experiment.sharing import finish_seeds
+    from distill.files import write_atomic
+    from distill.processes import process_state
+
     if not process_state().is_main_process:
         return
+    check(config)
     runs, folder = gather(config), Path(config.output_dir)
-    references = config.references or [name for name in REFERENCES if name in config.arms] or [next(iter(config.arms))]
-    print(f"{len(config.arms)} arms of {len(runs)} run(s) each, against {' and '.join(references)}")
+    compare_to = config.compare_to or tuple(config.arms)[:1]
+    print(f"{len(config.arms)} arms of {len(runs)} run(s) each, compared with {' and '.join(compare_to)}")
     if config.dry_run:
         print(to_yaml(config) + "dry run: the runs can be compared; nothing was written")
         return
@@ -146,40 +236,15 @@ def compare(config: CompareConfig) -> None:
     partial = folder / ".partial"
     shutil.rmtree(partial, ignore_errors=True)
     for seed, arms in tqdm(runs.items(), desc="runs", unit="run"):
-        run, first = partial / f"seed-{seed}", next(iter(arms.values()))
-        for name, one in arms.items():
-            (run / name).mkdir(parents=True)
-            for part in KEPT:
-                source = one.folder / part
-                if source.is_dir():
-                    shutil.copytree(source, run / name / part)
-                elif source.exists():
-                    shutil.copy2(source, run / name / part)
-        shutil.copytree(first.folder.parent / "real", run / "real")
-        entries = {name: one.entry for name, one in arms.items()}
-        whole = first.folder.parent / "metrics.json"  # not there while its run goes on
-        real = read_json(whole)["real"] if whole.exists() else {"quality": None}
-        seconds = {
-            f"{name}: {stage}": entry["cost"][f"{key}_seconds"]
-            for name, entry in entries.items()
-            for stage, key in (("training", "train"), ("evaluation", "evaluation"))
-            if entry["cost"][f"{key}_seconds"] is not None
-        }
-        trained = sorted({int(one.config.get("seed") or 0) for one in arms.values()}) if not config.seeds else seed
-        origin = provenance() | {"seeds": {"training": trained}, "seconds": seconds, "config": asdict(config)}
-        origin["arms"] = {
-            name: {"folder": str(one.folder), "commit": one.commit, "differs": differing(one, first)}
-            for name, one in arms.items()
-        }
-        write_json(run / "metrics.json", {"arms": entries, "real": real, "provenance": origin})
-    combine(partial, samples=2, references=references)  # refuses what cannot be compared
+        copy_run(config, seed, arms, partial / f"seed-{seed}")
+    combine(partial, samples=2, compare_to=compare_to)  # refuses what cannot be compared
     # Only now, so that a kill before leaves the earlier comparison whole.
     for old in folder.glob("seed-*"):
         shutil.rmtree(old)
     for new in partial.iterdir():
         new.rename(folder / new.name)
     partial.rmdir()
-    finish_seeds(folder, references)
+    finish_seeds(folder, compare_to)
     print(f"next: open {folder / 'report.html'}")
 
 

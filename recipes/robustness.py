@@ -2,64 +2,51 @@
 and two findings of one kind.
 
     accelerate launch recipes/robustness.py --config recipes/configs/phantom/robustness.yaml \
-        --runs "[checkpoints/tradeoff_quick/frozen, checkpoints/tradeoff_quick/distilled]"
+        --runs checkpoints/tradeoff_quick/frozen,checkpoints/tradeoff_quick/distilled
 
-The shifts are in distill/robustness.py. Writes robustness.json and robustness.md.
+The shifts are in distill/evaluation/robustness.py. Writes robustness.json and robustness.md.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
-from accelerate import Accelerator
-from rich.console import Console
+from distill.cli import main, to_yaml
+from distill.config import BaseConfig, LayerEvaluation
+from distill.data_config import AnyData, PhantomData
+from distill.settings import Settings, Text
 
-from distill.arms import unused_data_options
-from distill.cli import main, refuse_unused, to_yaml
-from distill.config import RobustnessConfig
-from distill.data.loading import load_dataset
-from distill.data.readers.records import RecordDataset
-from distill.errors import UserError
-from distill.evaluation.evaluate import finite
-from distill.evaluation.localization import localization
-from distill.evaluation.protocols import queries
-from distill.evaluation.robustness import SHIFTS, ShiftedDataset, negations, two_places
-from distill.files import provenance, write_atomic, write_json
-from distill.models.loading import load_model
-from distill.report.document import Table, markdown_table
-from distill.report.tables import format_number
-from distill.runs import quiet_libraries
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
-IGNORED = {
-    "evaluation.quantization": "robustness.py looks at the models as they are",
-    **dict.fromkeys(
-        [
-            f"evaluation.{name}"
-            for name in (
-                "generated_images", "diversity_captions", "diversity_samples", "num_inference_steps", "guidance_scale",
-                "scheduler", "features", "examples", "protocol",
-            )
-        ],
-        "robustness.py scores maps of protocol ours alone",
-    ),
-    **dict.fromkeys(
-        [f"data.{name}" for name in ("train_size", "validation_size", "train_split", "horizontal_flip", "cache_dir")],
-        "robustness.py looks at test images",
-    ),
-    "base.frozen_dtype": "evaluation runs in fp32",
-}  # fmt: skip
+    from distill.config import FullEvaluation
+    from distill.data.sample import ImageCaptionDataset
+    from distill.models import Model
 
 
-def unused_options(config: RobustnessConfig) -> dict[str, str]:
-    unused = unused_data_options(config.data.kind)
-    if config.evaluation.map_threshold == "none":
-        unused["evaluation.orphan_share"] = "evaluation.map_threshold is none"
-    return unused
+class RobustnessConfig(Settings):
+    """Measure localization under other words, swapped sides, other images, and negations.
+
+    accelerate launch recipes/robustness.py --config recipes/configs/phantom/robustness.yaml --runs RUN,RUN
+    """
+
+    common: ClassVar[tuple[str, ...]] = ("base.name", "runs", "data.kind", "data.root", "output_dir")
+    base: BaseConfig = BaseConfig()
+    runs: tuple[Text, ...] = ()
+    """Run folders on the base that are looked at in addition to the base."""
+    data: AnyData = PhantomData()
+    evaluation: LayerEvaluation = LayerEvaluation()
+    output_dir: Text = "checkpoints/robustness"
+    """Where robustness.json and robustness.md are written."""
+    dry_run: bool = False
+    """Check everything, print what would be measured, and stop."""
 
 
 def interval(value: float | None, ends: Any, decimals: int = 3) -> str:
+    """`.731 [.702, .760]`; a dash where unknown."""
+    from distill.report.tables import format_number
+
     if value is None:
         return "–"
     shown = format_number(value, decimals)
@@ -68,6 +55,8 @@ def interval(value: float | None, ends: Any, decimals: int = 3) -> str:
 
 def tables(models: dict[str, Any]) -> str:
     """robustness.md: AUC of the words by shift, and negations."""
+    from distill.report.document import Table, markdown_table
+
     rows = [
         [
             shift,
@@ -76,8 +65,8 @@ def tables(models: dict[str, Any]) -> str:
         for shift in next(iter(models.values()))["shifts"]
     ]
     for part, key, name in (
-        ("two_places", "auc", "in two places"),
-        ("two_places", "lesser_auc", "the lesser of two places"),
+        ("two_places", "auc", "two places"),
+        ("two_places", "lesser_auc", "lesser of two places"),
         ("negations", "peak_ratio", "negated over stated"),
         ("negations", "stated_wins", "stated above negated"),
     ):
@@ -85,61 +74,92 @@ def tables(models: dict[str, Any]) -> str:
         rows.append([name, *(interval(cell.get(key), cell.get(f"{key}_ci")) for cell in cells)])
     table = markdown_table(Table(["", *models], rows, "numbers"))
     return (
-        "# Localization under shift\n\nWord AUC on test images. In two places: of findings that lie in two places of an image, "
-        "and of the place of theirs that the map shows least. The last two rows: the peak of attention on a negated "
-        "finding's word over that on a stated one's in the same caption (1 is as much), and the share of images where the "
-        f"stated one's is larger. 95 % bootstrap intervals over images.\n\n{table}\n"
+        "# Localization under shift\n\n"
+        "The first rows are the word AUC on test images, under each shift. "
+        "`two places` is the AUC of findings that lie in two places of an image. `lesser of two places` is the AUC of the "
+        "place that the map shows least. `negated over stated` is the attention peak on a negated finding's word, divided "
+        "by the peak on a stated one's in the same caption; 1 means no difference. `stated above negated` is the share of "
+        f"images where the stated finding's peak is larger. Intervals are 95 % bootstrap intervals over images.\n\n{table}\n"
     )
 
 
+def measure(
+    model: Model,
+    test: ImageCaptionDataset,
+    evaluation: FullEvaluation,
+    folder: Path,
+    *,
+    accelerator: Accelerator,
+    label: str,
+) -> dict[str, Any]:
+    """A model's entry of robustness.json."""
+    from distill.evaluation.localization import localization
+    from distill.evaluation.robustness import SHIFTS, ShiftedDataset, negations, two_places
+
+    shifts = {}
+    for shift in SHIFTS:
+        result = localization(
+            model,
+            ShiftedDataset(test, shift),
+            evaluation,
+            accelerator=accelerator,
+            arm_dir=folder / shift.replace(" ", "_"),
+            label=f"{label}, {shift}",
+        )
+        shifts[shift] = result["word"] if result else {"auc": None, "auc_ci": None}
+    return {
+        "shifts": shifts,
+        "negations": negations(model, test, evaluation, accelerator=accelerator, label=label),
+        "two_places": two_places(model, test, evaluation, accelerator=accelerator, label=label),
+    }
+
+
 def robustness(config: RobustnessConfig) -> None:
+    from accelerate import Accelerator
+    from rich.console import Console
+
+    from distill.data.loading import load_dataset
+    from distill.data.readers.records import RecordDataset
+    from distill.errors import UserError
+    from distill.evaluation.evaluate import finite
+    from distill.evaluation.protocols import queries
+    from distill.evaluation.robustness import SHIFTS
+    from distill.experiment.run import quiet_libraries
+    from distill.files import provenance, write_atomic, write_json
+    from distill.models import load_model
+
     quiet_libraries()
-    refuse_unused(config, unused_options(config))
     accelerator = Accelerator()
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False, markup=False)
     models = {"base": None, **{"/".join(Path(run).parts[-2:]): run for run in config.runs}}
     if len(models) <= len(config.runs):
         raise UserError("runs: the last two parts of the folders' paths must tell them apart")
-    test = load_dataset(config.data, "test")
+    test, evaluation, folder = load_dataset(config.data, "test"), config.evaluation.full(), Path(config.output_dir)
     for run in models.values():  # each, so that a fault in the last does not come after minutes
         model = load_model(config.base, run)
     if isinstance(test, RecordDataset):
         test.check_captions(model.tokenizers, model.max_tokens)
-    asked = queries(test, model, config.evaluation, accelerator)
+    asked = queries(test, model, evaluation, accelerator)
     if not asked:
         raise UserError("no test image has a region of a finding: there is nothing to localize")
     console.print(f"{len(models)} models, {len({q.image for q in asked})} images, {len(SHIFTS)} shifts and negations")
     if config.dry_run:
         console.print(to_yaml(config) + "dry run: the data and the models are fine; nothing was written")
         return
-    folder = Path(config.output_dir)
     found: dict[str, Any] = {}
     for name, run in models.items():
         model = load_model(config.base, run).to(accelerator.device).freeze()
-        shifts = {}
-        for shift in SHIFTS:
-            result = localization(
-                model,
-                ShiftedDataset(test, shift),
-                config.evaluation,
-                accelerator=accelerator,
-                arm_dir=folder / name / shift.replace(" ", "_"),
-                label=f"{name}, {shift}",
-            )
-            shifts[shift] = result["word"] if result else {"auc": None, "auc_ci": None}
-        found[name] = {"model": str(run or config.base.name), "shifts": shifts}
-        for part, look in (("negations", negations), ("two_places", two_places)):
-            found[name][part] = look(model, test, config.evaluation, accelerator=accelerator, label=name)
-    if accelerator.is_main_process:
-        write_json(
-            folder / "robustness.json",
-            finite({"models": found, "provenance": provenance() | {"config": asdict(config)}}),
-        )
-        text = tables(found)
-        write_atomic(folder / "robustness.md", text)
-        console.print(text)
-        console.print(f"numbers: {folder / 'robustness.json'}\nnext: open {folder / 'robustness.md'}")
+        entry = measure(model, test, evaluation, folder / name, accelerator=accelerator, label=name)
+        found[name] = {"model": str(run or config.base.name)} | entry
+    if not accelerator.is_main_process:
+        return
+    origin = provenance() | {"config": config.model_dump(mode="json")}
+    write_json(folder / "robustness.json", finite({"models": found, "provenance": origin}))
+    text = tables(found)
+    write_atomic(folder / "robustness.md", text)
+    console.print(text)
+    console.print(f"numbers: {folder / 'robustness.json'}\nnext: open {folder / 'robustness.md'}")
 
 
 if __name__ == "__main__":
-    main(robustness, RobustnessConfig, ignored=IGNORED)
+    main(robustness, RobustnessConfig)

@@ -3,7 +3,7 @@
     accelerate launch recipes/swap_text_encoder.py --text_encoder path/to/all-MiniLM-L6-v2 --output_dir checkpoints/minilm
     accelerate launch recipes/finetune.py --config recipes/configs/phantom/finetune.yaml --base.name checkpoints/minilm
 
-How the new encoder is fitted to the U-Net is in distill/swap.py.
+How the new encoder is fitted to the denoiser is in distill/models/text_encoder.py.
 """
 
 from __future__ import annotations
@@ -11,55 +11,93 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
-import torch
+from distill.cli import main
+from distill.config import BaseConfig
+from distill.data_config import AnyData, PhantomData
+from distill.settings import Count, Settings, Text
 
-from distill.arms import unused_data_options
-from distill.cli import main, refuse_unused
-from distill.config import SwapTextEncoderConfig
-from distill.data.loading import load_dataset
-from distill.errors import UserError
-from distill.models.adapters import parameter_counts
-from distill.models.export import prove_parity
-from distill.models.loading import load_model, model_of
-from distill.models.text_encoder import MULTI_LABEL, load_text_encoder, multi_label_encoder, swap_text_encoder
-from distill.processes import process_state
-from distill.runs import quiet_libraries
+if TYPE_CHECKING:
+    from diffusers import StableDiffusionPipeline
 
 
-def unused_options(config: SwapTextEncoderConfig) -> dict[str, str]:
-    """Dotted key -> why the swap never reads it."""
-    unread = ("validation_size", "test_size", "test_split", "resolution", "horizontal_flip", "cache_dir")
-    unused = {f"data.{name}": "only training captions are read" for name in unread}
-    unused["base.frozen_dtype"] = "nothing is trained"
-    if config.text_encoder == MULTI_LABEL:
-        unused["model_type"] = "multi_label loads no encoder"
-    return unused | unused_data_options(config.data.kind)
+class SwapTextEncoderConfig(Settings):
+    """Put another text encoder into a base, as a stock pipeline to fine-tune.
+
+    accelerate launch recipes/swap_text_encoder.py --text_encoder path/to/all-MiniLM-L6-v2 --output_dir checkpoints/minilm
+    """
+
+    common: ClassVar[tuple[str, ...]] = (
+        "base.name", "text_encoder", "model_type", "max_tokens", "data.kind", "data.root", "output_dir",
+    )  # fmt: skip
+    base: BaseConfig = BaseConfig()
+    text_encoder: Text
+    """Folder or hub id of a transformers encoder and its tokenizer, such as BERT, MiniLM or T5. Or `multi_label`: one token
+    for each label of the training images, for captions that are lists of labels."""
+    model_type: str | None = None
+    """Kind of the encoder, where its own names a class outside transformers: `bert` for CXR-BERT."""
+    max_tokens: Count = 77
+    """Positions of a caption, padding included."""
+    data: AnyData = PhantomData()
+    captions: Count = 2000
+    """Training captions that the projection is fitted on."""
+    output_dir: Text = "checkpoints/swapped"
+    """Where the pipeline is written. It must not exist yet."""
+    dry_run: bool = False
+    """Check and fit, and write nothing."""
+
+
+def save_checked(pipeline: StableDiffusionPipeline, folder: Path) -> float:
+    """Write the pipeline whole or not at all; the largest difference of its outputs when it is loaded back."""
+    import torch
+
+    from distill.models import load_model, model_of
+    from distill.models.export import prove_parity
+
+    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
+    try:
+        pipeline.save_pretrained(partial, safe_serialization=True)
+        stock = load_model(BaseConfig(name=str(partial)))
+        difference = prove_parity(model_of(pipeline), stock, torch.device("cpu"))
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return difference
+
+
+def load_encoder(config: SwapTextEncoderConfig, train: Any, width: int) -> tuple[Any, Any]:
+    """The encoder and its tokenizer. train: whose labels `multi_label` has a token for. width: of its hidden states."""
+    from distill.models.text_encoder import MULTI_LABEL, load_text_encoder, multi_label_encoder
+
+    if config.text_encoder != MULTI_LABEL:
+        return load_text_encoder(config.text_encoder, config.model_type, max_tokens=config.max_tokens)
+    labels = sorted({label for i in range(len(train)) for label in train.labels(i)})
+    return multi_label_encoder(labels, width=width, max_tokens=config.max_tokens)
 
 
 def swap(config: SwapTextEncoderConfig) -> None:
+    from distill.data.loading import load_dataset
+    from distill.errors import UserError
+    from distill.experiment.run import quiet_libraries
+    from distill.models import load_model
+    from distill.models.adapters import parameter_counts
+    from distill.models.text_encoder import MULTI_LABEL, swap_text_encoder
+    from distill.processes import process_state
+
     quiet_libraries()
     if not process_state().is_main_process:
         return
-    if config.text_encoder is None:
+    if config.text_encoder == MULTI_LABEL and config.model_type is not None:
         raise UserError(
-            "text_encoder is missing: a folder or hub id of a transformers encoder and its tokenizer, or multi_label"
+            f"model_type is {config.model_type!r}, and text_encoder multi_label loads no encoder; leave it out"
         )
-    refuse_unused(config, unused_options(config))
     folder = Path(config.output_dir)
     if folder.exists() and not config.dry_run:
-        raise UserError(f"{folder} is there already; choose another --output_dir, or delete it")
-    model = load_model(config.base)
-    loaded = None
-    if config.text_encoder != MULTI_LABEL:
-        loaded = load_text_encoder(config.text_encoder, config.model_type, max_tokens=config.max_tokens)
-    train = load_dataset(config.data, "train")
+        raise UserError(f"{folder} exists already; choose another --output_dir, or delete it")
+    model, train = load_model(config.base), load_dataset(config.data, "train")
     captions = [train.caption(i) for i in range(min(config.captions, len(train)))]
-    if loaded is None:
-        labels = sorted({label for i in range(len(train)) for label in train.labels(i)})
-        width = model.text_encoders[0].config.hidden_size
-        loaded = multi_label_encoder(labels, width=width, max_tokens=config.max_tokens)
-    encoder, tokenizer = loaded
+    encoder, tokenizer = load_encoder(config, train, model.text_encoders[0].config.hidden_size)
     old, new = parameter_counts(model.text_encoders[0])[0], parameter_counts(encoder)[0]
     print(
         f"{config.base.name}: text encoder of {old / 1e6:.1f} M parameters -> {config.text_encoder}, {new / 1e6:.1f} M"
@@ -68,23 +106,16 @@ def swap(config: SwapTextEncoderConfig) -> None:
     lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids]
     cut = sum(length > config.max_tokens for length in lengths)
     print(
-        f"projection fitted on {len(captions):,} captions; R^2 {fit:.3f} on the tenth held out (1: the old embeddings)"
+        f"projection fitted on {len(captions):,} captions; R^2 {fit:.3f} on the tenth held out, where 1 is the old "
+        f"embeddings\n{sum(lengths) / len(lengths):.0f} tokens a caption, {max(lengths)} at most; {cut} captions are cut off"
     )
-    print(f"{sum(lengths) / len(lengths):.0f} tokens a caption, {max(lengths)} at most; {cut} captions are cut off")
     if config.dry_run:
         print("dry run: nothing was written")
         return
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    try:
-        pipeline.save_pretrained(partial, safe_serialization=True)
-        stock = load_model(type(config.base)(name=str(partial)))
-        difference = prove_parity(model_of(pipeline), stock, torch.device("cpu"))
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    print(f"{folder}: a stock pipeline; loaded back, difference {difference:.1e}")
+    difference = save_checked(pipeline, folder)
     print(
-        f"next: accelerate launch recipes/finetune.py --base.name {folder}, to train it; until then it draws as told above"
+        f"{folder}: a stock pipeline; loaded back, difference {difference:.1e}\n"
+        f"next: accelerate launch recipes/finetune.py --base.name {folder}, to train it: the projection alone draws poorly"
     )
 
 

@@ -29,9 +29,10 @@ from tqdm.auto import tqdm
 
 from distill.attention.heat_maps import normalize, to_image
 from distill.attention.recording import attention_layers, record_attention
-from distill.config import AtlasConfig, FullEvaluation
+from distill.config import FullEvaluation
 from distill.data.sample import ImageCaptionDataset, Sample, image_key
 from distill.errors import UserError
+from distill.evaluation.image_adds import choose_others, differences
 from distill.evaluation.localization import TOKEN_MAPS, localization
 from distill.evaluation.protocols import (
     DEFAULT_TIMESTEPS,
@@ -201,6 +202,34 @@ def gather_pairs(cells: Cells, values: NDArray[np.float64]) -> tuple[NDArray[np.
     return gathered[order], findings[order]
 
 
+def cell_image_adds(cells: Cells, dataset: ImageCaptionDataset, config: FullEvaluation) -> NDArray[np.float64] | None:
+    """(layers, timesteps): what the image adds to the AUC of each cell's word maps (see image_adds.py), macro over findings.
+
+    None where no finding has two images. All processes must call this; each gathers the maps of one timestep at a time.
+    """
+    clusters = [image_key(dataset, i) for i in cells.images.tolist()]
+    columns = []
+    for step in range(len(cells.timesteps)):
+        parts = (
+            cells.numbers.tolist(),
+            cells.findings.tolist(),
+            clusters,
+            cells.maps[:, :, step].numpy(),
+            cells.masks.numpy(),
+        )
+        gathered = sorted(gather_object(list(zip(*parts, strict=True))), key=lambda pair: pair[0])
+        numbers, findings, images, maps, masks = zip(*gathered, strict=True)
+        others = choose_others([dataset.findings[f] for f in findings], images, numbers)
+        bits = [np.packbits(mask) for mask in masks]
+        tensors = [torch.from_numpy(own) for own in maps]
+        added = differences(tensors, bits, masks[0].shape, others, config, torch.device("cpu"))
+        known = ~np.isnan(added).any(axis=1)
+        if not known.any():
+            return None
+        columns.append(macro_mean(added[known], np.array(findings)[known]))
+    return np.stack(columns, axis=1)
+
+
 def choose_subset(
     cells: Cells,
     config: FullEvaluation,
@@ -327,17 +356,23 @@ def analyse(
     model: Model,
     validation: ImageCaptionDataset,
     test: ImageCaptionDataset,
-    config: AtlasConfig,
+    evaluation: FullEvaluation,
     *,
+    timesteps: Sequence[int],
+    max_timesteps: int,
+    validation_images: int,
     accelerator: Accelerator,
     folder: Path,
     label: str,
 ) -> dict[str, Any]:
-    """A model's entry of atlas.json: AUC of all cells, the subset chosen from them, and what it does on test images."""
+    """A model's entry of atlas.json: AUC of all cells, the subset chosen from them, and what it does on test images.
+
+    timesteps: those of the cells, in addition to DEFAULT_TIMESTEPS. max_timesteps: most timesteps of the subset.
+    validation_images: how many it is chosen on; evaluation.localization_images test images check it.
+    """
     began = time.perf_counter()
-    evaluation = config.evaluation
-    own = evaluation.model_copy(update={"localization_images": config.validation_images})
-    timesteps = sorted({*config.timesteps, *DEFAULT_TIMESTEPS})
+    own = evaluation.model_copy(update={"localization_images": validation_images})
+    timesteps = sorted({*timesteps, *DEFAULT_TIMESTEPS})
     shared: dict[str, Any] = {"accelerator": accelerator, "label": label}
     cells = compute_cells(model, validation, own, timesteps, **shared)
     measured = time.perf_counter()
@@ -347,7 +382,7 @@ def analyse(
         bar.set_postfix_str(f"AUC {auc:.4f}")
         bar.update()
 
-    choice = choose_subset(cells, own, config.max_timesteps, device=accelerator.device, progress=progress)
+    choice = choose_subset(cells, own, max_timesteps, device=accelerator.device, progress=progress)
     bar.close()
     values, findings = gather_pairs(cells, cells.auc)
     tables = macro_mean(values, findings).round(6)
@@ -380,8 +415,8 @@ def analyse(
     }
 
 
-def subset_file(entry: Mapping[str, Any], config: AtlasConfig) -> dict[str, Any]:
-    """Content of localization.json (see `distill.components.read_subset`), with where the subset comes from."""
+def subset_file(entry: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+    """Content of localization.json (see `distill.models.loading.read_subset`), with where the subset comes from."""
     chosen, test = entry["chosen"], entry["test"]
     return {
         "layers": chosen["layers"],
@@ -400,7 +435,7 @@ def subset_file(entry: Mapping[str, Any], config: AtlasConfig) -> dict[str, Any]
             "difference": test["difference"]["auc"]["value"],
             "difference_ci": test["difference"]["auc"]["ci"],
         },
-        "config": config.model_dump(mode="json"),
+        "config": dict(config),
         "provenance": provenance(),
     }
 
@@ -494,7 +529,7 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def markdown(entries: Mapping[str, Mapping[str, Any]], config: AtlasConfig) -> str:
+def markdown(entries: Mapping[str, Mapping[str, Any]], evaluation: FullEvaluation) -> str:
     """atlas.md: the answer, the comparison, and the AUC of each cell of each model."""
     first = next(iter(entries.values()))
     word = first["test"]["chosen"]["word"]
@@ -506,8 +541,8 @@ def markdown(entries: Mapping[str, Mapping[str, Any]], config: AtlasConfig) -> s
         f"The default is all layers at the timesteps {', '.join(map(str, DEFAULT_TIMESTEPS))}. Validation: "
         f"{first['validation']['images']} images, {first['validation']['pairs']} image-finding pairs; the chosen subset's "
         f"AUC there is the best of many and so too high. Test: {word['images']} other images, {word['pairs']} pairs; "
-        f"95 % intervals of {config.evaluation.bootstrap_samples:,} resamples of images; noise seed "
-        f"{config.evaluation.seed}. CNR and Top-1 are of the same maps.",
+        f"95 % intervals of {evaluation.bootstrap_samples:,} resamples of images; noise seed "
+        f"{evaluation.seed}. CNR and Top-1 are of the same maps.",
     ]
     for name, entry in entries.items():
         chosen = entry["chosen"]

@@ -7,6 +7,8 @@ import types
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from pydantic.fields import FieldInfo
+
 from distill.settings import Settings
 
 KIND = "kind"
@@ -18,10 +20,11 @@ HUGE = 10**6
 @functools.cache
 def field_types(model: type[Settings]) -> dict[str, Any]:
     """Type of each field, with its range as `Annotated`."""
-    return {
-        name: Annotated[(field.annotation, *field.metadata)] if field.metadata else field.annotation
-        for name, field in model.model_fields.items()
-    }
+    return {name: _annotated(field.annotation, field.metadata) for name, field in model.model_fields.items()}
+
+
+def _annotated(hint: Any, metadata: list[Any]) -> Any:
+    return Annotated.__class_getitem__((hint, *metadata)) if metadata else hint  # type: ignore[attr-defined]
 
 
 def members(hint: Any) -> list[Any]:
@@ -70,7 +73,7 @@ def children(hint: Any, name: str, kind: Any = None) -> list[Any]:
     """Types that a key may have in a group or a mapping: of the chosen kind, else of every kind that has it."""
     entry = entry_type(hint)
     models = models_of(hint)
-    if kind in models:
+    if isinstance(kind, str) and kind in models:
         models = {kind: models[kind]}
     found = [field_types(model)[name] for model in models.values() if name in model.model_fields]
     return found if models else [] if entry is None else [entry]
@@ -87,14 +90,24 @@ def keys_of(hint: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield from keys_of(entry, f"{prefix}NAME.")
 
 
+def renamed(config_class: type[Settings], path: tuple[str | int, ...]) -> str | None:
+    """What to write in place of an old key, by the innermost class on the path that knows it."""
+    found = None
+    hints: list[Any] = [config_class]
+    for index, part in enumerate(path):
+        rest = ".".join(map(str, path[index:]))
+        models = [model for hint in hints for model in models_of(hint).values()]
+        found = next((model.renamed[rest] for model in models if rest in model.renamed), found)
+        hints = [child for hint in hints for child in children(hint, str(part))]
+    return found
+
+
 _PLAIN = {
     int: ("a whole number", "whole numbers"),
     float: ("a number", "numbers"),
     str: ("text", "texts"),
     bool: ("true or false", "true or false"),
 }
-_LIMITS = (("ge", "of at least {}"), ("gt", "above {}"), ("le", "of at most {}"), ("lt", "below {}"))
-_LENGTHS = (("min_length", "at least {}"), ("max_length", "at most {}"))
 
 
 def expected(hint: Any, *, plural: bool = False, is_above: bool = False) -> str:
@@ -102,11 +115,14 @@ def expected(hint: Any, *, plural: bool = False, is_above: bool = False) -> str:
 
     is_above: the value is above the limit, so that the limit is named however large it is.
     """
+    if models_of(hint):
+        groups = "groups of options" if plural else "a mapping of its options"
+        return f"{groups}, or none" if is_optional(hint) else groups
     if get_origin(hint) is Annotated:
         base, *metadata = get_args(hint)
         inner = without_none(base)
         text = " or ".join(expected(member, plural=plural) for member in inner)
-        return f"{text}{_range(inner, metadata, is_above)}{', or none' if is_optional(base) else ''}"
+        return f"{text}{_range(inner, metadata, plural=plural, is_above=is_above)}{', or none' if is_optional(base) else ''}"
     origin, arguments = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         found = [expected(part, plural=plural, is_above=is_above) for part in arguments if part is not type(None)]
@@ -120,27 +136,32 @@ def expected(hint: Any, *, plural: bool = False, is_above: bool = False) -> str:
         return f"{'lists' if plural else 'a list'} of {expected(arguments[0], plural=True)}"
     if origin is dict:
         return f"{'mappings' if plural else 'a mapping'} of names to {expected(arguments[1], plural=True)}"
-    if models_of(hint):
-        return "groups of options" if plural else "a mapping of its options"
     return _PLAIN[hint][plural] if hint in _PLAIN else getattr(hint, "__name__", str(hint))
 
 
-def _range(inner: list[Any], metadata: list[Any], is_above: bool) -> str:
-    """Limits of a value, of a text or of a list."""
-    is_text, words, counts = inner == [str], [], []
-    for item in metadata:
-        for name, text in _LIMITS:
-            limit = getattr(item, name, None)
-            if limit is not None and (is_above or name in ("ge", "gt") or limit < HUGE):
-                words.append(text.format(limit))
-        for name, text in _LENGTHS:
-            if getattr(item, name, None) is not None:
-                counts.append(text.format(getattr(item, name)))
-    patterns = [item.pattern for item in metadata if getattr(item, "pattern", None)]
-    if is_text and r"\S" in patterns:
-        return " that is not blank"
-    unit = "characters" if is_text else "items"
-    counted = [f"with {' and '.join(counts)} {unit}"] if counts else []
-    return "".join(
-        f" {text}" for text in [" and ".join(words), *counted, *(f"that matches {p}" for p in patterns)] if text
+def _range(inner: list[Any], metadata: list[Any], *, plural: bool, is_above: bool) -> str:
+    """Limits of a value, of a text or of a list, with a leading space."""
+    parts = [part for item in metadata for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
+
+    def limit(name: str) -> Any:
+        return next((getattr(part, name) for part in parts if getattr(part, name, None) is not None), None)
+
+    least, above = limit("ge"), limit("gt")
+    most, below = (
+        value if value is not None and (is_above or value < HUGE) else None for value in (limit("le"), limit("lt"))
     )
+    words = [f"above {above}"] if above is not None else []
+    if least is not None:
+        words.append(f"from {least} to {most}" if most is not None else f"of at least {least}")
+    elif most is not None:
+        words.append(f"at most {most}" if words else f"of at most {most}")
+    words += [f"below {below}"] if below is not None else []
+    shortest, longest, pattern, is_text = limit("min_length"), limit("max_length"), limit("pattern"), inner == [str]
+    if is_text and pattern == r"\S":
+        return f" that {'are' if plural else 'is'} not blank"
+    counts = [f"at least {shortest}"] if shortest is not None else []
+    counts += [f"at most {longest}"] if longest is not None else []
+    texts = [" and ".join(words)] if words else []
+    texts += [f"with {' and '.join(counts)} {'characters' if is_text else 'items'}"] if counts else []
+    texts += [f"that {'match' if plural else 'matches'} {pattern}"] if pattern is not None else []
+    return "".join(f" {text}" for text in texts)

@@ -6,13 +6,13 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from pydantic_core import ErrorDetails
 
-from distill.options import KIND, children, expected, item_type, keys_of, models_of
+from distill.configuration.options import KIND, children, expected, item_type, keys_of, models_of, renamed, without_none
+from distill.configuration.yaml_text import Given, printable
 from distill.settings import Settings
-from distill.yaml_text import Given
 
 _OF_VALIDATORS = ("value_error", "assertion_error")
 _OF_TYPE_OR_RANGE = re.compile(
@@ -39,7 +39,6 @@ class _Place:
     kind: str = ""
     """Chosen kind of that group."""
     is_key: bool = False
-    renamed: str | None = None
 
     @property
     def key(self) -> str:
@@ -48,7 +47,7 @@ class _Place:
 
 def dotted(path: Iterable[str | int]) -> str:
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in path)
-    return text.removeprefix(".")
+    return printable(text.removeprefix("."))
 
 
 def _place(location: tuple[str | int, ...], config_class: type[Settings]) -> _Place:
@@ -74,17 +73,32 @@ def _place(location: tuple[str | int, ...], config_class: type[Settings]) -> _Pl
     return place
 
 
-def _nearest(given: Given | None, path: tuple[str | int, ...]) -> tuple[Given | None, int]:
+def _nearest(given: Given, path: tuple[str | int, ...]) -> tuple[Given | None, int]:
     """The innermost value on a path that the user gave, and how many parts of the path lead to it."""
     depth = 0
     for part in path:
-        value = given.value if given is not None else None
-        if (isinstance(value, dict) and part in value) or (isinstance(value, list) and isinstance(part, int)):
-            given = value[part]
-        else:
+        value: Any = given.value
+        is_there = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
+        if not is_there:
             break
-        depth += 1
+        given, depth = value[part], depth + 1
     return (given, depth) if depth else (None, 0)
+
+
+def _close(value: Any, names: list[Any]) -> str:
+    close = (
+        difflib.get_close_matches(value, [name for name in names if isinstance(name, str)], n=1)
+        if isinstance(value, str)
+        else []
+    )
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def _guess(hint: Any, value: Any) -> str:
+    """The nearest of the values that an option is restricted to."""
+    return _close(
+        value, [name for member in without_none(hint) if get_origin(member) is Literal for name in get_args(member)]
+    )
 
 
 class Faults:
@@ -98,7 +112,8 @@ class Faults:
         found: dict[tuple[str | int, ...], list[str]] = {}
         for error in errors:
             place = _place(error["loc"], self._config_class)
-            if not is_complete and (error["type"] == "missing" or models_of(place.hint)):
+            is_joint = error["type"] in _OF_VALIDATORS and models_of(place.hint)
+            if not is_complete and (is_joint or error["type"] in ("missing", "union_tag_not_found")):
                 continue
             texts = found.setdefault(place.path, [])
             texts += [text for text in self._texts(error, place) if text not in texts]
@@ -127,18 +142,22 @@ class Faults:
                 return [f"{dotted(path)}: expected {expected(place.parent)}, got {shown(value)}{self.origin(path)}"]
             return [f"{place.key} is needed: {wanted}"]
         quotes = "; put it in quotes" if name == "string_type" and isinstance(value, (int, float)) else ""
-        text = f"{place.key}: expected {wanted}, got {shown(value)}{quotes}{self.origin(place.path)}"
-        return [f"{text}; {note}" if (note := self.renamed(place.path)) else text]
+        text = f"{place.key}: expected {wanted}, got {shown(value)}{_guess(place.hint, value)}{quotes}"
+        text += self.origin(place.path)
+        return [f"{text}; {note}" if (note := renamed(self._config_class, place.path)) else text]
 
     def _bad_kind(self, place: _Place, value: Any) -> str:
         kinds = list(models_of(place.hint))
         path = (*place.path, KIND)
         if not isinstance(value, dict) or KIND not in value:
             return f"{dotted(path)} is needed: one of {', '.join(kinds)}"
-        close = difflib.get_close_matches(str(value[KIND]), kinds, n=1)
-        guess = f"; did you mean {close[0]}?" if close else ""
+        guess = _close(value[KIND], kinds)
         text = f"{dotted(path)}: expected one of {', '.join(kinds)}, got {shown(value[KIND])}{guess}{self.origin(path)}"
-        return f"{text}; {note}" if (note := self.renamed(path) or self.renamed(place.path)) else text
+        return (
+            f"{text}; {note}"
+            if (note := renamed(self._config_class, path) or renamed(self._config_class, place.path))
+            else text
+        )
 
     def _origins_named(self, path: tuple[str | int, ...], text: str) -> str:
         """Origins of the given options of a group that a sentence names."""
@@ -150,25 +169,12 @@ class Faults:
             if isinstance(node.value, dict) and len(names) < 8:
                 for name, child in node.value.items():
                     visit(child, (*names, name))
-            if names and re.search(rf"(?<![\w.]){re.escape(dotted(names))}(?![\w])", text):
+            if names and re.search(rf"(?<![\w.]){re.escape(dotted(names))}(?!\w|\.\w)", text):
                 found.setdefault(node.origin)
 
         if given is not None:
             visit(given, ())
         return f" (from {' and '.join(found)})" if found else ""
-
-    def renamed(self, path: tuple[str | int, ...]) -> str | None:
-        """What to write in place of an old key, by the innermost class on the path that knows it."""
-        found = None
-        hints: list[Any] = [self._config_class]
-        for index, part in enumerate(path):
-            rest = dotted(path[index:])
-            texts = [
-                model.renamed[rest] for hint in hints for model in models_of(hint).values() if rest in model.renamed
-            ]
-            found = texts[0] if texts else found
-            hints = [child for hint in hints for child in children(hint, str(part))]
-        return found
 
     def _unknown(self, place: _Place) -> list[str]:
         """Sentences for an unknown key, or for the old keys below it."""
@@ -177,13 +183,13 @@ class Faults:
         inner = []
         if given is not None and depth == len(path) and isinstance(given.value, dict):
             below = [(*path, name) for name in given.value]
-            inner = [(item, text) for item in below if (text := self.renamed(item))]
+            inner = [(item, text) for item in below if (text := renamed(self._config_class, item))]
         if inner:
             return [f"unknown key {dotted(item)}; {text}{self.origin(item)}" for item, text in inner]
-        note = self.renamed(path)
+        note = renamed(self._config_class, path)
         if note:
             return [f"unknown key {dotted(path)}; {note}{self.origin(path)}"]
-        return [f"{self._alternatives(place)}{self.origin(path)}"]
+        return [self._alternatives(place)]
 
     def _alternatives(self, place: _Place) -> str:
         *group, name = place.path
@@ -192,8 +198,12 @@ class Faults:
         models = models_of(place.parent)
         others = {other for other, model in models.items() if name in model.model_fields and other != kind}
         if others:
-            origin = self.origin((*group, KIND)) if self._has((*group, KIND)) else " (the default)"
-            return f"{key}: an option of {prefix}{KIND} {' or '.join(sorted(others))}; {prefix}{KIND} is {kind}{origin}"
+            chooser = (*group, KIND)
+            source = self.origin(chooser) if _nearest(self._given, chooser)[1] == len(chooser) else " (the default)"
+            kinds = " or ".join(sorted(others))
+            return (
+                f"{key}{self.origin(place.path)}: an option of {prefix}{KIND} {kinds}; {prefix}{KIND} is {kind}{source}"
+            )
         siblings = list(models[kind].model_fields) if kind in models else []
         close = [f"{prefix}{match}" for match in difflib.get_close_matches(str(name), siblings, n=1)]
         if not close:
@@ -206,10 +216,12 @@ class Faults:
             close = difflib.get_close_matches(key, same_name, n=1, cutoff=0.0)
         if not close and not group:
             close = difflib.get_close_matches(key, known, n=1)
+        origin = self.origin(place.path)
+        if key in known:
+            return (
+                f"unknown key {name!r}; nest it, such as {key.replace('.', ': {')}: ...{'}' * key.count('.')}{origin}"
+            )
         if close:
-            return f"unknown key {key}; did you mean {close[0]}?"
+            return f"unknown key {key}; did you mean {close[0]}?{origin}"
         has = f"{dotted(group)}{f' of {KIND} {kind}' if kind else ''} has" if group else "there are"
-        return f"unknown key {key}; {has} {', '.join(sorted(siblings))}"
-
-    def _has(self, path: tuple[str | int, ...]) -> bool:
-        return _nearest(self._given, path)[1] == len(path)
+        return f"unknown key {key}; {has} {', '.join(sorted(siblings))}{origin}"

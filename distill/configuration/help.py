@@ -12,9 +12,9 @@ from typing import Any, Literal, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
-from distill.options import KIND, entry_type, field_types, is_optional, models_of, without_none
+from distill.configuration.options import KIND, entry_type, field_types, is_optional, models_of, without_none
+from distill.configuration.yaml_text import Given
 from distill.settings import Settings
-from distill.yaml_text import Given
 
 _COLUMN = 36
 _LONGEST_DEFAULT = 40
@@ -55,11 +55,8 @@ def _default_text(value: Any) -> str:
         return "needed"
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, (tuple, list)) or isinstance(value, dict):
-        text = ", ".join(map(str, value)) or "empty"
-    else:
-        text = str(value) or "empty"
-    text = " ".join(text.split())
+    items = value if isinstance(value, (tuple, list, dict)) else [value]
+    text = " ".join(", ".join(map(str, items)).split()) or "empty"
     return text if len(text) <= _LONGEST_DEFAULT else f"{text[: _LONGEST_DEFAULT - 3]}..."
 
 
@@ -118,6 +115,7 @@ def _of_group(hint: Any, given: Given | None, default: Any, key: str, text: str)
     own = getattr(base, KIND, None)
     kind = str(value) if isinstance(value, str) and value in models else own
     others = [other for other in models if other != kind]
+    text = text or _first_paragraph(next(iter(models.values())).model_fields[KIND].description)
     option = _Option(f"{key}.{KIND}", f"{{{','.join(models)}}}", text, _default_text(own if own else default))
     note = f"other kinds: {', '.join(others)}: --{key}.{KIND} {others[0]} --help"
     if kind is None:

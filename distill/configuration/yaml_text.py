@@ -14,6 +14,11 @@ MAX_VALUES = 100_000
 _TAG = "tag:yaml.org,2002:"
 
 
+def printable(text: str) -> str:
+    """The text, or its Python form where it holds characters that a terminal would obey."""
+    return text if text.isprintable() else repr(text)
+
+
 @dataclasses.dataclass(frozen=True)
 class Given:
     """A value that a user gave and where; mappings and lists hold further values that were given."""
@@ -32,7 +37,7 @@ class Given:
 class _Loader(yaml.SafeLoader):
     """YAML without the surprises of 1.1: `1e-4` is a number, and `no` is a string."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}  # noqa: RUF012 - PyYAML's own attribute, typed as it is there
+    yaml_implicit_resolvers: dict[str, Any] = {}
 
 
 class _Dumper(yaml.SafeDumper):
@@ -65,8 +70,9 @@ for _tag, _pattern, _first in (
 class _Reader:
     """Values of a document, with lines; what is wrong with a key goes to `faults`."""
 
-    def __init__(self, text: str, path: str, faults: list[str]) -> None:
-        self._loader, self._path, self._faults, self._count = _Loader(text), path, faults, 0
+    def __init__(self, text: str, path: str, faults: list[str], *, has_lines: bool = True) -> None:
+        self._loader, self._path, self._faults, self._has_lines = _Loader(text), path, faults, has_lines
+        self._count = 0
 
     def read(self) -> Given | None:
         root = self._loader.get_single_node()
@@ -105,11 +111,13 @@ class _Reader:
             key = self._loader.construct_object(key_node, deep=True)
             if not isinstance(key, str):
                 quotes = "; put it in quotes" if isinstance(key_node, yaml.ScalarNode) else ""
-                self._faults.append(f"{place}{key!r}: expected text as a key{quotes} (from {self._origin(line)})")
+                self._faults.append(
+                    f"{printable(place)}{key!r}: expected text as a key{quotes} (from {self._origin(line)})"
+                )
                 continue
             if key in lines:
                 lines_of_both = f"lines {lines[key] + 1} and {line + 1}"
-                self._faults.append(f"{place}{key} is given twice (from {self._path}, {lines_of_both})")
+                self._faults.append(f"{printable(place + key)} is given twice (from {self._path}, {lines_of_both})")
             lines[key] = line
             own[key] = self._given(value_node, f"{place}{key}.", line, depth + 1)
         for mapping in merged:
@@ -117,7 +125,7 @@ class _Reader:
         return own
 
     def _origin(self, line: int) -> str:
-        return f"{self._path}, line {line + 1}" if self._path else "the command line"
+        return f"{self._path}, line {line + 1}" if self._has_lines else self._path
 
 
 def read_file(path: str, faults: list[str]) -> Given | None:
@@ -155,16 +163,16 @@ def read_file(path: str, faults: list[str]) -> Given | None:
     return given or Given({}, path)
 
 
-def read_text(text: str) -> Given:
-    """Value of a command-line text. Raises ValueError where it is no YAML."""
+def read_text(text: str, origin: str) -> Given:
+    """Value of a text that stands in no file. Raises ValueError where it is no YAML."""
     faults: list[str] = []
     try:
-        given = _Reader(text, "", faults).read()
+        given = _Reader(text, origin, faults, has_lines=False).read()
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(str(error)) from error
     if faults:
         raise ValueError("; ".join(faults))
-    return given or Given(None, "the command line")
+    return given or Given(None, origin)
 
 
 def write(value: Any) -> str:

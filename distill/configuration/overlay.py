@@ -1,0 +1,139 @@
+"""Values of several sources laid over each other and over the defaults, as the types of the options ask for."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Literal, get_args, get_origin
+
+from pydantic import TypeAdapter, ValidationError
+
+from distill.configuration.options import (
+    KIND,
+    children,
+    entry_type,
+    field_types,
+    is_optional,
+    models_of,
+    without_none,
+)
+from distill.configuration.yaml_text import Given, read_text
+from distill.settings import Settings
+
+_OF_RANGE = re.compile(r"(greater|less)_than\w*|\w*too_(short|long)|string_pattern_mismatch|multiple_of|value_error")
+
+
+class RawText(str):
+    """A text of the command line, which the type of its option interprets."""
+
+
+def is_none(text: str) -> bool:
+    return text.lower() in ("none", "null")
+
+
+def merged(old: Given | None, new: Given, hint: Any) -> Given | None:
+    """`new` over `old`: groups are merged key by key, values are replaced.
+
+    A later kind drops the options that an earlier source gave together with another kind. Mappings of groups are
+    merged by name; a mapping of values is replaced, except that dotted keys add to it. None where nothing is given.
+    """
+    models, entry = models_of(hint), entry_type(hint)
+    is_group = bool(models or models_of(entry))
+    if not isinstance(new.value, dict):
+        return old if is_group and new.value is None and not is_optional(hint) else new
+    if not is_group and not (new.partial and (entry is not None or hint is Any)):
+        return new
+    if old is not None and not isinstance(old.value, dict):
+        if old.value is not None:
+            return old  # no mapping: a fault, which nothing later hides
+        old = None
+    before = {} if old is None else old.value
+    kinds = [side[KIND].value for side in (before, new.value) if len(models) > 1 and KIND in side]
+    if len(kinds) == 2 and kinds[0] != kinds[1]:
+        before = {}
+    value = dict(before)
+    for name, child in new.value.items():
+        found = children(hint, name, kinds[-1] if kinds else None)
+        result = merged(value.get(name), child, found[0] if found else Any)
+        if result is not None:
+            value[name] = result
+    return Given(value, new.origin, new.partial and (old is None or old.partial))
+
+
+def filled(given: Given, hint: Any, default: Any = None) -> Any:
+    """The value as JSON has it: texts of the command line interpreted, parts of a default group kept.
+
+    default: what the recipe has where the user gives nothing. A group of which a part is given keeps the other parts
+    of its default, also where they differ from the defaults of its class.
+    """
+    models, entry = models_of(hint), entry_type(hint)
+    if isinstance(given.value, dict) and models:
+        kind = given.value[KIND].value if KIND in given.value else getattr(default, KIND, None)
+        model = models[""] if len(models) == 1 else models.get(kind) if isinstance(kind, str) else None
+        return (
+            given.plain() if model is None else _group(given.value, model, kind if len(models) > 1 else None, default)
+        )
+    if isinstance(given.value, dict) and entry is not None:
+        base = default if given.partial and isinstance(default, dict) else {}
+        entries = {name: TypeAdapter(entry).dump_python(value, mode="json") for name, value in base.items()}
+        return entries | {name: filled(child, entry, base.get(name)) for name, child in given.value.items()}
+    return _interpreted(given.value, hint) if isinstance(given.value, RawText) else given.plain()
+
+
+def _group(given: dict[str, Given], model: type[Settings], kind: str | None, default: Any) -> dict[str, Any]:
+    base: Settings | None = default if type(default) is model else None
+    values: dict[str, Any] = {} if kind is None else {KIND: str(kind)}
+    for name, child in given.items():
+        field = model.model_fields.get(name)
+        own = (
+            None
+            if field is None
+            else field.get_default(call_default_factory=True)
+            if base is None
+            else getattr(base, name)
+        )
+        values[name] = filled(child, field_types(model).get(name, Any), own)
+    others = set() if base is None else base.model_fields_set - set(values)
+    return values | (base.model_dump(mode="json", include=others) if base is not None and others else {})
+
+
+def yaml_value(text: str, origin: str) -> Given:
+    """A text read as YAML; the text itself where it is no YAML."""
+    try:
+        return read_text(text, origin)
+    except ValueError:
+        return Given(text, origin)
+
+
+def _interpreted(text: str, hint: Any) -> Any:
+    """Value of a command-line text: strings need no quotes, `a,b` is a list, `none` is null where that is legal.
+
+    The first reading that is legal is taken, else the first of the right type, so that its fault speaks of the range.
+    """
+    text = str(text)
+    read = yaml_value(text, "").plain()
+    if hint is Any:
+        return read
+    if is_none(text) and is_optional(hint):
+        words = [word for part in without_none(hint) if get_origin(part) is Literal for word in get_args(part)]
+        return text if text in words else None
+    inner = text.strip().removeprefix("[").removesuffix("]")
+    plain = [] if isinstance(read, str) or read is None else [read]
+    readings = [
+        *plain,
+        text,
+        yaml_value(f"[{text}]", "").plain(),
+        [item.strip() for item in inner.split(",") if item.strip()],
+    ]
+    errors = [_errors(hint, reading) for reading in readings]
+    legal = [reading for reading, names in zip(readings, errors, strict=True) if not names]
+    of_type = [reading for reading, names in zip(readings, errors, strict=True) if all(map(_OF_RANGE.fullmatch, names))]
+    return [*legal, *of_type, *readings][0]
+
+
+def _errors(hint: Any, value: Any) -> list[str]:
+    try:
+        TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
+    except ValidationError as error:
+        return [item["type"] for item in error.errors(include_url=False, include_context=False, include_input=False)]
+    return []
