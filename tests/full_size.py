@@ -133,7 +133,7 @@ def full_size(name: str, device: str = "meta") -> Model:
     tokenizer = tiny_tokenizer()
     special = {f"{key}_token_id": getattr(tokenizer, f"{key}_token_id") for key in ("bos", "eos", "pad")}
     with torch.device(device):
-        unet, vae = UNet2DConditionModel(**architecture.denoiser), AutoencoderKL(**architecture.vae)
+        unet, vae = UNet2DConditionModel(**architecture.unet), AutoencoderKL(**architecture.vae)
         text_encoder = CLIPTextModel(CLIPTextConfig(**architecture.text_encoders[0], **special))
         if len(architecture.text_encoders) == 1:
             return model_of(

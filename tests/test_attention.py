@@ -97,7 +97,7 @@ def inputs(unet: UNet2DConditionModel, size: tuple[int, int] = (8, 8), batch: in
 
 def attach_lora(unet: UNet2DConditionModel) -> None:
     """An adapter that changes the output: its second factor, 0 when fresh, is drawn at random."""
-    add_lora(unet, LoraConfig(rank=2, alpha=4.0), LoraConfig().unet_targets, "unet")
+    add_lora(unet, LoraConfig(rank=2, alpha=4.0), LoraConfig().unet_targets, "denoiser")
     generator = torch.Generator().manual_seed(2)
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:
@@ -337,7 +337,10 @@ def test_attention_that_is_not_plain_is_refused(unet: UNet2DConditionModel) -> N
     with pytest.raises(UserError, match=f"{name} .*PAGIdentity"), record_attention(unet, kind="self"):
         pass
     assert all(unet.attn_processors[n] is p for n, p in originals.items() if not n.startswith(name))
-    with pytest.raises(UserError, match="Linear has no cross-attention layer"), record_attention(nn.Linear(1, 1)):
+    with (
+        pytest.raises(UserError, match="Linear is the denoiser of no known model family"),
+        record_attention(nn.Linear(1, 1)),
+    ):
         pass
 
 
@@ -749,8 +752,8 @@ def img2img(**call: Any) -> Callable[[Any, dict[str, Any]], tuple[Any, dict[str,
 
     def change(pipe: Any, arguments: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
         kind = StableDiffusionInpaintPipeline if call.get("mask_image") is not None else StableDiffusionImg2ImgPipeline
-        model = pipe.components | {"requires_safety_checker": False}
-        return kind(**model), arguments | {"image": image, "strength": 0.7} | call
+        parts = pipe.components | {"requires_safety_checker": False}
+        return kind(**parts), arguments | {"image": image, "strength": 0.7} | call
 
     return change
 
@@ -854,7 +857,7 @@ def test_a_call_with_other_texts_is_refused(other: dict[str, Any], scale: float)
     pipe = tiny_sd()
     pipe.set_progress_bar_config(disable=True)
     originals = pipe.unet.attn_processors
-    with pytest.raises(ValueError, match="texts of .* tokens reach the U-Net"), record_pipeline(pipe, "a cat"):
+    with pytest.raises(ValueError, match="texts of .* tokens reach the denoiser"), record_pipeline(pipe, "a cat"):
         draw(pipe, guidance_scale=scale, **other)
     assert pipe.unet.attn_processors == originals
     draw(pipe, guidance_scale=scale, **other)

@@ -333,6 +333,8 @@ def test_one_entry_of_a_dictionary_is_added_to_those_of_the_file(yaml_file: Call
     path = yaml_file("data: {query_words: {edema: [edema], atelectasis: [collapse]}}", "first.yaml")
     words = parse(Recipe, ["--config", path, "--data.query_words.pleural effusion", "[effusion]"]).data.query_words
     assert words == {"edema": ["edema"], "atelectasis": ["collapse"], "pleural effusion": ["effusion"]}
+    scaled = yaml_file("scale: {x: 3}", "scaled.yaml")
+    assert parse(Recipe, ["--config", scaled, "--scale.b", "2"]).scale == {"x": 3.0, "b": 2.0}  # none of the default
     other = yaml_file("data: {query_words: {edema: [wet]}}", "second.yaml")
     assert parse(Recipe, ["--config", path, "--config", other]).data.query_words == {"edema": ["wet"]}
 
@@ -492,6 +494,12 @@ def test_all_faults_come_in_one_message_each_with_its_place(yaml_file: Callable[
 )
 def test_a_fault_says_what_is_right_and_what_was_given(words: list[str], fault: str) -> None:
     assert fault in faults_of(Recipe, *words)
+
+
+def test_an_override_does_not_hide_a_group_that_is_no_mapping(yaml_file: Callable[..., str]) -> None:
+    path = yaml_file("losses: 3")
+    fault = f"losses: expected a mapping of its options, got 3 (from {path}, line 1)"
+    assert_faults(faults_of(Recipe, "--config", path, "--losses.tail_weight", "0.5"), fault)
 
 
 def test_old_keys_of_a_file_are_answered_one_by_one(yaml_file: Callable[..., str]) -> None:

@@ -71,10 +71,10 @@ def pipeline_of_two_pairs() -> StableDiffusionPipeline:
 def test_of_stable_diffusion_it_makes_the_published_bk_sdm(blocks: BlocksConfig, published: int) -> None:
     """BK-SDM's table 1: 0.58, 0.49 (rounded up) and 0.33 thousand million parameters, here to the last one."""
     with torch.device("meta"):
-        student = UNet2DConditionModel.from_config(pruned_config(full_size("sd15").unet.config, blocks))
+        student = UNet2DConditionModel.from_config(pruned_config(full_size("sd15").denoiser.config, blocks))
     assert parameter_counts(student)[0] == published
     stages = 3 if blocks.remove_stages else 4
-    assert tuple(student.config.down_block_types) == ARCHITECTURES["sd15"].denoiser["down_block_types"][:stages]
+    assert tuple(student.config.down_block_types) == ARCHITECTURES["sd15"].unet["down_block_types"][:stages]
     assert (student.mid_block is None) == blocks.remove_mid_block
     assert [len(block.resnets) for block in student.up_blocks] == [2] * stages
 
@@ -130,7 +130,7 @@ def test_every_block_of_fewer_stages_is_one_of_the_teachers() -> None:
 
 def test_transformer_layers_of_sdxl_become_fewer() -> None:
     with torch.device("meta"):
-        teacher = full_size("sdxl").unet
+        teacher = full_size("sdxl").denoiser
         student = UNet2DConditionModel.from_config(pruned_config(teacher.config, BlocksConfig(transformer_layers=4)))
     assert student.config.transformer_layers_per_block == [1, 2, 4]
     there = name_in_teacher(student.config, teacher.config)
@@ -202,7 +202,7 @@ def test_operations_are_those_of_a_real_pass(build: Any) -> None:
         if type(module).__name__ == "Attention":
             module.register_forward_hook(of_attention, with_kwargs=True)
     side, added = 64 // model.vae_factor, None
-    if model.is_sdxl:
+    if model.family.reads_size:
         added = {"text_embeds": torch.zeros(1, 16), "time_ids": torch.zeros(1, 6)}
     with torch.no_grad():
         unet(
@@ -212,8 +212,8 @@ def test_operations_are_those_of_a_real_pass(build: Any) -> None:
             added_cond_kwargs=added,
         )
     size = model_size(model, 64)
-    assert size["unet_gflops"] == pytest.approx(counted / 1e9, rel=1e-6)
-    assert size["unet_parameters"] == parameter_counts(unet)[0]
+    assert size["denoiser_gflops"] == pytest.approx(counted / 1e9, rel=1e-6)
+    assert size["denoiser_parameters"] == parameter_counts(unet)[0]
 
 
 # --- how it is taught -----------------------------------------------------------------------------------------------
@@ -283,13 +283,13 @@ def test_a_run_of_adapters_becomes_a_smaller_model_that_stock_diffusers_loads(
     assert stored[0] > stored[1] == stored[2] > stored[3] > stored[4]
     words = [entry["localization"]["word"]["auc"] for entry in metrics["arms"].values()]
     assert len(set(words)) == 5, "each is another model"
-    sizes = [metrics["arms"][name]["size"]["unet_parameters"] for name in ("teacher", "pruned", "model")]
+    sizes = [metrics["arms"][name]["size"]["denoiser_parameters"] for name in ("teacher", "pruned", "model")]
     assert sizes[0] > sizes[1] == sizes[2]
     removed = parameter_counts(two_pairs())[0] - sizes[1]  # the teacher's adapters are no part of its U-Net's size here
     said = " ".join(capsys.readouterr().out.split())
     ratio = sizes[1] / (sizes[1] + removed)
     assert f"parameters {ratio:.2f}, operations" in said and "cross-attention layers 6 of 11" in said
-    speed = json.loads((out / "speed.json").read_text())["unet_seconds_a_pass"]
+    speed = json.loads((out / "speed.json").read_text())["denoiser_seconds_a_pass"]
     assert min(speed["model"], speed["teacher"]) > 0
     terms = log_rows(out / "model/train_log.jsonl")[-1]
     assert terms["loss"] == pytest.approx(

@@ -179,7 +179,7 @@ def test_a_full_run_becomes_an_adapter_that_stock_diffusers_samples_in_few_steps
     distill_steps([*argv, "--trainer.sample_every_steps", "2"])
     arms = read_metrics(out)["arms"]
     assert list(arms) == ["teacher", "teacher_3_steps", "model"]
-    assert [entry["size"]["unet_passes_an_image"] for entry in arms.values()] == [4, 6, 3]
+    assert [entry["size"]["denoiser_passes_an_image"] for entry in arms.values()] == [4, 6, 3]
     assert arms["teacher"]["localization"] == arms["teacher_3_steps"]["localization"]
     row = log_rows(out / "model/train_log.jsonl")[-1]
     attention = row["token_kl"] + row["place_kl"] + row["mass"]

@@ -91,6 +91,7 @@ def test_the_same_seed_gives_the_same_numbers_and_files(sd: Model, phantoms: Pha
         "real/0000.png",
         "real/0001.png",
         "real/examples.jsonl",
+        "real/priors.json",
     ]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name

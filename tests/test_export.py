@@ -100,7 +100,7 @@ def make_trained(folder: Path, case: str) -> Model:
 @torch.no_grad()
 def outputs(model: Model, inputs: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     ids = inputs["ids"]
-    if not model.is_sdxl:
+    if not model.family.reads_size:
         embeds = model.text_encoders[0](ids)[0]
         sample = model.denoiser(inputs["latents"], inputs["timesteps"], embeds).sample
         return {"embeds": embeds, "sample": sample}

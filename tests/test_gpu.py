@@ -29,7 +29,7 @@ Change = Callable[[nn.Module], None]
 
 @pytest.fixture
 def unet(tmp_path: Path) -> nn.Module:
-    return load_model(BaseConfig(name=str(save_tiny(tmp_path / "sd", "sd")))).freeze().unet
+    return load_model(BaseConfig(name=str(save_tiny(tmp_path / "sd", "sd")))).freeze().denoiser
 
 
 def on_gpu(unet: nn.Module, dtype: torch.dtype) -> dict[str, Any]:

@@ -296,7 +296,7 @@ def test_dombrowski_is_the_mean_of_the_last_forty_steps_over_layers_and_heads(sd
         alpha = sd.noise_scheduler.alphas_cumprod[timestep]
         noisy = alpha.sqrt() * inputs.latents + (1 - alpha).sqrt() * noise[step]
         with record_attention(sd.denoiser, reduce=lambda p: p) as every:
-            sd.denoiser(noisy, timestep, inputs.embeds)
+            sd.denoiser(noisy, timestep, inputs.conditions.embeds)
         for name, probabilities in every.by_layer.items():
             for head in probabilities[0]:
                 for token in query.tokens[0]:

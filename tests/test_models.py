@@ -76,7 +76,7 @@ def large(request: pytest.FixtureRequest) -> Iterator[FullSize]:
 def test_full_size_has_the_published_number_of_parameters(large: FullSize) -> None:
     assert large.counts == (large.published.unet_parameters, VAE_PARAMETERS, large.published.text_parameters)
     assert large.model.prediction_type == large.published.prediction_type
-    assert large.model.is_sdxl == (len(large.published.text_parameters) == 2)
+    assert large.model.family.reads_size == (len(large.published.text_parameters) == 2)
     assert large.model.vae_factor == 8
 
 
@@ -88,7 +88,7 @@ def test_full_size_attention_layers_are_the_attn2_of_each_block_in_forward_order
     order = [("down_blocks", "mid_block", "up_blocks").index(name.split(".")[0]) for name in names]
     assert order == sorted(order)
     first = large.model.denoiser.get_submodule(names[0])
-    assert first.to_k.in_features == large.published.denoiser["cross_attention_dim"]
+    assert first.to_k.in_features == large.published.unet["cross_attention_dim"]
 
 
 def test_full_size_adapters_train_the_known_number_of_parameters(large: FullSize) -> None:
@@ -132,7 +132,7 @@ def test_adapter_parameters_follow_from_the_layers_they_sit_on(large: FullSize) 
 @pytest.mark.parametrize("kind", ["sd", "v", "sdxl"])
 def test_a_pipeline_folder_loads_in_float32(bases: dict[str, Path], kind: str) -> None:
     model = load(bases[kind])
-    assert model.is_sdxl == (kind == "sdxl")
+    assert model.family.reads_size == (kind == "sdxl")
     assert model.prediction_type == ("v_prediction" if kind == "v" else "epsilon")
     assert model.max_tokens == 77 and model.vae_factor == 8
     assert {p.dtype for m in model.modules() for p in m.parameters()} == {torch.float32}
@@ -199,9 +199,9 @@ def test_a_fresh_adapter_changes_nothing_until_it_is_trained(bases: dict[str, Pa
 def test_a_lora_target_that_matches_nothing_is_answered_with_those_that_would(bases: dict[str, Path]) -> None:
     model = load(bases["sd"])
     with pytest.raises(UserError) as caught:
-        add_lora(model.denoiser, LoraConfig(), ("to_q", "to_querry", "o_q"), "unet")
+        add_lora(model.denoiser, LoraConfig(), ("to_q", "to_querry", "o_q"), "denoiser")
     message = str(caught.value)
-    assert message.startswith("lora.unet_targets: to_querry, o_q match no layer") and "\n" not in message
+    assert message.startswith("lora.denoiser_targets: to_querry, o_q match no layer") and "\n" not in message
     assert {"to_q", "to_k", "to_v", "to_out.0"} <= set(re.split(r"[ ,]+", message))
     assert not any("lora_" in name for name, _ in model.denoiser.named_parameters())
     with pytest.raises(UserError, match="lora.text_encoder_targets: to_q match no layer.*q_proj"):
@@ -211,7 +211,7 @@ def test_a_lora_target_that_matches_nothing_is_answered_with_those_that_would(ba
 def test_a_peft_that_transformers_refuses_is_said_before_anything_is_trained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("distill.models.adapters.MIN_PEFT_VERSION", "999.0.0")
     with pytest.raises(UserError, match=r"transformers .* does not work with the installed peft .*999\.0\.0"):
-        check_lora_targets(torch.nn.Sequential(torch.nn.Linear(2, 2)), ["0"], "unet")
+        check_lora_targets(torch.nn.Sequential(torch.nn.Linear(2, 2)), ["0"], "denoiser")
 
 
 def test_a_missing_folder_and_a_folder_of_something_else_are_named(tmp_path: Path) -> None:
@@ -235,7 +235,8 @@ def test_another_kind_of_pipeline_is_named(tmp_path: Path) -> None:
         norm_num_groups=4, layers_per_block=1,
     )  # fmt: skip
     DDPMPipeline(unet, DDPMScheduler()).save_pretrained(tmp_path)
-    assert "DDPMPipeline; SD 1.x, SD 2.x and SDXL are supported" in refusal(tmp_path)
+    known = "StableDiffusionPipeline, StableDiffusionXLPipeline"
+    assert f"DDPMPipeline is of no known model family; supported: {known}" in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["unet missing", "weights cut off", "index not JSON", "unknown class"])
@@ -352,13 +353,13 @@ def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def test_an_adapter_that_is_there_is_gone_on_with(bases: dict[str, Path]) -> None:
     lora = LoraConfig(rank=2, alpha=4.0)
     model = load(bases["sd"]).freeze()
-    add_lora(model.denoiser, lora, lora.unet_targets, "unet")
+    add_lora(model.denoiser, lora, lora.unet_targets, "denoiser")
     before = {name: p.detach().clone() for name, p in model.denoiser.named_parameters()}
     model.freeze()
-    add_lora(model.denoiser, lora, lora.unet_targets, "unet")
+    add_lora(model.denoiser, lora, lora.unet_targets, "denoiser")
     assert all(torch.equal(p, before[name]) for name, p in model.denoiser.named_parameters())
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.denoiser.named_parameters())
     with pytest.raises(
-        UserError, match=r"an adapter of rank 2, alpha 4.* set lora.rank, lora.alpha and lora.unet_targets"
+        UserError, match=r"an adapter of rank 2, alpha 4.* set lora.rank, lora.alpha and lora.denoiser_targets"
     ):
-        add_lora(model.denoiser, replace(lora, rank=3), lora.unet_targets, "unet")
+        add_lora(model.denoiser, replace(lora, rank=3), lora.unet_targets, "denoiser")

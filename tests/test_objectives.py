@@ -225,11 +225,11 @@ def test_sdxl_predicts_what_the_stock_pipeline_would() -> None:
     objective = DenoisingObjective(model.freeze(), NO_DROPOUT)
     rows = [0, 1, 2]
     batch = batch_of(model, rows)
-    assert torch.equal(batch["time_ids"], torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(3, 6))
+    assert torch.equal(batch["size_ids"], torch.tensor([[64.0, 64, 0, 0, 64, 64]]).expand(3, 6))
     x = objective.noised(batch, generator())
     captions = [phantoms().caption(i) for i in rows]
     embeds, _, pooled, _ = pipeline.encode_prompt(captions, device="cpu", do_classifier_free_guidance=False)
-    added = {"text_embeds": pooled, "time_ids": batch["time_ids"]}
+    added = {"text_embeds": pooled, "time_ids": batch["size_ids"]}
     expected = pipeline.unet(x.noisy_latents, x.timesteps, embeds, added_cond_kwargs=added).sample
     torch.testing.assert_close(objective.predict(model.denoiser, model.text_encoders, x), expected)
 
@@ -253,7 +253,7 @@ def test_lora_trains_adapters_only(build: Callable[[], Any], frozen_dtype: str) 
     assert trainable and all(".lora_" in name and p.dtype == torch.float32 for name, p in trainable.items())
     for i in range(len(model.text_encoders)):
         assert any(name.startswith(f"text_encoders.{i}.") for name in trainable)
-    assert any(name.startswith("unet.") for name in trainable)
+    assert any(name.startswith("denoiser.") for name in trainable)
     loss = objective(batch_of(model), generator())["loss"]
     loss.backward()
     assert torch.isfinite(loss)
@@ -376,7 +376,7 @@ def test_gradient_checkpointing_gives_equal_gradients_of_the_distillation(method
     for name in terms:
         torch.testing.assert_close(terms_again[name], terms[name], rtol=1e-5, atol=1e-7)
     assert gradients.keys() == gradients_again.keys()
-    for part in ("unet.", "text_encoders."):
+    for part in ("denoiser.", "text_encoders."):
         assert any(name.startswith(part) for name in gradients)
     for name in gradients:
         torch.testing.assert_close(gradients_again[name], gradients[name], rtol=1e-3, atol=1e-6)
@@ -629,7 +629,9 @@ def test_supervision_by_regions_trains_unet_and_text_encoder() -> None:
 def test_a_mean_teacher_follows_the_student_and_is_in_its_checkpoint() -> None:
     student = prepared()
     teacher = replace(
-        student, unet=copy.deepcopy(student.denoiser), text_encoders=[copy.deepcopy(e) for e in student.text_encoders]
+        student,
+        denoiser=copy.deepcopy(student.denoiser),
+        text_encoders=[copy.deepcopy(e) for e in student.text_encoders],
     )
     config = AttentionDistillationConfig(teacher="ema", ema_decay=0.75)
     batch = batch_of(student)

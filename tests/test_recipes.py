@@ -50,7 +50,9 @@ TRAINER = [
 ]  # fmt: skip
 TRAINING = [*PHANTOM, "--data.train_size", "6", *TRAINER, *EVALUATION]
 ARM_FILES = {"maps.safetensors", "metrics.json", "pairs.jsonl", "samples/0000.png"}
-RUN_FILES = {"config.yaml", "metrics.json", "report.html", "report.md", "real/0000.png", "real/examples.jsonl"}
+RUN_FILES = {
+    "config.yaml", "metrics.json", "report.html", "report.md", "real/0000.png", "real/examples.jsonl", "real/priors.json",
+}  # fmt: skip
 
 
 def load_recipe(name: str) -> Callable[[Any], None]:
@@ -721,7 +723,7 @@ def empty_caption_and_box_outside(work: Path, tmp: Path) -> list[str]:
         (no_such_base, ["base.name: no folder", "nowhere"]),
         (no_data_folder, ["data.root", "nowhere", "is not a folder"]),
         (odd_resolution, ["data.resolution is 100", "multiple of 8", "evaluation.timesteps must be in 0 .. 999"]),
-        (lora_target, ["lora.unet_targets: to_nothing match no layer", "to_k", "to_out.0"]),
+        (lora_target, ["lora.denoiser_targets: to_nothing match no layer", "to_k", "to_out.0"]),
         (text_lora_target, ["lora.text_encoder_targets: to_q match no layer", "q_proj"]),
         (cached_text, ["trainer.cache_text_embeddings is true, but model trains the text encoder"]),
         (unknown_key, ["unknown key trainer.max_stesp; did you mean trainer.max_steps?", "trainer.learning_rate"]),

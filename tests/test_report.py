@@ -486,10 +486,10 @@ def test_sizes_stand_beside_costs_where_they_are_known() -> None:
     metrics = make_metrics(("frozen", "model"))
     assert "stored" not in cost_table(metrics).head
     metrics["arms"]["model"]["size"] = {
-        "unet_parameters": 482_346_884,
+        "denoiser_parameters": 482_346_884,
         "text_encoder_parameters": 123_060_480,
-        "unet_gflops": 421.06,
-        "unet_passes_an_image": 4,
+        "denoiser_gflops": 421.06,
+        "denoiser_passes_an_image": 4,
         "megabytes": 1210.8,
     }
     validate_metrics(metrics)

@@ -114,10 +114,9 @@ def _interpreted(text: str, hint: Any) -> Any:
     read = yaml_value(text, "").plain()
     if hint is Any:
         return read
-    is_null = is_none(text) and is_optional(hint)
-    literals = [value for member in without_none(hint) if get_origin(member) is Literal for value in get_args(member)]
-    if text in literals or is_null:
-        return text if text in literals else None
+    if is_none(text) and is_optional(hint):
+        words = [word for part in without_none(hint) if get_origin(part) is Literal for word in get_args(part)]
+        return text if text in words else None
     inner = text.strip().removeprefix("[").removesuffix("]")
     plain = [] if isinstance(read, str) or read is None else [read]
     readings = [

@@ -232,6 +232,8 @@ class HeldOut:
     features: Features | None
     real: Generated
     quality: dict[str, Any]
+    training: ImageCaptionDataset | None = None
+    priors_dir: Path | None = None
 
 
 def held_out(
@@ -242,11 +244,12 @@ def held_out(
     *,
     accelerator: Accelerator,
     run_dir: Path,
+    training: ImageCaptionDataset | None = None,
 ) -> HeldOut:
     """Choose the example images, write them to real/, and score real images as if they were generated.
 
     The FID of the real row is between the real images that the arms are compared with and as many others, so that it
-    shows what the distance is at this number of images when nothing is wrong.
+    shows what the distance is at this number of images when nothing is wrong. training: for the prior `mean_mask`.
     """
     located = list(dict.fromkeys(query.image for query in queries(dataset, model, config, accelerator)))
     examples = (located or list(range(len(dataset))))[: config.examples]
@@ -263,7 +266,7 @@ def held_out(
             real_images(dataset, others, features, accelerator, config.batch_size), real, dataset, config, features
         )
         result |= {"fid": halves["fid"], "fid_ci": halves["fid_ci"]}
-    return HeldOut(dataset, examples, features, real, result | {"diversity": None})
+    return HeldOut(dataset, examples, features, real, result | {"diversity": None}, training, run_dir / "real")
 
 
 def evaluate(
@@ -288,7 +291,8 @@ def evaluate(
         "examples": against.examples,
         "label": label,
     }
-    located = localization(model, against.dataset, config, **shared)
+    of_data: dict[str, Any] = {"training": against.training, "priors_dir": against.priors_dir}
+    located = localization(model, against.dataset, config, **shared, **of_data)
     localization_seconds = time.perf_counter() - began
     drawn = quality(
         model,

@@ -16,9 +16,8 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
@@ -27,13 +26,15 @@ from distill.attention.recording import attention_layers
 from distill.config import FullEvaluation
 from distill.data.cache import model_fingerprint
 from distill.data.sample import ImageCaptionDataset, Sample, image_key
+from distill.evaluation.image_adds import OTHER_IMAGES, finish_rows, packed_pairs, summary
+from distill.evaluation.priors import priors
 from distill.evaluation.protocols import (
     PROTOCOLS,
     Protocol,
     Query,
-    ground_truth,
+    at_size,
+    ground_truths,
     open_recorder,
-    post_process,
     prepare_inputs,
     queries,
     with_subset,
@@ -49,7 +50,8 @@ class Scores:
     """The metrics of every token map, filled by batches or from the files of an earlier, killed call.
 
     One line a pair: {"query", "image", "cluster" (see image_key), "finding", "scores": {token: {metric: number or null}},
-    "mass": [4]}.
+    "mass": [4], "image_adds": {token: number or null}}. Until all pairs are scored, a line holds the pair's "maps" and
+    "mask" in the place of "image_adds" (see image_adds.py).
     """
 
     def __init__(self, protocol: Protocol, config: FullEvaluation, device: torch.device) -> None:
@@ -82,24 +84,16 @@ def score_rows(
 ) -> list[dict[str, Any]]:
     """The lines of one query; maps: (4 + pairs, height, width)."""
     protocol = PROTOCOLS[config.protocol]
-    kind = protocol.ground_truth if config.ground_truth == "auto" else config.ground_truth
-    resolution = sample.pixel_values.shape[-1]
-    size = resolution if protocol.size is None else protocol.size
-    if size == "original":
-        size = min(sample.original_size) or resolution
-    regions = {region.finding: region for region in sample.regions}
-    truths = [ground_truth(regions[names[f]], resolution, int(size), kind) for f in query.findings]
-    masks, boxes = torch.stack([mask for mask, _ in truths]).to(maps.device), [boxes for _, boxes in truths]
+    masks, boxes = ground_truths(query, sample, names, config)
+    masks = masks.to(maps.device)
     pairs = len(query.findings)
     word = maps[4 : 4 + pairs] if protocol.words == "finding" else maps[1:2]
     rows: list[dict[str, Any]] = [
-        {"query": number, "image": query.image, "finding": f, "scores": {}, "mass": mass.tolist()}
-        for f in query.findings
+        {"query": number, "image": query.image, "finding": f, "scores": {}, "mass": mass.tolist()} | packed
+        for f, packed in zip(query.findings, packed_pairs(query, maps, masks, config), strict=True)
     ]
     for token, part in zip(TOKEN_MAPS, (word, maps[2:3], maps[3:4]), strict=True):
-        corners = {"align_corners": False} if protocol.resize == "bilinear" else {}
-        scaled = F.interpolate(normalize(part)[None], masks.shape[-2:], mode=protocol.resize, **corners)[0]
-        full = post_process(scaled, config).expand(pairs, -1, -1)
+        full = at_size(normalize(part), masks.shape[-2:], config).expand(pairs, -1, -1)
         several = any(isinstance(metric, MixtureMetric) for metric in metrics[token].values())
         predicted = mixture_masks(full) if several else None
         for key, metric in metrics[token].items():
@@ -113,7 +107,7 @@ def _evaluation_key(model: Model, dataset: ImageCaptionDataset, asked: Sequence[
     irrelevant = ("batch_size", "generated_images", "diversity_captions", "diversity_samples", "num_inference_steps",
                   "guidance_scale", "scheduler", "features", "bootstrap_samples", "examples")  # fmt: skip
     settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in irrelevant}
-    parts = [json.dumps(settings, sort_keys=True)]
+    parts = [json.dumps(settings, sort_keys=True), f"{OTHER_IMAGES} other images"]
     parts += [model_fingerprint(module) for module in model.modules()]
     parts += [f"{dataset.fingerprint(q.image)}{q.truth}{q.text}{q.findings}{q.tokens}" for q in asked]
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
@@ -145,10 +139,13 @@ def localization(
     arm_dir: Path,
     examples: Sequence[int] = (),
     label: str = "",
+    training: ImageCaptionDataset | None = None,
+    priors_dir: Path | None = None,
 ) -> dict[str, Any] | None:
     """The `localization` entry of metrics.json, None without regions.
 
     Writes the examples' maps to maps.safetensors, and the scores of each pair to pairs.jsonl.
+    priors_dir: adds the entry "priors" (see priors.py), kept there for the run's other models. training: for its mean masks.
     """
     asked = queries(dataset, model, config, accelerator)
     if not asked:
@@ -210,8 +207,16 @@ def localization(
     if config.protocol == "ours":
         result |= {"layers": list(names), "timesteps": list(config.timesteps or ())}
     accelerator.wait_for_everyone()
+    added: list[Any] = [None]
     if accelerator.is_main_process:
-        _merge(arm_dir, key)
+        rows = finish_rows(_read_rows(arm_dir, key), dataset.findings, config, device)
+        _merge(arm_dir, key, rows)
+        added = [summary(rows, config)]
+    broadcast_object_list(added)
+    for token, entry in added[0].items():
+        result[token] |= entry
+    if priors_dir is not None:
+        result["priors"] = priors(dataset, training, asked, config, accelerator=accelerator, folder=priors_dir)
     return result
 
 
@@ -227,9 +232,8 @@ def _part_file(arm_dir: Path, rank: int, key: str) -> Any:
     return file
 
 
-def _merge(arm_dir: Path, key: str) -> None:
-    """One pairs.jsonl of the files of all processes."""
-    rows = _read_rows(arm_dir, key)
+def _merge(arm_dir: Path, key: str, rows: Sequence[dict[str, Any]]) -> None:
+    """One pairs.jsonl of all rows, in the place of the files of the processes."""
     partial = arm_dir / "pairs.partial"
     partial.write_text("\n".join(json.dumps(line) for line in [{"key": key}, *rows]) + "\n", encoding="utf-8")
     os.replace(partial, arm_dir / "pairs.jsonl")

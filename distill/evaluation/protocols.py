@@ -280,6 +280,10 @@ def vilouras(inputs: Inputs, config: FullEvaluation, recorder: Recorder) -> tupl
     resizes the mean.
     """
     model = inputs.model
+    if not hasattr(model.noise_scheduler, "alphas_cumprod"):
+        raise UserError(
+            f"the protocol vilouras inverts a DDPM schedule; the family {model.family.name} has another one"
+        )
     scheduler = DDIMInverseScheduler.from_config(model.noise_scheduler.config)
     scheduler.set_timesteps(VILOURAS_STEPS, device=inputs.latents.device)
     timesteps = [int(t) for t in scheduler.timesteps[: VILOURAS_RECORDED.stop]]
@@ -384,6 +388,28 @@ def ground_truth(
         return region.mask, boxes
     resized = F.interpolate(region.mask[None, None].float(), (size, size), mode="bilinear", align_corners=False)
     return resized[0, 0] >= 0.5, boxes
+
+
+def ground_truths(
+    query: Query, sample: Sample, names: Sequence[str], config: FullEvaluation
+) -> tuple[torch.Tensor, list[list[tuple[float, float, float, float]]]]:
+    """(pairs, size, size) bool masks of a query's pairs, and the boxes of each, at the size that maps are compared at."""
+    protocol = PROTOCOLS[config.protocol]
+    kind = protocol.ground_truth if config.ground_truth == "auto" else config.ground_truth
+    resolution = sample.pixel_values.shape[-1]
+    size = resolution if protocol.size is None else protocol.size
+    if size == "original":
+        size = min(sample.original_size) or resolution
+    regions = {region.finding: region for region in sample.regions}
+    truths = [ground_truth(regions[names[f]], resolution, int(size), kind) for f in query.findings]
+    return torch.stack([mask for mask, _ in truths]), [boxes for _, boxes in truths]
+
+
+def at_size(normalized: torch.Tensor, size: Sequence[int], config: FullEvaluation) -> torch.Tensor:
+    """(N, height, width) maps in [0, 1] -> (N, *size): resized as the protocol does, then post-processed."""
+    mode = PROTOCOLS[config.protocol].resize
+    corners = {"align_corners": False} if mode == "bilinear" else {}
+    return post_process(F.interpolate(normalized[None], tuple(size), mode=mode, **corners)[0], config)
 
 
 def post_process(maps: torch.Tensor, config: FullEvaluation) -> torch.Tensor:

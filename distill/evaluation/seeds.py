@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from distill.metrics.quality import frechet_by_factors, weighted_auroc
 Array = NDArray[np.float64]
 TOKENS = ("word", "eos", "padding")
 LOCALIZATION = ("auc", "cnr", "top1", "iou")
+IMAGE_ADDS = "image_adds"
 FRECHET_SAMPLES = 200
 
 
@@ -49,69 +50,95 @@ def combine(folder: Path, samples: int | None = None, compare_to: Sequence[str] 
     metrics = {seed: read_json(path / "metrics.json") for seed, path in runs.items()}
     first = next(iter(metrics.values()))
     faults = []
-    for seed, found in metrics.items():
-        if list(found["arms"]) != list(first["arms"]):
-            faults.append(f"seed-{seed} has the arms {list(found['arms'])}, not {list(first['arms'])}")
-        if _comparable(found) != _comparable(first):
+    for seed, one in metrics.items():
+        if list(one["arms"]) != list(first["arms"]):
+            faults.append(f"seed-{seed} has the arms {list(one['arms'])}, not {list(first['arms'])}")
+        if _comparable(one) != _comparable(first):
             faults.append(f"seed-{seed} has another configuration, see its config.yaml")
-    raise_all(f"{folder}: the seeds cannot be compared", faults)
-    scores = {arm: [_pairs(path / arm) for path in runs.values()] for arm in first["arms"]}
-    drawn = {arm: [_images(path / arm) for path in runs.values()] for arm in first["arms"]}
-    real = _images(next(iter(runs.values())) / "real")
-    for arm, each in drawn.items():
-        for seed, one in zip(runs, each, strict=True):
-            if one is not None and real is not None and not np.array_equal(one["indices"], real["indices"]):
-                faults.append(
-                    f"seed-{seed}: {arm} drew other captions than the real images of seed-{next(iter(runs))} have"
-                )
     raise_all(f"{folder}: the seeds cannot be compared", faults)
     if samples is None:
         samples = int(first["provenance"]["config"].get("evaluation", {}).get("bootstrap_samples", 1000))
-    located = next(iter(first["arms"].values()))["localization"]
-    micro = located is not None and located["word"].get("average") == "micro"
-    labels = None if real is None or "labels" not in real else real["labels"].astype(bool)
-    mixed = labels is not None and any(column.any() and not column.all() for column in labels.T)
-    distances, areas = {}, {}
-    for arm, found_images in tqdm(drawn.items(), desc="resamples of images", unit="arm"):
-        images = [one for one in found_images if one is not None]
-        if real is None or len(images) < len(runs):
-            continue
-        if len(real["features"]) > 1:
-            distances[arm] = fid_resamples([one["features"] for one in images], real["features"], samples)
-        if labels is not None and mixed and all("scores" in one for one in images):
-            areas[arm] = auc_resamples([one["scores"] for one in images], labels, samples)
+    found = Resampled(runs, first["arms"], samples)
 
     arms: dict[str, Any] = {}
     for arm in first["arms"]:
-        entries = [found["arms"][arm] for found in metrics.values()]
+        entries = [one["arms"][arm] for one in metrics.values()]
         arms[arm] = _mean(entries)
         arms[arm]["per_seed"] = {str(seed): _values(entry) for seed, entry in zip(runs, entries, strict=True)}
-        for key, (_, interval, _) in _estimates(scores, distances, areas, (arm,), samples, micro).items():
+        for key, (_, interval, _) in found.estimates((arm,)).items():
             part, name = key.split(".")
             where = arms[arm]["quality"] if part == "quality" else (arms[arm]["localization"] or {}).get(part)
             if where is not None and where.get(name) is not None:
                 where[f"{name}_ci"] = interval
     compare_to = tuple(compare_to) or (next(iter(first["arms"])),)
-    paired: dict[str, Any] = {}
-    for other in compare_to:
-        for arm in arms:
-            untrained = arm == "base" and "arms" not in first["provenance"]  # of compare.py an arm as any other
-            if other not in arms or arm == other or untrained or f"{other} - {arm}" in paired:
-                continue
-            estimates = _estimates(scores, distances, areas, (arm, other), samples, micro)
-            paired[f"{arm} - {other}"] = {
-                key: {"value": value, "ci": interval, "per_seed": dict(zip(map(str, runs), each, strict=True))}
-                for key, (value, interval, each) in estimates.items()
-            }
+    # In a comparison of several commands, the base is an arm like any other.
+    names = [arm for arm in arms if arm != "base" or "arms" in first["provenance"]]
+    paired = found.paired(names, compare_to)
     origin = dict(first["provenance"])
     single = origin["seeds"]["training"]  # a list: compare.py, of runs of a seed each
     origin["seeds"] = origin["seeds"] | {"training": single if isinstance(single, list) else list(runs)}
-    origin["commits"] = sorted({found["provenance"]["commit"] or "" for found in metrics.values()})
+    origin["commits"] = sorted({one["provenance"]["commit"] or "" for one in metrics.values()})
     origin["seconds"] = {
-        name: sum(found["provenance"]["seconds"].get(name, 0.0) for found in metrics.values())
+        name: sum(one["provenance"]["seconds"].get(name, 0.0) for one in metrics.values())
         for name in first["provenance"]["seconds"]
     }
     return {"arms": arms, "real": first["real"], "paired": paired, "compare_to": list(compare_to), "provenance": origin}
+
+
+class Resampled:
+    """The scores and drawn images of arms, over one or several runs, resampled alike for every arm.
+
+    runs: training seed -> run folder. arms: name -> entry of metrics.json. Raises UserError if the arms drew other captions.
+    """
+
+    def __init__(self, runs: Mapping[int, Path], arms: Mapping[str, Any], samples: int) -> None:
+        self.seeds, self.samples = list(runs), samples
+        self.scores = {arm: [_pairs(path / arm) for path in runs.values()] for arm in arms}
+        drawn = {arm: [_images(path / arm) for path in runs.values()] for arm in arms}
+        real, faults = _images(next(iter(runs.values())) / "real"), []
+        for arm, each in drawn.items():
+            for seed, one in zip(runs, each, strict=True):
+                if one is not None and real is not None and not np.array_equal(one["indices"], real["indices"]):
+                    faults.append(
+                        f"seed-{seed}: {arm} drew other captions than the real images of seed-{self.seeds[0]} have"
+                    )
+        raise_all("the arms cannot be compared", faults)
+        located = next(iter(arms.values()))["localization"]
+        self.micro = located is not None and located["word"].get("average") == "micro"
+        labels = None if real is None or "labels" not in real else real["labels"].astype(bool)
+        mixed = labels is not None and any(column.any() and not column.all() for column in labels.T)
+        self.distances: dict[str, tuple[Array, Array]] = {}
+        self.areas: dict[str, tuple[Array, Array]] = {}
+        for arm, found_images in tqdm(drawn.items(), desc="resamples of images", unit="arm"):
+            images = [one for one in found_images if one is not None]
+            if real is None or len(images) < len(runs):
+                continue
+            if len(real["features"]) > 1:
+                self.distances[arm] = fid_resamples([one["features"] for one in images], real["features"], samples)
+            if labels is not None and mixed and all("scores" in one for one in images):
+                self.areas[arm] = auc_resamples([one["scores"] for one in images], labels, samples)
+
+    def paired(self, arms: Sequence[str], compare_to: Sequence[str]) -> dict[str, Any]:
+        """ "arm - baseline" -> metric -> {"value", "ci", "per_seed"} of the paired difference."""
+        found: dict[str, Any] = {}
+        for other in compare_to:
+            for arm in arms if other in self.scores else ():
+                if arm == other or f"{other} - {arm}" in found:
+                    continue
+                found[f"{arm} - {other}"] = {
+                    key: {
+                        "value": value,
+                        "ci": interval,
+                        "per_seed": dict(zip(map(str, self.seeds), each, strict=True)),
+                    }
+                    for key, (value, interval, each) in self.estimates((arm, other)).items()
+                }
+        return found
+
+    def estimates(self, arms: Sequence[str]) -> dict[str, tuple[float | None, list[float] | None, list[float]]]:
+        """ "word.auc", ..., "quality.fid", ... -> mean over seeds, interval, value of each seed; of one arm, or of the
+        difference of the first of two from the second."""
+        return _estimates(self.scores, self.distances, self.areas, arms, self.samples, self.micro)
 
 
 def _comparable(metrics: dict[str, Any]) -> dict[str, Any]:
@@ -123,6 +150,8 @@ def _values(entry: dict[str, Any]) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for token in TOKENS if entry["localization"] else ():
         found |= {f"{token}.{name}": entry["localization"][token][name] for name in LOCALIZATION}
+        if IMAGE_ADDS in entry["localization"][token]:
+            found[f"{token}.{IMAGE_ADDS}"] = entry["localization"][token][IMAGE_ADDS]
     if entry["localization"]:
         found |= {f"mass.{name}": value for name, value in entry["localization"]["mass"].items()}
     return found | {f"quality.{name}": entry["quality"][name] for name in ("fid", "finding_auc", "diversity")}
@@ -156,6 +185,8 @@ def _pairs(arm_dir: Path) -> dict[str, Any]:
         for name in LOCALIZATION:
             values = [row["scores"][token].get(name) for row in rows]
             found[f"{token}.{name}"] = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+        values = [row.get(IMAGE_ADDS, {}).get(token) for row in rows]
+        found[f"{token}.{IMAGE_ADDS}"] = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
     return found
 
 
@@ -178,7 +209,7 @@ def _estimates(
     keys = scores[arms[0]][0]["keys"]
     if any(entry["keys"] != keys for arm in arms for entry in scores[arm]):
         raise UserError("the arms were scored on different images")
-    for key in (f"{token}.{name}" for token in TOKENS for name in LOCALIZATION) if keys else ():
+    for key in (f"{token}.{name}" for token in TOKENS for name in (*LOCALIZATION, IMAGE_ADDS)) if keys else ():
         tables = [np.stack([entry[key] for entry in scores[arm]]) for arm in arms]
         table = tables[0] - tables[1] if len(tables) == 2 else tables[0]
         usable = ~np.isnan(table).any(axis=0)  # a contrast may be infinite

@@ -12,6 +12,7 @@ from distill.cli import to_yaml
 from distill.config import BaseConfig, FullEvaluation
 from distill.evaluation.evaluate import evaluate, held_out, quality
 from distill.evaluation.localization import localization
+from distill.evaluation.seeds import Resampled
 from distill.experiment.arms import settings_of
 from distill.experiment.run import Run
 from distill.files import provenance, read_json, write_json
@@ -114,9 +115,14 @@ def finish(run: Run, arms: Mapping[str, dict[str, Any]], next_command: str) -> N
         "config": config.model_dump(mode="json"),
     }
     baselines = [name for name in run.compare_to if name in arms]
+    resampled = Resampled({run.seed: run.folder}, arms, run.evaluation.bootstrap_samples)
     metrics = {
-        "arms": dict(arms), "real": {"quality": run.against.quality}, "compare_to": baselines, "provenance": origin,
-    }  # fmt: skip
+        "arms": dict(arms),
+        "real": {"quality": run.against.quality},
+        "paired": resampled.paired(list(arms), baselines),
+        "compare_to": baselines,
+        "provenance": origin,
+    }
     validate_metrics(metrics)
     write_json(run.folder / "metrics.json", metrics)
     html, markdown = write_report(run.folder)

@@ -131,7 +131,8 @@ def open_run(
     )
     if not config.dry_run:
         model.to(accelerator.device)
-        opened.against = held_out(test, model, evaluation, features, accelerator=accelerator, run_dir=folder)
+        shared = {"accelerator": accelerator, "run_dir": folder, "training": train}
+        opened.against = held_out(test, model, evaluation, features, **shared)
         # Last, so that a configuration that is refused does not claim the folder.
         if accelerator.is_main_process:
             write_atomic(folder / "config.yaml", to_yaml(config))

@@ -26,6 +26,7 @@ from transformers import (
 )
 
 from distill.data.pictures import UNRELATED, VOCABULARY, PicturesDataset
+from distill.files import write_json
 
 SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""  # CLIP's
 
@@ -57,7 +58,7 @@ def render(pictures: PicturesDataset, folder: Path) -> None:
         pixels[i] = ((sample.pixel_values[0] + 1) * 127.5).round().to(torch.uint8).numpy()
         captions.append(sample.caption)
     pixels.flush()
-    (folder / "captions.json").write_text(json.dumps(captions))
+    write_json(folder / "captions.json", captions)
     os.replace(partial, folder / "pixels.npy")
 
 

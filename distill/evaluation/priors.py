@@ -1,0 +1,202 @@
+"""AUC of two maps that never look at the image: what a model's map has to beat.
+
+`centre` is minus the distance to the image's centre. `mean_mask` is the finding's mean mask over training images.
+They depend on the data alone, so that a run computes them once for all its models.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from numpy.typing import NDArray
+
+from distill.config import FullEvaluation
+from distill.data.sample import ImageCaptionDataset, Region, image_key
+from distill.evaluation.image_adds import mean_over
+from distill.evaluation.protocols import PROTOCOLS, Query, ground_truth, ground_truths
+from distill.files import read_json, write_json
+from distill.metrics import macro_mean_interval
+
+PRIOR_TRAINING_IMAGES = 600
+"""Training images of each finding whose masks are averaged."""
+FILE = "priors.json"
+
+
+@torch.no_grad()
+def priors(
+    held_out: ImageCaptionDataset,
+    training: ImageCaptionDataset | None,
+    asked: Sequence[Query],
+    config: FullEvaluation,
+    *,
+    accelerator: Accelerator,
+    folder: Path | None = None,
+) -> dict[str, Any]:
+    """{"centre": {"auc", "auc_ci"}, "mean_mask": {"auc", "auc_ci", "training_images"} or None without training regions}.
+
+    The pairs, masks, metric and average are those of the protocol's "auc"; smoothing and thresholds of the model's maps
+    are not applied. folder: the result is kept in its priors.json, by a hash of what decides it. All processes must call
+    this, and share the work.
+    """
+    key = _key(held_out, training, asked, config)
+    path = None if folder is None else folder / FILE
+    known: list[Any] = [None]
+    if accelerator.is_main_process and path is not None and path.exists():
+        known = [read_json(path).get(key)]
+    broadcast_object_list(known)
+    if known[0] is not None:
+        return dict(known[0])
+    means, images = ({}, 0) if training is None else mean_masks(training, held_out, asked, config, accelerator)
+    values, findings, clusters = _scores(held_out, asked, means, config, accelerator)
+    result: dict[str, Any] = {"centre": _entry(values[:, 0], findings, clusters, config), "mean_mask": None}
+    if images:
+        result["mean_mask"] = _entry(values[:, 1], findings, clusters, config) | {"training_images": images}
+    if accelerator.is_main_process and path is not None:
+        write_json(path, (read_json(path) if path.exists() else {}) | {key: result})
+    return result
+
+
+def _key(
+    held_out: ImageCaptionDataset,
+    training: ImageCaptionDataset | None,
+    asked: Sequence[Query],
+    config: FullEvaluation,
+) -> str:
+    """Hash of the pairs, the settings, and the training images, of which 64 stand for all."""
+    count = 0 if training is None else len(training)
+    parts: list[Any] = [
+        config.protocol,
+        config.ground_truth,
+        config.bootstrap_samples,
+        config.seed,
+        PRIOR_TRAINING_IMAGES,
+        count,
+    ]
+    parts += [list(held_out.findings)]
+    parts += [f"{held_out.fingerprint(q.image)}{image_key(held_out, q.image)}{q.truth}{q.findings}" for q in asked]
+    if training is not None:
+        parts += [training.fingerprint(i) for i in range(0, count, max(1, count // 64))]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def centre_map(side: int) -> torch.Tensor:
+    """(side, side) float32: minus the distance of each pixel's centre to the image's centre, in pixels."""
+    offset = torch.arange(side, dtype=torch.float32) + 0.5 - side / 2
+    return -torch.hypot(offset[:, None], offset[None, :])
+
+
+def training_rows(
+    training: ImageCaptionDataset, held_out: ImageCaptionDataset, findings: Sequence[str]
+) -> dict[str, list[int]]:
+    """finding -> rows of up to PRIOR_TRAINING_IMAGES different training images labelled with it, in a fixed random order.
+
+    An image whose fingerprint is that of a held-out image is left out. No image is decoded.
+    """
+    forbidden = {held_out.fingerprint(i) for i in range(len(held_out))}
+    chosen: dict[str, dict[str, int]] = {finding: {} for finding in findings}
+    for index in np.random.default_rng(0).permutation(len(training)).tolist():
+        labels = [finding for finding in training.labels(index) if finding in chosen]
+        wanted = [finding for finding in labels if len(chosen[finding]) < PRIOR_TRAINING_IMAGES]
+        if wanted and training.fingerprint(index) not in forbidden:
+            for finding in wanted:
+                chosen[finding].setdefault(image_key(training, index), index)
+        if all(len(rows) >= PRIOR_TRAINING_IMAGES for rows in chosen.values()):
+            break
+    return {finding: list(rows.values()) for finding, rows in chosen.items()}
+
+
+def _regions(dataset: ImageCaptionDataset, index: int) -> Sequence[Region]:
+    """Regions of a row, without decoding its image where the data set can do so."""
+    own = getattr(dataset, "regions", None)
+    return dataset[index].regions if own is None else own(index)
+
+
+def mean_masks(
+    training: ImageCaptionDataset,
+    held_out: ImageCaptionDataset,
+    asked: Sequence[Query],
+    config: FullEvaluation,
+    accelerator: Accelerator,
+) -> tuple[dict[str, torch.Tensor], int]:
+    """finding -> (side, side) float32 mean of its training masks, and how many training images these are of.
+
+    A finding without any training region is left out.
+    """
+    kind = PROTOCOLS[config.protocol].ground_truth if config.ground_truth == "auto" else config.ground_truth
+    names = sorted({held_out.findings[f] for query in asked for f in query.findings})
+    chosen = {finding: set(rows) for finding, rows in training_rows(training, held_out, names).items()}
+    indices = sorted(set().union(*chosen.values()))
+    sums: dict[str, tuple[NDArray[np.float64], int]] = {}
+    used = []
+    for index in indices[accelerator.process_index :: accelerator.num_processes]:
+        regions = [r for r in _regions(training, index) if index in chosen.get(r.finding, ())]
+        for region in regions:
+            side = region.mask.shape[-1]
+            mask = ground_truth(region, side, side, kind)[0].double().numpy()
+            total, count = sums.get(region.finding, (np.zeros_like(mask), 0))
+            sums[region.finding] = total + mask, count + 1
+        used += [image_key(training, index)] if regions else []
+    means: dict[str, torch.Tensor] = {}
+    parts = gather_object([sums])
+    for finding in names:
+        own = [part[finding] for part in parts if finding in part]
+        if own:
+            mean = sum(total for total, _ in own) / sum(count for _, count in own)
+            means[finding] = torch.from_numpy(mean).float()
+    return means, len(set(gather_object(used)))
+
+
+def _scores(
+    held_out: ImageCaptionDataset,
+    asked: Sequence[Query],
+    means: Mapping[str, torch.Tensor],
+    config: FullEvaluation,
+    accelerator: Accelerator,
+) -> tuple[NDArray[np.float64], NDArray[np.int64], list[str]]:
+    """(pairs, 2) AUC of the centre and of the mean mask, NaN where there is none, and each pair's finding and image."""
+    protocol = PROTOCOLS[config.protocol]
+    metric = protocol.metrics(config)["auc"].to(accelerator.device)
+    corners = {"align_corners": False} if protocol.resize == "bilinear" else {}
+    rows: list[tuple[int, int, str, float, float]] = []
+    for number in range(len(asked))[accelerator.process_index :: accelerator.num_processes]:
+        query = asked[number]
+        masks, boxes = ground_truths(query, held_out[query.image], held_out.findings, config)
+        masks, side = masks.to(accelerator.device), masks.shape[-1]
+        centre = centre_map(side).to(masks.device).expand(len(masks), -1, -1)
+        found = [metric.pair_scores(centre, masks, boxes).tolist()]
+        known = [means.get(held_out.findings[f]) for f in query.findings]
+        mean = [
+            torch.zeros(side, side)
+            if m is None
+            else F.interpolate(m[None, None], (side, side), mode=protocol.resize, **corners)[0, 0]
+            for m in known
+        ]
+        scores = metric.pair_scores(torch.stack(mean).to(masks.device), masks, boxes).tolist()
+        found.append([np.nan if m is None else score for m, score in zip(known, scores, strict=True)])
+        cluster = image_key(held_out, query.image)
+        rows += [(number, f, cluster, *own) for f, *own in zip(query.findings, *found, strict=True)]
+    rows = sorted(gather_object(rows), key=lambda row: row[:2])
+    values = np.array([row[3:] for row in rows], dtype=np.float64).reshape(-1, 2)
+    return values, np.array([row[1] for row in rows], dtype=np.int64), [row[2] for row in rows]
+
+
+def _entry(
+    values: NDArray[np.float64], findings: NDArray[np.int64], clusters: Sequence[str], config: FullEvaluation
+) -> dict[str, Any]:
+    macro = PROTOCOLS[config.protocol].metrics(config)["auc"].average == "macro"
+    defined = ~np.isnan(values)
+    values, groups = values[defined], findings[defined] if macro else np.zeros_like(findings[defined])
+    images = np.array(clusters)[defined]
+    interval = (
+        macro_mean_interval(values, groups, images, config.bootstrap_samples, config.seed) if len(values) else None
+    )
+    return {"auc": mean_over(values, groups), "auc_ci": list(interval) if interval else None}
