@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 
 from distill.configuration.faults import Faults, dotted, shown
 from distill.configuration.help import help_text, listed_options
-from distill.configuration.options import KIND, children, entry_type, is_optional, models_of, without_none
+from distill.configuration.options import KIND, children, entry_type, is_optional, models_of, renamed, without_none
 from distill.configuration.overlay import RawText, filled, is_none, merged, yaml_value
 from distill.configuration.yaml_text import Given, printable, read_file, write
 from distill.errors import UserError, raise_all
@@ -91,7 +91,8 @@ def _arguments(
             faults.append(f"--{printable(key)}: expected UTF-8 text, got {shown(text)} (from the command line)")
         elif any(models_of(hint) for hint in hints) and not (is_none(text) and any(map(is_optional, hints))):
             example = _group_example(hints, key, text)
-            faults.append(f"{dotted(path)} is a group of options: set them one by one, such as {example}")
+            note = f"; {old}" if (old := renamed(config_class, path)) else ""
+            faults.append(f"{dotted(path)} is a group of options: set them one by one, such as {example}{note}")
         else:
             _insert(overrides, path, _given(text, hints))
     return files, Given(overrides, COMMAND_LINE, partial=True), flags

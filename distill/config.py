@@ -5,12 +5,16 @@ Options of a method stand beside the method (distill/methods/), options of a kin
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, field_validator, model_validator
 
+from distill.configuration import renamed as old
 from distill.data_config import AnyData, PhantomData
 from distill.settings import BelowOne, Count, Inside, Number, Positive, Probability, Seed, Settings, Text
+
+NO_LABEL = "no finding"
+"""Text of an image without a label."""
 
 
 class BaseConfig(Settings):
@@ -29,6 +33,7 @@ class BaseConfig(Settings):
 class LoraConfig(Settings):
     """Low-rank adapters (Hu et al. 2021)."""
 
+    renamed: ClassVar[dict[str, str]] = old.LORA
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
     """Rank of the update."""
     alpha: Positive = 8.0
@@ -44,6 +49,7 @@ class LoraConfig(Settings):
 class DenoisingConfig(Settings):
     """The diffusion loss, and the text that it is conditioned on."""
 
+    renamed: ClassVar[dict[str, str]] = old.DENOISING
     min_snr_gamma: Positive | None = None
     """Min-SNR weighting (Hang et al. 2023); 5.0 is usual. None weighs all timesteps alike."""
     caption_dropout: Probability = 0.1
@@ -74,6 +80,7 @@ class DenoisingConfig(Settings):
 class TrainerConfig(Settings):
     """The training loop."""
 
+    renamed: ClassVar[dict[str, str]] = old.TRAINER
     max_steps: Count = 1000
     """Optimizer steps."""
     batch_size: Count = 16
@@ -129,6 +136,7 @@ class TrainerConfig(Settings):
 class EvaluationConfig(Settings):
     """Quality and localization, measured on held-out images."""
 
+    renamed: ClassVar[dict[str, str]] = old.EVALUATION
     localization_images: Count = 200
     """Held-out images whose attention maps are scored."""
     protocol: Literal["ours", "dombrowski", "vilouras"] = "ours"
@@ -175,6 +183,7 @@ class EvaluationConfig(Settings):
 class FullEvaluation(EvaluationConfig):
     """Quality and localization, measured on held-out images."""
 
+    renamed: ClassVar[dict[str, str]] = {}
     ground_truth: Literal["auto", "mask", "boxes"] = "auto"
     """What maps are compared with; auto: masks for ours, boxes where there are any for the other protocols."""
     iou_threshold: Inside = 0.5

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field
 
+from distill.configuration import renamed as old
 from distill.settings import Count, Number, Probability, Seed, Settings, Text
 
 
@@ -21,6 +22,7 @@ class Data(Settings):
 class PhantomData(Data):
     """Procedural chest radiographs with exact masks, drawn from a seed."""
 
+    renamed: ClassVar[dict[str, str]] = old.DATA
     kind: Literal["phantom"] = "phantom"
     """Images drawn from a seed (phantom), or read from files: folder, mimic (MIMIC-CXR-JPG), mscxr (MS-CXR), coco."""
     seed: Seed = 0

@@ -17,6 +17,7 @@ from typing import Annotated, Any, ClassVar, cast
 from pydantic import Field
 
 from distill.cli import main, to_yaml
+from distill.configuration import renamed as old
 from distill.settings import Seed, Settings, Text
 
 TRAINING_DATA = {
@@ -39,6 +40,7 @@ class CompareConfig(Settings):
     """
 
     common: ClassVar[tuple[str, ...]] = ("arms", "seeds", "compare_to", "output_dir")
+    renamed: ClassVar[dict[str, str]] = old.COMPARE
     arms: Annotated[dict[str, Text], Field(min_length=2)]
     """Name in the report -> an evaluated folder, RUN/ARM, or a run folder that holds one trained arm."""
     seeds: tuple[Seed, ...] = ()
@@ -240,8 +242,8 @@ def compare(config: CompareConfig) -> None:
         copy_run(config, seed, arms, partial / f"seed-{seed}")
     combine(partial, samples=2, compare_to=compare_to)  # refuses what cannot be compared
     # Only now, so that a kill before leaves the earlier comparison whole.
-    for old in folder.glob("seed-*"):
-        shutil.rmtree(old)
+    for before in folder.glob("seed-*"):
+        shutil.rmtree(before)
     for new in partial.iterdir():
         new.rename(folder / new.name)
     partial.rmdir()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from distill.cli import main
 from distill.config import BlocksConfig, DenoisingConfig, TrainingRunConfig
+from distill.configuration import renamed as old
 from distill.methods.attention_distillation import AttentionDistillationOptions
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class CompressConfig(TrainingRunConfig):
     common: ClassVar[tuple[str, ...]] = (
         "base.name", "run", "data.kind", "data.root", "trainer.max_steps", "bits", "output_dir",
     )  # fmt: skip
+    renamed: ClassVar[dict[str, str]] = old.COMPRESS
     run: str | None = None
     """Run folder on the base that is compressed. None compresses the base itself."""
     blocks: BlocksConfig = BlocksConfig()

@@ -13,6 +13,7 @@ from typing import ClassVar
 
 from distill.cli import main
 from distill.config import TrainingRunConfig
+from distill.configuration import renamed as old
 from distill.methods.attention_distillation import AttentionDistillationOptions
 from distill.methods.training import Trained, Training
 
@@ -27,6 +28,7 @@ class DistillAttentionConfig(TrainingRunConfig, Training):
         "base.name", "data.kind", "data.root", "method.teacher", "denoiser", "text_encoder", "trainer.max_steps",
         "trainer.batch_size", "trainer.learning_rate", "output_dir",
     )  # fmt: skip
+    renamed: ClassVar[dict[str, str]] = old.DISTILL_ATTENTION
     denoiser: Trained = "lora"
     """How the denoiser, such as the U-Net, is trained."""
     text_encoder: Trained = "lora"

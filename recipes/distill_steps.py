@@ -16,6 +16,7 @@ from pydantic import Field
 
 from distill.cli import main
 from distill.config import DenoisingConfig, LoraConfig, TrainingRunConfig
+from distill.configuration import renamed as old
 from distill.methods.consistency import ConsistencyOptions
 
 WHOLE = "whole"
@@ -30,6 +31,7 @@ class DistillStepsConfig(TrainingRunConfig):
     common: ClassVar[tuple[str, ...]] = (
         "base.name", "run", "data.kind", "data.root", "denoiser", "student_steps", "trainer.max_steps", "output_dir",
     )  # fmt: skip
+    renamed: ClassVar[dict[str, str]] = old.DISTILL_STEPS
     run: str | None = None
     """The teacher, and what the student starts from: a run folder on the base. None takes the base itself."""
     denoiser: Literal["lora", "full"] = "lora"

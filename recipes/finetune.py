@@ -11,6 +11,7 @@ from typing import ClassVar
 
 from distill.cli import main
 from distill.config import TrainingRunConfig
+from distill.configuration import renamed as old
 from distill.methods.training import Trained, Training
 
 
@@ -24,6 +25,7 @@ class FinetuneConfig(TrainingRunConfig, Training):
         "base.name", "data.kind", "data.root", "denoiser", "text_encoder", "method.kind", "trainer.max_steps",
         "trainer.batch_size", "trainer.learning_rate", "output_dir",
     )  # fmt: skip
+    renamed: ClassVar[dict[str, str]] = old.FINETUNE
     denoiser: Trained = "lora"
     """How the denoiser, such as the U-Net, is trained."""
     output_dir: str = "checkpoints/finetune"

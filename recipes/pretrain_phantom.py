@@ -120,8 +120,8 @@ def check_processes(config: PretrainConfig) -> None:
 def train_parts(config: PretrainConfig, work: Path) -> None:
     """Stages before the U-Net: pictures, tokenizer, text encoder, VAE."""
     from distill.data.pictures import PicturesDataset
+    from distill.data.rendered import RenderedPictures, render, train_tokenizer
     from distill.experiment.pretraining import train_text_encoder, train_vae
-    from distill.models.embedded import RenderedPictures, render, train_tokenizer
 
     stages, pictures = config.stages, work / "pictures"
     if "pictures" in stages and not (pictures / "pixels.npy").exists():

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 
 from distill.cli import main
 from distill.config import RunConfig, TrainerConfig
+from distill.configuration import renamed as old
 from distill.methods.training import ArmConfig
 from distill.settings import Seed
 
@@ -35,6 +36,7 @@ class TradeoffConfig(RunConfig):
         "base.name", "data.kind", "data.root", "arms", "compare_to", "seeds", "trainer.max_steps", "trainer.batch_size",
         "trainer.learning_rate", "output_dir",
     )  # fmt: skip
+    renamed: ClassVar[dict[str, str]] = old.TRADEOFF
     arms: dict[str, ArmConfig] = Field(default_factory=dict)
     """Name -> how the arm is trained: the options of finetune.py's model, `like` and learning rates of its own."""
     compare_to: tuple[str, ...] = ()

@@ -1,83 +1,192 @@
-"""Options that a run of these arms would not read are named, and those that it reads are not."""
+"""Arms as data: what one has of another, what it waits for, and every fault of all of them in one message."""
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
 
 import pytest
-from distill.arms import FROZEN_TEXT_ENCODER, Arm, is_gated, label_readers, unused_options
-from distill.methods.objectives import EMA
+from pydantic import ValidationError
 
-from distill.config import AttentionDistillationConfig, DenoisingConfig, TradeoffConfig
+from distill.config import EvaluationConfig, FullEvaluation, LoraConfig, TrainerConfig
+from distill.errors import UserError
+from distill.experiment.arms import Arm, arms_of, can_be_arm, settings_of
+from distill.methods.attention_distillation import AttentionDistillationOptions
+from distill.methods.denoising import DenoisingOptions
+from distill.methods.key_lock import KeyLockOptions
+from distill.methods.tail_penalty import TailPenaltyOptions
+from distill.methods.training import ArmConfig
+
+TRAINER = TrainerConfig(max_steps=9, learning_rate=1e-3, text_encoder_learning_rate=1e-5, warmup_steps=2)
+FROZEN: dict[str, Any] = {"text_encoder": "frozen"}
+LEARNABLE: dict[str, Any] = {"text_encoder": "full"}
 
 
-def arm(name: str, **options: object) -> Arm:
-    values: dict[str, object] = {"method": "full", "text_encoder": "full", **options}
-    return Arm(name, None, values.pop("method"), values.pop("text_encoder"), 1e-4, 1e-4, **values)  # type: ignore[arg-type]
+def distilled(teacher: str = "frozen", **options: Any) -> dict[str, Any]:
+    return {"text_encoder": "full", "method": {"kind": "attention_distillation", "teacher": teacher, **options}}
 
 
-FROZEN = arm("frozen", text_encoder="frozen")
-LEARNABLE = arm("learnable")
-DISTILLED = arm("distilled", distillation=AttentionDistillationConfig(teacher="frozen"))
-LORA = arm("lora", method="lora", text_encoder="lora", distillation=AttentionDistillationConfig(teacher="frozen"))
-SHARED_SELF = arm(
-    "half",
-    variant_of="self_taught",
-    distillation=AttentionDistillationConfig(teacher=FROZEN_TEXT_ENCODER, batch_share=0.25),
-)
-PARAPHRASED = arm("texts", variant_of="learnable", denoising=DenoisingConfig(training_text="paraphrases"))
-PENALIZED = arm("more", variant_of="tail_penalized", denoising=DenoisingConfig(tail_weight=0.3))
-RALI = arm("rali", denoising=DenoisingConfig(insert_labels="first"))
-EMA_TAUGHT = arm("mean", variant_of="distilled", distillation=AttentionDistillationConfig(teacher=EMA))
-SELF = arm("self_taught", distillation=AttentionDistillationConfig(teacher=FROZEN_TEXT_ENCODER))
+def arms(**configs: dict[str, Any]) -> dict[str, Arm]:
+    parsed = {name: ArmConfig.model_validate(config) for name, config in configs.items()}
+    return arms_of(parsed, TRAINER, EvaluationConfig().full(), Path("run"))
+
+
+def faults(**configs: dict[str, Any]) -> list[str]:
+    with pytest.raises(UserError) as caught:
+        arms(**configs)
+    return str(caught.value).splitlines()
+
+
+def test_an_arm_has_its_options_and_a_folder_of_its_own() -> None:
+    found = arms(frozen=FROZEN, key_locked=LEARNABLE | {"method": {"kind": "key_lock"}})
+    assert list(found) == ["frozen", "key_locked"]
+    arm = found["key_locked"]
+    assert (arm.name, arm.folder, arm.needs) == ("key_locked", Path("run/key_locked"), ())
+    assert arm.training.method == KeyLockOptions() and arm.training.text_encoder == "full"
+    assert found["frozen"].training.method == DenoisingOptions() and found["frozen"].training.denoiser == "full"
+    assert arm.trainer == TRAINER and isinstance(arm.evaluation, FullEvaluation)
+
+
+def test_an_arm_waits_for_the_arms_that_its_method_names() -> None:
+    found = arms(
+        gated=distilled("frozen", gate_reference="learnable"),
+        frozen=FROZEN,
+        learnable=LEARNABLE,
+        based=distilled("base"),
+        far=distilled("some/model"),
+    )
+    assert {name: arm.needs for name, arm in found.items() if arm.needs} == {"gated": ("frozen", "learnable")}
+
+
+def test_a_teacher_may_be_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "teacher").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert arms(one=distilled("teacher"))["one"].needs == ()
+
+
+def test_an_arm_has_learning_rates_and_steps_of_its_own() -> None:
+    own = {"learning_rate": 0.5, "text_encoder_learning_rate": 0.25, "max_steps": 4}
+    found = arms(frozen=FROZEN, quick=LEARNABLE | own, half=LEARNABLE | {"learning_rate": 0.5})
+    assert found["quick"].trainer == TRAINER.model_copy(update=own)
+    assert found["half"].trainer == TRAINER.model_copy(update={"learning_rate": 0.5})
+    (message,) = faults(quick=LEARNABLE | {"max_steps": 1})[1:]
+    assert "arms.quick: " in message and "warmup_steps is 2, above max_steps, 1" in message
+
+
+def test_an_arm_like_another_has_its_options_unless_it_sets_its_own() -> None:
+    found = arms(
+        frozen=FROZEN,
+        distilled=distilled(mass_weight=0.5, words="labels") | {"learning_rate": 0.5, "lora": {}},
+        light={"like": "distilled", "method": {"kind": "attention_distillation", "mass_weight": 0.0}, "max_steps": 3},
+        lora={"like": "light", "denoiser": "lora", "text_encoder": "lora", "lora": {"rank": 4}},
+        wide={"like": "lora", "lora": {"alpha": 2.0}},
+        penalized={"like": "distilled", "method": {"kind": "tail_penalty"}},
+    )
+    light = found["light"].training
+    assert light.method == AttentionDistillationOptions(teacher="frozen", mass_weight=0.0, words="labels")
+    assert light.text_encoder == "full"
+    assert (found["light"].trainer.learning_rate, found["light"].trainer.max_steps) == (0.5, 3)
+    assert found["light"].needs == ("frozen",) == found["lora"].needs
+    assert found["lora"].training.method == light.method and found["lora"].training.lora == LoraConfig(rank=4)
+    assert found["wide"].training.lora == LoraConfig(rank=4, alpha=2.0)
+    # Another kind has none of the parent's options of the method, and all else.
+    assert found["penalized"].training.method == TailPenaltyOptions()
+    assert found["penalized"].training.text_encoder == "full" and found["penalized"].trainer.learning_rate == 0.5
+
+
+def test_a_default_that_is_given_overrides_what_another_arm_has() -> None:
+    found = arms(
+        frozen=FROZEN,
+        one=distilled(mass_weight=0.5),
+        two={"like": "one", "method": {"kind": "attention_distillation", "mass_weight": 0.1}},
+    )
+    method = found["two"].training.method
+    assert isinstance(method, AttentionDistillationOptions) and method.mass_weight == 0.1
+
+
+def test_every_fault_of_all_arms_is_in_one_message() -> None:
+    title, *lines = faults(
+        base=FROZEN,
+        seed_of=FROZEN | {"like": "nothing"},
+        frozen=FROZEN,
+        taught=distilled("frozn"),
+        lost=distilled("nowhere"),
+        own=distilled("own"),
+        odd={"like": "learnabel", "max_steps": 3},
+        learnable=LEARNABLE,
+        **{"a/b": FROZEN, "metrics.json": FROZEN, "real": FROZEN, "seed-1": FROZEN, "-x": FROZEN},
+    )
+    assert title == f"arms that cannot be trained ({len(lines)}):"
+    expected = [
+        "arms.base: another name is needed",
+        "arms.seed_of: like: there is no arm 'nothing'",
+        "arms.taught: method: 'frozn' is no arm, no folder, and no hub id; did you mean 'frozen'?",
+        "arms.lost: method: 'nowhere' is no arm, no folder, and no hub id; the arms are base, seed_of, frozen",
+        "arms.own: it refers to itself as 'own'",
+        "arms.odd: like: there is no arm 'learnabel'; did you mean 'learnable'?",
+        *(f"arms.{name}: another name is needed" for name in ("a/b", "metrics.json", "real", "seed-1", "-x")),
+    ]
+    assert len(lines) == len(expected)
+    assert all(line.startswith(f"  - {text}") for line, text in zip(lines, expected, strict=True))
+
+
+def test_options_that_only_fit_apart_are_refused() -> None:
+    (message,) = faults(lora={"denoiser": "lora", "lora": {"rank": 4}}, plain={"like": "lora", "denoiser": "full"})[1:]
+    assert "arms.plain: " in message and "nothing is trained by LoRA" in message
+    with pytest.raises(ValidationError, match="denoiser and text_encoder are both frozen"):
+        ArmConfig.model_validate({"denoiser": "frozen"})
+
+
+def test_arms_that_wait_for_each_other_are_refused() -> None:
+    title, *lines = faults(frozen=FROZEN, a=distilled("b"), b=distilled("c"), c=distilled("a"), d=distilled("a"))
+    assert title == "arms that wait for each other (4):"
+    assert [line.strip(" -") for line in lines] == ["a needs b", "b needs c", "c needs a", "d needs a"]
+
+
+@pytest.mark.parametrize("like", [{"a": "b", "b": "a"}, {"a": "a"}, {"a": "b", "b": "c", "c": "b"}])
+def test_arms_that_are_like_each_other_are_refused(like: dict[str, str]) -> None:
+    lines = faults(**{name: {"like": other} for name, other in like.items()})[1:]
+    assert len(lines) == len(like) and all("are like each other" in line for line in lines)
+
+
+def test_no_arm_at_all_is_refused() -> None:
+    assert "arms is empty; name at least one" in faults()[1]
 
 
 @pytest.mark.parametrize(
-    ("arms", "unread", "read"),
-    [
-        ([FROZEN], "trainer.text_encoder_learning_rate", "trainer.learning_rate"),
-        ([FROZEN, LORA], "trainer.text_encoder_learning_rate", "lora.rank"),
-        ([LORA], "trainer.learning_rate", "lora_learning_rate"),
-        ([LORA], "method", "distillation.token_kl_weight"),
-        ([FROZEN, LEARNABLE], "distillation.token_kl_weight", "trainer.text_encoder_learning_rate"),
-        ([FROZEN, DISTILLED], "distillation.ema_decay", "distillation.batch_share"),
-        ([SELF], "distillation.batch_share", "distillation.token_kl_weight"),
-        ([DISTILLED], "denoising.arm_weight", "denoising.caption_dropout"),
-        ([DISTILLED], "denoising.tail_weight", "distillation.tail_weight"),
-        ([FROZEN, LEARNABLE], "tail_penalty_weight", "denoising.tail_weight"),
-        ([FROZEN, DISTILLED], "denoising.paraphrases", "denoising.arm_weight"),
-        ([FROZEN, PARAPHRASED], "tail_penalty_weight", "denoising.paraphrases"),
-        ([FROZEN, PENALIZED], "rali_arm_weight", "tail_penalty_weight"),
-        ([PENALIZED], "denoising.tail_weight", "denoising.region_mask_weight"),
-        ([SHARED_SELF], "distillation.batch_share", "self_taught_batch_share"),
-        ([RALI], "rali_arm_weight", "denoising.tail_weight"),
-        ([EMA_TAUGHT], "self_taught_batch_share", "distillation.ema_decay"),
-    ],
+    ("name", "can"),
+    [("frozen", True), ("tail.2", True), ("lora_4", True), ("a-b", True), ("v1.5", True), ("", False), ("..", False),
+     (".hidden", False), ("a b", False), ("report.html", False), ("config.yaml", False), ("figures", False),
+     ("whole", False), ("seed-0", False)],
+)  # fmt: skip
+def test_names_that_a_run_folder_can_hold(name: str, can: bool) -> None:
+    assert can_be_arm(name) is can
+
+
+def test_settings_of_an_arm_are_all_that_decided_it() -> None:
+    from recipe import recipe_module
+
+    config = recipe_module("tradeoff").TradeoffConfig(
+        arms={"frozen": ArmConfig(max_steps=4), "lora": ArmConfig(denoiser="lora", lora=LoraConfig(rank=4))},
+        trainer=TRAINER, compare_to=("frozen",), seeds=(3,),
+    )  # fmt: skip
+    found = arms_of(config.arms, config.trainer, config.evaluation.full(), Path("run"))
+    frozen, lora = (settings_of(config, found[name]) for name in ("frozen", "lora"))
+    assert frozen["trainer"]["max_steps"] == 4 and lora["trainer"]["max_steps"] == 9
+    assert "lora" not in frozen and lora["lora"]["rank"] == 4
+    assert frozen["method"] == {"kind": "denoising"} and frozen["evaluation"]["scheduler"] == "base"
+    assert not {"arms", "compare_to", "seeds"} & set(frozen) and frozen["base"]["name"] == "phantom"
+
+
+@pytest.mark.parametrize(
+    ("names", "message"), [(("frozn",), "compare_to: frozn is no arm; there are frozen"), (("base", "frozen"), None)]
 )
-def test_options_that_no_arm_reads(arms: list[Arm], unread: str, read: str) -> None:
-    unused = unused_options(replace(TradeoffConfig(), arms=tuple(a.name for a in arms)), arms)
-    assert unread in unused and read not in unused
+def test_baselines_are_arms_or_the_base(names: tuple[str, ...], message: str | None) -> None:
+    from recipe import recipe_module
 
-
-def test_every_named_option_exists() -> None:
-    config = TradeoffConfig()
-    for key in unused_options(config, [FROZEN, LEARNABLE]):
-        part = config
-        for name in key.split("."):
-            assert name in {item.name for item in fields(part)}, key
-            part = getattr(part, name)
-
-
-def test_a_teacher_without_weights_of_its_own_has_no_gate() -> None:
-    gate = AttentionDistillationConfig(teacher="run", gate_reference="base")
-    assert is_gated(arm("a", distillation=gate)) and not is_gated(LEARNABLE) and not is_gated(DISTILLED)
-    assert not is_gated(arm("a", distillation=replace(gate, teacher=FROZEN_TEXT_ENCODER)))
-
-
-def test_who_looks_for_labels() -> None:
-    config = TradeoffConfig()
-    assert not any(label_readers(config, [FROZEN, DISTILLED]).values())
-    labels = arm("a", distillation=AttentionDistillationConfig(teacher="run", words="labels"))
-    assert label_readers(config, [labels])["distillation.words labels"]
-    rali = arm("rali", denoising=DenoisingConfig(insert_labels="first"))
-    assert label_readers(config, [FROZEN, rali])["denoising.insert_labels"]
+    make = recipe_module("tradeoff").TradeoffConfig
+    if message is None:
+        assert make(arms={"frozen": ArmConfig()}, compare_to=names).compare_to == names
+        return
+    with pytest.raises(ValidationError, match=message):
+        make(arms={"frozen": ArmConfig()}, compare_to=names)

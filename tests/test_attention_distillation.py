@@ -330,5 +330,3 @@ def test_a_dry_run_has_no_gate(tmp_path: Path) -> None:
     with ready(options, prepared(), {TEACHER: other()}, log_dir=tmp_path) as method:
         assert method.match is options
     assert list(tmp_path.iterdir()) == []
-
-

@@ -3,33 +3,29 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 LAYERS = (
-    ("errors", "processes"),
+    ("errors", "processes", "settings"),
+    ("configuration", "files", "losses", "tokens"),
+    ("data_config",),
     ("config",),
-    ("rules",),
-    ("cli", "losses", "metrics", "provenance"),
-    ("model",),
-    ("data",),
-    ("attention", "compress", "embedded"),
-    ("objectives",),
-    ("arms", "keylock", "swap", "trainer"),
-    ("export", "protocols", "quantize"),
-    ("localization",),
-    ("evaluate",),
-    ("seeds",),
-    ("report",),
-    ("atlas",),
-    ("gate", "robustness"),
-    ("runs",),
-    ("derive", "sharing"),
+    ("cli", "models"),
+    ("attention", "data"),
+    ("methods", "metrics", "report", "trainer"),
+    ("evaluation",),
+    ("experiment",),
 )
-"""A module may import those of the lines above its own, and nothing of its own line."""
+"""A module or folder may import those of the lines above its own, and nothing of its own line."""
+HEAVY = ("accelerate", "diffusers", "transformers", "torchvision")
+"""Libraries whose import takes seconds, so that `--help` and faults of a configuration do not wait for them."""
 OPTIONAL = {"torchvision", "torchxrayvision", "torch_fidelity", "wandb"}
 
 
@@ -85,14 +81,18 @@ def test_library_imports_go_one_way() -> None:
         ("distill/losses.py", "from distill.errors import UserError", True),
         ("distill/losses.py", "from distill import metrics", False),
         ("distill/trainer.py", "from .losses import attention_kl", True),
-        ("distill/data/folder.py", "from ..model import Model", True),
+        ("distill/trainer.py", "from .methods import Method", False),
+        ("distill/data/folder.py", "from ..models import Model", True),
         ("distill/data/folder.py", "from .sample import Sample", True),
         ("distill/data/folder.py", "from ..trainer import fit", False),
         ("distill/data/folder.py", "def late():\n    import distill.trainer", False),
+        ("distill/models/sdxl.py", "from distill.data.batch import Batch", False),
+        ("distill/methods/gate.py", "from distill.evaluation.atlas import cells", False),
+        ("distill/report/page.py", "from distill.experiment import arms", False),
         ("distill/config.py", "import distill.trainer", False),
-        ("distill/cli.py", "import distill.config", True),
-        ("distill/cli.py", "import distill.losses", False),
-        ("distill/evaluate.py", "from distill.report import write_report", False),
+        ("distill/cli.py", "import distill.errors", True),
+        ("distill/cli.py", "import distill.models", False),
+        ("distill/evaluation/atlas.py", "from distill.experiment.run import Run", False),
         ("distill/novelty.py", "import torch", False),
     ],
 )
@@ -106,7 +106,7 @@ def test_library_never_imports_recipes_and_recipes_never_each_other() -> None:
     recipes = {path.stem for path in (ROOT / "recipes").glob("*.py")}
     faults = []
     for path in sorted([*(ROOT / "distill").rglob("*.py"), *(ROOT / "recipes").glob("*.py")]):
-        # `recipes/evaluate.py` and the library's `distill.evaluate` share a name, so the first part decides.
+        # `recipes/evaluate.py` and the library's `distill.evaluation.evaluate` share a name, so the first part decides.
         wrong = {name[0] for name in imports_of(path, ROOT)} & (recipes | {"recipes", "tests"})
         faults += [f"{path.relative_to(ROOT)} imports {name}" for name in sorted(wrong)]
     assert faults == []
@@ -119,3 +119,12 @@ def test_optional_packages_are_not_needed_to_import_anything() -> None:
             wrong = {name[0] for name in imports_of(path, ROOT, into_functions=False)} & OPTIONAL
             faults += [f"{path.relative_to(ROOT)} imports {name} at import time" for name in sorted(wrong)]
     assert faults == []
+
+
+@pytest.mark.parametrize("name", ["distill.cli", "distill.methods.training", *RECIPES])
+def test_a_command_line_is_read_before_any_large_library(name: str) -> None:
+    """So that `--help` and a fault of the configuration come at once."""
+    source = f"import {name}" if name.startswith("distill") else f"sys.path.insert(0, 'recipes'); import {name}"
+    script = f"import sys; {source}; print(*(name for name in {HEAVY} if name in sys.modules))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == ""

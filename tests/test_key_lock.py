@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from tiny import save_tiny
+from tiny import save_tiny, tiny_sd
+from training import NO_DROPOUT, batch_of, context_of, generator, has_gradient, prepared
 
 from distill.attention.recording import attention_layers
 from distill.config import BaseConfig, LoraConfig
 from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
-from distill.methods.key_lock import lock_keys, merge_keys
+from distill.methods import method_of
+from distill.methods.key_lock import KeyLockedTextEncoder, KeyLockOptions, Merged, lock_keys, merge_keys
 from distill.models.adapters import prepare_training
 from distill.models.export import export, prove_parity
 from distill.models.family import Model
@@ -53,11 +56,11 @@ def seen(model: Model) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str,
 
 def disturb(model: Model) -> None:
     """Other weights for the encoders that are trained, as a training would give."""
-    generator = torch.Generator().manual_seed(1)
+    draws = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for encoder in model.text_encoders:
             for parameter in getattr(encoder, "trained", encoder).parameters():
-                parameter += 0.3 * parameter.std() * torch.randn(parameter.shape, generator=generator)
+                parameter += 0.3 * parameter.std() * torch.randn(parameter.shape, generator=draws)
 
 
 def test_untrained_it_changes_nothing_and_merges_to_nothing(model: Model) -> None:
@@ -175,12 +178,12 @@ def test_adapters_take_the_keys_in_exactly_and_stock_diffusers_loads_them(kind: 
     base = BaseConfig(name=str(save_tiny(tmp_path / "base", kind)))
     width = 16 if kind == "sd" else 32
     merged = []
-    for method in ("lora", "full"):
+    for denoiser in ("lora", "full"):
         model = load_model(base)
         torch.manual_seed(0)
         prepare_training(model, denoiser="lora", text_encoder="lora", lora=LoraConfig(rank=2, alpha=3.0))
         disturb_adapters(model)
-        if method == "full":  # the same model without adapters in the U-Net
+        if denoiser == "full":  # the same model without adapters in the U-Net
             for name in attention_layers(model.denoiser):
                 layer = model.denoiser.get_submodule(name).to_k
                 layer.merge()
@@ -190,7 +193,7 @@ def test_adapters_take_the_keys_in_exactly_and_stock_diffusers_loads_them(kind: 
                 for name, parameter in encoder.trained.named_parameters():
                     if "lora_B" in name:
                         parameter += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(2))
-        r2 = merge_keys(lock, CAPTIONS, rank=width if method == "lora" else None)
+        r2 = merge_keys(lock, CAPTIONS, rank=width if denoiser == "lora" else None)
         merged.append((model, r2))
     (lora, r2), (full, wanted) = merged
     assert r2.r2 == pytest.approx(wanted.r2, abs=1e-6)
@@ -206,15 +209,80 @@ def test_adapters_take_the_keys_in_exactly_and_stock_diffusers_loads_them(kind: 
 
 
 def disturb_adapters(model: Model) -> None:
-    generator = torch.Generator().manual_seed(1)
+    draws = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for module in (model.denoiser, *model.text_encoders):
             for name, parameter in module.named_parameters():
                 if "lora_B" in name:
-                    parameter += 0.3 * torch.randn(parameter.shape, generator=generator)
+                    parameter += 0.3 * torch.randn(parameter.shape, generator=draws)
 
 
 def test_a_unet_that_projects_the_text_itself_is_refused(model: Model) -> None:
     model.denoiser.register_to_config(encoder_hid_dim=8)
     with pytest.raises(UserError, match="projects the text before its cross-attention"):
         lock_keys(model)
+
+
+# --- the method -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("trained", ["full", "lora"])
+def test_the_method_locks_at_set_up_and_gives_stock_modules_back(trained: str, tmp_path: Path) -> None:
+    student, said, asked = prepared(tiny_sd, trained, trained), [], []
+    encoder = student.text_encoders[0]
+
+    def captions(count: int) -> list[str]:
+        asked.append(count)
+        return CAPTIONS
+
+    method = method_of(KeyLockOptions(), NO_DROPOUT)
+    method.setup(student, context_of(log_dir=tmp_path, say=said.append, captions=captions))
+    (locked,) = method.text_encoders
+    assert isinstance(locked, KeyLockedTextEncoder) and locked.trained is encoder and method.trains_text
+    assert all(p.requires_grad == (".frozen." not in name) for name, p in method.named_parameters() if "lora" in name)
+    rates = method.parameter_groups(1e-3, 1e-5)
+    assert [group["lr"] for group in rates] == [1e-3, 1e-5]
+    assert {id(p) for p in rates[1]["params"]} == {id(p) for p in encoder.parameters() if p.requires_grad}
+    loss = method.train()(batch_of(student), generator())["loss"]
+    loss.backward()
+    assert has_gradient(encoder) and has_gradient(student.denoiser) and not has_gradient(locked.frozen)
+    found = method.finish()
+    assert student.text_encoders == [encoder] and student.pipeline.text_encoder is encoder and asked == [2000]
+    assert min(found["r2"].values()) > 0.99 and found["seconds"] > 0, "nothing was trained, so all is restored"
+    assert json.loads((tmp_path / "key_lock.json").read_text(encoding="utf-8")) == found
+    assert len(said) == 1 and said[0].startswith("keys merged") and "words 1.00 (without 1.00)" in said[0]
+
+
+def test_a_dry_run_releases_without_a_merge(tmp_path: Path) -> None:
+    student = prepared()
+    encoder, weights = student.text_encoders[0], copy.deepcopy(student.denoiser.state_dict())
+    method = method_of(KeyLockOptions(), NO_DROPOUT)
+    method.setup(student, context_of(log_dir=tmp_path, dry_run=True))
+    disturb(student)
+    assert method.finish() == {} and student.text_encoders == [encoder] and list(tmp_path.iterdir()) == []
+    assert all(torch.equal(value, weights[name]) for name, value in student.denoiser.state_dict().items())
+
+
+def test_copies_that_keys_see_are_of_the_frozen_type(tmp_path: Path) -> None:
+    student = prepared()
+    method = method_of(KeyLockOptions(), NO_DROPOUT)
+    method.setup(student, context_of(frozen_dtype=torch.bfloat16, dry_run=True))
+    locked: Any = method.text_encoders[0]
+    assert {p.dtype for p in locked.frozen.parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in locked.trained.parameters()} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = method(batch_of(student), generator())["loss"]
+    assert torch.isfinite(loss)
+    method.finish()
+
+
+def test_a_merge_that_is_worse_than_none_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def bad(*arguments: Any, **options: Any) -> Merged:
+        return Merged({"words": 0.9, "eos": 0.2}, {"words": 0.5, "eos": 0.3})
+
+    monkeypatch.setattr("distill.methods.key_lock.merge_keys", bad)
+    said: list[str] = []
+    method = method_of(KeyLockOptions(), NO_DROPOUT)
+    method.setup(prepared(), context_of(log_dir=tmp_path, say=said.append))
+    method.finish()
+    assert said[1].startswith("warning: for eos the merge is worse than none")

@@ -16,10 +16,10 @@ from torch import nn
 from training import LORA, NO_DROPOUT, batch_of, generator, has_gradient, phantoms, prepared, ready, set_up, tokens_of
 
 from distill.attention import record_attention
-from distill.config import DenoisingConfig
+from distill.config import NO_LABEL, DenoisingConfig
 from distill.data.batch import Batch, Pixels, Posterior, TextEmbeddings, Tokens
 from distill.data.cache import cache_latents, cache_text_embeddings
-from distill.data.captions import NO_LABEL, names_side
+from distill.data.captions import names_side
 from distill.errors import UserError
 from distill.losses import tail_leak, tail_mass
 from distill.methods import METHODS, AnyOptions, Method, method_of
@@ -428,7 +428,9 @@ def test_tail_leak_counts_only_what_is_beyond_the_teacher() -> None:
     assert float(tail_leak(teacher, torch.tensor([[[0.6, 0.3, 0.1, 0.0]]]), groups)) == 0
 
 
-def tail_now(method: Method, student: Model, batch: Batch, draws: torch.Generator) -> tuple[Noised, dict[str, torch.Tensor]]:
+def tail_now(
+    method: Method, student: Model, batch: Batch, draws: torch.Generator
+) -> tuple[Noised, dict[str, torch.Tensor]]:
     x = method.noised(batch, draws)
     with record_attention(student.denoiser) as maps:
         method.predict_student(x)

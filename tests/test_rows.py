@@ -1,16 +1,17 @@
-"""Training texts made of labels, and what is refused."""
+"""Rows of training: their text, the words and regions of their labels, and what is refused."""
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
+import torch
+from training import tokens_of
 
-from distill.config import DenoisingConfig
+from distill.config import NO_LABEL, DenoisingConfig
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows, check_training_text, training_caption
 from distill.errors import UserError
-from distill.models.family import Model
+from distill.models import Model
+from distill.tokens import token_groups
 
 ROWS = PhantomDataset("train", 40, 0, 64)
 BANK = {label: [f"There is {label}."] for label in ROWS.findings}
@@ -21,10 +22,26 @@ def test_rows_are_of_the_text_that_is_asked_for(sd: Model) -> None:
     rows = TrainingRows(ROWS, sd, denoising=config, label_tokens=True)
     for i in range(8):
         text = training_caption(ROWS, i, config)
-        assert sorted(text.split(", ")) == (sorted(ROWS.labels(i)) or ["no finding"])
-        assert rows[i]["input_ids_0"].tolist() == sd.tokenize([text])[0][0].tolist()
-        assert bool(rows[i]["label_tokens"].any()) == bool(ROWS.labels(i))
+        assert sorted(text.split(", ")) == (sorted(ROWS.labels(i)) or [NO_LABEL]) and rows.caption(i) == text
+        row = rows[i]
+        assert tokens_of(row).tolist() == sd.tokenize([text])[0][0].tolist()
+        assert torch.equal(row.groups, token_groups(sd.tokenizers[0], text, 77))
+        assert row.label_tokens is not None and bool(row.label_tokens.any()) == bool(ROWS.labels(i))
     assert training_caption(ROWS, 0, DenoisingConfig()) == ROWS.caption(0)
+
+
+def test_rows_have_only_what_is_asked_for(sd: Model, loaded: dict[str, Model]) -> None:
+    plain, sdxl = TrainingRows(ROWS, sd)[0], TrainingRows(ROWS, loaded["sdxl"])[0]
+    assert (plain.flippable, plain.size_ids, plain.label_tokens, plain.regions) == (None,) * 4
+    assert sdxl.size_ids is not None and sdxl.size_ids.tolist() == [64, 64, 0, 0, 64, 64]
+
+
+def test_a_caption_that_may_be_dropped_is_of_an_image_with_the_label(sd: Model) -> None:
+    for label in (None, "edema", NO_LABEL):
+        rows = TrainingRows(ROWS, sd, DenoisingConfig(caption_dropout_label=label))
+        expected = [label is None or label in (ROWS.labels(i) or (NO_LABEL,)) for i in range(12)]
+        assert [bool(rows[i].droppable) for i in range(12)] == expected
+        assert any(expected) and (label is None or not all(expected))
 
 
 def test_a_label_without_a_paraphrase_is_refused(sd: Model) -> None:
@@ -42,13 +59,24 @@ def test_texts_that_the_encoder_would_cut_are_refused(sd: Model) -> None:
     check_training_text(ROWS, sd, long, truncate=True)
 
 
+def test_regions_stand_at_the_words_of_their_finding(sd: Model) -> None:
+    rows = TrainingRows(PhantomDataset("train", 6, 0, 64), sd, label_tokens=True, regions=True)
+    for i in range(6):
+        row, sample = rows[i], rows.dataset[i]
+        assert row.regions is not None and row.label_tokens is not None
+        some = row.regions.flatten(1).any(dim=1)
+        assert torch.equal(some, row.label_tokens), "every named finding of a phantom has a mask"
+        union = torch.stack([region.mask for region in sample.regions]).any(dim=0) if sample.regions else None
+        if union is not None and some.any():
+            coarse = torch.nn.functional.adaptive_max_pool2d(union[None].float(), 32)[0] > 0
+            assert not (row.regions.any(dim=0) & ~coarse).any()
+
+
 def test_regions_of_the_first_images_alone(sd: Model) -> None:
-    config = DenoisingConfig(region_token_weight=0.01, region_images=10)
-    few, every = (
-        TrainingRows(ROWS, sd, denoising=denoising, regions=True)
-        for denoising in (config, replace(config, region_images=None))
-    )
-    drawn = [index for index in range(len(ROWS)) if every[index]["regions"].any()]
-    assert (
-        [index for index in drawn if few[index]["regions"].any()] == [index for index in drawn if index < 10] != drawn
-    )
+    few, every = (TrainingRows(ROWS, sd, regions=True, region_images=images) for images in (10, None))
+
+    def drawn(rows: TrainingRows) -> list[int]:
+        return [i for i in range(len(rows)) if (found := rows[i].regions) is not None and found.any()]
+
+    everywhere = drawn(every)
+    assert drawn(few) == [index for index in everywhere if index < 10] != everywhere

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,22 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from distill.methods.objectives import AttentionDistillationObjective, DenoisingObjective
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_sd
 from torch import nn
 from torch.utils.data import Dataset
+from training import batch_of, context_of, distilling, prepared, set_up
 
-from distill.attention.recording import record_attention
-from distill.config import AttentionDistillationConfig, DenoisingConfig, LoraConfig, TrainerConfig
+from distill.config import DenoisingConfig, TrainerConfig
+from distill.data.batch import Batch
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows
 from distill.errors import UserError
-from distill.models.adapters import prepare_training
-from distill.models.family import Model
-from distill.models.loading import model_of
-from distill.trainer import FitResult, StepSampler, fit, generator_at, make_accelerator
+from distill.methods.denoising import DenoisingOptions
+from distill.methods.tail_penalty import TailPenaltyOptions
+from distill.models import Model
+from distill.trainer import METHOD_FILE, FitResult, StepSampler, fit, generator_at, make_accelerator
 
 
 class LeastSquares(nn.Module):
@@ -67,7 +66,10 @@ def train(
     config = settings_of(**options)
     accelerator = fresh_accelerator(config, folder)
     data = points() if dataset is None else dataset
-    return fit(objective, data, config, accelerator=accelerator, output_dir=folder, seed=5, on_sample=on)
+    collate = Batch.stack if isinstance(data, TrainingRows) else None
+    return fit(
+        objective, data, config, accelerator=accelerator, output_dir=folder, seed=5, on_sample=on, collate=collate
+    )
 
 
 def log_of(folder: Path) -> list[dict[str, float]]:
@@ -82,11 +84,9 @@ def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
 
 
-def tiny(method: Any = "full", text_encoder: Any = "full", seed: int = 0) -> Model:
-    model = model_of(tiny_sd(seed=seed))
+def tiny(denoiser: Any = "full", text_encoder: Any = "full", seed: int = 0) -> Model:
     torch.manual_seed(0)
-    prepare_training(model, method=method, text_encoder=text_encoder, lora=LoraConfig(rank=2, alpha=4.0))
-    return model
+    return prepared(lambda: tiny_sd(seed=seed), denoiser, text_encoder)
 
 
 def rows_of(model: Model) -> TrainingRows:
@@ -142,31 +142,24 @@ def test_frozen_means_frozen(tmp_path: Path, distilled: bool) -> None:
     """Bit for bit, after real optimizer steps with weight decay: text encoder, VAE, and all of the teacher."""
     model, teacher = tiny(text_encoder="frozen"), tiny(seed=1)
     frozen = [model.vae, *model.text_encoders, *teacher.modules()]
-    before, unet = state_of(*frozen), state_of(model.denoiser)
-    with ExitStack() as stack:
-        objective = DenoisingObjective(model, DenoisingConfig())
-        if distilled:
-            maps = [stack.enter_context(record_attention(c.denoiser)) for c in (model, teacher)]
-            objective = AttentionDistillationObjective(
-                model, DenoisingConfig(), AttentionDistillationConfig(), teacher, *maps
-            )
-        result = train(objective, tmp_path, rows_of(model), weight_decay=0.1)
+    before, denoiser = state_of(*frozen), state_of(model.denoiser)
+    if distilled:
+        with distilling(model, teacher) as method:
+            result = train(method, tmp_path, rows_of(model), weight_decay=0.1)
+    else:
+        result = train(set_up(DenoisingOptions(), model), tmp_path, rows_of(model), weight_decay=0.1)
     assert same(state_of(*frozen), before)
     assert all(p.grad is None for module in frozen for p in module.parameters())
-    assert not any(torch.equal(a, b) for a, b in zip(state_of(model.denoiser), unet, strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(state_of(model.denoiser), denoiser, strict=True))
     assert result.trainable_parameters == sum(p.numel() for p in model.denoiser.parameters())
 
 
 def test_lora_changes_adapters_only(tmp_path: Path) -> None:
     model = tiny("lora", "lora")
-    teacher = tiny(seed=1)
     modules = nn.ModuleList([model.denoiser, *model.text_encoders, model.vae])
     before = {k: v.clone() for k, v in modules.state_dict().items()}
-    with record_attention(model.denoiser) as ours, record_attention(teacher.denoiser) as theirs:
-        objective = AttentionDistillationObjective(
-            model, DenoisingConfig(), AttentionDistillationConfig(), teacher, ours, theirs
-        )
-        train(objective, tmp_path, rows_of(model), weight_decay=0.1)
+    with distilling(model, tiny(seed=1)) as method:
+        train(method, tmp_path, rows_of(model), weight_decay=0.1)
     changed = {k for k, v in modules.state_dict().items() if not torch.equal(v, before[k])}
     assert changed == {k for k in before if ".lora_" in k}
     row = log_of(tmp_path)[-1]
@@ -176,7 +169,7 @@ def test_lora_changes_adapters_only(tmp_path: Path) -> None:
 
 def test_mixed_precision_keeps_trained_weights_in_float32(tmp_path: Path) -> None:
     model = tiny()
-    objective = DenoisingObjective(model, DenoisingConfig())
+    objective = set_up(DenoisingOptions(), model)
     before = state_of(model.denoiser)
     train(objective, tmp_path, rows_of(model), max_steps=2, mixed_precision="bf16")
     assert all(p.dtype == torch.float32 for p in objective.parameters())
@@ -347,17 +340,14 @@ def test_four_steps_equal_two_and_two_after_a_kill(tmp_path: Path, options: dict
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
 
 
-@pytest.mark.parametrize("method", ["full", "lora"])
-def test_distillation_continues_bit_for_bit(tmp_path: Path, method: str) -> None:
+@pytest.mark.parametrize("trained", ["full", "lora"])
+def test_distillation_continues_bit_for_bit(tmp_path: Path, trained: str) -> None:
     def run(folder: Path, on: Any = None) -> list[torch.Tensor]:
-        model, teacher = tiny(method, method), tiny(seed=1)
-        with record_attention(model.denoiser) as ours, record_attention(teacher.denoiser) as theirs:
-            objective = AttentionDistillationObjective(
-                model, DenoisingConfig(), AttentionDistillationConfig(), teacher, ours, theirs
-            )
+        model = tiny(trained, trained)
+        with distilling(model, tiny(seed=1)) as method:
             options = {"checkpoint_every_steps": 2, "sample_every_steps": 1}
-            train(objective, folder, rows_of(model), on=on, **options)
-        return state_of(objective)
+            train(method, folder, rows_of(model), on=on, **options)
+        return state_of(method)
 
     straight = run(tmp_path / "straight")
     with pytest.raises(Killed):
@@ -366,8 +356,68 @@ def test_distillation_continues_bit_for_bit(tmp_path: Path, method: str) -> None
     assert without_time(log_of(tmp_path / "killed")) == without_time(log_of(tmp_path / "straight"))
 
 
+class Moving(LeastSquares):
+    """Its target moves at every step, and no parameter says where it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.target = torch.zeros(4)
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
+        self.target = self.target + 1
+        loss = (super().forward(batch, generator)["loss"] - self.target).square().mean()
+        return {"loss": loss}
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"target": self.target}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.target = state["target"]
+
+
+def test_the_state_of_an_objective_is_in_its_checkpoint(tmp_path: Path) -> None:
+    options = {"checkpoint_every_steps": 2, "sample_every_steps": 1}
+    straight, killed, resumed = Moving(), Moving(), Moving()
+    train(straight, tmp_path / "straight", **options)
+    with pytest.raises(Killed):
+        train(killed, tmp_path / "killed", on=kill_at(3), **options)
+    names = {"optimizer.pt", "state.json", "trainable.safetensors", METHOD_FILE}
+    assert {p.name for p in (tmp_path / "killed/state/step-00000002").iterdir()} == names
+    train(resumed, tmp_path / "killed", **options)
+    assert resumed.target.tolist() == straight.target.tolist() == [4.0] * 4
+    assert same(state_of(resumed), state_of(straight))
+    assert without_time(log_of(tmp_path / "killed")) == without_time(log_of(tmp_path / "straight"))
+
+
+def test_what_a_method_measured_before_the_training_outlives_a_kill(tmp_path: Path) -> None:
+    """The tail penalty measures the model that it is given, which after a kill is that of the checkpoint: it must not count."""
+
+    def run(folder: Path, on: Any = None, *, trained: bool = False) -> Any:
+        model = tiny()
+        batch = batch_of(model)
+        if trained:
+            with torch.no_grad():
+                model.text_encoders[0].get_submodule("final_layer_norm").weight.mul_(3)
+        denoising = DenoisingConfig(caption_dropout=0.0)
+        context = context_of(batches=lambda images: iter([batch] * 4))
+        method: Any = set_up(TailPenaltyOptions(weight=5.0), model, context, denoising)
+        measured = method.state()
+        train(method, folder, rows_of(model), on=on, checkpoint_every_steps=2, sample_every_steps=1)
+        method.finish()
+        return measured, method.state(), state_of(method)
+
+    measured, after, straight = run(tmp_path / "straight")
+    assert all(torch.equal(measured[name], after[name]) for name in measured)
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", kill_at(3))
+    other, restored, resumed = run(tmp_path / "killed", trained=True)
+    assert any(not torch.equal(other[name], measured[name]) for name in measured)
+    assert all(torch.equal(restored[name], measured[name]) for name in measured)
+    assert same(resumed, straight)
+
+
 def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
-    train(LeastSquares(), tmp_path, max_steps=7, checkpoint_every_steps=1, keep_checkpoints=2)
+    train(LeastSquares(), tmp_path, max_steps=7, checkpoint_every_steps=1)
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["step-00000005", "step-00000006"]
     names = {"optimizer.pt", "state.json", "trainable.safetensors"}
     assert {p.name for p in (tmp_path / "state" / "step-00000006").iterdir()} == names

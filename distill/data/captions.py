@@ -9,6 +9,7 @@ from typing import Literal
 
 import numpy as np
 
+from distill.config import NO_LABEL
 from distill.tokens import GAP, WORD_END, WORD_START
 
 MS_CXR_QUERY_WORDS: dict[str, tuple[str, ...]] = {
@@ -81,10 +82,6 @@ def insert_labels(caption: str, labels: Sequence[str], where: Literal["first", "
     place = 0 if where == "first" else int(rng.integers(min(5, len(words)) + 1))
     shuffled = [labels[i] for i in rng.permutation(len(labels))]
     return " ".join([*words[:place], *shuffled, *words[place:]])
-
-
-NO_LABEL = "no finding"
-"""Text of an image without a label."""
 
 
 def text_of_labels(labels: Sequence[str], paraphrases: Mapping[str, Sequence[str]] | None, key: int) -> str:

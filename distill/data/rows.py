@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from distill.config import DenoisingConfig
+from distill.config import NO_LABEL, DenoisingConfig
 from distill.data.batch import Batch, Pixels, Posterior, TextEmbeddings, Tokens
 from distill.data.cache import LatentCache, TextEmbeddingCache
-from distill.data.captions import NO_LABEL, insert_labels, names_side, text_of_labels
+from distill.data.captions import insert_labels, names_side, text_of_labels
 from distill.data.sample import ImageCaptionDataset
 from distill.errors import UserError
 from distill.tokens import find_words, token_groups, token_spans

@@ -21,6 +21,7 @@ from distill.data.batch import Batch
 from distill.data.cache import cache_latents
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.pictures import VOCABULARY, PicturesDataset
+from distill.data.rendered import RenderedPictures
 from distill.data.rows import TrainingRows
 from distill.errors import UserError
 from distill.files import read_json, write_atomic, write_json
@@ -31,7 +32,6 @@ from distill.models import Model, model_of
 from distill.models.adapters import parameter_counts, prepare_training
 from distill.models.embedded import (
     ImageTower,
-    RenderedPictures,
     new_classifier,
     new_pipeline,
     new_text_encoder,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -10,14 +11,15 @@ from typing import TYPE_CHECKING
 
 import diffusers
 import transformers
+import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
+from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
 from distill.attention import attention_layers
 from distill.cli import to_yaml
-from distill.config import BaseConfig, FullEvaluation, RunConfig
-from distill.data.captions import NO_LABEL
+from distill.config import NO_LABEL, BaseConfig, FullEvaluation, RunConfig
 from distill.data.loading import load_dataset
 from distill.data.readers.records import RecordDataset
 from distill.data.rows import check_training_text
@@ -149,17 +151,30 @@ def quiet_libraries() -> None:
         logging.disable_progress_bar()
 
 
-def claim(folder: Path, config: object) -> None:
-    """Refuse a folder that holds a run with another configuration."""
+def claim(folder: Path, config: BaseModel) -> None:
+    """Refuse a folder that holds a run with another configuration, of another recipe, or of an earlier version."""
     path = folder / "config.yaml"
-    if path.exists() and path.read_text(encoding="utf-8") != to_yaml(config):
-        old, new = path.read_text(encoding="utf-8").splitlines(), to_yaml(config).splitlines()
-        first = next(
-            (f"{a.strip()!r} there, {b.strip()!r} now" for a, b in zip(old, new, strict=False) if a != b), "length"
-        )
-        raise UserError(
-            f"{folder} holds a run with another configuration ({first}); choose another --output_dir, or delete the folder"
-        )
+    text = path.read_text(encoding="utf-8") if path.exists() else to_yaml(config)
+    if text == to_yaml(config):
+        return
+    if not _is_a(type(config), text):
+        raise UserError(f"{folder} holds a run of an earlier version, or of another recipe; choose another --output_dir")
+    old, new = text.splitlines(), to_yaml(config).splitlines()
+    first = next(
+        (f"{a.strip()!r} there, {b.strip()!r} now" for a, b in zip(old, new, strict=False) if a != b), "length"
+    )
+    raise UserError(
+        f"{folder} holds a run with another configuration ({first}); choose another --output_dir, or delete the folder"
+    )
+
+
+def _is_a(config_class: type[BaseModel], text: str) -> bool:
+    """Whether a YAML text has just the keys of a configuration class, with values that they may have."""
+    try:
+        config_class.model_validate_json(json.dumps(yaml.safe_load(text)), strict=True)
+    except (ValidationError, yaml.YAMLError, TypeError):
+        return False
+    return True
 
 
 def _accelerator(config: RunConfig, folder: Path) -> Accelerator:

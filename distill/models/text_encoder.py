@@ -27,7 +27,7 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from distill.data.captions import NO_LABEL
+from distill.config import NO_LABEL
 from distill.errors import UserError
 from distill.models.family import Model
 from distill.models.loading import UNREADABLE, first_line
