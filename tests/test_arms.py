@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import fields, replace
 
 import pytest
-
 from distill.arms import FROZEN_TEXT_ENCODER, Arm, is_gated, label_readers, unused_options
-from distill.config import AttentionDistillationConfig, DenoisingConfig, TradeoffConfig
 from distill.methods.objectives import EMA
+
+from distill.config import AttentionDistillationConfig, DenoisingConfig, TradeoffConfig
 
 
 def arm(name: str, **options: object) -> Arm:

@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from distill.arms import Arm
+from distill.derive import derived_base
+from distill.methods.objectives import AttentionDistillationObjective
 from full_size import ARCHITECTURES, full_size
 from recipe import recipe_module, refusal_of
 from test_objectives import NO_DROPOUT, batch_of, generator
@@ -19,14 +22,11 @@ from test_recipes import PHANTOM, TRAINING, UNET_FILE, files_of, log_rows, read_
 from tiny import save_tiny, tiny_sd, tiny_sdxl
 from torch import nn
 
-from distill.arms import Arm
 from distill.attention.recording import attention_layers, record_attention
 from distill.cli import parse, to_yaml
 from distill.config import AttentionDistillationConfig, BaseConfig, BlocksConfig, CompressConfig, LoraConfig
-from distill.derive import derived_base
 from distill.errors import UserError
 from distill.losses import token_attention_kl
-from distill.methods.objectives import AttentionDistillationObjective
 from distill.models.adapters import parameter_counts, prepare_training
 from distill.models.blocks import model_size, name_in_teacher, pruned_config, pruned_subset, pruned_unet
 from distill.models.export import export, prove_parity

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, LCMScheduler, StableDiffusionPipeline
+from distill.methods.objectives import ConsistencyObjective, Noised
+from distill.rules import value_faults
 from PIL import Image
 from recipe import recipe_module, refusal_of
 from test_objectives import LORA, NO_DROPOUT, batch_of, generator, has_gradient
@@ -22,11 +24,9 @@ from tiny import save_tiny, tiny_sd, tiny_sdxl
 from distill.attention.recording import record_attention
 from distill.cli import parse
 from distill.config import AttentionDistillationConfig, ConsistencyConfig, DistillStepsConfig, EvaluationConfig
-from distill.methods.objectives import ConsistencyObjective, Noised
 from distill.models.adapters import prepare_training
 from distill.models.family import Model
 from distill.models.loading import LORA_FILE, model_of
-from distill.rules import value_faults
 
 BUILDS = [tiny_sd, lambda: tiny_sd("v_prediction"), tiny_sdxl]
 IDS = ["epsilon", "v", "sdxl"]

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from distill.config import AttentionDistillationConfig
 from distill.errors import UserError
-from distill.evaluation.gate import GROUPS, TIMESTEPS, Taught, decide, localizing
+from distill.methods.attention_distillation import AttentionDistillationOptions
+from distill.methods.gate import GROUPS, TIMESTEPS, Taught, decide, localizing
 
 AUC = st.floats(0, 1)
 TABLE = st.fixed_dictionaries({name: st.fixed_dictionaries({g: AUC for g in GROUPS}) for name in ("a", "b", "c")})
@@ -59,7 +59,7 @@ def test_timesteps_around_the_best_keep_two_thirds_of_its_lead(auc: list[float])
 
 def test_the_gate_narrows_what_is_asked_for() -> None:
     taught = Taught(("a",), ("words",), (0, 699), {}, ())
-    narrowed = taught.narrow(AttentionDistillationConfig(min_timestep=100))
+    narrowed = taught.narrow(AttentionDistillationOptions(min_timestep=100))
     assert (narrowed.min_timestep, narrowed.max_timestep, narrowed.layers) == (100, 699, ("a",))
     with pytest.raises(UserError, match="timesteps 0 to 699, and .* ask for 800 to 999"):
-        taught.narrow(AttentionDistillationConfig(min_timestep=800))
+        taught.narrow(AttentionDistillationOptions(min_timestep=800))

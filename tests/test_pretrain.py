@@ -99,12 +99,15 @@ def test_a_stage_replaces_the_base_and_not_its_measurements(tmp_path: Path) -> N
     (work / "unet_clear" / "train_log.jsonl").write_text('{"step": 7, "loss": 0.5, "lr": 0.1, "seconds": 3}\n')
     stages = {name: cost for name, cost in pretraining.stages_of(base).items() if name != "unet_clear"}
     (base / "pretraining.json").write_text(json.dumps({"stages": stages}))
+    encoder = base / "text_encoder" / "config.json"
+    encoder.write_text(json.dumps(read_json(encoder) | {"dtype": "float16"}))  # as an earlier version wrote it
     pipeline = StableDiffusionPipeline.from_pretrained(base)
     with torch.no_grad():
         next(pipeline.unet.parameters()).add_(1.0)
     pretraining.save_base(pipeline, "unet_clear", work, base)
     read = StableDiffusionPipeline.from_pretrained(base)
     assert torch.equal(next(read.unet.parameters()), next(pipeline.unet.parameters()).half().float())
+    assert next(read.text_encoder.parameters()).dtype == torch.float32
     assert pretraining.stages_of(base) == stages | {"unet_clear": {"steps": 7, "last": {"step": 7, "loss": 0.5}}}
     assert not {"localization.json", "samples.png"} & {path.name for path in base.iterdir()}
     assert pretraining.stages_of(tmp_path / "base.before") == stages

@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
+from distill.methods.objectives import AttentionDistillationObjective, DenoisingObjective
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_sd
@@ -23,7 +24,6 @@ from distill.config import AttentionDistillationConfig, DenoisingConfig, LoraCon
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows
 from distill.errors import UserError
-from distill.methods.objectives import AttentionDistillationObjective, DenoisingObjective
 from distill.models.adapters import prepare_training
 from distill.models.family import Model
 from distill.models.loading import model_of

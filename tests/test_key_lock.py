@@ -26,7 +26,7 @@ CAPTIONS = [PhantomDataset("train", 60, 0, 64).caption(i) for i in range(60)]
 @pytest.fixture(params=["sd", "sdxl"])
 def model(request: pytest.FixtureRequest, tmp_path: Path) -> Model:
     found = load_model(BaseConfig(name=str(save_tiny(tmp_path / "base", request.param))))
-    prepare_training(found, method="full", text_encoder="full", lora=LoraConfig())
+    prepare_training(found, denoiser="full", text_encoder="full", lora=LoraConfig())
     return found
 
 
@@ -113,7 +113,7 @@ def test_the_images_reach_the_trained_encoder_and_resting_dropout_stays_off(mode
 
 def test_a_linear_change_of_the_hidden_states_is_merged_exactly(tmp_path: Path) -> None:
     model = load_model(BaseConfig(name=str(save_tiny(tmp_path / "base", "sd"))))
-    prepare_training(model, method="full", text_encoder="full", lora=LoraConfig())
+    prepare_training(model, denoiser="full", text_encoder="full", lora=LoraConfig())
     _, keys, _ = seen(model)
     lock = lock_keys(model)
     norm = model.text_encoders[0].trained.get_submodule(
@@ -152,7 +152,7 @@ def test_after_any_change_the_merge_is_nearer_to_the_locked_keys_and_exports_sto
 def test_few_captions_fit_the_empty_one_and_a_rank_beyond_the_width_is_the_width(tmp_path: Path) -> None:
     base = BaseConfig(name=str(save_tiny(tmp_path / "base", "sd")))
     model = load_model(base)
-    prepare_training(model, method="lora", text_encoder="full", lora=LoraConfig(rank=2, alpha=2.0))
+    prepare_training(model, denoiser="lora", text_encoder="full", lora=LoraConfig(rank=2, alpha=2.0))
     lock = lock_keys(model)
     disturb(model)
     with torch.no_grad():
@@ -178,7 +178,7 @@ def test_adapters_take_the_keys_in_exactly_and_stock_diffusers_loads_them(kind: 
     for method in ("lora", "full"):
         model = load_model(base)
         torch.manual_seed(0)
-        prepare_training(model, method="lora", text_encoder="lora", lora=LoraConfig(rank=2, alpha=3.0))
+        prepare_training(model, denoiser="lora", text_encoder="lora", lora=LoraConfig(rank=2, alpha=3.0))
         disturb_adapters(model)
         if method == "full":  # the same model without adapters in the U-Net
             for name in attention_layers(model.denoiser):

@@ -1,0 +1,105 @@
+"""Models, batches and methods set up on them, for tests of training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import tiny_sd
+from torch import nn
+
+from distill.config import DenoisingConfig, LoraConfig
+from distill.data.batch import Batch, Tokens
+from distill.data.phantom.dataset import PhantomDataset
+from distill.data.rows import TrainingRows
+from distill.methods import Context, Method, Options, method_of
+from distill.methods.attention_distillation import AttentionDistillation, AttentionDistillationOptions
+from distill.methods.base import Noised
+from distill.models import Model, model_of
+from distill.models.adapters import prepare_training
+
+LORA = LoraConfig(rank=2, alpha=4.0)
+NO_DROPOUT = DenoisingConfig(caption_dropout=0.0)
+TEACHER = "the teacher"
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def phantoms() -> PhantomDataset:
+    return PhantomDataset("train", 12, resolution=64)
+
+
+def batch_of(model: Model, rows: Sequence[int] = range(4), **options: Any) -> Batch:
+    dataset = TrainingRows(phantoms(), model, **options)
+    return Batch.stack([dataset[i] for i in rows])
+
+
+def tokens_of(x: Batch | Noised) -> torch.Tensor:
+    """(batch, tokens) of the first tokenizer."""
+    assert isinstance(x.text, Tokens)
+    return x.text.input_ids[0]
+
+
+def prepared(
+    build: Callable[[], Any] = tiny_sd, denoiser: Any = "full", text_encoder: Any = "full", **options: Any
+) -> Model:
+    model = model_of(build())
+    prepare_training(model, denoiser=denoiser, text_encoder=text_encoder, lora=LORA, **options)
+    return model
+
+
+def context_of(models: Mapping[str, Model] | None = None, **options: Any) -> Context:
+    """What an experiment hands a method. models: what `load` gives, by name."""
+    values: dict[str, Any] = {
+        "generator": generator(),
+        "device": torch.device("cpu"),
+        "is_main": True,
+        "log_dir": Path("nowhere"),
+        "frozen_dtype": torch.float32,
+        "dry_run": False,
+        "load": dict(models or {}).__getitem__,
+        "batches": lambda images: iter(()),
+        "captions": lambda count: [phantoms().caption(i) for i in range(12)],
+        "layer_auc": None,
+        "say": lambda message: None,
+    }
+    return Context(**(values | options))
+
+
+def set_up(
+    options: Options, student: Model, context: Context | None = None, denoising: DenoisingConfig = NO_DROPOUT
+) -> Method:
+    method = method_of(options, denoising)
+    method.setup(student, context or context_of())
+    return method
+
+
+@contextmanager
+def ready(
+    options: Options,
+    student: Model,
+    models: Mapping[str, Model] | None = None,
+    denoising: DenoisingConfig = NO_DROPOUT,
+    **context: Any,
+) -> Iterator[Any]:
+    """A method set up on a student; its recorders are closed at the end."""
+    method = set_up(options, student, context_of(models, **context), denoising)
+    try:
+        yield method
+    finally:
+        method.finish()
+
+
+@contextmanager
+def distilling(student: Model, teacher: Model, **options: Any) -> Iterator[AttentionDistillation]:
+    with ready(AttentionDistillationOptions(teacher=TEACHER, **options), student, {TEACHER: teacher}) as method:
+        yield method
+
+
+def has_gradient(module: nn.Module) -> bool:
+    return any(p.grad is not None and bool((p.grad != 0).any()) for p in module.parameters())
