@@ -101,7 +101,7 @@ def test_a_stage_replaces_the_base_and_not_its_measurements(tmp_path: Path) -> N
         next(pipeline.unet.parameters()).add_(1.0)
     recipe.save_base(pipeline, "unet_clear", work, base)
     read = StableDiffusionPipeline.from_pretrained(base)
-    assert torch.equal(next(read.denoiser.parameters()), next(pipeline.unet.parameters()).half().float())
+    assert torch.equal(next(read.unet.parameters()), next(pipeline.unet.parameters()).half().float())
     assert recipe.stages_of(base) == stages | {"unet_clear": {"steps": 7, "last": {"step": 7, "loss": 0.5}}}
     assert not {"localization.json", "samples.png"} & {path.name for path in base.iterdir()}
     assert recipe.stages_of(tmp_path / "base.before") == stages
