@@ -433,7 +433,7 @@ def test_seeds_are_trained_evaluated_and_compared_in_one_report(
     looks = log_rows(folder / "seed-0/distilled/localization_log.jsonl")
     assert [row["step"] for row in looks] == [1, 2]
     report = (folder / "report.md").read_text(encoding="utf-8")
-    assert "seeds and images" in report and "figures/localization.png" in report
+    assert "seeds and images" in report and "figures/localization_0.png" in report
 
     trained = []
     fit = runs.fit

@@ -185,6 +185,19 @@ def test_a_trade_is_said_and_not_decided() -> None:
     )
 
 
+def test_a_beaten_model_is_ruled_out_beside_two_that_trade() -> None:
+    found = choose({"a": arm(0.8, 40, 0.7), "b": arm(0.6, 20, 0.7), "c": arm(0.6, 40, 0.7)})
+    assert "Ruled out, because another model beats it: c." in found.reasons and found.arm != "c"
+
+
+@pytest.mark.parametrize(
+    ("metric", "better"), [("auc", (0.705, 30, 0.7)), ("fid", (0.7, 29.8, 0.7)), ("f", (0.7, 30, 0.71))]
+)
+def test_of_models_that_are_not_separated_the_best_on_average_is_first(metric: str, better: Any) -> None:
+    for arms in ({"a": arm(0.7, 30, 0.7), "b": arm(*better)}, {"b": arm(*better), "a": arm(0.7, 30, 0.7)}):
+        assert choose(arms).arm == "b" and "not ruled out" in choose(arms).title
+
+
 def test_overlapping_intervals_separate_nothing_and_paired_differences_do() -> None:
     arms = {"a": arm(0.70, 30, 0.70), "b": arm(0.71, 30, 0.71)}
     found = choose(arms)
@@ -265,9 +278,15 @@ def test_unequal_compute_and_sample_sizes_are_said() -> None:
     assert any(text.startswith(expected) for text in choose(arms).reasons)
     arms["c"] = arm(0.95, 3, 0.95, trained=False)
     assert choose(arms).title == "Take c (not trained here)"
-    several = parse_metrics({"arms": arms, "provenance": {"seeds": {"training": [0, 1, 2]}}})
-    assert sample(several).startswith("3 training seeds. Localization: 100 held-out images, 123 image-finding pairs.")
-    assert "One training seed, whose choice no interval covers." in sample(parse_metrics(make_metrics()))
+    several = {"arms": arms, "provenance": {"seeds": {"training": [0, 1, 2]}}}
+    one = "One training seed a model, whose choice no interval covers."
+    assert one in sample(parse_metrics(several))  # each of another arm
+    arms["a"]["per_seed"] = {seed: {"word.auc": 0.7, "quality.fid": None} for seed in "012"}
+    said = sample(parse_metrics(several))
+    assert said.startswith(
+        "3 training seeds a model; the intervals are over seeds and images. Localization: 100 held-out images, 123 image-finding pairs."
+    )
+    assert one in sample(parse_metrics(make_metrics()))
 
 
 # ------------------------------------------------------------------------------------------------------------- parsing

@@ -104,6 +104,7 @@ class Arm:
     quality: Quality | None
     cost: Cost
     size: Size | None = None
+    per_seed: Mapping[str, Mapping[str, float | None]] | None = None
 
     def estimate(self, key: str) -> Estimate:
         """`key` as in `paired`: "word.auc", "quality.fid"."""
@@ -133,8 +134,13 @@ class Results:
 
     @property
     def seeds(self) -> tuple[int, ...]:
+        """All training seeds of the run, which may be of one arm each."""
         seeds = (self.provenance.get("seeds") or {}).get("training")
         return tuple(seeds) if isinstance(seeds, list) else () if seeds is None else (seeds,)
+
+    @property
+    def seeds_an_arm(self) -> int:
+        return max(1, *(len(arm.per_seed or ()) for arm in self.arms.values()))
 
 
 def _fail(path: str, reason: str) -> NoReturn:

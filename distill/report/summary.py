@@ -153,10 +153,8 @@ def _compute(results: Results) -> list[str]:
 
 def sample(results: Results) -> str:
     """How many images, pairs and seeds the numbers rest on."""
-    several = len(results.seeds) > 1
-    parts = [
-        f"{len(results.seeds)} training seeds." if several else "One training seed, whose choice no interval covers."
-    ]
+    one, count = "One training seed a model, whose choice no interval covers.", results.seeds_an_arm
+    parts = [one if count == 1 else f"{count} training seeds a model; the intervals are over seeds and images."]
     if word := next((a.localization.word for a in results.arms.values() if a.localization), None):
         parts.append(f"Localization: {word.images:,} held-out images, {word.pairs:,} image-finding pairs.")
     if drawn := next((arm.quality for arm in results.arms.values() if arm.quality), None):
