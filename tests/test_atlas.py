@@ -34,19 +34,18 @@ from distill.evaluation import atlas as library
 from distill.evaluation.atlas import (
     MIN_GAIN,
     Cells,
-    answer,
     choose_subset,
     compute_cells,
     macro_mean,
     pair_auc,
     paired_difference,
-    short_layer,
 )
 from distill.evaluation.localization import TOKEN_MAPS, localization
 from distill.evaluation.protocols import DEFAULT_TIMESTEPS, with_subset
 from distill.metrics import macro_mean_interval
 from distill.models.family import AttentionSubset, Model
 from distill.models.loading import load_model, read_subset
+from distill.report.atlas import answer, short_layer
 
 CONFIG = FullEvaluation(localization_images=4, batch_size=3, bootstrap_samples=20)
 
