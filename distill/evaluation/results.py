@@ -136,6 +136,12 @@ class Results:
         seeds = (self.provenance.get("seeds") or {}).get("training")
         return tuple(seeds) if isinstance(seeds, list) else () if seeds is None else (seeds,)
 
+    @property
+    def seeds_an_arm(self) -> int:
+        """How many training seeds each arm has: one where single runs were compared (recipes/compare.py)."""
+        single = "arms" in self.provenance and not self.provenance["config"].get("seeds")
+        return 1 if single else len(self.seeds)
+
 
 def _fail(path: str, reason: str) -> NoReturn:
     raise ValueError(f"{path}: {reason}")

@@ -153,9 +153,9 @@ def _compute(results: Results) -> list[str]:
 
 def sample(results: Results) -> str:
     """How many images, pairs and seeds the numbers rest on."""
-    several = len(results.seeds) > 1
+    several = results.seeds_an_arm > 1
     parts = [
-        f"{len(results.seeds)} training seeds." if several else "One training seed, whose choice no interval covers."
+        f"{results.seeds_an_arm} training seeds." if several else "One training seed, whose choice no interval covers."
     ]
     if word := next((a.localization.word for a in results.arms.values() if a.localization), None):
         parts.append(f"Localization: {word.images:,} held-out images, {word.pairs:,} image-finding pairs.")
