@@ -124,8 +124,7 @@ def differing(one: Evaluated, first: Evaluated) -> dict[str, Any]:
     from distill.report.tables import flatten
 
     ours, theirs = dict(flatten(one.settings)), dict(flatten(first.settings))
-    unread = {"output_dir"}
-    return {k: v for k, v in ours.items() if k not in unread and theirs.get(k) != v}
+    return {k: v for k, v in ours.items() if k != "output_dir" and theirs.get(k) != v}
 
 
 def check(config: CompareConfig) -> None:
@@ -200,7 +199,8 @@ def copy_run(config: CompareConfig, seed: int, arms: dict[str, Evaluated], run: 
         for stage, key in (("training", "train"), ("evaluation", "evaluation"))
         if entry["cost"][f"{key}_seconds"] is not None
     }
-    trained = seed if config.seeds else sorted({one.seed for one in arms.values()})
+    # The first is that of the folder, which the report takes its pictures from.
+    trained = seed if config.seeds else list(dict.fromkeys(one.seed for one in arms.values()))
     origin = provenance() | {"seeds": {"training": trained}, "seconds": seconds}
     origin |= {"config": config.model_dump(mode="json")}
     origin["arms"] = {

@@ -34,19 +34,18 @@ from distill.evaluation import atlas as library
 from distill.evaluation.atlas import (
     MIN_GAIN,
     Cells,
-    answer,
     choose_subset,
     compute_cells,
     macro_mean,
     pair_auc,
     paired_difference,
-    short_layer,
 )
 from distill.evaluation.localization import TOKEN_MAPS, localization
 from distill.evaluation.protocols import DEFAULT_TIMESTEPS, with_subset
 from distill.metrics import macro_mean_interval
 from distill.models.family import AttentionSubset, Model
 from distill.models.loading import load_model, read_subset
+from distill.report.atlas import answer, short_layer
 
 CONFIG = FullEvaluation(localization_images=4, batch_size=3, bootstrap_samples=20)
 
@@ -468,8 +467,7 @@ def make_folder(
         Image.fromarray(pixels).save(folder / f"{i}.png")
     lines = [header, *(f"{i}.png,{row(i)}" for i in range(4))]
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    unused = [word for name in ("phrase", "mask", "label", "patient") for word in (f"--data.{name}_column", "none")]
-    return ["--data.kind", "folder", "--data.root", str(folder), "--data.resolution", "64", *unused]
+    return ["--data.kind", "folder", "--data.root", str(folder), "--data.resolution", "64"]
 
 
 def test_data_without_a_validation_split_or_regions_is_refused(
@@ -479,12 +477,11 @@ def test_data_without_a_validation_split_or_regions_is_refused(
     splits = ["train", "validation", "test", "test"]
     boxed = make_folder(tmp_path / "boxed", lambda i: f'Edema.,{splits[i]},edema,"8,8,20,20"')
     columns = ["--data.finding_column", "finding", "--data.box_column", "bbox"]
-    message = refusal([*argv, *boxed, *columns, "--data.split_column", "none"], capsys)
-    assert "4 of 4 test images are also validation images" in message and "data.split_column" in message
+    message = refusal([*argv, *boxed, *columns, "--data.test_split", "validation"], capsys)
+    assert "1 of 1 test images are also validation images" in message and "data.split_column" in message
     no_validation = ["--data.split_column", "split", "--data.test_split", "train"]
     plain = make_folder(tmp_path / "plain", lambda i: f"Edema.,{splits[i]}", "file_name,text,split")
-    without = ["--data.finding_column", "none", "--data.box_column", "none"]
-    message = refusal([*argv, *plain, *without, "--data.split_column", "split"], capsys)
+    message = refusal([*argv, *plain, "--data.split_column", "split"], capsys)
     assert "no validation image has a region of a finding: set data.finding_column" in message
     none = make_folder(tmp_path / "none", lambda i: 'Edema.,test,edema,"8,8,20,20"')
     message = refusal([*argv, *none, *columns, *no_validation[:2]], capsys)

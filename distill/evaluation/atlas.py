@@ -433,6 +433,3 @@ def subset_file(entry: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str
         "config": dict(config),
         "provenance": provenance(),
     }
-
-
-# --- what people read -----------------------------------------------------------------------------------------------
