@@ -1,3 +1,3 @@
 """Fine-tune diffusion models, distill the attention of a frozen-encoder teacher, and measure quality and localization."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

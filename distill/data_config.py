@@ -61,7 +61,12 @@ class FileData(Data):
 
 
 class FolderData(FileData):
-    """A folder of images with metadata.csv or metadata.jsonl: one row an image, or one row a box."""
+    """A folder of images with metadata.csv or metadata.jsonl: one row an image, or one row a box.
+
+    A column option that is `auto` reads the column of the documented name where there is one; `none` reads none. Without a
+    column of splits, images are split by the hash of their patient, else of their name: 10 % test, 10 % validation, the rest
+    train. Images of one patient and files of the same bytes stay together.
+    """
 
     kind: Literal["folder"] = "folder"
     """Images drawn from a seed (phantom), or read from files: folder, mimic (MIMIC-CXR-JPG), mscxr (MS-CXR), coco."""
@@ -71,19 +76,19 @@ class FolderData(FileData):
     """Path of the image, relative to root."""
     caption_column: Text = "text"
     """The caption."""
-    split_column: Text | None = "auto"
-    """Column of the split: train, test, and validation, val or valid. auto: `split` where there is one, else a fixed rule."""
-    finding_column: Text | None = "auto"
+    split_column: Text = "auto"
+    """Column of the split: train, test, and validation, val or valid. auto: `split` where there is one; none: by a rule."""
+    finding_column: Text = "auto"
     """Finding of the row's box, or a list of one finding for each box. auto: `finding` where there is one."""
-    phrase_column: Text | None = "auto"
+    phrase_column: Text = "auto"
     """Short phrase that describes the row's box. auto: `phrase` where there is one."""
-    box_column: Text | None = "auto"
+    box_column: Text = "auto"
     """Box as `x,y,w,h` in pixels of the image file, or a list of such boxes. auto: `bbox` where there is one."""
-    mask_column: Text | None = "auto"
+    mask_column: Text = "auto"
     """Path of a mask image (non-zero is inside), used in place of the box. auto: `mask` where there is one."""
-    label_column: Text | None = "auto"
+    label_column: Text = "auto"
     """Findings of the whole image, joined by `|`. auto: `labels` where there is one, else the findings of its boxes."""
-    patient_column: Text | None = "auto"
+    patient_column: Text = "auto"
     """Patient of the image; no patient is in two splits. auto: `patient` where there is one."""
 
 
@@ -103,8 +108,8 @@ class MsCxrData(FileData):
     """Images drawn from a seed (phantom), or read from files: folder, mimic (MIMIC-CXR-JPG), mscxr (MS-CXR), coco."""
     metadata_file: Text = "metadata.csv"
     """MS-CXR's JSON or CSV, or the CSV with bboxxywh."""
-    split_column: Text | None = None
-    """Column of the split. None puts every row in the test split."""
+    split_column: Text = "none"
+    """Column of the split. none puts every row in the test split."""
     mimic_file: Text | None = None
     """MIMIC metadata CSV: its impressions become captions, and its train_split is trained on."""
     caption_source: Literal["impression", "phrase"] = "impression"

@@ -124,7 +124,8 @@ def differing(one: Evaluated, first: Evaluated) -> dict[str, Any]:
     from distill.report.tables import flatten
 
     ours, theirs = dict(flatten(one.settings)), dict(flatten(first.settings))
-    return {k: v for k, v in ours.items() if k != "output_dir" and theirs.get(k) != v}
+    unread = {"output_dir"}
+    return {k: v for k, v in ours.items() if k not in unread and theirs.get(k) != v}
 
 
 def check(config: CompareConfig) -> None:

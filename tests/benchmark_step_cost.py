@@ -17,6 +17,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from distill.methods.objectives import AttentionDistillationObjective, DenoisingObjective, SupervisedAttentionObjective
 from torch.utils.data import default_collate
 
 from distill.attention.recording import record_attention
@@ -24,7 +25,6 @@ from distill.config import AttentionDistillationConfig, BaseConfig, DenoisingCon
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows
 from distill.methods.key_lock import lock_keys
-from distill.methods.objectives import AttentionDistillationObjective, DenoisingObjective, SupervisedAttentionObjective
 from distill.models.adapters import prepare_training
 from distill.models.family import Model
 from distill.models.loading import load_model

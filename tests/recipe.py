@@ -23,6 +23,16 @@ def recipe_module(name: str) -> Any:
     return module
 
 
+def config_class_of(module: Any) -> Any:
+    """The class that a recipe reads its command line into: the Settings class that it defines, named ...Config."""
+    (found,) = [
+        value
+        for name, value in vars(module).items()
+        if name.endswith("Config") and isinstance(value, type) and value.__module__ == module.__name__
+    ]
+    return found
+
+
 def refusal_of(
     recipe: Any, config_class: type, argv: list[str], capsys: pytest.CaptureFixture[str], **options: Any
 ) -> str:

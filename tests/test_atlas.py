@@ -22,12 +22,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from listed import WORDS, Listed, sample
 from PIL import Image
-from recipe import recipe_module, refusal_of
+from recipe import config_class_of, recipe_module, refusal_of
 from sklearn.metrics import roc_auc_score
 from tiny import save_tiny, tiny_sd
 
 from distill.cli import parse
-from distill.config import AtlasConfig, BaseConfig, EvaluationConfig
+from distill.config import BaseConfig, FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
 from distill.evaluation import atlas as library
@@ -48,7 +48,12 @@ from distill.metrics import macro_mean_interval
 from distill.models.family import AttentionSubset, Model
 from distill.models.loading import load_model, read_subset
 
-CONFIG = EvaluationConfig(localization_images=4, batch_size=3, bootstrap_samples=20)
+CONFIG = FullEvaluation(localization_images=4, batch_size=3, bootstrap_samples=20)
+
+
+def config_with(**options: Any) -> FullEvaluation:
+    """CONFIG with other options."""
+    return CONFIG.model_copy(update=options)
 
 
 @pytest.fixture(scope="module")
@@ -196,7 +201,7 @@ def test_a_cell_has_the_auc_that_the_protocol_gives_its_layer_and_timestep(
     cells = compute_cells(sd, phantoms, CONFIG, [600], accelerator=accelerator)
     assert cells.maps.shape == (len(cells.findings), len(cells.layers), 1, 8, 8) and len(cells.layers) > 3
     for place in (0, len(cells.layers) - 1):
-        config = replace(CONFIG, layers=(cells.layers[place],), timesteps=(600,))
+        config = config_with(layers=(cells.layers[place],), timesteps=(600,))
         localization(sd, phantoms, config, accelerator=accelerator, arm_dir=tmp_path / str(place))
         for token, name in enumerate(TOKEN_MAPS):
             assert cells.auc[:, token, place, 0] == pytest.approx(pair_scores(tmp_path / str(place), name), abs=1e-4)
@@ -206,7 +211,7 @@ def test_a_cell_has_the_auc_that_the_protocol_gives_its_layer_and_timestep(
 def test_the_mean_of_cells_is_the_map_of_the_protocol(
     sd: Model, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path, truth: Any
 ) -> None:
-    config = replace(CONFIG, ground_truth=truth, smoothing_sigma=1.0, timesteps=(100, 600))
+    config = config_with(ground_truth=truth, smoothing_sigma=1.0, timesteps=(100, 600))
     cells = compute_cells(sd, phantoms, config, [100, 600], accelerator=accelerator)
     result = localization(sd, phantoms, config, accelerator=accelerator, arm_dir=tmp_path)
     values = pair_auc(cells.maps.mean(dim=(1, 2)), cells.masks, config)
@@ -218,7 +223,7 @@ def test_a_region_that_fills_the_image_is_left_out(sd: Model, accelerator: Accel
     whole = sample("b", "Edema.", ("edema", None))
     whole = replace(whole, regions=(replace(whole.regions[0], mask=torch.ones(64, 64, dtype=torch.bool)),))
     dataset = Listed([whole, sample("a", "Small effusion.", ("pleural effusion", None))], WORDS)
-    cells = compute_cells(sd, dataset, replace(CONFIG, batch_size=1), [600], accelerator=accelerator)
+    cells = compute_cells(sd, dataset, config_with(batch_size=1), [600], accelerator=accelerator)
     assert cells.images.tolist() == [1] and cells.findings.tolist() == [1] and cells.numbers.tolist() == [1]
     assert len(cells.maps) == len(cells.masks) == len(cells.auc) == 1 and np.isfinite(cells.auc).all()
     with pytest.raises(UserError, match="no validation image has a region that can be scored"):
@@ -237,7 +242,7 @@ def _rank(rank: int, port: int, base: str, folder: str) -> None:
 
 
 def few_choice(model: Model, accelerator: Accelerator, images: int) -> tuple[int, tuple[str, ...], float]:
-    config = replace(CONFIG, localization_images=images)
+    config = config_with(localization_images=images)
     dataset = PhantomDataset("validation", 8, 0, 64)
     cells = compute_cells(model, dataset, config, [100, 600], accelerator=accelerator)
     choice = choose_subset(cells, config, 2)
@@ -348,12 +353,12 @@ def files_of(folder: Path) -> set[str]:
 
 def run(argv: list[str]) -> None:
     recipe = recipe_module("atlas")
-    recipe.atlas(parse(AtlasConfig, argv, ignored=recipe.IGNORED))
+    recipe.atlas(parse(config_class_of(recipe), argv))
 
 
 def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     recipe = recipe_module("atlas")
-    return refusal_of(recipe.atlas, AtlasConfig, argv, capsys, ignored=recipe.IGNORED)
+    return refusal_of(recipe.atlas, config_class_of(recipe), argv, capsys)
 
 
 def test_the_recipe_writes_what_it_says_and_the_run_is_evaluated_by_its_subset(
@@ -390,7 +395,7 @@ def test_the_recipe_writes_what_it_says_and_the_run_is_evaluated_by_its_subset(
     chosen = content["models"]["frozen"]["chosen"]
     model = load_model(BaseConfig(name=str(folder / "base")), run=folder / "runs" / "frozen")
     assert model.subset == AttentionSubset(tuple(chosen["layers"]), tuple(chosen["timesteps"]))
-    used = with_subset(EvaluationConfig(), model)
+    used = with_subset(FullEvaluation(), model)
     assert (used.layers, used.timesteps) == (tuple(chosen["layers"]), tuple(chosen["timesteps"]))
 
     text = (folder / "out" / "atlas.md").read_text(encoding="utf-8")
@@ -439,12 +444,11 @@ def test_dry_run_writes_nothing(work: tuple[Path, list[str]], capsys: pytest.Cap
     [
         (["--data.validation_size", "0"], "data.validation_size is 0: the subset is chosen on validation images"),
         (["--timesteps", "[600, 1000]"], "timesteps must be in 0 .. 999"),
-        (["--evaluation.protocol", "dombrowski"], "evaluation.protocol is set to 'dombrowski'"),
-        (["--evaluation.timesteps", "300"], "the atlas is of all layers, at `timesteps`"),
-        (["--data.root", "x"], "data.kind is phantom"),
-        (["--runs", "[]", "--store", "false"], "runs is empty"),
+        (["--evaluation.protocol", "dombrowski"], "evaluation.protocol"),
+        (["--evaluation.timesteps", "300"], "evaluation.timesteps"),
+        (["--data.root", "x"], "data.root"),
         (["--runs", "/nowhere/run"], "no run folder /nowhere/run"),
-        (["--max_timesteps", "0"], "max_timesteps: expected at least 1, got 0"),
+        (["--max_timesteps", "0"], "max_timesteps: expected a whole number of at least 1, got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(
@@ -464,7 +468,8 @@ def make_folder(
         Image.fromarray(pixels).save(folder / f"{i}.png")
     lines = [header, *(f"{i}.png,{row(i)}" for i in range(4))]
     (folder / "metadata.csv").write_text("\n".join(lines) + "\n", encoding="utf-8")
-    return ["--data.kind", "folder", "--data.root", str(folder), "--data.resolution", "64"]
+    unused = [word for name in ("phrase", "mask", "label", "patient") for word in (f"--data.{name}_column", "none")]
+    return ["--data.kind", "folder", "--data.root", str(folder), "--data.resolution", "64", *unused]
 
 
 def test_data_without_a_validation_split_or_regions_is_refused(
@@ -474,11 +479,12 @@ def test_data_without_a_validation_split_or_regions_is_refused(
     splits = ["train", "validation", "test", "test"]
     boxed = make_folder(tmp_path / "boxed", lambda i: f'Edema.,{splits[i]},edema,"8,8,20,20"')
     columns = ["--data.finding_column", "finding", "--data.box_column", "bbox"]
-    message = refusal([*argv, *boxed, *columns], capsys)
+    message = refusal([*argv, *boxed, *columns, "--data.split_column", "none"], capsys)
     assert "4 of 4 test images are also validation images" in message and "data.split_column" in message
     no_validation = ["--data.split_column", "split", "--data.test_split", "train"]
     plain = make_folder(tmp_path / "plain", lambda i: f"Edema.,{splits[i]}", "file_name,text,split")
-    message = refusal([*argv, *plain, "--data.split_column", "split"], capsys)
+    without = ["--data.finding_column", "none", "--data.box_column", "none"]
+    message = refusal([*argv, *plain, *without, "--data.split_column", "split"], capsys)
     assert "no validation image has a region of a finding: set data.finding_column" in message
     none = make_folder(tmp_path / "none", lambda i: 'Edema.,test,edema,"8,8,20,20"')
     message = refusal([*argv, *none, *columns, *no_validation[:2]], capsys)
@@ -490,10 +496,10 @@ def test_data_without_a_validation_split_or_regions_is_refused(
 
 def test_run_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
     names = recipe_module("atlas").models_of
-    config = AtlasConfig(runs=(str(tmp_path / "a" / "frozen"), str(tmp_path / "b" / "frozen")))
-    assert names(config) == {"base": None, "a-frozen": Path(config.runs[0]), "b-frozen": Path(config.runs[1])}
-    assert list(names(AtlasConfig(runs=("x/frozen", "x/learnable")))) == ["base", "frozen", "learnable"]
-    assert list(names(AtlasConfig(runs=("x/base",)))) == ["base", "x-base"]
-    assert names(AtlasConfig()) == {"base": None}
+    runs = (str(tmp_path / "a" / "frozen"), str(tmp_path / "b" / "frozen"))
+    assert names(runs) == {"base": None, "a-frozen": Path(runs[0]), "b-frozen": Path(runs[1])}
+    assert list(names(("x/frozen", "x/learnable"))) == ["base", "frozen", "learnable"]
+    assert list(names(("x/base",))) == ["base", "x-base"]
+    assert names(()) == {"base": None}
     with pytest.raises(UserError, match="a folder is given twice"):
-        names(AtlasConfig(runs=("x/frozen", "x/../x/frozen")))
+        names(("x/frozen", "x/../x/frozen"))

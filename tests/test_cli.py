@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import pytest
-from any_settings import configs_of
+from any_settings import TRICKY, configs_of
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from pydantic import Field, ValidationError, field_validator, model_validator
 
 from distill.cli import main, options, parse, to_yaml
-from distill.configuration.options import expected, keys_of
+from distill.configuration.options import expected, item_type, keys_of
 from distill.errors import UserError
 from distill.settings import Count, Inside, Positive, Probability, Settings, Text
 
@@ -61,6 +61,8 @@ class Archive(Settings):
     """Where images come from."""
     file: Text
     """The archive."""
+    root: Count = 1
+    """Level of the folder in the archive."""
 
 
 AnyData = Annotated[Drawn | Folder | Archive, Field(discriminator="kind")]
@@ -225,6 +227,14 @@ def test_written_yaml_parses_to_an_equal_config(config: Recipe, tmp_path: Path) 
     path.write_text(to_yaml(config), encoding="utf-8")
     parsed = parse(Recipe, ["--config", str(path)])
     assert parsed == config and repr(parsed) == repr(config)  # 1 == 1.0 == True, which repr tells apart
+
+
+@pytest.mark.parametrize("text", TRICKY)
+def test_written_yaml_keeps_every_text(text: str, yaml_file: Callable[..., str]) -> None:
+    config = Recipe(evaluation=Evaluation(features=text), scale={text: 2.0}, data=Folder(query_words={"a": [text]}))
+    path = Path(yaml_file(""))
+    path.write_text(to_yaml(config), encoding="utf-8")
+    assert parse(Recipe, ["--config", str(path)]) == config
 
 
 def test_a_group_keeps_its_recipes_defaults_where_a_part_of_it_is_set(yaml_file: Callable[..., str]) -> None:
@@ -461,12 +471,25 @@ def test_all_faults_come_in_one_message_each_with_its_place(yaml_file: Callable[
             ["--trainer.betas", "0.5"],
             "trainer.betas: expected a list of 2: a number above 0 and below 1, a number above",
         ),
+        (
+            ["--trainer.betas", "[0.5]"],
+            "trainer.betas: expected a list of 2: a number above 0 and below 1, a number above",
+        ),
         (["--trainer.betas", "0.5,0.1,0.3"], "trainer.betas: expected a list of 2: "),
         (["--trainer.betas", "0.5,2"], "trainer.betas[1]: expected a number above 0 and below 1, got 2 (from the"),
         (["--evaluation.timesteps", "[]"], "evaluation.timesteps: expected a list of whole numbers of at least 1 with"),
         (
             ["--evaluation.timesteps", "0,5"],
             "evaluation.timesteps[0]: expected a whole number of at least 1, got 0 (from",
+        ),
+        (
+            ["--evaluation.guidance", ".inf"],
+            "evaluation.guidance: expected a number or auto, got inf (from the command",
+        ),
+        (["--data.kind=archive", "--data.file=x", "--data.root=y"], "data.root: expected a whole number of at least 1"),
+        (
+            ["--learning_rat", "1"],
+            "unknown key learning_rat; did you mean trainer.learning_rate? (from the command line)",
         ),
         (["--evaluation.guidance", "x"], "evaluation.guidance: expected a number or auto, got 'x' (from the command"),
         (["--trainer.ema_decay", "1"], "trainer.ema_decay: expected a number above 0 and below 1, or none, got 1"),
@@ -532,15 +555,40 @@ def test_checks_of_a_group_and_of_the_whole_are_reported_with_the_options_that_t
     )
 
 
+def test_a_check_that_names_an_option_of_a_group_is_not_of_the_option_of_that_name_above() -> None:
+    class Other(Settings):
+        """A recipe."""
+
+        tail_weight: float = 0.0
+        """Another weight."""
+        losses: Losses = Losses()
+        """Losses."""
+
+        @model_validator(mode="after")
+        def _check(self) -> Other:
+            raise ValueError("losses.tail_weight is never right")
+
+    assert_faults(faults_of(Other, "--tail_weight", "1"), "losses.tail_weight is never right")
+
+
+def test_a_fault_of_an_anchor_is_listed_once(yaml_file: Callable[..., str]) -> None:
+    path = yaml_file("arms:\n  a: &a {trainer: {max_steps: 1, max_steps: 2}}\n  b: {<<: *a}\n  c: {<<: *a}\n")
+    message = faults_of(Recipe, "--config", path)
+    assert_faults(
+        message, *(f"arms.{name}.trainer.max_steps is given twice (from {path}, lines 2 and 2)" for name in "abc")
+    )
+    path = yaml_file("arms:\n  a: &a {trainer: {max_steps: 1, max_steps: 2}}\n  c: {<<: [*a, *a]}\n")
+    assert "not valid (2)" in faults_of(Recipe, "--config", path)
+
+
 def test_a_check_says_nothing_of_values_that_are_not_the_users(yaml_file: Callable[..., str]) -> None:
     """With max_steps unreadable its default takes part in the check, and warmup_steps is right against what was meant."""
     path = yaml_file("trainer: {max_steps: 5k, warmup_steps: 2000}")
     message = faults_of(Recipe, "--config", path)
     assert_faults(message, f"trainer.max_steps: expected a whole number of at least 1, got '5k' (from {path}, line 1)")
     path = yaml_file("trainer: {max_stesp: 5000, warmup_steps: 2000}")
-    assert f"unknown key trainer.max_stesp; did you mean trainer.max_steps? (from {path}, line 1)" in faults_of(
-        Recipe, "--config", path
-    )
+    fault = f"unknown key trainer.max_stesp; did you mean trainer.max_steps? (from {path}, line 1)"
+    assert_faults(faults_of(Recipe, "--config", path), fault)
     broken = yaml_file("trainer: {max_steps: 5000", "broken.yaml")
     assert "warmup" not in faults_of(Recipe, "--config", broken, "--trainer.warmup_steps", "2000")
 
@@ -673,6 +721,10 @@ def test_an_empty_file_changes_nothing(yaml_file: Callable[..., str]) -> None:
     assert parse(Recipe, ["--config", yaml_file("# nothing yet\n")]) == Recipe()
 
 
+def test_a_byte_order_mark_is_skipped(yaml_file: Callable[..., str]) -> None:
+    assert parse(Recipe, ["--config", yaml_file("\ufeffseed: 3")]).seed == 3
+
+
 def test_settings_are_frozen_and_strict() -> None:
     with pytest.raises(ValidationError):
         Recipe().seed = 3  # type: ignore[misc]
@@ -700,6 +752,12 @@ def test_settings_are_frozen_and_strict() -> None:
 )
 def test_types_in_plain_english(hint: Any, text: str) -> None:
     assert expected(hint) == text
+
+
+def test_an_item_of_a_list_of_fixed_length_has_its_own_type() -> None:
+    assert [item_type(tuple[int, str], index) for index in (0, 1, 2)] == [int, str, str]
+    assert item_type(tuple[int, ...], 5) is int and item_type(list[str] | None, 5) is str
+    assert item_type(int | list[str], 0) is None and item_type(int, 0) is None
 
 
 # Help and printed configuration

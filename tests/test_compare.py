@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
-from recipe import ROOT, recipe_module, refusal_of
+from recipe import ROOT, config_class_of, recipe_module, refusal_of
 from test_seeds import write_run
 
 from distill.cli import parse, to_yaml
-from distill.config import CompareConfig, FinetuneConfig
 from distill.report import validate_metrics
 
 EACH = "{frozen: 'RUN/seed-{seed}/frozen', longer: 'RUN/seed-{seed}/longer'}"
 
 
-def recipe() -> Callable[[CompareConfig], None]:
-    return recipe_module("compare").compare
+def run_recipe(argv: list[str]) -> None:
+    recipe = recipe_module("compare")
+    recipe.compare(parse(config_class_of(recipe), argv))
 
 
 def finished(folder: Path, seed: int, shift: dict[str, float], **options: Any) -> Path:
     """A run folder with what its recipe writes besides: config.yaml, and metrics.json of each arm."""
     write_run(folder, seed, shift)
     run = folder / f"seed-{seed}"
-    (run / "config.yaml").write_text(to_yaml(parse(FinetuneConfig, ["--seed", str(seed)])), encoding="utf-8")
+    (run / "config.yaml").write_text(
+        to_yaml(parse(config_class_of(recipe_module("finetune")), ["--seed", str(seed)])), encoding="utf-8"
+    )
     change(run, **options)
     whole = json.loads((run / "metrics.json").read_text())
     for arm in shift:
@@ -48,18 +49,19 @@ def change(run: Path, **options: Any) -> None:
 
 
 def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    return refusal_of(recipe(), CompareConfig, argv, capsys)
+    recipe = recipe_module("compare")
+    return refusal_of(recipe.compare, config_class_of(recipe), argv, capsys)
 
 
 def test_arms_of_several_commands_are_compared_pair_by_pair(tmp_path: Path) -> None:
     for seed, gain in ((1, 0.1), (2, 0.3)):
         finished(tmp_path / "a", seed, {"frozen": 0.0, "other": 0.0})
-        finished(tmp_path / "b", seed, {"longer": gain}, trainer__max_steps=800, data__phantom_companions=None)
+        finished(tmp_path / "b", seed, {"longer": gain}, trainer__max_steps=800, data__companions=None)
     arms = "{frozen: 'A/seed-{seed}/frozen', longer: 'B/seed-{seed}/longer'}"
     arms = arms.replace("A/", f"{tmp_path}/a/").replace("B/", f"{tmp_path}/b/")
     argv = ["--arms", arms, "--seeds", "[1,2]", "--output_dir", str(tmp_path / "out")]
     for _ in range(2):  # the same command again
-        recipe()(parse(CompareConfig, argv))
+        run_recipe(argv)
         metrics = json.loads((tmp_path / "out/metrics.json").read_text())
         validate_metrics(metrics)
         assert list(metrics["arms"]) == ["frozen", "longer"] and list(metrics["paired"]) == ["longer - frozen"]
@@ -88,16 +90,16 @@ def test_single_runs_are_compared_with_intervals_of_images_alone(
     one = finished(tmp_path / "a", 0, {"base": 0.0, "model": 0.1}, evaluation__batch_size=2)
     two = finished(tmp_path / "b", 5, {"model": 0.4}, data__train_size=7)
     arms = f"{{plain: '{one}', better: '{two}/model', base: '{one}/base'}}"
-    argv = ["--arms", arms, "--references", "plain", "--output_dir", str(tmp_path / "out")]
-    recipe()(parse(CompareConfig, [*argv, "--dry_run"]))
+    argv = ["--arms", arms, "--compare_to", "plain", "--output_dir", str(tmp_path / "out")]
+    run_recipe([*argv, "--dry_run"])
     assert not (tmp_path / "out").exists() and "nothing was written" in capsys.readouterr().out
-    recipe()(parse(CompareConfig, argv))
+    run_recipe(argv)
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     found = {name: entry["word.auc"]["value"] for name, entry in metrics["paired"].items()}
     assert found == {"better - plain": pytest.approx(0.3), "base - plain": pytest.approx(-0.1)}
     assert metrics["provenance"]["seeds"]["training"] == [0, 5]
     text = (tmp_path / "out/report.md").read_text()
-    assert "One training seed an arm" in text and "resamples of seeds" not in text
+    assert "One training seed a model" in text and "over seeds" not in text
 
 
 def test_the_settings_of_arms_of_one_run_and_its_seed_are_told(tmp_path: Path) -> None:
@@ -108,7 +110,7 @@ def test_the_settings_of_arms_of_one_run_and_its_seed_are_told(tmp_path: Path) -
         settings["trainer"]["max_steps"] = steps
         (run / arm / "metrics.json").write_text(json.dumps(found | {"settings": settings}))
     argv = ["--arms", f"{{a: '{run}/frozen', b: '{run}/longer'}}", "--output_dir", str(tmp_path / "out")]
-    recipe()(parse(CompareConfig, argv))
+    run_recipe(argv)
     origin = json.loads((tmp_path / "out/metrics.json").read_text())["provenance"]
     assert origin["arms"]["b"]["differs"] == {"trainer.max_steps": "800"} and origin["seeds"]["training"] == [7]
 
@@ -122,40 +124,37 @@ def test_names_of_shipped_comparisons_are_accepted(capsys: pytest.CaptureFixture
 def test_a_kill_leaves_the_earlier_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finished(tmp_path, 0, {"frozen": 0.0, "longer": 0.1})
     argv = ["--arms", EACH.replace("RUN", str(tmp_path)), "--seeds", "[0]", "--output_dir", str(tmp_path / "out")]
-    module = recipe_module("compare")
-    module.compare(parse(CompareConfig, argv))
+    run_recipe(argv)
     before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
 
     def killed(*arguments: Any) -> None:
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
-        patched.setattr(module, "write_json", killed)
-        module.compare(parse(CompareConfig, argv))
+        patched.setattr("distill.files.write_json", killed)
+        run_recipe(argv)
     assert {path: path.read_bytes() for path in before} == before
-    module.compare(parse(CompareConfig, argv))
+    run_recipe(argv)
     assert not (tmp_path / "out/.partial").exists()
 
 
 def test_what_cannot_be_compared_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run = finished(tmp_path, 0, {"frozen": 0.0, "longer": 0.1})
-    other = finished(
-        tmp_path / "other", 0, {"longer": 0.1}, evaluation__guidance_scale=2.0, data__phantom_captions="affirmed"
-    )
+    other = finished(tmp_path / "other", 0, {"longer": 0.1}, evaluation__guidance_scale=2.0, data__captions="affirmed")
     out = ["--output_dir", str(tmp_path / "out")]
     each = EACH.replace("RUN", str(tmp_path))
     message = refusal(["--arms", f"{{a: '{run}/frozen', b: '{other}/longer'}}", *out], capsys)
-    assert "evaluation.guidance_scale is 2.0, and 4.0" in message and "data.phantom_captions is 'affirmed'" in message
+    assert "evaluation.guidance_scale is 2.0, and 4.0" in message and "data.captions is 'affirmed'" in message
     message = refusal(["--arms", each, "--seeds", "[0,3]", *out], capsys)
     assert "frozen: " in message and "longer: " in message and "seed-3" in message
-    assert "needs seeds for {seed}" in refusal(["--arms", each, *out], capsys)
-    message = refusal(["--arms", f"{{'../a': '{run}', b: '{run}'}}", "--references", "c", *out], capsys)
-    assert "arms: '../a' cannot be a folder's name" in message and "references: 'c' is no arm" in message
+    assert "has {seed}, and seeds is empty" in refusal(["--arms", each, *out], capsys)
+    message = refusal(["--arms", f"{{'../a': '{run}', b: '{run}'}}", "--compare_to", "c", *out], capsys)
+    assert "arms: '../a' cannot be a folder's name" in message and "compare_to: 'c' is no arm" in message
     message = refusal(["--arms", f"{{a: '{run}', b: '{run}/longer'}}", *out], capsys)
-    assert "is a run folder of ['frozen', 'longer']; give the folder of one arm" in message
-    assert "give at least two" in refusal(["--arms", f"{{a: '{run}/longer'}}", *out], capsys)
+    assert "is a run folder of frozen, longer; give the folder of one arm" in message
+    assert "arms: expected" in refusal(["--arms", f"{{a: '{run}/longer'}}", *out], capsys)
     assert not (tmp_path / "out").exists()
-    recipe()(parse(CompareConfig, ["--arms", each, "--seeds", "[0]", *out]))
+    run_recipe(["--arms", each, "--seeds", "[0]", *out])
     (run / "longer").rename(run / "renamed")
     message = refusal(["--arms", each.replace("/longer", "/renamed"), "--seeds", "[0]", *out], capsys)
     assert "was renamed: its metrics.json is of longer" in message

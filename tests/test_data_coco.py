@@ -20,11 +20,10 @@ from PIL import Image
 
 from distill.config import DataConfig
 from distill.data.loading import load_dataset
-from distill.data.readers.coco import CocoDataset
+from distill.data.readers.coco import CocoDataset, class_words
 from distill.data.readers.folder import FolderDataset
-from distill.data.sample import image_key
-from distill.data.readers.coco import class_words
 from distill.data.readers.pixels import check_segmentation, decode_counts, polygon_mask, rle_mask, segmentation_mask
+from distill.data.sample import image_key
 from distill.errors import UserError
 
 # --- segmentations ------------------------------------------------------------------------------------------------
@@ -293,7 +292,7 @@ def test_findings_that_are_not_asked_for_are_left_out(root: Path) -> None:
 
 
 def test_training_keeps_every_caption(root: Path) -> None:
-    dataset = coco(root, "train")
+    dataset = coco(root, "train", test_split="test")
     assert len(dataset) == 5 and dataset[2].regions == () and dataset.labels(2) == ("dog", "person")
     assert ids(dataset)[2:] == ["val2017/a.jpg#1", "val2017/a.jpg#2", "val2017/c.jpg#0"]
 
@@ -567,7 +566,7 @@ def test_real_photographs_as_coco_json(shared_data: Path, tmp_path: Path) -> Non
         writer.writerows(rows)
     folder = DataConfig(
         kind="folder", root=str(tmp_path), resolution=64, caption_column="captions", finding_column="bbox_label",
-        box_column="bbox_xywh", mask_column="mask_file",
+        box_column="bbox_xywh", mask_column="mask_file", test_split="all",
     )  # fmt: skip
     by_folder = FolderDataset(folder, "test")
     theirs = {by_folder.image_key(i): {r.finding: r for r in by_folder.regions(i)} for i in range(len(by_folder))}

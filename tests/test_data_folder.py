@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import pickle
+import shutil
 import struct
 import zlib
 from pathlib import Path
@@ -18,6 +20,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
 from distill.config import DataConfig
+from distill.data.loading import load_dataset
 from distill.data.readers.folder import FolderDataset, _boxes
 from distill.errors import UserError
 
@@ -43,16 +46,15 @@ def row(name: str = "a.png", text: str = "small effusion", finding: str = "", bo
     return {"file_name": name, "text": text, "finding": finding, "box": box, "mask": mask}
 
 
-def load(
-    root: Path, rows: list[dict[str, str]] | None = None, split: str = "train", **options: object
-) -> FolderDataset:
+def load(root: Path, rows: list[dict[str, str]] | None = None, split: str = "test", **options: object) -> FolderDataset:
+    """All images of the folder, unless `split` or `options` name some."""
     if rows is not None:
         write_csv(root / "metadata.csv", rows)
-    settings: dict = {"root": str(root), "kind": "folder", "resolution": 32, **COLUMNS, **options}
+    settings: dict = {"root": str(root), "kind": "folder", "resolution": 32, "test_split": "all", **COLUMNS, **options}
     return FolderDataset(DataConfig(**settings), split)
 
 
-def fault(root: Path, rows: list[dict[str, str]] | None = None, split: str = "train", **options: object) -> str:
+def fault(root: Path, rows: list[dict[str, str]] | None = None, split: str = "test", **options: object) -> str:
     with pytest.raises(UserError) as caught:
         load(root, rows, split, **options)
     return str(caught.value)
@@ -162,7 +164,7 @@ def test_lists_in_csv_and_jsonl_are_the_same(root: Path) -> None:
         {"file_name": "b.png", "text": "small effusion", "finding": "edema", "box": ["5,0,10,10", "25,20,10,10"]},
     ]
     (root / "metadata.jsonl").write_text("\ufeff" + "\n\n".join(map(json.dumps, lines)), encoding="utf-8")
-    dataset = load(root, metadata_file="metadata.jsonl", mask_column=None)
+    dataset = load(root, metadata_file="metadata.jsonl", mask_column="none")
     for index in range(2):
         for ours, theirs in zip(dataset[index].regions, expected[index].regions, strict=True):
             assert ours.finding == theirs.finding and ours.boxes == theirs.boxes
@@ -211,14 +213,171 @@ def test_labels_of_the_image_go_before_findings_of_boxes(root: Path) -> None:
 
 
 def test_splits(root: Path) -> None:
-    write_image(root / "c.png")
+    write_image(root / "b.png", (41, 30))
+    write_image(root / "c.png", (42, 30))
     rows = [{**row(name), "split": split} for name, split in (("a.png", "train"), ("b.png", " val"), ("c.png", "3"))]
     for split, name in (("train", "a.png"), ("validation", "b.png"), ("test", "c.png")):
         dataset = load(root, rows, split, split_column="split", test_split="3")
         assert [sample.id for sample in (dataset[0],)] == [name] and len(dataset) == 1
-        assert len(load(root, rows, split)) == 3
-    message = fault(root, rows, "test", split_column="split")
+    assert len(load(root, rows)) == 3
+    message = fault(root, rows, test_split="test")
     assert "no row has split = test" in message and "'train' (1 rows)" in message and "'3' (1 rows)" in message
+
+
+# --- columns and splits -------------------------------------------------------------------------------------------
+
+
+def plain(root: Path, rows: list[dict[str, str]], split: str = "test", **options: object) -> FolderDataset:
+    """With no option but those that a test names."""
+    write_csv(root / "metadata.csv", rows)
+    return load_dataset(DataConfig(**{"kind": "folder", "root": str(root), "resolution": 32, **options}), split)
+
+
+def plain_fault(root: Path, rows: list[dict[str, str]], split: str = "test", **options: object) -> str:
+    with pytest.raises(UserError) as caught:
+        plain(root, rows, split, **options)
+    return str(caught.value)
+
+
+def names(dataset: FolderDataset) -> set[str]:
+    return {dataset.image_key(index) for index in range(len(dataset))}
+
+
+def many(root: Path, count: int, **values: object) -> list[dict[str, str]]:
+    """Rows of `count` different images; a value may be a function of the number."""
+    for number in range(count):
+        write_image(root / f"{number}.png", (40 + number, 30))
+    return [
+        {"file_name": f"{number}.png", "text": "edema"}
+        | {k: v(number) if callable(v) else v for k, v in values.items()}
+        for number in range(count)
+    ]
+
+
+def test_the_documented_columns_are_read_without_an_option(root: Path) -> None:
+    rows = many(root, 3, split=lambda i: ["train", "val", "test"][i], finding="edema", bbox="5,5,9,9")
+    for split, name in (("train", "0.png"), ("validation", "1.png"), ("test", "2.png")):
+        dataset = plain(root, rows, split)
+        assert names(dataset) == {name} and [region.finding for region in dataset[0].regions] == ["edema"]
+    assert dataset.summary == (
+        "metadata.csv: 3 images; file_name, text, split, finding, bbox; 1 train, 1 validation, 1 test; findings: edema"
+    )
+    write_image(root / "m.png", (42, 30))
+    extra = {"phrase": "small", "mask": "m.png", "labels": "edema|nodule", "patient": ""}
+    dataset = plain(
+        root, [row | (extra if number == 2 else dict.fromkeys(extra, "")) for number, row in enumerate(rows)]
+    )
+    assert dataset[0].regions[0].mask.float().mean() > 0.9 and dataset[0].regions[0].phrase == "small"
+    assert dataset.labels(0) == ("edema", "nodule")
+
+
+def test_none_leaves_a_column_unread_and_a_name_must_be_there(root: Path) -> None:
+    rows = many(root, 3, split="test", finding="edema", bbox="5,5,9,9")
+    assert plain(root, rows, box_column="none")[0].regions == ()
+    message = plain_fault(root, rows, split_column="fold", patient_column="subject", box_column="box")
+    for option, name in (("split_column", "fold"), ("patient_column", "subject"), ("box_column", "box")):
+        assert f"data.{option} '{name}' is not a column" in message
+    assert "data.box_column needs data.finding_column" in plain_fault(root, rows, finding_column="none")
+    assert "data.test_split 'val' needs data.split_column" in plain_fault(
+        root, rows, split_column="none", test_split="val"
+    )
+    renamed = [{"Split": row.pop("split"), **row} for row in rows]
+    assert "column 'Split' would be read as 'split'" in plain_fault(root, renamed)
+
+
+@pytest.mark.parametrize("option", [{}, {"split_column": "none"}])
+@pytest.mark.parametrize(("count", "test", "validation"), [(2, 1, 0), (3, 1, 1), (19, 1, 1), (40, 4, 4)])
+def test_without_a_split_column_no_image_is_in_two_splits(
+    root: Path, count: int, test: int, validation: int, option: dict[str, str]
+) -> None:
+    rows = many(root, count, **({"split": "test"} if option else {}))
+    found = {split: names(plain(root, rows, split, **option)) for split in ("train", "test")}
+    if validation:
+        found["validation"] = names(plain(root, rows, "validation", **option))
+    assert set().union(*found.values()) == {row["file_name"] for row in rows}
+    assert [len(found[split]) for split in ("train", "test")] == [count - test - validation, test]
+    assert sum(map(len, found.values())) == count
+    assert names(plain(root, rows[::-1], "test", **option)) == found["test"], "the order of the rows does not count"
+    by_hash = sorted((hashlib.sha256(row["file_name"].encode()).hexdigest(), row["file_name"]) for row in rows)
+    assert found["test"] == {name for _, name in by_hash[:test]}
+    if validation:
+        assert found["validation"] == {name for _, name in by_hash[test : test + validation]}
+
+
+def test_a_patient_and_a_copy_stay_together_without_a_split_column(root: Path) -> None:
+    rows = many(root, 12, patient=lambda i: f"p{i // 3}" if i < 9 else "")
+    rows.append(rows[0] | {"file_name": "copy.png", "patient": ""})
+    shutil.copy(root / "0.png", root / "copy.png")
+    found = {split: names(plain(root, rows, split)) for split in ("train", "validation", "test")}
+    assert sorted(len(found[split]) for split in found) and sum(map(len, found.values())) == 13
+    for together in ({"0.png", "1.png", "2.png", "copy.png"}, {"3.png", "4.png", "5.png"}, {"6.png", "7.png", "8.png"}):
+        assert sum(bool(together & some) for some in found.values()) == 1
+    summary = plain(root, rows).summary
+    assert "no column of splits: split by the hash of patient, else file" in summary
+
+
+def test_one_image_cannot_be_trained_on(root: Path) -> None:
+    shutil.copy(root / "a.png", root / "b.png")
+    rows = [{"file_name": name, "text": "x"} for name in ("a.png", "b.png")]
+    message = plain_fault(root, rows, "train")
+    assert "the train split is empty" in message and "there are 1" in message and "data.test_split all" in message
+    assert len(plain(root, rows)) == 2
+    assert "at least 3 images" in plain_fault(root, many(root, 2), "validation")
+
+
+def test_all_evaluates_a_folder_as_a_whole_and_no_training_takes_it(root: Path) -> None:
+    for rows in (many(root, 5), many(root, 5, split=lambda i: "train" if i else "test")):
+        dataset = plain(root, rows, test_split="all")
+        assert len(dataset) == 5 and "all are evaluated" in dataset.summary
+        for split in ("train", "validation"):
+            assert f"this recipe also reads {split} images" in plain_fault(root, rows, split, test_split="all")
+    assert "data.train_split and data.test_split are both" in plain_fault(root, rows, "train", train_split="test")
+    assert "data.train_split cannot be all" in plain_fault(root, rows, "train", train_split="all")
+
+
+@pytest.mark.parametrize("split", ["train", "validation", "test"])
+def test_a_patient_or_a_picture_in_two_splits_is_refused(root: Path, split: str) -> None:
+    rows = many(root, 6, split=lambda i: ["train", "val", "test"][i % 3], patient=lambda i: f"p{i}")
+    plain(root, rows, split)
+    rows[4]["patient"] = "p0"
+    shutil.copy(root / "2.png", root / "3.png")
+    message = plain_fault(root, rows, split)
+    for part in (
+        "has a patient or a picture in two splits: a test would see what was trained on (2)",
+        "patient 'p0': split train, '0.png' (metadata.csv row 2); split validation, '4.png' (metadata.csv row 6)",
+        "the same picture: split test, '2.png' (metadata.csv row 4); split train, '3.png' (metadata.csv row 5)",
+        "set data.split_column none",
+        "set data.patient_column none",
+    ):
+        assert part in message
+    assert "patient 'p0'" not in plain_fault(root, rows, split, patient_column="none")
+    plain(root, rows, split, split_column="none")
+    plain(root, rows, test_split="all")
+    rows[3]["split"] = rows[4]["split"] = "unused"
+    plain(root, rows, split)
+
+
+def test_only_the_first_20_of_shared_pictures_are_listed(root: Path) -> None:
+    rows = many(root, 50, split=lambda i: "train" if i % 2 else "test")
+    for number in range(0, 50, 2):
+        shutil.copy(root / f"{number}.png", root / f"{number + 1}.png")
+    message = plain_fault(root, rows)
+    assert message.count("the same picture") == 20 and "... and 5 more" in message
+
+
+def test_no_validation_images_says_how_they_are_called(root: Path) -> None:
+    rows = many(root, 3, split=lambda i: "train" if i else "test")
+    message = plain_fault(root, rows, "validation")
+    assert "no row has split = validation or val or valid; there are 'train' (2 rows), 'test' (1 rows)" in message
+
+
+def test_normalized_boxes_are_one_fault(root: Path) -> None:
+    rows = many(root, 4, split="test", finding="edema", bbox="0.1,0.2,0.5,0.25")
+    message = plain_fault(root, rows)
+    assert "(1):" in message and "boxes look normalized: all values of all 4 boxes are from 0 to 1" in message
+    assert "0.1,0.2,0.5,0.25 (metadata.csv row 2); right is x,y,width,height in pixels" in message
+    rows[0]["bbox"] = "5,5,9,9"
+    plain(root, rows)
 
 
 def test_fingerprint_follows_bytes_and_resolution(root: Path) -> None:
@@ -312,12 +471,25 @@ def test_all_faults_are_listed_at_once(root: Path) -> None:
         "0,0,0,5",
         "0,0,5,-1",
         "-3,0,5,5",
+        "1_0,1,5,5",
+        "\u0661,1,5,5",
         "0,0,5,40",
         ";",
     ],
 )
 def test_boxes_that_are_refused(root: Path, box: str) -> None:
     assert "row 2: " in fault(root, [row(finding="edema", box=box)])
+
+
+@pytest.mark.parametrize("caption", ["nan", "NaN", "None", "null", "<NA>", "\u200b\u200b", "\ufeff \u200b"])
+def test_captions_that_no_one_wrote_are_refused(root: Path, caption: str) -> None:
+    message = fault(root, [row(text=caption)])
+    assert "row 2: text is " in message
+    assert len(load(root, [row(text="none of the above")])) == 1
+    if caption.isprintable():
+        assert "as programs write a missing value" in fault(root, allow_empty_captions=True, rows=[row(text=caption)])
+    else:
+        assert load(root, [row(text=caption)], allow_empty_captions=True).caption(0) == ""
 
 
 def test_a_box_may_leave_the_image_by_a_pixel(root: Path) -> None:
@@ -391,7 +563,7 @@ def test_splits_of_one_image_must_agree(root: Path) -> None:
 )
 def test_metadata_that_cannot_be_read(root: Path, data: bytes, part: str) -> None:
     (root / "metadata.csv").write_bytes(data)
-    assert part in fault(root, finding_column=None, box_column=None, mask_column=None)
+    assert part in fault(root, finding_column="none", box_column="none", mask_column="none")
 
 
 @pytest.mark.parametrize(
@@ -404,6 +576,13 @@ def test_metadata_that_cannot_be_read(root: Path, data: bytes, part: str) -> Non
         ('{"file_name": "a.png\\u0000", "text": "x"}', "has a character that is no text"),
         ('{"file_name": "a.png", "text": "\\ud800"}', "has a character that is no text"),
         ('{"file_name": "a.png", "text": null}', "text is empty"),
+        ('{"file_name": "a.png", "text": NaN}', "row 1: text must be text: nan"),
+        ('{"file_name": "a.png", "text": true}', "row 1: text must be text: True"),
+        ('{"file_name": "a.png", "text": 5}', "row 1: text must be text: 5"),
+        ('{"file_name": "a.png", "text": "x", "finding": true}', "row 1: finding must be text: True"),
+        ('{"file_name": "a.png", "text": "x", "finding": NaN}', "row 1: finding must be text: nan"),
+        ('{"file_name": "a.png", "text": "x", "text": "y"}', "row 1: key 'text' is given 2 times"),
+        ('{"file_name": "a.png", "text": "x", " text": "y"}', "row 1: key 'text' is given 2 times"),
         ('{"file_name": "a.png", "text": "x", "finding": "f", "box": [NaN, 0, 1, 1]}', "is not finite"),
         ('{"file_name": "a.png", "text": "x", "finding": "f", "box": [true, 0, 1, 1]}', "is not a box"),
         ('{"file_name": "a.png", "text": "x", "finding": "f", "box": {"x": 1}}', "is not a box"),
@@ -413,14 +592,14 @@ def test_metadata_that_cannot_be_read(root: Path, data: bytes, part: str) -> Non
 def test_json_that_cannot_be_used(root: Path, line: str, part: str) -> None:
     other = {"file_name": "b.png", "text": "x", "finding": "f", "box": [0, 0, 5, 5]}
     (root / "metadata.jsonl").write_text(line + "\n" + json.dumps(other) + "\n")
-    assert part in fault(root, metadata_file="metadata.jsonl", mask_column=None)
+    assert part in fault(root, metadata_file="metadata.jsonl", mask_column="none")
 
 
 def test_what_the_config_gets_wrong(root: Path) -> None:
     message = fault(root, [row()], caption_column="txt", box_column="bbox")
     assert "data.caption_column 'txt' is not a column; did you mean 'text'?" in message
     assert "data.box_column 'bbox' is not a column; did you mean 'box'?" in message and "file_name, text" in message
-    assert "needs data.finding_column" in fault(root, finding_column=None)
+    assert "needs data.finding_column" in fault(root, finding_column="none")
     assert "'edem' is not a finding; did you mean 'edema'" in fault(
         root, [row(finding="edema", box="1,1,9,9")], query_words={"edem": ["oedema"]}
     )
@@ -536,7 +715,9 @@ def test_captions_that_are_too_long_are_counted(root: Path) -> None:
         dataset.check_captions([tokenizer, tokenizer], 20)
     message = str(caught.value)
     assert message.startswith("1 of 2 captions") and "the longest has 21" in message and "a" * 19 in message
-    load(root, rows, truncate_captions=True).check_captions([tokenizer], 20)
+    dataset = load(root, [*rows, rows[1] | {"file_name": "./b.png"}], truncate_captions=True)
+    dataset.check_captions([tokenizer], 20)
+    assert dataset.cut_captions == 1 and "1 of 2 captions are cut" in dataset.summary
 
 
 def test_a_finding_that_no_caption_names_is_refused(root: Path) -> None:
@@ -556,6 +737,7 @@ def test_a_finding_that_no_caption_names_is_refused(root: Path) -> None:
 def test_real_chest_radiographs() -> None:
     findings = ("ground glass opacity", "consolidation")
     options = {"caption_column": "caption", "finding_column": "bbox_label", "box_column": "bbox_xywh"}
+    options["test_split"] = "test"
     for split, images in (("train", 141), ("test", 8), ("validation", 14)):
         dataset = load(
             SHARED / "cxr", split=split, mask_column="mask_file", split_column="split", findings=findings, **options
@@ -567,7 +749,7 @@ def test_real_chest_radiographs() -> None:
     dataset.check_queries()
     by_mask, by_box = (
         dataset,
-        load(SHARED / "cxr", split="test", split_column="split", findings=findings, mask_column=None, **options),
+        load(SHARED / "cxr", split="test", split_column="split", findings=findings, mask_column="none", **options),
     )
     for index in range(len(dataset)):
         for ours, theirs in zip(by_mask[index].regions, by_box[index].regions, strict=True):
@@ -579,7 +761,7 @@ def test_real_chest_radiographs() -> None:
 @pytest.mark.skipif(not SHARED.is_dir(), reason="the real samples of ../shared/data are not here")
 def test_real_photographs() -> None:
     options = {"finding_column": "bbox_label", "box_column": "bbox_xywh", "mask_column": "mask_file"}
-    dataset = load(SHARED / "natural", split="train", caption_column="captions", split_column="split", **options)
+    dataset = load(SHARED / "natural", split="train", caption_column="captions", test_split="test", **options)
     assert len(dataset) == 32 and {"person", "dining table"} <= set(dataset.findings)
     assert dataset[0].pixel_values.std(0).max() > 0.1, "in colour"
     assert "two values of caption" in fault(SHARED / "natural", caption_column="caption", **options)

@@ -12,18 +12,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from distill.arms import DATA_OPTIONS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from distill.arms import DATA_OPTIONS
 from distill.config import DataConfig
 from distill.data.loading import load_dataset
 from distill.data.readers.folder import FolderDataset
-from distill.data.readers.mimic import MimicDataset, MsCxrDataset
-from distill.data.readers.records import RecordDataset
-from distill.data.readers.mimic import CHEXPERT_LABELS
-from distill.data.readers.records import _same_aspect
+from distill.data.readers.mimic import CHEXPERT_LABELS, MimicDataset, MsCxrDataset
+from distill.data.readers.records import RecordDataset, _same_aspect
 from distill.errors import UserError
 
 SIZE = (40, 30)
@@ -229,7 +227,7 @@ def test_the_published_layout(root: Path) -> None:
         ("test", {}, ["t2"]),
         ("test", {"test_split": "mscxr"}, ["d1", "d2"]),
         ("test", {"test_split": "4"}, ["d1", "d2"]),
-        ("train", {"train_split": "0"}, ["t2"]),
+        ("train", {"train_split": "0", "test_split": "mscxr"}, ["t2"]),
         ("train", {}, ["t1"]),
     ],
 )
@@ -470,6 +468,42 @@ def test_splits_of_mscxr(root: Path) -> None:
     assert len(mscxr(root, "boxes.json", **options)) == 2
 
 
+def test_validation_of_mscxr_needs_a_split_column(root: Path) -> None:
+    message = refusal(mscxr, root, "boxes.csv", split="validation", caption_source="phrase")
+    assert "set data.split_column to a column with `validation`, `val` or `valid`" in message
+
+
+def move(root: Path, patient: str, *dicoms: str) -> None:
+    """To the folder that MIMIC-CXR has for a patient."""
+    for dicom in dicoms:
+        path = root / f"files/p10/{patient}/s1/{dicom}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (root / f"files/p1/{dicom}.jpg").rename(path)
+
+
+def test_a_patient_in_two_splits_is_refused(root: Path) -> None:
+    rows = [study("t1", "1", patient="7"), study("t2", "0", patient="7.0"), study("d1", "4", patient="7")]
+    for split in ("train", "test"):
+        message = refusal(mimic, root, split, rows=rows)
+        assert "mimic.csv has a patient in two splits" in message
+        assert "patient '7': split train, 'files/p1/t1.jpg' (mimic.csv row 2); split test, 'files/p1/t2.jpg'" in message
+    assert len(mimic(root, rows=[rows[0], study("t2", "0", patient="8"), rows[2]])) == 1, "mscxr is read by neither"
+    move(root, "p10000032", "t1", "t2")
+    by_path = [
+        study(name, split, path=f"files/p10/p10000032/s1/{name}.dcm") for name, split in (("t1", "1"), ("t2", "0"))
+    ]
+    assert "patient '10000032'" in refusal(mimic, root, rows=by_path)
+
+
+def test_a_patient_in_two_splits_of_mscxr_is_refused(root: Path) -> None:
+    move(root, "p10000032", "d1", "d2")
+    write_box_a_row(root / "boxes.csv", BOXES)
+    text = (root / "boxes.csv").read_text().replace("test,files/p1/d2", "val,files/p1/d2")
+    (root / "boxes.csv").write_text(text.replace("files/p1/", "files/p10/p10000032/s1/"))
+    message = refusal(mscxr, root, "boxes.csv", caption_source="phrase", split_column="split")
+    assert "boxes.csv has a patient in two splits" in message and "patient '10000032'" in message
+
+
 def test_training_leaves_out_the_patients_of_mscxr(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     rows = [study("d1", "1", patient="A"), study("t1", "1", patient="A"), study("t2", "1", patient="B"), STUDIES[1]]
     write_csv(root / "mimic.csv", rows)
@@ -707,7 +741,7 @@ def test_real_radiographs_in_the_papers_layout(shared_data: Path) -> None:
     # The same boxes, one a row, by the reader of folders.
     folder = DataConfig(
         kind="folder", root=str(root), resolution=64, caption_column="caption", finding_column="bbox_label",
-        box_column="bbox_xywh", findings=("consolidation",),
+        box_column="bbox_xywh", findings=("consolidation",), test_split="all",
     )  # fmt: skip
     by_folder = FolderDataset(folder, "test")
     theirs = {by_folder.image_key(i): by_folder.regions(i) for i in range(len(by_folder))}

@@ -14,6 +14,7 @@ import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from distill.methods.objectives import DenoisingObjective, check_same_shape
 from full_size import ARCHITECTURES, VAE_PARAMETERS, Architecture, full_size
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -26,7 +27,6 @@ from distill.config import BaseConfig, DenoisingConfig, LoraConfig, TrainerConfi
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows
 from distill.errors import UserError
-from distill.methods.objectives import DenoisingObjective, check_same_shape
 from distill.models.adapters import add_lora, check_lora_targets, parameter_counts, prepare_training
 from distill.models.export import adapter_state, export
 from distill.models.family import Model

@@ -14,13 +14,14 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from recipe import ROOT, recipe_module
+from recipe import ROOT, config_class_of, recipe_module
 
 from distill.cli import parse
-from distill.config import BaseConfig, EvaluationConfig, PretrainConfig
+from distill.config import BaseConfig, FullEvaluation
 from distill.data.pictures import PicturesDataset
 from distill.data.sample import Sample
 from distill.errors import UserError
+from distill.experiment import pretraining, pretraining_record
 from distill.files import read_json
 from distill.models.loading import PHANTOM_BASE, load_model
 
@@ -32,7 +33,8 @@ CONFIG = ["--config", str(ROOT / "recipes/configs/phantom/pretrain.yaml")]
 def test_a_dry_run_takes_one_step_of_every_stage(text_encoder: str, capsys: pytest.CaptureFixture[str]) -> None:
     recipe = recipe_module("pretrain_phantom")
     before = {path: path.stat().st_mtime_ns for path in PHANTOM_BASE.rglob("*")}
-    recipe.pretrain(parse(PretrainConfig, [*CONFIG, "--dry_run", "true", "--unet_text_encoder", text_encoder]))
+    argv = [*CONFIG, "--dry_run", "true", "--unet_text_encoder", text_encoder]
+    recipe.pretrain(parse(config_class_of(recipe), argv))
     printed = capsys.readouterr().out
     trained = {
         name: int(n.replace(",", ""))
@@ -45,7 +47,6 @@ def test_a_dry_run_takes_one_step_of_every_stage(text_encoder: str, capsys: pyte
 
 def test_recognition_counts_each_picture_for_its_own_caption(monkeypatch: pytest.MonkeyPatch) -> None:
     """The classifier is one that reads a picture's number; what is drawn are real pictures of others or of these captions."""
-    recipe = recipe_module("pretrain_phantom")
     pictures = PicturesDataset("test", 30, 0, 128, clear=True)
     kinds, shift = list(pictures.findings), 0
 
@@ -67,16 +68,19 @@ def test_recognition_counts_each_picture_for_its_own_caption(monkeypatch: pytest
             logits = [[1.0 if kind in pictures.labels(i % 30) else -1.0 for kind in kinds] for i in read]
             return SimpleNamespace(logits=torch.tensor(logits))
 
-    monkeypatch.setattr(recipe, "RECOGNISED_PICTURES", 8)
-    monkeypatch.setattr(recipe.ResNetForImageClassification, "from_pretrained", lambda _: Classifier())
+    monkeypatch.setattr(pretraining_record, "RECOGNISED_PICTURES", 8)
+    loader = pretraining_record.ResNetForImageClassification
+    monkeypatch.setattr(loader, "from_pretrained", lambda _: Classifier())
     monkeypatch.setattr(
-        recipe, "generate", lambda _, captions, some, *rest: torch.stack([numbered(i + shift) for i in some])
+        pretraining_record,
+        "generate",
+        lambda _, captions, some, *rest: torch.stack([numbered(i + shift) for i in some]),
     )
-    config = replace(PretrainConfig(), evaluation=EvaluationConfig(batch_size=3))
 
     def found() -> dict[str, Any]:
         dataset = Numbered("test", 30, 0, 128, clear=True)
-        return recipe.recognition(load_model(BaseConfig(name="phantom")), dataset, config, Path("."))
+        model = load_model(BaseConfig(name="phantom"))
+        return pretraining_record.recognition(model, dataset, FullEvaluation(batch_size=3), Path("."))
 
     right = found()
     assert right["images"] == 8 and right["one_object_images"] == 8
@@ -88,38 +92,40 @@ def test_recognition_counts_each_picture_for_its_own_caption(monkeypatch: pytest
 
 
 def test_a_stage_replaces_the_base_and_not_its_measurements(tmp_path: Path) -> None:
-    recipe = recipe_module("pretrain_phantom")
     base, work = tmp_path / "base", tmp_path / "work"
     shutil.copytree(PHANTOM_BASE, base)
     (work / "unet_clear").mkdir(parents=True)
     (work / "unet_clear" / "cost.json").write_text('{"steps": 7}')
     (work / "unet_clear" / "train_log.jsonl").write_text('{"step": 7, "loss": 0.5, "lr": 0.1, "seconds": 3}\n')
-    stages = {name: cost for name, cost in recipe.stages_of(base).items() if name != "unet_clear"}
+    stages = {name: cost for name, cost in pretraining.stages_of(base).items() if name != "unet_clear"}
     (base / "pretraining.json").write_text(json.dumps({"stages": stages}))
+    encoder = base / "text_encoder" / "config.json"
+    encoder.write_text(json.dumps(read_json(encoder) | {"dtype": "float16"}))  # as an earlier version wrote it
     pipeline = StableDiffusionPipeline.from_pretrained(base)
     with torch.no_grad():
         next(pipeline.unet.parameters()).add_(1.0)
-    recipe.save_base(pipeline, "unet_clear", work, base)
+    pretraining.save_base(pipeline, "unet_clear", work, base)
     read = StableDiffusionPipeline.from_pretrained(base)
-    assert torch.equal(next(read.denoiser.parameters()), next(pipeline.unet.parameters()).half().float())
-    assert recipe.stages_of(base) == stages | {"unet_clear": {"steps": 7, "last": {"step": 7, "loss": 0.5}}}
+    assert torch.equal(next(read.unet.parameters()), next(pipeline.unet.parameters()).half().float())
+    assert next(read.text_encoder.parameters()).dtype == torch.float32
+    assert pretraining.stages_of(base) == stages | {"unet_clear": {"steps": 7, "last": {"step": 7, "loss": 0.5}}}
     assert not {"localization.json", "samples.png"} & {path.name for path in base.iterdir()}
-    assert recipe.stages_of(tmp_path / "base.before") == stages
+    assert pretraining.stages_of(tmp_path / "base.before") == stages
     os.replace(base, tmp_path / "base.partial")  # as a kill between the renames leaves it
-    recipe.finish_saving(base)
-    assert "unet_clear" in recipe.stages_of(base)
+    pretraining.finish_saving(base)
+    assert "unet_clear" in pretraining.stages_of(base)
 
 
 def test_stages_that_write_alone_refuse_several_processes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     recipe = recipe_module("pretrain_phantom")
-    monkeypatch.setattr(recipe, "process_state", lambda: SimpleNamespace(num_processes=2))
-    config = PretrainConfig(work_dir=str(tmp_path / "work"), output_dir=str(tmp_path / "base"))
+    monkeypatch.setattr("distill.processes.process_state", lambda: SimpleNamespace(num_processes=2))
+    config = config_class_of(recipe)(work_dir=str(tmp_path / "work"), output_dir=str(tmp_path / "base"))
     with pytest.raises(
         UserError, match="pictures, tokenizer, text_encoder, vae, classifier, .*for one process, and this"
     ):
         recipe.pretrain(config)
     with pytest.raises(UserError, match="dry_run: for one process"):
-        recipe.pretrain(replace(config, stages=("unet_clear",), dry_run=True))
+        recipe.pretrain(config.model_copy(update={"stages": ("unet_clear",), "dry_run": True}))
     assert not list(tmp_path.iterdir())
 
 

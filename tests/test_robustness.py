@@ -12,11 +12,11 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
-from recipe import recipe_module
+from recipe import config_class_of, recipe_module
 from tiny import save_tiny
 
 from distill.cli import parse
-from distill.config import EvaluationConfig, RobustnessConfig
+from distill.config import FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.sample import Sample
 from distill.evaluation import robustness
@@ -94,7 +94,7 @@ def test_a_map_of_one_of_two_places_is_worse_by_the_place_that_it_lacks(
     sd: Model, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With maps that are the true mask, and the mask of its first box alone."""
-    config = EvaluationConfig(localization_images=40, timesteps=(300,), bootstrap_samples=20)
+    config = FullEvaluation(localization_images=40, timesteps=(300,), bootstrap_samples=20)
 
     def score(places: int) -> dict[str, float]:
         def true_maps(*arguments: Any, **options: Any) -> Iterator[tuple[Query, Sample, torch.Tensor]]:
@@ -125,7 +125,8 @@ def test_the_recipe_scores_every_model_under_every_shift(tmp_path: Path) -> None
         "--evaluation.localization_images", "12", "--evaluation.timesteps", "[300]", "--output_dir", str(tmp_path / "out"),
         "--evaluation.bootstrap_samples", "20",
     ]  # fmt: skip
-    recipe_module("robustness").robustness(parse(RobustnessConfig, argv))
+    recipe = recipe_module("robustness")
+    recipe.robustness(parse(config_class_of(recipe), argv))
     found = json.loads((tmp_path / "out/robustness.json").read_text())["models"]["base"]
     assert set(found["shifts"]) == set(SHIFTS) and all(0 <= s["auc"] <= 1 for s in found["shifts"].values())
     assert 0 <= found["two_places"]["lesser_auc"] <= found["two_places"]["auc"] <= 1

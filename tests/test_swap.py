@@ -142,7 +142,7 @@ def test_swapping_in_the_same_encoder_changes_little(sd: Model, tmp_path: Path) 
 
 def test_it_trains_and_its_run_loads_again(swapped: Path, tmp_path: Path) -> None:
     model = load_model(BaseConfig(name=str(swapped)))
-    prepare_training(model, method="full", text_encoder="full", lora=LoraConfig())
+    prepare_training(model, denoiser="full", text_encoder="full", lora=LoraConfig())
     latents = torch.randn(1, model.denoiser.config.in_channels, 8, 8, generator=torch.Generator().manual_seed(0))
     embeds, _ = model.encode(model.tokenize(CAPTIONS[:1]))
     model.denoiser(latents, 5, embeds).sample.pow(2).mean().backward()
@@ -159,7 +159,7 @@ def test_adapters_that_stock_diffusers_could_not_load_are_refused(swapped: Path)
     model = load_model(BaseConfig(name=str(swapped)))
     lora = LoraConfig(text_encoder_targets=("query", "value"))
     with pytest.raises(UserError, match="adapters of CLIP text encoders only"):
-        prepare_training(model, method="lora", text_encoder="lora", lora=lora)
+        prepare_training(model, denoiser="lora", text_encoder="lora", lora=lora)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_multi_label_tokens_stand_alone(sd: Model, tmp_path: Path) -> None:
     one = model.tokenizers[0]
     assert token_spans(one, texts[0], find_words(texts[0], ["effusion"]), 12) == [2]
     assert token_spans(one, texts[0], find_words(texts[0], ["pleural", "effusion"]), 12) == [2]
-    prepare_training(model, method="full", text_encoder="full", lora=LoraConfig())
+    prepare_training(model, denoiser="full", text_encoder="full", lora=LoraConfig())
     export(model, tmp_path / "run")
     loaded = load_model(BaseConfig(name=str(tmp_path / "base")), run=tmp_path / "run")
     assert prove_parity(model, loaded, "cpu") < 1e-5

@@ -85,20 +85,15 @@ def _nearest(given: Given, path: tuple[str | int, ...]) -> tuple[Given | None, i
     return (given, depth) if depth else (None, 0)
 
 
-def _close(value: Any, names: list[Any]) -> str:
-    close = (
-        difflib.get_close_matches(value, [name for name in names if isinstance(name, str)], n=1)
-        if isinstance(value, str)
-        else []
-    )
+def _guess(value: Any, names: Iterable[Any]) -> str:
+    """The nearest of the legal names, as the end of a sentence."""
+    texts = [name for name in names if isinstance(name, str)]
+    close = difflib.get_close_matches(value, texts, n=1) if isinstance(value, str) else []
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _guess(hint: Any, value: Any) -> str:
-    """The nearest of the values that an option is restricted to."""
-    return _close(
-        value, [name for member in without_none(hint) if get_origin(member) is Literal for name in get_args(member)]
-    )
+def _literals(hint: Any) -> list[Any]:
+    return [value for member in without_none(hint) if get_origin(member) is Literal for value in get_args(member)]
 
 
 class Faults:
@@ -142,22 +137,21 @@ class Faults:
                 return [f"{dotted(path)}: expected {expected(place.parent)}, got {shown(value)}{self.origin(path)}"]
             return [f"{place.key} is needed: {wanted}"]
         quotes = "; put it in quotes" if name == "string_type" and isinstance(value, (int, float)) else ""
-        text = f"{place.key}: expected {wanted}, got {shown(value)}{_guess(place.hint, value)}{quotes}"
-        text += self.origin(place.path)
-        return [f"{text}; {note}" if (note := renamed(self._config_class, place.path)) else text]
+        text = f"{place.key}: expected {wanted}, got {shown(value)}{_guess(value, _literals(place.hint))}{quotes}"
+        return [f"{text}{self.origin(place.path)}{self._note(place.path)}"]
 
     def _bad_kind(self, place: _Place, value: Any) -> str:
         kinds = list(models_of(place.hint))
         path = (*place.path, KIND)
         if not isinstance(value, dict) or KIND not in value:
             return f"{dotted(path)} is needed: one of {', '.join(kinds)}"
-        guess = _close(value[KIND], kinds)
+        guess = _guess(value[KIND], kinds)
         text = f"{dotted(path)}: expected one of {', '.join(kinds)}, got {shown(value[KIND])}{guess}{self.origin(path)}"
-        return (
-            f"{text}; {note}"
-            if (note := renamed(self._config_class, path) or renamed(self._config_class, place.path))
-            else text
-        )
+        return f"{text}{self._note(path) or self._note(place.path)}"
+
+    def _note(self, path: tuple[str | int, ...]) -> str:
+        note = renamed(self._config_class, path)
+        return f"; {note}" if note else ""
 
     def _origins_named(self, path: tuple[str | int, ...], text: str) -> str:
         """Origins of the given options of a group that a sentence names."""
@@ -180,16 +174,13 @@ class Faults:
         """Sentences for an unknown key, or for the old keys below it."""
         path = place.path
         given, depth = _nearest(self._given, path)
-        inner = []
+        inner: list[tuple[str | int, ...]] = []
         if given is not None and depth == len(path) and isinstance(given.value, dict):
             below = [(*path, name) for name in given.value]
-            inner = [(item, text) for item in below if (text := renamed(self._config_class, item))]
-        if inner:
-            return [f"unknown key {dotted(item)}; {text}{self.origin(item)}" for item, text in inner]
-        note = renamed(self._config_class, path)
-        if note:
-            return [f"unknown key {dotted(path)}; {note}{self.origin(path)}"]
-        return [self._alternatives(place)]
+            inner = [item for item in below if self._note(item)]
+        if not inner and not self._note(path):
+            return [self._alternatives(place)]
+        return [f"unknown key {dotted(item)}{self._note(item)}{self.origin(item)}" for item in inner or [path]]
 
     def _alternatives(self, place: _Place) -> str:
         *group, name = place.path
@@ -201,16 +192,15 @@ class Faults:
             chooser = (*group, KIND)
             source = self.origin(chooser) if _nearest(self._given, chooser)[1] == len(chooser) else " (the default)"
             kinds = " or ".join(sorted(others))
-            return (
-                f"{key}{self.origin(place.path)}: an option of {prefix}{KIND} {kinds}; {prefix}{KIND} is {kind}{source}"
-            )
+            chosen = f"{prefix}{KIND} is {kind}{source}"
+            return f"{key}{self.origin(place.path)}: an option of {prefix}{KIND} {kinds}; {chosen}"
         siblings = list(models[kind].model_fields) if kind in models else []
         close = [f"{prefix}{match}" for match in difflib.get_close_matches(str(name), siblings, n=1)]
         if not close:
             for other, model in models.items():
                 match = difflib.get_close_matches(str(name), list(model.model_fields), n=1)
                 close += [f"{prefix}{match[0]}, an option of {prefix}{KIND} {other}"] if match and other != kind else []
-        known = {other: kind_of for other, kind_of in keys_of(self._config_class)}
+        known = list(dict(keys_of(self._config_class)))
         if not close:
             same_name = [other for other in known if other.rpartition(".")[2] == name]
             close = difflib.get_close_matches(key, same_name, n=1, cutoff=0.0)
@@ -218,9 +208,8 @@ class Faults:
             close = difflib.get_close_matches(key, known, n=1)
         origin = self.origin(place.path)
         if key in known:
-            return (
-                f"unknown key {name!r}; nest it, such as {key.replace('.', ': {')}: ...{'}' * key.count('.')}{origin}"
-            )
+            nested = f"{key.replace('.', ': {')}: ...{'}' * key.count('.')}"
+            return f"unknown key {name!r}; nest it, such as {nested}{origin}"
         if close:
             return f"unknown key {key}; did you mean {close[0]}?{origin}"
         has = f"{dotted(group)}{f' of {KIND} {kind}' if kind else ''} has" if group else "there are"

@@ -70,9 +70,9 @@ def filled(given: Given, hint: Any, default: Any = None) -> Any:
     if isinstance(given.value, dict) and models:
         kind = given.value[KIND].value if KIND in given.value else getattr(default, KIND, None)
         model = models[""] if len(models) == 1 else models.get(kind) if isinstance(kind, str) else None
-        return (
-            given.plain() if model is None else _group(given.value, model, kind if len(models) > 1 else None, default)
-        )
+        if model is None:
+            return given.plain()
+        return _group(given.value, model, kind if len(models) > 1 else None, default)
     if isinstance(given.value, dict) and entry is not None:
         base = default if given.partial and isinstance(default, dict) else {}
         entries = {name: TypeAdapter(entry).dump_python(value, mode="json") for name, value in base.items()}
@@ -84,14 +84,9 @@ def _group(given: dict[str, Given], model: type[Settings], kind: str | None, def
     base: Settings | None = default if type(default) is model else None
     values: dict[str, Any] = {} if kind is None else {KIND: str(kind)}
     for name, child in given.items():
-        field = model.model_fields.get(name)
-        own = (
-            None
-            if field is None
-            else field.get_default(call_default_factory=True)
-            if base is None
-            else getattr(base, name)
-        )
+        own = getattr(base, name, None)
+        if base is None and name in model.model_fields:
+            own = model.model_fields[name].get_default(call_default_factory=True)
         values[name] = filled(child, field_types(model).get(name, Any), own)
     others = set() if base is None else base.model_fields_set - set(values)
     return values | (base.model_dump(mode="json", include=others) if base is not None and others else {})
@@ -126,9 +121,9 @@ def _interpreted(text: str, hint: Any) -> Any:
         [item.strip() for item in inner.split(",") if item.strip()],
     ]
     errors = [_errors(hint, reading) for reading in readings]
-    legal = [reading for reading, names in zip(readings, errors, strict=True) if not names]
-    of_type = [reading for reading, names in zip(readings, errors, strict=True) if all(map(_OF_RANGE.fullmatch, names))]
-    return [*legal, *of_type, *readings][0]
+    legal = [index for index, names in enumerate(errors) if not names]
+    of_type = [index for index, names in enumerate(errors) if all(map(_OF_RANGE.fullmatch, names))]
+    return readings[[*legal, *of_type, 0][0]]
 
 
 def _errors(hint: Any, value: Any) -> list[str]:

@@ -141,7 +141,7 @@ def read_file(path: str, faults: list[str]) -> Given | None:
         faults.append(f"config file {path} cannot be read: {getattr(error, 'strerror', None) or error}")
         return None
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-8")
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         faults.append(f"{path}, line {line}: not UTF-8 text (byte 0x{data[error.start]:02x})")

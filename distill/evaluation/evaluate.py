@@ -27,6 +27,7 @@ from distill.config import FullEvaluation
 from distill.data.sample import ImageCaptionDataset
 from distill.evaluation.localization import localization
 from distill.evaluation.protocols import queries
+from distill.evaluation.word_maps import write_word_maps
 from distill.metrics import Diversity, finding_auroc, frechet_distance, frechet_interval
 from distill.metrics.features import Features
 from distill.models.bits import megabytes, quantize
@@ -294,6 +295,8 @@ def evaluate(
     of_data: dict[str, Any] = {"training": against.training, "priors_dir": against.priors_dir}
     located = localization(model, against.dataset, config, **shared, **of_data)
     localization_seconds = time.perf_counter() - began
+    own = {"examples": against.examples, "accelerator": accelerator, "arm_dir": arm_dir}
+    write_word_maps(model, against.dataset, config, **own)
     drawn = quality(
         model,
         against.dataset,

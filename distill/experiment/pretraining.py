@@ -24,7 +24,7 @@ from distill.data.pictures import VOCABULARY, PicturesDataset
 from distill.data.rendered import RenderedPictures
 from distill.data.rows import TrainingRows
 from distill.errors import UserError
-from distill.files import read_json, write_json
+from distill.files import read_json, write_atomic, write_json
 from distill.methods import Context
 from distill.methods.denoising import Denoising, DenoisingOptions
 from distill.methods.pretraining import AutoencoderObjective, ClassificationObjective, ContrastiveObjective
@@ -208,11 +208,22 @@ def save_base(pipeline: StableDiffusionPipeline, stage: str, work: Path, base: P
         shutil.copytree(base, partial, ignore=measured)
         pipeline.unet.save_pretrained(partial / "unet")
         shutil.copy2(base / "unet" / "config.json", partial / "unet")
+    declare_float32(partial / "text_encoder")
     write_json(partial / "pretraining.json", {"stages": stages_of(base) | {stage: cost_of(work / stage)}})
     if base.exists():
         shutil.rmtree(before, ignore_errors=True)
         os.replace(base, before)
     finish_saving(base)
+
+
+def declare_float32(folder: Path) -> None:
+    """Make stock transformers read the 16-bit weights in `folder` as float32.
+
+    transformers takes the type of config.json, diffusers float32: without this the parts of one pipeline differ in type.
+    """
+    path = folder / "config.json"
+    config = read_json(path) | {"dtype": "float32"}
+    write_atomic(path, json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def finish_saving(base: Path) -> None:
@@ -244,6 +255,7 @@ def train_classifier(
     train(ClassificationObjective(classifier), rows, trainer, work, seed, collate)
     partial = classifier_dir.with_suffix(".partial")
     classifier.half().save_pretrained(partial)
+    declare_float32(partial)
     os.replace(partial, classifier_dir)
 
 

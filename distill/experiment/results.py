@@ -19,7 +19,7 @@ from distill.files import provenance, read_json, write_json
 from distill.models import load_model
 from distill.models.adapters import parameter_counts
 from distill.models.bits import quantize
-from distill.models.loading import LORA_FILE
+from distill.models.stock import exported
 from distill.report import terminal_table, validate_metrics, write_model_card, write_report
 from distill.trainer import peak_memory_gb
 
@@ -61,29 +61,9 @@ def evaluate_arm(
         written = {"arms": {name: entry}, "provenance": provenance()}
         write_json(path, written | ({"settings": settings} if settings else {}))
         if folder is not None and cost is not None and settings is not None:
-            write_model_card(
-                folder, entry, settings, provenance(), base_name=run.base.name, export=exported_parts(folder)
-            )
+            write_model_card(folder, entry, settings, provenance(), base_name=run.base.name, export=exported(folder))
     run.accelerator.wait_for_everyone()
     return entry
-
-
-def exported_parts(folder: Path) -> dict[str, str]:
-    """What of a model a run folder holds: part -> file or folder in it."""
-    found = {
-        part: part for part in ("unet", "transformer", "text_encoder", "text_encoder_2") if (folder / part).is_dir()
-    }
-    if (folder / LORA_FILE).exists():
-        found["lora"] = LORA_FILE
-    return found
-
-
-def train_and_evaluate(run: Run, name: str) -> dict[str, Any]:
-    """The entry of one arm, trained by this run unless it is there."""
-    from distill.experiment.train import train_arm
-
-    arm = run.arms[name]
-    return evaluate_arm(run, name, arm.folder, train_arm(run, arm))
 
 
 def finish(run: Run, arms: Mapping[str, dict[str, Any]], next_command: str) -> None:

@@ -120,8 +120,9 @@ def open_run(
         config, folder, accelerator, base or config.base, arms, evaluation, train, test, validation,
         references or {}, compare_to,
     )  # fmt: skip
-    if summary := getattr(train or test, "summary", None):
-        opened.say(summary)
+    read = train if train is not None else test
+    if isinstance(read, RecordDataset):
+        opened.say(read.summary)
     _check_references(opened, model)
     _check_data(opened, model)
     features = load_features(evaluation.features, phantom_data=isinstance(config.data, PhantomData))

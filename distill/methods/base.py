@@ -78,10 +78,9 @@ class LayerAuc(Protocol):
 class Context:
     """What a method is handed at set-up.
 
-    generator: for draws before the first step. load: a model by a name of Options.references, on the CPU. batches: about
-    this many training images, in batches on the device. captions: this many training texts, spread over the data set.
-    layer_auc: see LayerAuc; None in a dry run.
-    say: a message for the user.
+    generator: for draws before the first step. load: a model by a name of Options.references, on the CPU. batches: about this
+    many training images, in batches on the device. captions: this many training texts, spread over the data set.
+    layer_auc: see LayerAuc; None in a dry run. say: a message for the user.
     """
 
     generator: torch.Generator

@@ -51,3 +51,8 @@ class ArmConfig(Training):
     """In place of trainer.text_encoder_learning_rate."""
     max_steps: Count | None = None
     """In place of trainer.max_steps."""
+
+    @model_validator(mode="after")
+    def _check_training(self) -> ArmConfig:
+        # The options of an arm that is like another are checked together with that arm's, where arms are resolved.
+        return self if self.like is not None else super()._check_training()  # type: ignore[operator]

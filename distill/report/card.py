@@ -1,4 +1,4 @@
-"""README.md of a trained run folder: a Hugging Face model card."""
+"""README.md of a trained run folder: a Hugging Face model card of one screen."""
 
 from __future__ import annotations
 
@@ -7,109 +7,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.evaluation.results import parse_metrics
 from distill.files import write_atomic
-from distill.report.document import UNKNOWN, Cell, Table, escape_markdown, markdown_table
-from distill.report.tables import METRICS, estimate, flatten, format_count, format_estimate, format_seconds, lookup
+from distill.models.stock import PARTS, loading_code, public_base
+from distill.report.document import UNKNOWN, Table, escape_markdown, markdown_table
+from distill.report.tables import METRICS, flatten, format_count, format_estimate, format_seconds
 
-_PARTS = {
-    "lora": "LoRA adapter",
-    "unet": "U-Net, all weights",
-    "text_encoder": "text encoder, all weights",
-    "text_encoder_2": "second text encoder, all weights",
-}
-_CLASSES = {
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
-}
-# What a reader wants to know of the training; the whole configuration is in config.yaml.
-_SETTINGS = (
-    "method",
-    "text_encoder",
-    "lora.rank",
-    "lora.alpha",
-    "data.kind",
-    "data.resolution",
-    "data.train_size",
-    "trainer.max_steps",
-    "trainer.batch_size",
-    "trainer.gradient_accumulation_steps",
-    "trainer.learning_rate",
-    "trainer.text_encoder_learning_rate",
-    "lora_learning_rate",
-    "trainer.mixed_precision",
-    "trainer.ema_decay",
-    "denoising.caption_dropout",
-    "denoising.min_snr_gamma",
-    "distillation.teacher",
-    "distillation.token_kl_weight",
-    "distillation.place_kl_weight",
-    "distillation.mass_weight",
-    "blocks.layers_per_block",
-    "blocks.remove_mid_block",
-    "blocks.remove_stages",
-    "blocks.transformer_layers",
-    "consistency.guidance_scale",
-    "consistency.solver_steps",
-    "seed",
-    "data.seed",
-    "evaluation.seed",
+_SETTINGS = ("data.kind", "data.resolution", "trainer.max_steps", "trainer.batch_size", "trainer.learning_rate", "seed")
+_LIMITS = (
+    "Limits: not for clinical use. Generated images show no real patient. The numbers hold for these held-out images and one "
+    "training seed. The licences of the base and of the training data apply."
 )
 
 
-def _base_location(base_name: str) -> str:
-    # The word is this project's own; a stock pipeline wants the folder.
-    return "checkpoints/phantom-base" if base_name == "phantom" else base_name
+def example_prompt(*run_folders: Path) -> str | None:
+    """The first held-out caption of a run."""
+    for path in (folder / "real" / "examples.jsonl" for folder in run_folders):
+        if path.is_file() and (line := path.read_text(encoding="utf-8").partition("\n")[0]):
+            return str(json.loads(line)["caption"])
+    return None
 
 
-def _folder_location(arm_dir: Path) -> str:
-    # As the run was started: relative to the same place as the base's folder, and nothing of the machine in the card.
-    path = arm_dir.resolve()
-    return path.relative_to(Path.cwd()).as_posix() if path.is_relative_to(Path.cwd()) else path.name
-
-
-def loading_code(base_name: str, folder: str, export: Mapping[str, str], few_steps: int | None = None) -> str:
-    """Python that loads the parts exported to `folder` into a stock diffusers pipeline.
-
-    few_steps: of a model that draws in so many steps of LCMScheduler, without guidance.
-    """
-    folders = [part for part in _CLASSES if part in export]
-    imports = {"diffusers": ["DiffusionPipeline"] + (["LCMScheduler"] if few_steps is not None else [])}
-    for part in folders:
-        package, name = _CLASSES[part]
-        imports.setdefault(package, []).append(name)
-    lines = [f"from {package} import {', '.join(names)}" for package, names in imports.items()]
-    lines += ["", f"base = {_base_location(base_name)!r}"]
-    if export:
-        lines.append(f"folder = {folder!r}  # the folder of this card")
-    for part in folders:
-        lines.append(f'{part} = {_CLASSES[part][1]}.from_pretrained(folder, subfolder="{part}")')
-    parts = "".join(f", {part}={part}" for part in folders)
-    lines.append(f"pipe = DiffusionPipeline.from_pretrained(base{parts})")
-    if "lora" in export:
-        lines.append("pipe.load_lora_weights(folder)")
-    sampling = "num_inference_steps=20"
-    if few_steps is not None:
-        lines.append("pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)")
-        sampling = f"num_inference_steps={few_steps}, guidance_scale=1.0"
-    lines.append(f'image = pipe("Small left pleural effusion.", {sampling}).images[0]')
-    return "\n".join(lines)
-
-
-def _front_matter(base_name: str, export: Mapping[str, str]) -> str:
-    tags = ["text-to-image", "stable-diffusion", "diffusers", *(["lora"] if "lora" in export else [])]
-    # A JSON string is a YAML string, whatever it holds.
-    base = json.dumps(_base_location(base_name))
-    listed = "\n".join(f"- {tag}" for tag in tags)
-    return f"---\nlibrary_name: diffusers\npipeline_tag: text-to-image\nbase_model: {base}\ntags:\n{listed}\n---"
-
-
-def _metrics_table(metrics_for_arm: Mapping[str, Any]) -> Table:
-    rows = []
-    for metric in METRICS:
-        value, interval = format_estimate(estimate(metrics_for_arm, metric), metric.unit)
-        rows.append([metric.label, value, interval, metric.meaning])
-    return Table(["metric", "value", "95 % interval", "what it is"], rows)
+def code_of(base: str, folder: Path, parts: Mapping[str, str], config: Mapping[str, Any], prompt: str | None) -> str:
+    """Code that loads `parts` of `folder`, with the sampler and the base's revision of the run's configuration."""
+    evaluation, origin = config.get("evaluation") or {}, config.get("base") or {}
+    few_steps = evaluation.get("num_inference_steps") if evaluation.get("scheduler") == "lcm" else None
+    options = {key: origin.get(key) for key in ("revision", "variant")}
+    return loading_code(base, folder, parts, prompt, few_steps=few_steps, **options)
 
 
 def write_model_card(
@@ -121,73 +45,39 @@ def write_model_card(
     base_name: str,
     export: Mapping[str, str],
 ) -> Path:
-    """Write README.md of one trained model.
+    """Write README.md of one trained model to `arm_dir`, which holds its exported files.
 
-    Args:
-        arm_dir: folder that holds the exported files.
-        metrics_for_arm: the arm's entry in metrics.json.
-        config: resolved configuration of the run, as nested dictionaries.
-        provenance: `provenance` of metrics.json.
-        base_name: hub id or folder of the base, or `phantom`.
-        export: file or folder name of each exported part; parts are `lora`, `unet`, `text_encoder`, `text_encoder_2`.
-
-    Raises:
-        ValueError: `export` names an unknown part.
+    metrics_for_arm: the arm's entry in metrics.json. config: resolved configuration of the run. base_name: hub id, folder
+    or `phantom`; the card shows no folder of this machine. export: see `distill.models.stock.exported`. The example prompt
+    is from real/ in `arm_dir` or beside it. Raises ValueError if `export` names an unknown part.
     """
-    unknown = [part for part in export if part not in _PARTS]
-    if unknown:
-        raise ValueError(f"unknown exported part(s) {', '.join(unknown)}; known: {', '.join(_PARTS)}")
-    cost = lookup(metrics_for_arm, "cost") or {}
-    name = arm_dir.resolve().name
-    base = escape_markdown(_base_location(base_name))
-    files = [[Path(export[part]).name, text] for part, text in _PARTS.items() if part in export]
-    trained = ", ".join(text for part, text in _PARTS.items() if part in export)
+    if unknown := [part for part in export if part not in (*PARTS, "lora")]:
+        raise ValueError(f"unknown exported part(s) {', '.join(unknown)}; known: lora, {', '.join(PARTS)}")
+    arm = parse_metrics({"arms": {"arm": metrics_for_arm}, "provenance": {}}).arms["arm"]
+    base, flat, adapter = public_base(base_name), dict(flatten(config)), "lora" in export
+    front = ["library_name: diffusers", "pipeline_tag: text-to-image"]
+    front += [f"base_model: {json.dumps(base)}"] if base else []  # a JSON string is a YAML string
+    front += ["tags:", "- text-to-image", "- diffusers", *(["- lora"] if adapter else [])]
+    code = code_of(base_name, arm_dir, export, config, example_prompt(arm_dir, arm_dir.parent))
+    keys = [*_SETTINGS, *(["lora.rank", "lora.alpha"] if adapter else [])]
+    settings = "; ".join(f"{key} {flat[key]}" for key in keys if flat.get(key, UNKNOWN) != UNKNOWN)
+    made = [f"Trained parts: {', '.join(export)}", f"{format_count(arm.cost.trainable_parameters)} trained parameters"]
+    made += [f"{format_count(arm.cost.steps)} steps in {format_seconds(arm.cost.train_seconds)}", settings]
+    rows = [[m.label, *format_estimate(arm.estimate(m.key), m), m.meaning] for m in METRICS]
+    measured = Table(["metric", "value", "95 % interval", "meaning"], [row for row in rows if row[1] != UNKNOWN])
+    word, quality = arm.localization and arm.localization.word, arm.quality
+    sizes = [f"{word.images} held-out images with {word.pairs} image-finding pairs"] if word else []
+    sizes += [f"{quality.images} generated images (features: {quality.features or 'none'})"] if quality else []
+    origin = ", ".join(f"{key} {provenance[key]}" for key in ("commit", "date", "device") if provenance.get(key))
     parts = [
-        _front_matter(base_name, export),
-        f"# {escape_markdown(name)}",
-        f"A text-to-image diffusion model, fine-tuned from {base}.",
-        "## What was trained",
+        "\n".join(["---", *front, "---"]),
+        f"# {escape_markdown(arm_dir.resolve().name)}",
+        f"A text-to-image diffusion model, fine-tuned from {escape_markdown(base or 'a base of its owner')}.",
+        f"```python\n{code}\n```",
+        escape_markdown("; ".join(made) + "." if export else "Nothing was trained: the numbers are the base's own."),
+        markdown_table(measured),
+        escape_markdown(f"Measured on {' and '.join(sizes)}." if sizes else "Not measured."),
+        _LIMITS,
+        escape_markdown(f"Made with {origin}." if origin else ""),
     ]
-    if export:
-        steps, count = format_count(cost.get("steps")), format_count(cost.get("trainable_parameters"))
-        parts.append(
-            f"{trained}: {count} trained parameters, {steps} steps, {format_seconds(cost.get('train_seconds'))}. "
-            "Everything else is the base's."
-        )
-        parts.append(markdown_table(Table(["file", "what it is"], files)))
-    else:
-        parts.append("Nothing: the numbers below are the base's own.")
-    flat = dict(flatten(config))
-    few_steps = int(flat["evaluation.num_inference_steps"]) if flat.get("evaluation.scheduler") == "lcm" else None
-    settings = [[key, flat[key]] for key in _SETTINGS if key in flat]
-    if settings:
-        parts.append("Main settings (all of them: `settings` in the `metrics.json` of this model):")
-        parts.append(markdown_table(Table(["setting", "value"], settings)))
-    code = loading_code(base_name, _folder_location(arm_dir), export, few_steps)
-    parts += ["## How to load it", f"```python\n{code}\n```"]
-    parts += ["## How it was measured", markdown_table(_metrics_table(metrics_for_arm))]
-    word = lookup(metrics_for_arm, "localization", "word") or {}
-    quality = lookup(metrics_for_arm, "quality") or {}
-    parts.append(
-        f"Localization: {format_count(word.get('images'))} held-out images, "
-        f"{format_count(word.get('pairs'))} pairs of image and finding. "
-        f"Quality: {format_count(quality.get('images'))} generated images, "
-        f"features: {escape_markdown(quality.get('features') or UNKNOWN)}. "
-        "Intervals are by bootstrap over images; they do not cover the choice of training seed. FID depends on the "
-        "number of images and on the features: compare it only with numbers made in the same way."
-    )
-    parts += [
-        "## Limits",
-        "- Not for clinical use: no diagnosis, no treatment, no triage. Generated images show no real patient and must "
-        "not be passed off as real.\n"
-        "- The numbers hold for the held-out images of this run; other data, scanners or caption styles may give "
-        "others.\n"
-        "- An attention map says where the model looks, not why; a good map is no proof that a finding is drawn "
-        "correctly.\n"
-        "- The licence and the limits of the base and of the training data hold for this model too.",
-        "## Provenance",
-    ]
-    # The configuration is in config.yaml; it would bury the rest here.
-    rows = list(flatten({key: value for key, value in provenance.items() if key != "config"}))
-    parts.append(markdown_table(Table(["", "value"], [[key, Cell(text)] for key, text in rows])))
-    return write_atomic(arm_dir / "README.md", "\n\n".join(parts) + "\n")
+    return write_atomic(arm_dir / "README.md", "\n\n".join(part for part in parts if part) + "\n")

@@ -105,6 +105,7 @@ class CocoDataset(RecordDataset):
             samples=samples,
             general=general,
             faults=faults,
+            about=f"{captions_file}: {len(samples)} {split} captions of {len({s.image.name for s in samples})} images",
         )
 
 

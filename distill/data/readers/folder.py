@@ -8,7 +8,8 @@ which cannot express a row a box, guesses types ("None" becomes a missing captio
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +22,9 @@ from distill.data.readers.records import (
     SampleRecord,
     choose_findings,
     data_root,
+    file_hashes,
 )
+from distill.data.readers.splits import EVERY_IMAGE, Member, refuse_shared, split_by_rule
 from distill.data.readers.tables import (
     Box,
     Faults,
@@ -42,6 +45,32 @@ from distill.data_config import FolderData
 from distill.errors import UserError, raise_all
 
 
+@dataclass(frozen=True)
+class _Columns:
+    """Name of the column that holds each value, None where it is not read."""
+
+    image: str
+    caption: str
+    split: str | None
+    finding: str | None
+    phrase: str | None
+    box: str | None
+    mask: str | None
+    label: str | None
+    patient: str | None
+
+    def read(self) -> list[str]:
+        return [name for item in fields(self) if (name := getattr(self, item.name))]
+
+
+AUTO, NONE = "auto", "none"
+DOCUMENTED = {
+    "split": "split", "finding": "finding", "phrase": "phrase", "box": "bbox", "mask": "mask", "label": "labels",
+    "patient": "patient",
+}  # fmt: skip
+"""Value -> the column that `auto` takes for it, where the file has one."""
+
+
 @dataclass
 class _Entry:
     """What all rows of one image say."""
@@ -49,37 +78,56 @@ class _Entry:
     image: ImageRecord
     caption: str
     split: str
+    patient: str
     labels: list[str] = field(default_factory=list)
 
 
 class FolderDataset(RecordDataset):
     """One split of a folder. All rows and files of all splits are checked when it is made.
 
-    split: `train` and `test` mean the values in `config`; `validation` means validation, val or valid. Without
-    config.split_column every row is in every split.
+    Columns are those of the documented names (`DOCUMENTED`), unless the config names others or none.
+    split: `train` and `test` mean the values in `config`; `validation` means validation, val or valid. Without a column for
+    it, `split_by_rule` gives each image its split. config.test_split `all` is every image, for evaluation only.
 
     findings: config.findings, or all that the metadata names, sorted.
 
-    Raises UserError that lists all faults of the folder at once.
+    Raises UserError that lists all faults of the folder at once, and then one that lists patients and pictures which are in
+    two splits.
     """
 
     def __init__(self, config: FolderData, split: Literal["train", "test", "validation"]) -> None:
         root = data_root(config)
-        columns, rows = _read_metadata(root, config.metadata_file)
-        raise_all(
-            f"columns of {config.metadata_file} do not fit the config; it has {', '.join(columns)}",
-            _column_faults(config, columns),
-        )
+        every_image = config.test_split == EVERY_IMAGE
+        if every_image and split != "test":
+            raise UserError(
+                f"data.test_split is {EVERY_IMAGE}, which evaluates every image, and this recipe also reads {split} images, "
+                "which a test must not see; leave data.test_split at the name of a split"
+            )
+        names, rows = _read_metadata(root, config.metadata_file)
+        columns, problems = _choose_columns(config, names)
+        raise_all(f"columns of {config.metadata_file} do not fit the config; it has {', '.join(names)}", problems)
         wanted = VALIDATION_SPLITS if split == "validation" else (getattr(config, f"{split}_split"),)
-        findings, general = _findings(config, rows)
-        general += _split_faults(config, wanted, rows)
+        findings, general = _findings(config, columns, rows)
         faults: Faults = []
-        entries = _entries(config, root, rows, faults)
+        entries = _entries(config, columns, root, rows, faults)
+        hashes = file_hashes(root.resolve(), [entry.image.path for entry in entries])
+        members = [
+            Member(entry.image.place, entry.image.name, entry.split, entry.patient, hashes[entry.image.path])
+            for entry in entries
+        ]
+        splits: Sequence[str]
+        if columns.split is None:
+            splits, groups = split_by_rule(members)
+            chosen = [every_image or name == split for name in splits]
+            if not any(chosen) and not faults:
+                general.append(_too_few_groups(split, groups))
+        else:
+            splits = [_role(config, entry.split) for entry in entries]
+            chosen = [every_image or entry.split in wanted for entry in entries]
+            general += [] if every_image else _split_faults(columns.split, wanted, rows)
         canonical = {key(name): name for name in findings}
         samples = []
-        for entry in entries:
-            if config.split_column is not None and entry.split not in wanted:
-                continue
+        for entry in (entry for entry, is_chosen in zip(entries, chosen, strict=True) if is_chosen):
             annotations = entry.image.annotations
             kept = [n for n, a in enumerate(annotations) if key(a.finding) in canonical]
             samples.append(
@@ -87,9 +135,7 @@ class FolderDataset(RecordDataset):
                     id=entry.image.name,
                     image=entry.image,
                     caption=entry.caption,
-                    labels=entry.labels
-                    if config.label_column
-                    else [canonical[key(annotations[n].finding)] for n in kept],
+                    labels=entry.labels if columns.label else [canonical[key(annotations[n].finding)] for n in kept],
                     regions=[n for n in kept if annotations[n].box or annotations[n].mask],
                 )
             )
@@ -101,7 +147,47 @@ class FolderDataset(RecordDataset):
             samples=samples,
             general=general,
             faults=faults,
+            about=_about(config, columns, splits),
         )
+        if columns.split is not None and not every_image:
+            refuse_shared(
+                [
+                    Member(member.place, member.name, role, member.patient, member.sha256)
+                    for member, role in zip(members, splits, strict=True)
+                    if role
+                ],
+                f"the data in '{config.root}' has a patient or a picture in two splits: a test would see what was trained on",
+                f"Give all rows of a patient or a picture one value of {columns.split}, or set data.split_column {NONE} to "
+                "have the images split by patient and file"
+                + (
+                    f"; if {columns.patient} names no patients, set data.patient_column {NONE}"
+                    if columns.patient
+                    else ""
+                ),
+            )
+
+
+def _role(config: FolderData, value: str) -> str:
+    """The split that a value of the split column stands for, empty if it is read as none."""
+    if value in (config.train_split, config.test_split):
+        return value
+    return "validation" if value in VALIDATION_SPLITS else ""
+
+
+def _about(config: FolderData, columns: _Columns, splits: Sequence[str]) -> str:
+    counts = Counter(splits)
+    order = dict.fromkeys(["train", "validation", "test"])
+    if columns.split is not None:
+        order = dict.fromkeys([config.train_split, "validation", config.test_split])
+    parts = [f"{counts[name]} {name}" for name in order if name != EVERY_IMAGE]
+    parts += [f"{counts['']} of other splits"] if counts[""] else []
+    shown = ", ".join(parts)
+    if columns.split is None:
+        by = f"{columns.patient}, else file" if columns.patient else "file"
+        shown += f" (no column of splits: split by the hash of {by})"
+    if config.test_split == EVERY_IMAGE:
+        shown = "all are evaluated, whatever their split"
+    return f"{config.metadata_file}: {len(splits)} images; {', '.join(columns.read())}; {shown}"
 
 
 def _read_metadata(root: Path, name: str) -> tuple[list[str], list[Row]]:
@@ -117,22 +203,49 @@ def _read_metadata(root: Path, name: str) -> tuple[list[str], list[Row]]:
     return columns, rows
 
 
-def _column_faults(config: FolderData, columns: list[str]) -> list[str]:
+def _choose_columns(config: FolderData, names: list[str]) -> tuple[_Columns, list[str]]:
+    """The columns that are read, and the faults of the options that name them."""
     faults = []
-    optional = ("split_column", "finding_column", "phrase_column", "box_column", "mask_column", "label_column")
-    for option in ("image_column", "caption_column", *optional):
-        name = getattr(config, option)
-        if name is not None and name not in columns:
-            faults.append(f"data.{option} '{name}' is not a column{did_you_mean(name, columns)}")
-    for option in ("phrase_column", "box_column", "mask_column"):
-        if getattr(config, option) is not None and config.finding_column is None:
-            faults.append(f"data.{option} needs data.finding_column, which says what is there")
-    if config.findings and config.finding_column is None and config.label_column is None:
+    chosen: dict[str, str | None] = {}
+    for value in ("image", "caption", *DOCUMENTED):
+        option = f"{value}_column"
+        name: str = getattr(config, option)
+        if value in DOCUMENTED and name == NONE:
+            chosen[value] = None
+        elif value in DOCUMENTED and name == AUTO:
+            documented = DOCUMENTED[value]
+            chosen[value] = documented if documented in names else None
+            alike = [other for other in names if key(other) == documented and other != documented]
+            if alike and not chosen[value]:
+                faults.append(
+                    f"column '{alike[0]}' would be read as '{documented}' if it were written so: rename it, or set "
+                    f"data.{option} to it, or to {NONE}"
+                )
+        else:
+            chosen[value] = name
+            if name not in names:
+                faults.append(f"data.{option} '{name}' is not a column{did_you_mean(name, names)}")
+    columns = _Columns(**chosen)  # type: ignore[arg-type]
+    for value in ("phrase", "box", "mask"):
+        if chosen[value] and columns.finding is None:
+            faults.append(
+                f"data.{value}_column needs data.finding_column, which says what is there, and no column of findings is read; "
+                f"name one, or set data.{value}_column {NONE} to leave column '{chosen[value]}' unread"
+            )
+    if config.findings and columns.finding is None and columns.label is None:
         faults.append("data.findings needs data.finding_column or data.label_column")
-    return faults
+    if columns.split is None:
+        defaults = FolderData()
+        for option in ("train_split", "test_split"):
+            name = getattr(config, option)
+            if name not in (getattr(defaults, option), EVERY_IMAGE):
+                faults.append(f"data.{option} '{name}' needs data.split_column, and no column of splits is read")
+    elif config.train_split == EVERY_IMAGE:
+        faults.append(f"data.train_split cannot be {EVERY_IMAGE}: a test would see what was trained on")
+    return columns, faults
 
 
-def _entries(config: FolderData, root: Path, rows: list[Row], faults: Faults) -> list[_Entry]:
+def _entries(config: FolderData, columns: _Columns, root: Path, rows: list[Row], faults: Faults) -> list[_Entry]:
     """Rows brought together by image. Faults of text go to `faults`; files are not opened here."""
     entries: dict[Path, _Entry] = {}
     conflicts: set[tuple[Path, str]] = set()
@@ -140,18 +253,23 @@ def _entries(config: FolderData, root: Path, rows: list[Row], faults: Faults) ->
     for number, row in rows:
         place = Place(config.metadata_file, "row", number)
         try:
-            name = text_of(row, config.image_column)
-            path = _path_in(real_root, name, config.image_column)
-            caption = caption_of(row, config.caption_column, config.allow_empty_captions)
-            split = text_of(row, config.split_column, empty=True) if config.split_column else ""
-            labels = [label for label in texts_of(row, config.label_column) if label]
-            annotations = _annotations(config, real_root, place, row)
+            name = text_of(row, columns.image)
+            path = _path_in(real_root, name, columns.image)
+            caption = caption_of(row, columns.caption, config.allow_empty_captions)
+            split = text_of(row, columns.split, empty=True) if columns.split else ""
+            patient = text_of(row, columns.patient, empty=True) if columns.patient else ""
+            labels = [label for label in texts_of(row, columns.label) if label]
+            annotations = _annotations(columns, real_root, place, row)
         except ValueError as error:
             faults.append((place, str(error)))
             continue
         image = ImageRecord(place, path.relative_to(real_root).as_posix(), path)
-        entry = entries.setdefault(path, _Entry(image, caption, split))
-        for what, first, value in (("caption", entry.caption, caption), ("split", entry.split, split)):
+        entry = entries.setdefault(path, _Entry(image, caption, split, patient))
+        for what, first, value in (
+            ("caption", entry.caption, caption),
+            ("split", entry.split, split),
+            ("patient", entry.patient, patient),
+        ):
             if first != value and (path, what) not in conflicts:
                 conflicts.add((path, what))
                 both = f"'{quote(value)}' and '{quote(first)}' (row {entry.image.place.number})"
@@ -161,13 +279,13 @@ def _entries(config: FolderData, root: Path, rows: list[Row], faults: Faults) ->
     return list(entries.values())
 
 
-def _annotations(config: FolderData, root: Path, place: Place, row: dict[str, Any]) -> list[Annotation]:
-    boxes = _boxes(row[config.box_column], config.box_column) if config.box_column and config.box_column in row else []
+def _annotations(columns: _Columns, root: Path, place: Place, row: dict[str, Any]) -> list[Annotation]:
+    boxes = _boxes(row[columns.box], columns.box) if columns.box and columns.box in row else []
     lists: dict[str, list[Any]] = {
         "box": boxes,
-        "mask": [_path_in(root, m, config.mask_column) if m else None for m in texts_of(row, config.mask_column)],
-        "finding": texts_of(row, config.finding_column),
-        "phrase": texts_of(row, config.phrase_column),
+        "mask": [_path_in(root, m, columns.mask) if m else None for m in texts_of(row, columns.mask)],
+        "finding": texts_of(row, columns.finding),
+        "phrase": texts_of(row, columns.phrase),
     }
     shapes = max(len(lists["box"]), len(lists["mask"]))
     count = shapes or len(lists["finding"])
@@ -180,7 +298,7 @@ def _annotations(config: FolderData, root: Path, place: Place, row: dict[str, An
     annotations = []
     for box, mask, finding, phrase in zip(*lists.values(), strict=True):
         if (box or mask) and not finding:
-            raise ValueError(f"there is a box or mask and {config.finding_column} is empty")
+            raise ValueError(f"there is a box or mask and {columns.finding} is empty")
         if finding:
             annotations.append(Annotation(place, finding, box, mask, phrase=phrase or None))
     return annotations
@@ -208,12 +326,12 @@ def _path_in(root: Path, name: str, column: str | None) -> Path:
     return path
 
 
-def _findings(config: FolderData, rows: list[Row]) -> tuple[tuple[str, ...], list[str]]:
+def _findings(config: FolderData, columns: _Columns, rows: list[Row]) -> tuple[tuple[str, ...], list[str]]:
     """Findings of the data set, and faults of the config's findings and query words."""
     of_boxes: dict[str, str] = {}
     of_images: dict[str, str] = {}
     for _, row in rows:
-        for names, column in ((of_boxes, config.finding_column), (of_images, config.label_column)):
+        for names, column in ((of_boxes, columns.finding), (of_images, columns.label)):
             try:
                 for name in filter(None, texts_of(row, column)):
                     names.setdefault(key(name), name)
@@ -222,11 +340,23 @@ def _findings(config: FolderData, rows: list[Row]) -> tuple[tuple[str, ...], lis
     return choose_findings(config, sorted(of_boxes.values()), {**of_images, **of_boxes}.values(), "row")
 
 
-def _split_faults(config: FolderData, wanted: tuple[str, ...], rows: list[Row]) -> list[str]:
-    if config.split_column is None:
-        return []
-    seen = Counter(str(row.get(config.split_column, "")).strip() for _, row in rows)
+def _split_faults(column: str, wanted: tuple[str, ...], rows: list[Row]) -> list[str]:
+    seen = Counter(str(row.get(column, "")).strip() for _, row in rows)
     if any(value in seen for value in wanted):
         return []
     values = ", ".join(f"'{quote(value)}' ({count} rows)" for value, count in seen.most_common(20))
-    return [f"no row has {config.split_column} = {' or '.join(wanted)}; there are {values}"]
+    option = "" if wanted == VALIDATION_SPLITS else "name one of these by data.train_split or data.test_split, "
+    return [
+        f"no row has {column} = {' or '.join(wanted)}; there are {values}; {option}write the value into some rows, or set "
+        f"data.split_column {NONE} to have the images split by patient and file"
+    ]
+
+
+def _too_few_groups(split: str, groups: int) -> str:
+    needed, remedy = 2, f"evaluate only, with data.test_split {EVERY_IMAGE}"
+    if split == "validation":
+        needed, remedy = 3, "write validation, val or valid into a column of splits"
+    return (
+        f"the {split} split is empty: without a column of splits it needs at least {needed} images that share no patient and "
+        f"no file, and there are {groups}; the first is the test split. Add images, or {remedy}"
+    )

@@ -23,6 +23,7 @@ from distill.data.readers.records import (
     logger,
     path_under,
 )
+from distill.data.readers.splits import Member, refuse_shared
 from distill.data.readers.tables import (
     SPLIT_CODES,
     Box,
@@ -93,7 +94,7 @@ class MimicDataset(RecordDataset):
     finding, of which 1 counts.
 
     held_out: for training, dicom_ids of images that are evaluated on: all images of their patients (column
-    subject_id, else the images themselves) are left out.
+    subject_id, else of the path, else the images themselves) are left out.
     findings: config.findings, or all labels but `No Finding`, sorted.
 
     Raises UserError that lists all faults at once.
@@ -149,7 +150,20 @@ class MimicDataset(RecordDataset):
             samples=samples,
             general=general + problems,
             faults=faults,
+            about=f"{getattr(config, option)}: {len(samples)} {split} images",
         )
+        if config.kind == "mimic":
+            # In training for MS-CXR, patients that are evaluated on are left out above.
+            named = [SPLIT_CODES.get(name, name) for name in (config.train_split, config.test_split)]
+            refuse_shared(
+                [
+                    Member(study.place, study.path, study.split, study.patient)
+                    for study in studies
+                    if study.split in (*named, *VALIDATION_SPLITS)
+                ],
+                f"{getattr(config, option)} has a patient in two splits: a test would see what was trained on",
+                "Give all rows of a patient one value of split",
+            )
 
 
 def _read_studies(
@@ -174,7 +188,7 @@ def _read_studies(
             study = _Study(
                 place=place,
                 dicom_id=text_of(row, "dicom_id"),
-                patient=text_of(row, _PATIENT, empty=True),
+                patient=text_of(row, _PATIENT, empty=True).removesuffix(".0") or _patient(row["path"]),
                 path=_image_path(row, "path"),
                 split=split_of(row, "split"),
                 impression=caption_of(row, "impression", config.allow_empty_captions),
@@ -204,6 +218,12 @@ def _labels(row: dict[str, Any], label_columns: list[str]) -> list[str]:
         if value == "1":
             labels.append(column)
     return labels
+
+
+def _patient(path: str) -> str:
+    """subject_id of a path of MIMIC-CXR, such as files/p10/p10000032/s50414267/x.jpg; empty for another path."""
+    found = re.search(r"(?:^|/)p(\d{8})/", path)
+    return found[1] if found else ""
 
 
 def _image_path(row: dict[str, Any], column: str) -> str:
@@ -245,7 +265,7 @@ class MsCxrDataset(RecordDataset):
     phrase: label_text; a sample for each phrase of an image. As many phrases joined by `|` as boxes are one each.
 
     With config.mentioned_only, regions of findings that the caption has no word of are left out. A sample without regions
-    is left out. split: by config.split_column; without it every row is in every split.
+    is left out. split: by config.split_column, where it names a column; else every row is a test row.
 
     findings: config.findings, or the categories of the file. labels: the findings of the caption's boxes.
 
@@ -259,12 +279,18 @@ class MsCxrDataset(RecordDataset):
         findings, general = choose_findings(config, categories, categories, f"category of {config.metadata_file}")
         query_words = {name: query_words_for(name, config.query_words) for name in findings}
         wanted = VALIDATION_SPLITS if split == "validation" else (config.test_split,)
-        if config.split_column and not faults and not any(row.split in wanted for row in rows):
+        column = _split_column(config)
+        if split == "validation" and column is None:
+            raise UserError(
+                "MS-CXR has no validation split, and what is chosen on its test images must not be tested on them: set "
+                "data.split_column to a column with `validation`, `val` or `valid` in some rows"
+            )
+        if column and not faults and not any(row.split in wanted for row in rows):
             there = ", ".join(f"'{quote(value)}' ({n} boxes)" for value, n in Counter(r.split for r in rows).items())
-            general.append(f"no row has {config.split_column} = {' or '.join(wanted)}; there are {there or 'no rows'}")
+            general.append(f"no row has {column} = {' or '.join(wanted)}; there are {there or 'no rows'}")
         by_image = _by_image(rows, faults)
         captions = _captions(config, root, by_image, faults)
-        if config.split_column:
+        if column:
             by_image = {path: group for path, group in by_image.items() if group[0].split in wanted}
         samples, unnamed = _samples(config, root.resolve(), by_image, captions, query_words)
         if not samples and not faults and not general:
@@ -279,7 +305,23 @@ class MsCxrDataset(RecordDataset):
             samples=samples,
             general=general,
             faults=faults,
+            about=f"{config.metadata_file}: {len(samples)} {split} samples of {len({s.image.name for s in samples})} images",
         )
+        if column:
+            refuse_shared(
+                [
+                    Member(
+                        row.place,
+                        row.path,
+                        "validation" if row.split in VALIDATION_SPLITS else row.split,
+                        _patient(row.path),
+                    )
+                    for row in {row.path: row for row in rows}.values()
+                    if row.split in (config.test_split, *VALIDATION_SPLITS)
+                ],
+                f"{config.metadata_file} has a patient in two splits",
+                f"Give all images of a patient one value of {column}",
+            )
 
 
 def mscxr_training(config: MsCxrData) -> MimicDataset:
@@ -296,7 +338,8 @@ def _read_boxes(config: MsCxrData, root: Path, faults: Faults) -> tuple[list[_Ro
     text = read_text(root, name, "data.metadata_file")
     if text.lstrip()[:1] in ("{", "["):
         return _read_json(config, text, faults)
-    keep = {*_BOX_A_ROW, *_JOINED, *([config.split_column] if config.split_column else [])}
+    split_column = _split_column(config)
+    keep = {*_BOX_A_ROW, *_JOINED, *([split_column] if split_column else [])}
     columns, rows, broken = csv_rows(text, keep)
     joined = "bboxxywh" in columns
     missing = [column for column in (_JOINED if joined else _BOX_A_ROW) if column not in columns]
@@ -305,8 +348,8 @@ def _read_boxes(config: MsCxrData, root: Path, faults: Faults) -> tuple[list[_Ro
             f"there is no column {', '.join(missing)}; right are COCO's JSON, a CSV with {', '.join(_BOX_A_ROW)}, or one "
             f"with {', '.join(_JOINED)}"
         )
-    if config.split_column and config.split_column not in columns:
-        broken.append(f"data.split_column '{config.split_column}' is not a column")
+    if split_column and split_column not in columns:
+        broken.append(f"data.split_column '{split_column}' is not a column")
     raise_all(f"'{root / name}' cannot be read as MS-CXR", broken)
     if not joined and config.caption_source == "impression" and config.mimic_file is None:
         raise UserError(_NO_IMPRESSIONS)
@@ -333,7 +376,7 @@ def _read_boxes(config: MsCxrData, root: Path, faults: Faults) -> tuple[list[_Ro
                 "path": _image_path(row, "paths" if joined else "path"),
                 "frame": frame_of(row, "image_width", "image_height"),
                 "finding": text_of(row, "category_name"),
-                "split": text_of(row, config.split_column, empty=True) if config.split_column else "",
+                "split": text_of(row, split_column, empty=True) if split_column else "",
             }
             for box in boxes:
                 check_inside(box, shared["path"], shared["frame"], "as annotated")
@@ -342,6 +385,11 @@ def _read_boxes(config: MsCxrData, root: Path, faults: Faults) -> tuple[list[_Ro
             continue
         found += [_Row(box=box, text=text, **shared) for box, text in zip(boxes, texts, strict=True)]
     return found, sorted({key(row.finding): row.finding for row in found}.values())
+
+
+def _split_column(config: MsCxrData) -> str | None:
+    # MS-CXR is for evaluation: a column counts only where it is named.
+    return None if config.split_column == "none" else config.split_column
 
 
 _NO_IMPRESSIONS = (
@@ -375,11 +423,11 @@ def _read_json(config: MsCxrData, text: str, faults: Faults) -> tuple[list[_Row]
                 if annotation.get(column, side) != side:
                     raise ValueError(f"{column} is {quote(annotation[column])} and its image's {side}")
             split = ""
-            if config.split_column:
+            if split_column := _split_column(config):
                 entry = {**file.images[annotation["image_id"]], **annotation}
-                if config.split_column not in entry:
-                    raise ValueError(f"neither it nor its image has data.split_column '{config.split_column}'")
-                split = text_of(entry, config.split_column, empty=True)
+                if split_column not in entry:
+                    raise ValueError(f"neither it nor its image has data.split_column '{split_column}'")
+                split = text_of(entry, split_column, empty=True)
             row = _Row(
                 place=place,
                 finding=file.categories[annotation["category_id"]],

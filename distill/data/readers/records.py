@@ -39,6 +39,8 @@ CROP_RULE = "centre square of the short side, Lanczos, v1"
 
 VALIDATION_SPLITS = ("validation", "val", "valid")
 
+_FINDINGS_SHOWN = 8
+
 _IMAGE_FEATURES = Features(
     {
         "name": Value("string"),
@@ -112,6 +114,7 @@ class RecordDataset:
     query_words: the words that name each finding in a caption.
     dropped_regions: regions of this split of which the cut or the resize left no pixel; segmentations count by their
     boxes.
+    cut_captions: samples of this split whose caption is cut, known after check_captions.
 
     Raises UserError that lists `general`, `faults` and all faults of the files of `images` at once.
     """
@@ -119,6 +122,7 @@ class RecordDataset:
     findings: tuple[str, ...]
     query_words: dict[str, tuple[str, ...]]
     dropped_regions: int
+    cut_captions: int = 0
 
     def __init__(
         self,
@@ -130,11 +134,13 @@ class RecordDataset:
         samples: Sequence[SampleRecord],
         general: list[str],
         faults: Faults,
+        about: str,
     ) -> None:
-        self.config, self.root = config, data_root(config)
+        self.config, self.root, self._about = config, data_root(config), about
         self.findings, self.query_words = tuple(findings), dict(query_words)
         images = list(images)
         inspected = _inspect_all(self.root.resolve(), images, faults)
+        general = general + _normalized_boxes(images)
         listed = [f"{place}: {message}" for place, message in sorted(faults, key=lambda fault: fault[0])]
         raise_all(f"the data in '{config.root}' has faults", general + listed)
         if not samples:
@@ -180,6 +186,14 @@ class RecordDataset:
 
     def __len__(self) -> int:
         return len(self._samples)
+
+    @property
+    def summary(self) -> str:
+        """One line: what was read, how the splits came about, and what is cut."""
+        cut = [f"{self.cut_captions} of {len(self)} captions are cut"] if self.cut_captions else []
+        more = len(self.findings) - _FINDINGS_SHOWN
+        shown = ", ".join(self.findings[:_FINDINGS_SHOWN]) + (f" and {more} more" if more > 0 else "")
+        return "; ".join([self._about, *cut, f"findings: {shown or 'none'}"])
 
     def caption(self, index: int) -> str:
         return self._samples[index]["caption"]
@@ -283,14 +297,15 @@ class RecordDataset:
         """Raise UserError if a caption of this split has more than max_length tokens (BOS and EOS included) by any of
         `tokenizers`, unless config.truncate_captions."""
         captions = self._captions()
-        if self.config.truncate_captions:
-            return
         lengths = [0] * len(captions)
         for tokenizer in tokenizers:
             encoded = tokenizer(captions, verbose=False)["input_ids"]
             lengths = [max(length, len(ids)) for length, ids in zip(lengths, encoded, strict=True)]
         too_long = sum(length > max_length for length in lengths)
-        if too_long:
+        if self.config.truncate_captions:
+            cut = {caption for caption, length in zip(captions, lengths, strict=True) if length > max_length}
+            self.cut_captions = sum(caption in cut for caption in self._samples.data.column("caption").to_pylist())
+        elif too_long:
             longest = max(range(len(captions)), key=lengths.__getitem__)
             raise UserError(
                 f"{too_long} of {len(captions)} captions in '{self.config.root}' have more tokens than the text "
@@ -389,12 +404,7 @@ def _inspect_all(root: Path, records: list[ImageRecord], faults: Faults) -> dict
     """Decode every image and mask, and compare boxes, frames and masks with their images."""
     masks = (annotation.mask for record in records for annotation in record.annotations if annotation.mask)
     paths = list(dict.fromkeys([*(record.path for record in records), *masks]))
-    with ThreadPoolExecutor() as pool:
-        bar = tqdm(
-            pool.map(lambda path: _inspect_file(root, path), paths), total=len(paths), desc="checking images",
-            unit="file", delay=1.0, dynamic_ncols=True, disable=os.environ.get("LOCAL_RANK", "0") != "0",
-        )  # fmt: skip
-        inspected = dict(zip(paths, bar, strict=True))
+    inspected = _inspect_files(root, paths)
     for record in records:
         image = inspected[record.path]
         if image.fault:
@@ -421,6 +431,34 @@ def _inspect_all(root: Path, records: list[ImageRecord], faults: Faults) -> dict
                 if fault:
                     faults.append((annotation.place, f"mask '{annotation.mask.relative_to(root).as_posix()}' {fault}"))
     return inspected
+
+
+def file_hashes(root: Path, paths: Iterable[Path]) -> dict[Path, str]:
+    """SHA-256 of each image file under `root`, empty for a file that cannot be read. The check of the files reuses the work."""
+    distinct = list(dict.fromkeys(paths))
+    return {path: inspection.sha256 for path, inspection in _inspect_files(root, distinct).items()}
+
+
+def _inspect_files(root: Path, paths: list[Path]) -> dict[Path, _Inspection]:
+    with ThreadPoolExecutor() as pool:
+        bar = tqdm(
+            pool.map(lambda path: _inspect_file(root, path), paths), total=len(paths), desc="checking images",
+            unit="file", delay=1.0, dynamic_ncols=True, disable=os.environ.get("LOCAL_RANK", "0") != "0",
+        )  # fmt: skip
+        return dict(zip(paths, bar, strict=True))
+
+
+def _normalized_boxes(records: list[ImageRecord]) -> list[str]:
+    """The fault of boxes that are shares of the image, all of which would be smaller than a pixel."""
+    boxes = [(a.place, a.box) for record in records for a in record.annotations if a.box]
+    if not boxes or not all(0 <= value <= 1 for _, box in boxes for value in box):
+        return []
+    place, box = boxes[0]
+    return [
+        f"boxes look normalized: all values of all {len(boxes)} boxes are from 0 to 1, such as "
+        f"{','.join(f'{value:g}' for value in box)} ({place}); right is x,y,width,height in pixels: multiply x and width by "
+        "the image's width, y and height by its height"
+    ]
 
 
 def check_inside(box: Box, name: str, sides: tuple[int, int], how: str) -> None:

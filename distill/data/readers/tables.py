@@ -11,6 +11,7 @@ import io
 import json
 import math
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Collection, Iterable
 from pathlib import Path
@@ -28,6 +29,8 @@ SPLIT_CODES = {"0": "test", "1": "train", "2": "val", "3": "p19", "4": "mscxr"}
 
 _QUOTED_CHARACTERS = 80
 _LARGEST_FRAME_PX = 2**28
+_INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
+_MISSING = ("nan", "none", "null", "<na>")
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
@@ -108,7 +111,10 @@ def jsonl_rows(text: str) -> tuple[list[str], list[Row], list[str]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line)
+            value = json.loads(line, object_pairs_hook=_once)
+        except _GivenTwice as error:
+            faults.append(f"row {number}: {error}")
+            continue
         except (ValueError, RecursionError) as error:
             faults.append(f"row {number} is not JSON: {error}")
             continue
@@ -121,13 +127,28 @@ def jsonl_rows(text: str) -> tuple[list[str], list[Row], list[str]]:
     return list(columns), rows, faults
 
 
+class _GivenTwice(ValueError):
+    pass
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object. Python's own reader keeps the last value of a key that is given twice."""
+    for name, count in Counter(name.strip() for name, _ in pairs).items():
+        if count > 1:
+            raise _GivenTwice(f"key '{quote(name)}' is given {count} times; right is once")
+    return dict(pairs)
+
+
 # --- values -------------------------------------------------------------------------------------------------------
 
 
 def text_of(row: dict[str, Any], column: str, empty: bool = False) -> str:
-    """The text in a column, without white space around it; numbers become text, a missing value is empty."""
+    """The text in a column, without white space around it; numbers become text, a missing value is empty.
+
+    A text of nothing but invisible characters, such as zero-width spaces, is empty too.
+    """
     value = row.get(column)
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         value = str(value)
     if value is None:
         value = ""
@@ -136,6 +157,8 @@ def text_of(row: dict[str, Any], column: str, empty: bool = False) -> str:
     if _NO_TEXT.search(value):
         raise ValueError(f"{column} has a character that is no text: {quote(ascii(value))}")
     value = value.strip()
+    if not any(unicodedata.category(letter) not in _INVISIBLE for letter in value):
+        value = ""
     if not value and not empty:
         raise ValueError(f"{column} is empty")
     return value
@@ -153,7 +176,14 @@ def texts_of(row: dict[str, Any], column: str | None) -> list[str]:
 
 
 def caption_of(row: dict[str, Any], column: str, allow_empty: bool) -> str:
+    value = row.get(column)
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{column} must be text: {quote(value)}")
     caption = text_of(row, column, empty=True)
+    if caption.casefold() in _MISSING:
+        raise ValueError(
+            f"{column} is '{caption}', as programs write a missing value; write a caption, or leave it empty"
+        )
     if not caption and not allow_empty:
         raise ValueError(f"{column} is empty; set data.allow_empty_captions true to accept it")
     return caption
@@ -163,7 +193,7 @@ def numbers_of(parts: Any, column: str) -> Box:
     """Four finite numbers of a list of numbers or texts."""
     shown = ",".join(map(str, parts)) if isinstance(parts, list) else parts
     try:
-        if isinstance(parts, list) and not any(isinstance(part, bool) for part in parts):
+        if isinstance(parts, list) and all(map(_is_plain_number, parts)):
             x, y, width, height = (float(part) for part in parts)
         else:
             raise TypeError
@@ -172,6 +202,11 @@ def numbers_of(parts: Any, column: str) -> Box:
     if not all(map(math.isfinite, (x, y, width, height))):
         raise ValueError(f"{column} '{quote(shown)}' has a number that is not finite")
     return x, y, width, height
+
+
+def _is_plain_number(part: Any) -> bool:
+    """Python's float() also takes true, 1_0 and digits of other scripts."""
+    return not isinstance(part, bool) and not (isinstance(part, str) and ("_" in part or not part.isascii()))
 
 
 def box_of(parts: Any, column: str) -> Box:
@@ -189,7 +224,7 @@ def frame_of(row: dict[str, Any], width_column: str, height_column: str) -> tupl
     for column in (width_column, height_column):
         text = text_of(row, column)
         try:
-            side = float(text)
+            side = float(text) if _is_plain_number(text) else math.nan
         except ValueError:
             side = math.nan
         if not (side.is_integer() and side > 0):

@@ -1,0 +1,230 @@
+"""metrics.json as typed values. An error names the path of the wrong key."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import MISSING, dataclass, fields, is_dataclass
+from types import UnionType
+from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_type_hints
+
+# Float sums of probabilities may pass 1 by a rounding error.
+_TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A value and its 95 % interval; each is None where it is unknown."""
+
+    value: float | None = None
+    low: float | None = None
+    high: float | None = None
+
+
+Unit = Annotated[float, 0.0, 1.0]
+Positive = Annotated[float, 0.0, math.inf]
+UnitEstimate = Annotated[Estimate, 0.0, 1.0]
+AnyEstimate = Annotated[Estimate, -math.inf, math.inf]
+
+
+@dataclass(frozen=True)
+class Finding:
+    auc: Unit | None
+    pairs: int
+
+
+@dataclass(frozen=True)
+class TokenMap:
+    """Scores of one token map. image_adds: AUC minus other_image_auc, that of other images' maps on this image."""
+
+    auc: UnitEstimate
+    cnr: AnyEstimate
+    top1: UnitEstimate
+    iou: UnitEstimate
+    images: int
+    pairs: int
+    per_finding: Mapping[str, Finding]
+    image_adds: Annotated[Estimate, -1.0, 1.0] = Estimate()
+    other_image_auc: UnitEstimate = Estimate()
+
+
+@dataclass(frozen=True)
+class Prior:
+    """A map that does not look at the image."""
+
+    auc: UnitEstimate
+
+
+@dataclass(frozen=True)
+class Localization:
+    """mass: parts of all cross-attention, of bos, words, eos and padding."""
+
+    word: TokenMap | None
+    eos: TokenMap | None
+    padding: TokenMap | None
+    mass: Mapping[str, Unit | None] | None
+    priors: Mapping[str, Prior] | None = None
+
+
+@dataclass(frozen=True)
+class Quality:
+    fid: AnyEstimate
+    finding_auc: UnitEstimate
+    diversity: AnyEstimate
+    images: int
+    features: str | None
+
+
+@dataclass(frozen=True)
+class Cost:
+    train_seconds: Positive | None
+    steps: int | None
+    peak_memory_gb: Positive | None
+    evaluation_seconds: Positive | None
+    trainable_parameters: int | None
+    denoiser_passes: int | None = None
+
+
+@dataclass(frozen=True)
+class Size:
+    """denoiser_gflops: of one pass of one image. megabytes: denoiser and text encoders, 16 bits where not quantized."""
+
+    denoiser_parameters: int
+    text_encoder_parameters: int
+    denoiser_gflops: Positive
+    denoiser_passes_an_image: int
+    megabytes: Positive
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model. An arm without training seconds was not trained in this run."""
+
+    localization: Localization | None
+    quality: Quality | None
+    cost: Cost
+    size: Size | None = None
+    per_seed: Mapping[str, Mapping[str, float | None]] | None = None
+
+    def estimate(self, key: str) -> Estimate:
+        """`key` as in `paired`: "word.auc", "quality.fid"."""
+        part, name = key.split(".")
+        found = getattr(self if part == "quality" else self.localization, part, None)
+        estimate: Estimate = getattr(found, name, Estimate())
+        return estimate
+
+
+@dataclass(frozen=True)
+class Difference:
+    """a - b on the same images and seeds; of FID relative to b."""
+
+    value: float
+    ci: tuple[float, float] | None
+
+
+@dataclass(frozen=True)
+class Results:
+    """compare_to: baseline arms, by default the first. paired: "a - b" -> key -> difference."""
+
+    arms: Mapping[str, Arm]
+    provenance: Mapping[str, Any]
+    real: Mapping[str, Quality | None] | None = None
+    paired: Mapping[str, Mapping[str, Difference]] | None = None
+    compare_to: Sequence[str] = ()
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """All training seeds of the run, which may be of one arm each."""
+        seeds = (self.provenance.get("seeds") or {}).get("training")
+        return tuple(seeds) if isinstance(seeds, list) else () if seeds is None else (seeds,)
+
+    @property
+    def seeds_an_arm(self) -> int:
+        return max(1, *(len(arm.per_seed or ()) for arm in self.arms.values()))
+
+
+def _fail(path: str, reason: str) -> NoReturn:
+    raise ValueError(f"{path}: {reason}")
+
+
+def _number(value: Any, path: str, low: float = -math.inf, high: float = math.inf) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        _fail(path, f"must be a number, is {type(value).__name__}")
+    if not math.isfinite(value):
+        _fail(path, f"must be finite or null, is {value}")
+    if not low - _TOLERANCE <= value <= high + _TOLERANCE:
+        _fail(path, f"must be within [{low:g}, {high:g}], is {value:g}")
+    return value
+
+
+def _interval(value: Any, path: str) -> tuple[float, float]:
+    if not isinstance(value, (list, tuple)) or len(value) != 2:
+        _fail(path, f"must be [low, high], is {value!r}")
+    low, high = (_number(end, f"{path}[{place}]") for place, end in enumerate(value))
+    return (low, high) if low <= high else _fail(path, f"low end {low:g} is above high end {high:g}")
+
+
+def _read(kind: Any, value: Any, path: str) -> Any:
+    """`value` as `kind`: a dataclass, a mapping, a sequence, a bounded number, or one of these or None."""
+    origin, arguments = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return None if value is None else _read(arguments[0], value, path)
+    if kind is float or origin is Annotated:
+        return _number(value, path, *arguments[1:])
+    if kind is int and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+        _fail(path, f"must be a whole number of at least 0, is {value!r}")
+    if origin is tuple:
+        return _interval(value, path)
+    expected: Any = {int: int, str: str, Any: object, Sequence: list}.get(origin or kind, Mapping)
+    if not isinstance(value, expected):
+        names = {str: "a string", list: "a list"}
+        _fail(path, f"must be {names.get(expected, 'an object')}, is {type(value).__name__}")
+    if origin is Mapping:
+        return {name: _read(arguments[1], item, f"{path}.{name}") for name, item in value.items()}
+    return _record(kind, value, path) if is_dataclass(kind) else value
+
+
+def _record(kind: Any, value: Mapping[str, Any], path: str) -> Any:
+    found = {}
+    hints = get_type_hints(kind, include_extras=True)
+    for field in fields(kind):
+        name, hint = field.name, hints[field.name]
+        if name not in value:
+            if field.default is MISSING:
+                _fail(f"{path}.{name}", "is missing")
+        elif get_args(hint)[:1] == (Estimate,):
+            ends, inner = value.get(f"{name}_ci"), value[name]
+            if ends is not None and inner is None:
+                _fail(f"{path}.{name}_ci", f"is an interval, but {name} is null")
+            inner = None if inner is None else _number(inner, f"{path}.{name}", *get_args(hint)[1:])
+            found[name] = Estimate(inner, *(_interval(ends, f"{path}.{name}_ci") if ends is not None else ()))
+        else:
+            found[name] = _read(hint, value[name], f"{path}.{name}")
+    return kind(**found)
+
+
+def parse_metrics(content: Mapping[str, Any]) -> Results:
+    """The content of metrics.json, checked and typed; its keys are the fields of `Results`.
+
+    A key without a default is required. What cannot be computed is null. An estimate has its interval beside it as
+    `<name>_ci`. Further keys are allowed.
+    No number of these fields is NaN or infinite.
+
+    Raises:
+        ValueError: names the path of the first wrong key.
+    """
+    results: Results = _read(Results, content, "metrics")
+    arms = results.arms or _fail("metrics.arms", "is empty")
+    pairs = {f"{a} - {b}" for a in arms for b in arms}
+    for key, names in (
+        ("paired", set(results.paired or ()) - pairs),
+        ("compare_to", set(results.compare_to) - set(arms)),
+    ):
+        if names:
+            _fail(f"metrics.{key}", f"names {', '.join(sorted(names))}; the arms are {', '.join(arms)}")
+    return Results(arms, results.provenance, results.real, results.paired, results.compare_to or list(arms)[:1])
+
+
+def validate_metrics(metrics: Mapping[str, Any]) -> None:
+    """Check the content of metrics.json. Raises ValueError with the path of the first wrong key, see `parse_metrics`."""
+    parse_metrics(metrics)

@@ -1,0 +1,82 @@
+"""What a folder holds for stock loaders, and the code that loads it into a stock diffusers pipeline."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+PHANTOM = "checkpoints/phantom-base"
+# Folder of a part -> library and class, where its config.json does not name one.
+PARTS = {
+    "unet": ("diffusers", "UNet2DConditionModel"),
+    "transformer": ("diffusers", "AutoModel"),
+    "text_encoder": ("transformers", "CLIPTextModel"),
+    "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
+}
+
+
+def exported(folder: Path) -> dict[str, str]:
+    """Part -> file or folder name of what `folder` holds; empty where it holds no part."""
+    found = {part: part for part in PARTS if (folder / part).is_dir()}
+    return found | ({"lora": LORA_FILE} if (folder / LORA_FILE).exists() else {})
+
+
+def public_base(name: str) -> str | None:
+    """The base as anyone may load it: the embedded one or a hub id. None for a folder of this machine."""
+    if name == "phantom" or f"/{Path(name).as_posix()}".endswith(f"/{PHANTOM}"):
+        return PHANTOM
+    return name if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).exists() else None
+
+
+def _class_of(folder: Path, part: str) -> tuple[str, str]:
+    path = folder / part / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if name := config.get("_class_name"):
+        return "diffusers", name
+    return ("transformers", config["architectures"][0]) if config.get("architectures") else PARTS[part]
+
+
+def loading_code(
+    base: str,
+    folder: Path,
+    parts: Mapping[str, str],
+    prompt: str | None,
+    *,
+    few_steps: int | None = None,
+    revision: str | None = None,
+    variant: str | None = None,
+) -> str:
+    """Python that loads `parts` (see `exported`) of `folder` on `base` and draws `prompt`.
+
+    few_steps: of a model that draws in so many steps of LCMScheduler, without guidance. revision, variant: of the base.
+    """
+    modules = {part: _class_of(folder, part) for part in PARTS if part in parts}
+    imports = {"diffusers": ["DiffusionPipeline", *(["LCMScheduler"] if few_steps else [])]}
+    for package, name in modules.values():
+        imports[package] = [*imports.get(package, []), name]
+    lines = ["import torch"]
+    lines += [f"from {package} import {', '.join(dict.fromkeys(names))}" for package, names in imports.items()]
+    known = public_base(base)
+    note = "" if known else "  # put the hub id or folder of the base that this model was trained from"
+    lines += ["", f"base = {known or 'BASE'!r}{note}"]
+    if parts:
+        # Relative to where the run was started, as the base's folder is; no path of this machine.
+        place = folder.resolve()
+        shown = place.relative_to(Path.cwd()).as_posix() if place.is_relative_to(Path.cwd()) else place.name
+        lines.append(f"folder = {shown!r}  # the folder of this model")
+    lines += [f'{part} = {name}.from_pretrained(folder, subfolder="{part}")' for part, (_, name) in modules.items()]
+    given = {"revision": revision, "variant": variant} if known else {}
+    keywords = [f"{part}={part}" for part in modules] + [f"{key}={value!r}" for key, value in given.items() if value]
+    # A base saved in 16 bits would otherwise give parts of different types.
+    keywords.append("torch_dtype=torch.float32")
+    lines.append(f"pipe = DiffusionPipeline.from_pretrained({', '.join(['base', *keywords])})")
+    if "lora" in parts:
+        lines.append("pipe.load_lora_weights(folder)")
+    sampling = "num_inference_steps=20"
+    if few_steps:
+        lines.append("pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)")
+        sampling = f"num_inference_steps={few_steps}, guidance_scale=1.0"
+    return "\n".join([*lines, f"image = pipe({prompt or 'a caption'!r}, {sampling}).images[0]"])

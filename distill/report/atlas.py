@@ -1,0 +1,183 @@
+"""The atlas in words, tables and heat maps: AUC of each layer at each timestep, and the subset that was chosen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
+from rich import box
+from rich.table import Table as RichTable
+from rich.text import Text as RichText
+
+from distill.evaluation.localization import TOKEN_MAPS
+from distill.evaluation.protocols import DEFAULT_TIMESTEPS
+from distill.report.document import UNKNOWN, Picture
+from distill.report.figures import chart
+from distill.report.tables import format_number
+
+if TYPE_CHECKING:
+    from distill.config import FullEvaluation
+
+
+def short_layer(name: str) -> str:
+    """`up_blocks.1.attentions.0.transformer_blocks.0.attn2` -> `up 1.0.0`."""
+    block, *rest = name.split(".")
+    return f"{block.partition('_')[0]} {'.'.join(part for part in rest if part.isdigit())}"
+
+
+def _signed(value: float) -> str:
+    text = format_number(value, 3)
+    return text if text.startswith("-") else f"+{text}"
+
+
+def _difference(entry: Mapping[str, Any], key: str) -> str:
+    """`+.031 [+.010, +.052]`; a dash where unknown."""
+    found = entry["test"]["difference"][key]
+    if found["value"] is None:
+        return UNKNOWN
+    return _signed(found["value"]) + (f" [{', '.join(map(_signed, found['ci']))}]" if found["ci"] else "")
+
+
+def answer(name: str, entry: Mapping[str, Any]) -> str:
+    """Does the subset chosen on validation images raise the AUC on test images? One or two sentences, from the numbers."""
+    chosen, test, found = entry["chosen"], entry["test"], entry["test"]["difference"]["auc"]
+    start = (
+        f"{name}: {len(chosen['layers'])} of {len(entry['layers'])} layers at {', '.join(map(str, chosen['timesteps']))}, "
+        f"chosen on {entry['validation']['images']} validation images,"
+    )
+    end = (
+        "" if chosen["is_better"] else " On validation it is no better than the default, so the model does not get it."
+    )
+    if found["value"] is None:
+        return f"{start} could not be tested: no pair of a test image has an AUC.{end}"
+    values = [format_number(test[which]["word"]["auc"], 3) for which in ("default", "chosen")]
+    numbers = f"from {values[0]} to {values[1]}, difference {_difference(entry, 'auc')}"
+    if found["ci"] is None:
+        return f"{start} changes the word AUC on test images {numbers}; one image gives no interval.{end}"
+    low, high = found["ci"]
+    if low <= 0 <= high:
+        verb, numbers = "does not clearly change", f"{numbers}: the 95 % interval holds 0"
+    else:
+        verb = "raises" if low > 0 else "lowers"
+    return f"{start} {verb} the word AUC on test images ({numbers}).{end}"
+
+
+HEAD = (
+    "model", "layers", "timesteps", "validation AUC, default", "chosen", "test AUC, default", "chosen", "difference",
+    "CNR difference", "Top-1 difference",
+)  # fmt: skip
+
+
+def summary_rows(entries: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
+    """One row a model, in the columns of HEAD; AUC, CNR and Top-1 of the word maps."""
+    rows = []
+    for name, entry in entries.items():
+        chosen, test = entry["chosen"], entry["test"]
+        numbers = (chosen["default_auc"], chosen["auc"], test["default"]["word"]["auc"], test["chosen"]["word"]["auc"])
+        rows.append(
+            (
+                name,
+                f"{len(chosen['layers'])} of {len(entry['layers'])}",
+                ", ".join(map(str, chosen["timesteps"])),
+                *(UNKNOWN if value is None else format_number(value, 3) for value in numbers),
+                *(_difference(entry, key) for key in ("auc", "cnr", "top1")),
+            )
+        )
+    return rows
+
+
+def terminal_table(entries: Mapping[str, Mapping[str, Any]]) -> RichTable:
+    table = RichTable(
+        box=box.SIMPLE_HEAD,
+        padding=0,
+        caption="word AUC; difference on test images with its 95 % bootstrap interval over images",
+        caption_justify="left",
+    )
+    for place, name in enumerate(HEAD[:-2]):
+        table.add_column(name.replace(" AUC, ", "\n"), justify="right" if place else "left")
+    for row in summary_rows(entries):
+        table.add_row(*(RichText(cell) for cell in row[:-2]))  # rich would read [brackets] as markup
+    return table
+
+
+def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
+
+
+def markdown(entries: Mapping[str, Mapping[str, Any]], evaluation: FullEvaluation) -> str:
+    """atlas.md: the answer, the comparison, and the AUC of each cell of each model."""
+    first = next(iter(entries.values()))
+    word = first["test"]["chosen"]["word"]
+    parts = [
+        "# Where the attention localizes",
+        "Does choosing layers and timesteps on validation images raise the AUC on test images?",
+        "\n".join(f"- {answer(name, entry)}" for name, entry in entries.items()),
+        _markdown_table(HEAD, summary_rows(entries)),
+        f"The default is all layers at the timesteps {', '.join(map(str, DEFAULT_TIMESTEPS))}. Validation: "
+        f"{first['validation']['images']} images, {first['validation']['pairs']} image-finding pairs; the chosen subset's "
+        f"AUC there is the best of many and so too high. Test: {word['images']} other images, {word['pairs']} pairs; "
+        f"95 % intervals of {evaluation.bootstrap_samples:,} resamples of images; noise seed "
+        f"{evaluation.seed}. CNR and Top-1 are of the same maps.",
+    ]
+    for name, entry in entries.items():
+        chosen = entry["chosen"]
+        parts += [
+            f"## {name}",
+            f"![AUC of {name} by layer and timestep]({name}/atlas.png)",
+            f"Chosen layers: {', '.join(f'`{layer}`' for layer in chosen['layers'])}",
+        ]
+        for token in TOKEN_MAPS:
+            rows = []
+            for layer, values in zip(entry["layers"], entry["validation"]["auc"][token], strict=True):
+                cells = [format_number(value, 3) for value in values]
+                if token == "word" and layer in chosen["layers"]:
+                    cells = [
+                        f"**{cell}**" if timestep in chosen["timesteps"] else cell
+                        for cell, timestep in zip(cells, entry["timesteps"], strict=True)
+                    ]
+                rows.append([short_layer(layer), *cells])
+            parts.append(f"AUC of the {token} maps on validation images, by layer and timestep:")
+            parts.append(_markdown_table(["layer", *map(str, entry["timesteps"])], rows))
+    return "\n\n".join(parts) + "\n"
+
+
+def atlas_chart(
+    tables: Mapping[str, np.ndarray],
+    layers: Sequence[str],
+    timesteps: Sequence[int],
+    chosen: tuple[Sequence[int], Sequence[int]],
+) -> Picture:
+    """A heat map a token map: AUC of each layer (rows) at each timestep (columns), .5 in white.
+
+    tables: name -> (layers, timesteps) in [0, 1]. chosen: rows and columns whose common cells get a frame.
+    """
+    count = len(layers) * len(timesteps)
+    far = max(0.05, *(float(np.abs(table - 0.5).max()) for table in tables.values()))
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
+        for axes, (name, table) in zip(panels, tables.items(), strict=True):
+            image = axes.imshow(table, cmap="RdBu_r", vmin=0.5 - far, vmax=0.5 + far, aspect="auto")
+            axes.set_title(f"{name}, best {format_number(float(table.max()), 3)}", loc="left")
+            axes.set_xticks(range(len(timesteps)), [str(t) for t in timesteps], rotation=60, fontsize=8)
+            axes.set_yticks(range(len(layers)), layers, fontsize=8)
+            axes.set_xlabel("timestep")
+            axes.grid(False)
+            for row, column in np.ndindex(table.shape) if count <= 400 else ():
+                value = float(table[row, column])
+                colour = "white" if abs(value - 0.5) > 0.7 * far else "black"
+                text = format_number(value, 2)
+                axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
+            for row in chosen[0]:
+                for column in chosen[1]:
+                    frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2)
+                    axes.add_patch(frame)
+        figure.colorbar(image, ax=panels, label="AUC", fraction=0.02, pad=0.01)
+
+    width = 2.2 + len(tables) * (0.4 + 0.33 * len(timesteps))
+    alt = "AUC of attention maps by layer and timestep on validation images; the chosen cells have a frame"
+    return chart("atlas", alt, width, 1.5 + 0.28 * len(layers), draw)

@@ -1,0 +1,13 @@
+for (const example of document.querySelectorAll(".example")) {
+  const words = [...example.querySelectorAll("button")];
+  const show = (word) => {
+    example.style.setProperty("--i", word.dataset.map);
+    example.querySelector(".shown").textContent = word.textContent;
+    words.forEach((other) => other.setAttribute("aria-pressed", other.dataset.map === word.dataset.map));
+  };
+  words.forEach((word, place) => {
+    for (const event of ["mouseenter", "focus", "click"]) word.addEventListener(event, () => show(word));
+    const step = { ArrowRight: 1, ArrowLeft: words.length - 1 };
+    word.addEventListener("keydown", ({ key }) => step[key] && words[(place + step[key]) % words.length].focus());
+  });
+}

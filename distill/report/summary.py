@@ -1,0 +1,162 @@
+"""Which model to take, and why: sentences from values and their intervals."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from distill.evaluation.results import Difference, Results
+from distill.report import tables
+from distill.report.document import Cell, Table
+from distill.report.tables import FID, FINDING_AUC, IMAGE_ADDS, WORD_AUC, Metric
+
+RULE = (
+    "The rule: a model is ruled out if another model is better on one measure and worse on none. Among the models that are "
+    "left, the first choice has the best mean rank over localization and quality. “Better” means that the 95 % interval of "
+    "the paired difference excludes 0. Where there is no paired difference, it means that the two intervals do not overlap. "
+    "The intervals are not corrected for the number of comparisons."
+)
+_TONES = {"better": ("▲ ", "good"), "worse": ("▼ ", "bad"), "not separated": ("≈ ", "even"), "not measured": ("", "")}
+
+
+@dataclass(frozen=True)
+class Summary:
+    """arm: the first choice, None where nothing was measured. others: the arms that the table `why` compares it with."""
+
+    arm: str | None
+    title: str
+    reasons: Sequence[str]
+    why: Sequence[Table] = ()
+    others: Sequence[str] = ()
+
+
+def difference(results: Results, arm: str, other: str, metric: Metric) -> Difference | None:
+    """The paired difference arm - other (of FID relative to other), in whichever order it was measured."""
+    paired = results.paired or {}
+    if f"{arm} - {other}" in paired:
+        return paired[f"{arm} - {other}"].get(metric.key)
+    found = paired.get(f"{other} - {arm}", {}).get(metric.key)
+    if found is None:
+        return None
+    value, low, high = (1 / (1 + v) - 1 if metric is FID else -v for v in (found.value, *(found.ci or (0, 0))[::-1]))
+    return Difference(value, (low, high) if found.ci else None)
+
+
+def compare(results: Results, arm: str, other: str, metric: Metric) -> str:
+    """Whether `arm` is "better", "worse", "not separated" or "not measured" against `other`."""
+    paired = difference(results, arm, other, metric)
+    if paired and paired.ci:
+        low, high = paired.ci
+    else:
+        ours, theirs = (results.arms[name].estimate(metric.key) for name in (arm, other))
+        if ours.low is None or ours.high is None or theirs.low is None or theirs.high is None:
+            return "not measured"
+        low, high = ours.low - theirs.high, ours.high - theirs.low
+    return "not separated" if low <= 0 <= high else "better" if (low > 0) == (metric.direction > 0) else "worse"
+
+
+def summarize(results: Results) -> Summary:
+    """The first choice by `RULE`, and what the intervals do not tell."""
+    arms, measures = results.arms, (WORD_AUC, IMAGE_ADDS, FID, FINDING_AUC)
+    known = {m: [a for a in arms if arms[a].estimate(m.key).value is not None] for m in measures}
+    place = IMAGE_ADDS if known[IMAGE_ADDS] and known[IMAGE_ADDS] == known[WORD_AUC] else WORD_AUC
+    metrics = [m for m in (place, FID, FINDING_AUC) if known[m]]
+    whole = [a for a in arms if metrics and all(a in known[m] for m in metrics)]
+    if not whole:
+        return Summary(None, "No model can be recommended", ["No model has all measures that any model has."])
+    answers = {(a, b): [compare(results, a, b, m) for m in metrics] for a in whole for b in whole if a != b}
+    beaten = {b for (_, b), found in answers.items() if "better" in found and "worse" not in found}
+    left = [a for a in whole if a not in beaten] or whole
+    first = min(left, key=lambda a: _rank(results, a, left, metrics))
+    rivals = [a for a in left if a != first]
+    tied = [a for a in rivals if not {"better", "worse"} & set(answers[first, a])]
+    said = {
+        f"The numbers do not separate {first} from {_and(tied)}; more seeds or images are needed.": tied,
+        f"Ruled out, because another model beats it: {_and([a for a in whole if a not in left])}.": left != whole,
+        f"Not compared, because a measure is missing: {_and([a for a in arms if a not in whole])}.": len(whole)
+        < len(arms),
+        "There is no other fully measured model to compare it with.": len(whole) == 1,
+        "Localization was not measured: the choice is by quality alone.": place not in metrics,
+        "Quality was not measured: the choice is by localization alone.": metrics == [place],
+    }
+    for a in (a for a in rivals if a not in tied):
+        better, worse = (
+            _and([m.name for m, found in zip(metrics, answers[a, first], strict=True) if found == answer]) or "nothing"
+            for answer in ("better", "worse")
+        )
+        said[f"{a} is better than {first} in {better} and worse in {worse}: choose by what you need."] = True
+    others = [a for a in results.compare_to if a != first] or [a for a in arms if a != first][:1]
+    title = f"Take {first}"
+    if rivals:
+        title = f"First choice: {first}. {len(rivals)} other model{'s are' if len(rivals) > 1 else ' is'} not ruled out"
+    title += " (not trained here)" if arms[first].cost.train_seconds is None else ""
+    why = _why(results, first, others, [WORD_AUC, *metrics] if place is IMAGE_ADDS else metrics)
+    reasons = [text for text, holds in said.items() if holds]
+    return Summary(first, title, [*reasons, *_blind(results, first), *_compute(results)], [why], others)
+
+
+def _and(names: Sequence[str]) -> str:
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def _rank(results: Results, arm: str, among: Sequence[str], metrics: Sequence[Metric]) -> float:
+    """The mean rank in localization plus that in quality; 0 is best on all."""
+    ranks: dict[bool, list[int]] = {}
+    for m in metrics:
+        value = {a: m.direction * (results.arms[a].estimate(m.key).value or 0.0) for a in among}
+        ranks.setdefault(m in (FID, FINDING_AUC), []).append(sum(v > value[arm] for v in value.values()))
+    return sum(sum(side) / len(side) for side in ranks.values())
+
+
+def _why(results: Results, first: str, others: Sequence[str], metrics: Sequence[Metric]) -> Table:
+    rows: list[list[str | Cell]] = []
+    for m in metrics:
+        row: list[str | Cell] = [m.label, Cell(*tables.format_estimate(results.arms[first].estimate(m.key), m))]
+        for other in others:
+            answer, paired = compare(results, first, other, m), difference(results, first, other, m)
+            theirs = " ".join(tables.format_estimate(results.arms[other].estimate(m.key), m))
+            note = f"{theirs}; difference {tables.format_difference(paired, m)}" if paired else theirs
+            row.append(Cell(_TONES[answer][0] + answer, note, _TONES[answer][1]))
+        rows.append(row)
+    return Table(
+        ["", first, *(f"against {other}" for other in others)], rows, name="the first choice and the baselines"
+    )
+
+
+def _blind(results: Results, arm: str) -> list[str]:
+    """Whether the maps of `arm` say more than maps that do not look at the image."""
+    found, located = [], results.arms[arm].localization
+    word, adds = (results.arms[arm].estimate(m.key) for m in (WORD_AUC, IMAGE_ADDS))
+    for name, prior in ((located and located.priors) or {}).items():
+        ours = word.value if word.low is None else word.low
+        theirs = prior.auc.value if prior.auc.high is None else prior.auc.high
+        if ours is not None and theirs is not None and ours <= theirs:
+            found.append(f"By word AUC, {arm} is not shown to be better than a blind map ({name.replace('_', ' ')}).")
+    if adds.value is not None and (adds.low is None or adds.low <= 0):
+        found.append(f"The maps of {arm} are not shown to depend on the image.")
+    return found
+
+
+def _compute(results: Results) -> list[str]:
+    """A sentence where the trained arms did not cost the same."""
+    costs, spans = [arm.cost for arm in results.arms.values() if arm.cost.train_seconds is not None], []
+    for key, write in (
+        ("steps", "{:,} steps"),
+        ("denoiser_passes", "{:,} denoiser passes"),
+        ("train_seconds", "{:,.0f} s"),
+    ):
+        known = [value for cost in costs if (value := getattr(cost, key)) is not None]
+        if known and max(known) > 1.1 * min(known):
+            spans.append(f"{write.format(min(known))} to {write.format(max(known))}")
+    return [f"Compute differs between the trained models: {_and(spans)}."] if spans else []
+
+
+def sample(results: Results) -> str:
+    """How many images, pairs and seeds the numbers rest on."""
+    one, count = "One training seed a model, whose choice no interval covers.", results.seeds_an_arm
+    parts = [one if count == 1 else f"{count} training seeds a model; the intervals are over seeds and images."]
+    if word := next((a.localization.word for a in results.arms.values() if a.localization), None):
+        parts.append(f"Localization: {word.images:,} held-out images, {word.pairs:,} image-finding pairs.")
+    if drawn := next((arm.quality for arm in results.arms.values() if arm.quality), None):
+        parts.append(f"Quality: {drawn.images:,} generated images, features: {drawn.features or 'none'}.")
+    return " ".join(parts)
