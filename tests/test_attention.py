@@ -97,7 +97,7 @@ def inputs(unet: UNet2DConditionModel, size: tuple[int, int] = (8, 8), batch: in
 
 def attach_lora(unet: UNet2DConditionModel) -> None:
     """An adapter that changes the output: its second factor, 0 when fresh, is drawn at random."""
-    add_lora(unet, LoraConfig(rank=2, alpha=4.0), LoraConfig().unet_targets, "denoiser")
+    add_lora(unet, LoraConfig(rank=2, alpha=4.0), ("to_q", "to_k", "to_v", "to_out.0"), "denoiser")
     generator = torch.Generator().manual_seed(2)
     for name, parameter in unet.named_parameters():
         if "lora_B" in name:

@@ -5,27 +5,24 @@ from __future__ import annotations
 import json
 import os
 import socket
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from distill.arms import Arm
-from distill.derive import derived_base
-from distill.methods.objectives import AttentionDistillationObjective
 from full_size import ARCHITECTURES, full_size
 from recipe import recipe_module, refusal_of
-from test_objectives import NO_DROPOUT, batch_of, generator
 from test_recipes import PHANTOM, TRAINING, UNET_FILE, files_of, log_rows, read_metrics
 from tiny import save_tiny, tiny_sd, tiny_sdxl
 from torch import nn
+from training import batch_of, distilling, generator
 
 from distill.attention.recording import attention_layers, record_attention
 from distill.cli import parse, to_yaml
-from distill.config import AttentionDistillationConfig, BaseConfig, BlocksConfig, CompressConfig, LoraConfig
+from distill.config import BaseConfig, BlocksConfig, LoraConfig
 from distill.errors import UserError
+from distill.experiment.derive import derived_base
 from distill.losses import token_attention_kl
 from distill.models.adapters import parameter_counts, prepare_training
 from distill.models.blocks import model_size, name_in_teacher, pruned_config, pruned_subset, pruned_unet
@@ -33,6 +30,7 @@ from distill.models.export import export, prove_parity
 from distill.models.family import AttentionSubset
 from distill.models.loading import load_model, model_of
 
+RECIPE = recipe_module("compress")
 BASE = BlocksConfig(layers_per_block=1)
 SMALL = BlocksConfig(layers_per_block=1, remove_mid_block=True)
 TINY = BlocksConfig(layers_per_block=1, remove_mid_block=True, remove_stages=1)
@@ -223,27 +221,21 @@ def test_operations_are_those_of_a_real_pass(build: Any) -> None:
 def test_each_layer_learns_from_the_layer_that_it_was(blocks: BlocksConfig, left: int) -> None:
     teacher, student = model_of(pipeline_of_two_pairs()), model_of(pipeline_of_two_pairs())
     student.denoiser = pruned_unet(teacher.denoiser, blocks)
-    prepare_training(student, method="full", text_encoder="frozen", lora=LoraConfig())
+    prepare_training(student, denoiser="full", text_encoder="frozen", lora=LoraConfig())
     there = name_in_teacher(student.denoiser.config, teacher.denoiser.config)
-    config = AttentionDistillationConfig(output_weight=1.0, feature_weight=1.0)
     batch = batch_of(student)
-    with ExitStack() as stack:
-        layers = [there(name) for name in attention_layers(student.denoiser)]
-        assert len(layers) == left < len(attention_layers(teacher.denoiser)) == 11
-        maps = (
-            stack.enter_context(record_attention(student.denoiser)),
-            stack.enter_context(record_attention(teacher.denoiser, layers)),
-        )
-        objective = AttentionDistillationObjective(student, NO_DROPOUT, config, teacher, *maps)
-        terms = objective(batch, generator())
+    layers = [there(name) for name in attention_layers(student.denoiser)]
+    assert len(layers) == left < len(attention_layers(teacher.denoiser)) == 11
+    with distilling(student, teacher, output_weight=1.0, feature_weight=1.0) as method:
+        terms = method(batch, generator())
         terms["loss"].backward()
-        x = objective.noised(batch, generator())
-        ours, theirs = ({}, {})
-        for unet, kept, recorder in ((student.denoiser, ours, maps[0]), (teacher.denoiser, theirs, maps[1])):
-            recorder.start()
-            with torch.no_grad():
-                objective.predict(unet, student.text_encoders, x)
-            kept |= recorder.take()
+        x = method.noised(batch, generator())
+    found = []
+    for model, names in ((student, None), (teacher, layers)):
+        with record_attention(model.denoiser, names or ()) as maps, torch.no_grad():
+            method.predict(model, student.text_encoders, x)
+        found.append(dict(maps.by_layer))
+    ours, theirs = found
     rows = torch.ones(4, dtype=torch.bool)
     expected = [token_attention_kl(theirs[there(name)], maps, rows) for name, maps in ours.items()]
     assert float(terms["token_kl"].detach()) == pytest.approx(float(torch.stack(expected).mean()), rel=1e-4)
@@ -255,9 +247,7 @@ def test_each_layer_learns_from_the_layer_that_it_was(blocks: BlocksConfig, left
 
 
 def compress(argv: list[str]) -> None:
-    recipe = recipe_module("compress")
-    recipe.TIMED_PASSES = 1
-    recipe.compress(parse(CompressConfig, argv))
+    RECIPE.compress(parse(RECIPE.CompressConfig, argv))
 
 
 def test_a_run_of_adapters_becomes_a_smaller_model_that_stock_diffusers_loads(
@@ -267,7 +257,7 @@ def test_a_run_of_adapters_becomes_a_smaller_model_that_stock_diffusers_loads(
     pipeline_of_two_pairs().save_pretrained(tmp_path / "base")
     teacher_run, out = tmp_path / "teacher", tmp_path / "out"
     adapted = load_model(BaseConfig(name=str(tmp_path / "base")))
-    prepare_training(adapted, method="lora", text_encoder="lora", lora=LoraConfig(rank=2))
+    prepare_training(adapted, denoiser="lora", text_encoder="lora", lora=LoraConfig(rank=2))
     for module in (adapted.denoiser, *adapted.text_encoders):
         for name, parameter in module.named_parameters():
             if "lora_" in name:
@@ -275,7 +265,7 @@ def test_a_run_of_adapters_becomes_a_smaller_model_that_stock_diffusers_loads(
     export(adapted, teacher_run)
     argv = ["--base.name", str(tmp_path / "base"), "--run", str(teacher_run), "--output_dir", str(out), *TRAINING]
     argv += ["--blocks.layers_per_block", "1", "--blocks.remove_mid_block", "true", "--text_encoder", "full"]
-    argv += ["--distillation.mass_weight", "0.5", "--bits", "[int8,nf4]", "--data.cache_dir", str(tmp_path / "cache")]
+    argv += ["--method.mass_weight", "0.5", "--bits", "[int8,nf4]", "--data.cache_dir", str(tmp_path / "cache")]
     compress(argv)
     metrics = read_metrics(out)
     assert list(metrics["arms"]) == ["teacher", "pruned", "model", "model_int8", "model_nf4"]
@@ -327,22 +317,24 @@ def _rank(rank: int, port: int, folder: str) -> None:
                    "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
     root = Path(folder)
     argv = ["--base.name", str(root / "base"), "--blocks.remove_mid_block", "true", "--output_dir"]
-    arm = Arm("model", root / "out", "full", "frozen", 1e-4, 1e-4, distillation=AttentionDistillationConfig())
 
     def change(model: Any) -> Any:
         with (root / "written").open("a") as log:
             log.write(f"{rank}\n")
         return model
 
-    def found(config: CompressConfig, keep: bool = False) -> str:
-        with derived_base(config, arm, "derived", change) as base:
+    def found(config: Any, keep: bool = False) -> str:
+        with derived_base(config, config.run, "derived", change) as base:
             assert (Path(base.name) / "model_index.json").exists()
             if keep:
                 (Path(config.output_dir) / "config.yaml").write_text(to_yaml(config))
         return base.name
 
-    names = [found(parse(CompressConfig, [*argv, str(root / name)]), keep=name == "out") for name in ("out", "refused")]
-    names.append(found(parse(CompressConfig, [*argv, str(root / "dry"), "--dry_run", "true"])))
+    names = [
+        found(parse(RECIPE.CompressConfig, [*argv, str(root / name)]), keep=name == "out")
+        for name in ("out", "refused")
+    ]
+    names.append(found(parse(RECIPE.CompressConfig, [*argv, str(root / "dry"), "--dry_run", "true"])))
     (root / f"names-{rank}.json").write_text(json.dumps(names))
 
 
@@ -358,35 +350,28 @@ def test_one_of_two_processes_writes_what_both_read(tmp_path: Path) -> None:
     assert not any(Path(name).exists() for name in names[0][1:]), "of what ends before its training nothing stays"
 
 
-def test_options_that_a_compression_does_not_read_are_refused(
+def test_a_compression_that_cannot_be_is_refused_and_leaves_nothing(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    def refusal(argv: list[str]) -> str:
+        return refusal_of(RECIPE.compress, RECIPE.CompressConfig, argv, capsys)
+
     save_tiny(tmp_path / "base")
     argv = ["--base.name", str(tmp_path / "base"), "--output_dir", str(tmp_path / "out"), *PHANTOM]
-    message = refusal_of(
-        recipe_module("compress").compress,
-        CompressConfig,
-        [*argv, "--blocks.remove_mid_block", "true", "--distillation.start_from_teacher", "true"],
-        capsys,
-    )
-    assert "the teacher is base and run" in message
-    assert not (tmp_path / "out/config.yaml").exists()
-    message = refusal_of(recipe_module("compress").compress, CompressConfig, argv, capsys)
-    assert "nothing is removed" in message
+    pruned = [*argv, "--blocks.remove_mid_block", "true"]
+    for words in (
+        ["--method.start_from_teacher", "true"], ["--method.teacher", "x"], ["--method.gate_reference", "base"],
+    ):  # fmt: skip
+        assert "the teacher is the whole model, base and run" in refusal([*pruned, *words])
+    assert "nothing is removed" in refusal(argv)
     assert not (tmp_path / "out").exists(), "of what is refused nothing stays"
     # Another choice of blocks after a refusal, in the same folder: not the blocks of the refused command.
-    again = [*argv, "--blocks.remove_mid_block", "true", *TRAINING, "--data.cache_dir", str(tmp_path / "cache")]
-    message = refusal_of(
-        recipe_module("compress").compress, CompressConfig, [*again, "--data.resolution", "60"], capsys
-    )
-    assert "data.resolution is 60" in message
+    again = [*pruned, *TRAINING, "--data.cache_dir", str(tmp_path / "cache")]
+    assert "data.resolution is 60" in refusal([*again, "--data.resolution", "60"])
     assert not (tmp_path / "out").exists()
     compress([*again, "--dry_run", "true"])
     assert not (tmp_path / "out").exists()
     (tmp_path / "out/pruned_base/unet").mkdir(parents=True)  # of a command that was killed
-    message = refusal_of(
-        recipe_module("compress").compress, CompressConfig, [*again, "--run", str(tmp_path / "base")], capsys
-    )
-    assert "is a whole pipeline" in message
+    assert "is a whole pipeline" in refusal([*again, "--run", str(tmp_path / "base")])
     compress(again)
     assert read_metrics(tmp_path / "out")["arms"]["model"]["cost"]["steps"] == 2

@@ -126,7 +126,9 @@ def test_an_old_tradeoff(tmp_path: Path) -> None:
 
 def test_an_old_distill_attention(tmp_path: Path) -> None:
     lines = of_file("distill_attention", DISTILL_ATTENTION, tmp_path)
-    moved = [(f"distillation.{n}", f"it is method.{n} now") for n in ("teacher", "start_from_teacher", "gate_reference")]
+    moved = [
+        (f"distillation.{n}", f"it is method.{n} now") for n in ("teacher", "start_from_teacher", "gate_reference")
+    ]
     expect(lines, [("method: ", "denoiser now"), *moved, ("distillation.ema_decay", "it is gone")])
 
 
@@ -159,7 +161,9 @@ def test_old_words_of_the_command_line(recipe: str, words: list[str], expected: 
 def test_evaluate_has_the_options_that_the_others_lost() -> None:
     for name in tables.EVALUATION:
         assert name in FullEvaluation.model_fields and name not in EvaluationConfig.model_fields
-    text = str(pytest.raises(UserError, parse, recipe_module("evaluate").EvaluateConfig, ["--evaluation.iou_threshold", "2"]))
+    text = str(
+        pytest.raises(UserError, parse, recipe_module("evaluate").EvaluateConfig, ["--evaluation.iou_threshold", "2"])
+    )
     assert "iou_threshold" in text and "only recipes/evaluate.py" not in text
 
 

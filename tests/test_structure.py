@@ -49,7 +49,9 @@ def modes(tree: ast.AST) -> set[int]:
 def name_faults(root: Path) -> list[str]:
     """String literals in the rooms that serve all methods, that name one or an arm."""
     rooms = ("distill/experiment", "distill/evaluation", "distill/report", "distill/trainer.py")
-    files = [path for room in rooms for path in ((root / room).rglob("*.py") if (root / room).is_dir() else [root / room])]
+    files = [
+        path for room in rooms for path in ((root / room).rglob("*.py") if (root / room).is_dir() else [root / room])
+    ]
     faults = []
     for path in sorted(file for file in files if file.exists()):
         tree = ast.parse(path.read_text(encoding="utf-8"))

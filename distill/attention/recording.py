@@ -15,7 +15,6 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
@@ -84,9 +83,8 @@ class AttentionMaps:
         timesteps: tuple[int, int] = ALWAYS,
         rows: Callable[[], slice] | None = None,
         last: str = "",
-        text_gradient: float = 1.0,
     ) -> None:
-        self.family, self.reduce, self.text_gradient = family, reduce, text_gradient
+        self.family, self.reduce = family, reduce
         self.accumulate, self.timesteps, self.rows = accumulate, timesteps, rows
         self.active = True
         self.by_layer: dict[str, torch.Tensor] = {}
@@ -191,19 +189,10 @@ class RecordingAttnProcessor:
         mask = None
         if attention_mask is not None:
             mask = attn.prepare_attention_mask(attention_mask, tokens, batch).unflatten(0, (batch, attn.heads))
-        scaled = self.maps.text_gradient != 1 and torch.is_grad_enabled()
-        recorded_key = key
-        if scaled:
-            text = torch.lerp(context.detach(), context, self.maps.text_gradient)
-            recorded_key = attn.to_k(text).unflatten(-1, (attn.heads, -1)).transpose(1, 2).to(query.dtype)
-        scores = (query * attn.scale) @ recorded_key.transpose(-1, -2)
+        scores = (query * attn.scale) @ key.transpose(-1, -2)
         probabilities = (scores if mask is None else scores + mask).float().softmax(dim=-1)
         self.maps.store(self.layer, probabilities)
-        if scaled:
-            query, key = query.to(value.dtype), key.to(value.dtype)
-            attended = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attn.scale)
-        else:
-            attended = probabilities.to(value.dtype) @ value
+        attended = probabilities.to(value.dtype) @ value
         hidden_states = attended.transpose(1, 2).flatten(2)
         return attn.to_out[1](attn.to_out[0](hidden_states)) / attn.rescale_output_factor
 
@@ -219,7 +208,6 @@ def record_attention(
     timesteps: tuple[int, int] = ALWAYS,
     rows: Callable[[], slice] | None = None,
     max_places: int | None = None,
-    text_gradient: float = 1.0,
 ) -> Iterator[AttentionMaps]:
     """Record the attention of `layers` (prefixes of names; all for none) while the context is open.
 
@@ -228,8 +216,7 @@ def record_attention(
     reduce: what is kept of the (batch, heads, places, tokens) probabilities; `select_tokens` keeps token groups only.
     accumulate: keep the sum over forward passes, not the last. timesteps: record passes at these timesteps only, both
     ends included, all of the batch. rows: called at each layer, the part of the batch to keep (the conditional half
-    under guidance). text_gradient: share of the gradient of what is recorded that reaches the text through this layer's keys;
-    that of the output is whole.
+    under guidance).
 
     Works with LoRA attached, quantized layers, torch.compile (each recorded layer breaks the graph, so not with
     fullgraph=True), gradients and gradient checkpointing, whose second pass inside backward is not recorded. The output
@@ -245,7 +232,6 @@ def record_attention(
         timesteps=timesteps,
         rows=rows,
         last=names[-1],
-        text_gradient=text_gradient,
     )
     modules: dict[str, Any] = {name: inner.get_submodule(name) for name in names}
     originals = {name: module.processor for name, module in modules.items()}

@@ -158,7 +158,9 @@ def claim(folder: Path, config: BaseModel) -> None:
     if text == to_yaml(config):
         return
     if not _is_a(type(config), text):
-        raise UserError(f"{folder} holds a run of an earlier version, or of another recipe; choose another --output_dir")
+        raise UserError(
+            f"{folder} holds a run of an earlier version, or of another recipe; choose another --output_dir"
+        )
     old, new = text.splitlines(), to_yaml(config).splitlines()
     first = next(
         (f"{a.strip()!r} there, {b.strip()!r} now" for a, b in zip(old, new, strict=False) if a != b), "length"
