@@ -106,8 +106,9 @@ def results_table(results: Results, wanted: Sequence[Metric] = METRICS) -> Table
     for name, prior in next(
         (arm.localization.priors or {} for arm in results.arms.values() if arm.localization), {}
     ).items():
-        cells = [Cell(*format_estimate(prior.auc if m is WORD_AUC else Estimate(), m)) for m in shown]
-        rows.append([f"blind map: {name.replace('_', ' ')}", *cells])
+        if prior is not None:
+            cells = [Cell(*format_estimate(prior.auc if m is WORD_AUC else Estimate(), m)) for m in shown]
+            rows.append([f"blind map: {name.replace('_', ' ')}", *cells])
     return Table(["model", *(m.label for m in shown)], rows, "numbers", "results of all models")
 
 
