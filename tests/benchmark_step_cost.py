@@ -1,91 +1,89 @@
 """What a training step costs beside a plain one of the same student: python tests/benchmark_step_cost.py [--steps 20]
 
-The embedded base, full U-Net and text encoder, 16 phantoms, AdamW; the kinds of step take turns, so that other work on the
-machine slows them alike. Prints one JSON object: kind -> median over turns of its time over the plain step's of that turn,
-with the quartiles. The teacher is the base.
+The embedded base, full U-Net and text encoder, 16 phantoms, AdamW. The kinds of step take turns, so that other work on the
+machine slows them alike. Prints one JSON object: kind -> quartiles over turns of its time over the plain step's of that turn.
+The teacher is the base.
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
+import tempfile
 import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
-from distill.methods.objectives import AttentionDistillationObjective, DenoisingObjective, SupervisedAttentionObjective
-from torch.utils.data import default_collate
 
-from distill.attention.recording import record_attention
-from distill.config import AttentionDistillationConfig, BaseConfig, DenoisingConfig, LoraConfig
+from distill.config import BaseConfig, DenoisingConfig, LoraConfig
+from distill.data.batch import Batch, Posterior
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows
-from distill.methods.key_lock import lock_keys
+from distill.methods import Context, Options, method_of
+from distill.methods.attention_distillation import AttentionDistillationOptions
+from distill.methods.denoising import DenoisingOptions
+from distill.methods.key_lock import KeyLockOptions
+from distill.methods.supervised_attention import SupervisedAttentionOptions
+from distill.methods.tail_penalty import TailPenaltyOptions
+from distill.models import Model, load_model
 from distill.models.adapters import prepare_training
-from distill.models.family import Model
-from distill.models.loading import load_model
 
-LOCKED = "key_locked"
-Kind = AttentionDistillationConfig | DenoisingConfig | str | None
-KINDS: dict[str, Kind] = {
-    "key_locked": LOCKED,
-    "supervised": DenoisingConfig(region_token_weight=0.01),
-    "tail_penalized": DenoisingConfig(tail_weight=0.1),
-    "gated, 4 of 7 layers": AttentionDistillationConfig(
-        teacher="run", layers=("down_blocks", "up_blocks.0"), max_timestep=699
+BASE = BaseConfig(name="phantom")
+KINDS: dict[str, Options] = {
+    "plain": DenoisingOptions(),
+    "key_locked": KeyLockOptions(),
+    "supervised": SupervisedAttentionOptions(region_token_weight=0.01),
+    "tail_penalized": TailPenaltyOptions(),
+    "gated, 4 of 7 layers": AttentionDistillationOptions(
+        teacher="base", layers=("down_blocks", "up_blocks.0"), max_timestep=699
     ),
-    "distilled": AttentionDistillationConfig(teacher="run"),
-    "distilled, text_gradient .1": AttentionDistillationConfig(teacher="run", text_gradient=0.1),
-    "distilled, batch_share .5": AttentionDistillationConfig(teacher="run", batch_share=0.5),
-    "self_taught .5": AttentionDistillationConfig(teacher="frozen_text_encoder", batch_share=0.5),
-    "self_taught .5, frozen_share .5": AttentionDistillationConfig(
-        teacher="frozen_text_encoder", batch_share=0.5, frozen_share=0.5
-    ),
-    "self_taught .25, frozen_share .5": AttentionDistillationConfig(
-        teacher="frozen_text_encoder", batch_share=0.25, frozen_share=0.5
-    ),
+    "distilled": AttentionDistillationOptions(teacher="base"),
+    "distilled, batch_share .5": AttentionDistillationOptions(teacher="base", batch_share=0.5),
 }
 
 
 def student() -> Model:
-    model = load_model(BaseConfig(name="phantom"))
-    prepare_training(model, method="full", text_encoder="full", lora=LoraConfig())
+    model = load_model(BASE)
+    prepare_training(model, denoiser="full", text_encoder="full", lora=LoraConfig())
     return model
 
 
-def stepper(
-    stack: ExitStack, config: Kind, batch: dict[str, torch.Tensor]
-) -> Callable[[dict[str, torch.Tensor], int], None]:
-    """A function that trains one step of a student of its own."""
-    own = student()
-    if config == LOCKED:
-        lock_keys(own)
-    objective = DenoisingObjective(own, DenoisingConfig())
-    if isinstance(config, DenoisingConfig):
-        objective = SupervisedAttentionObjective(own, config, stack.enter_context(record_attention(own.denoiser)))
-        if config.tail_weight:
-            objective.measure_tail([batch], torch.Generator().manual_seed(0))
-    elif isinstance(config, AttentionDistillationConfig):
-        teacher = load_model(BaseConfig(name="phantom"))
-        if config.teacher == "frozen_text_encoder":
-            teacher = replace(own, text_encoders=[copy.deepcopy(e).requires_grad_(False) for e in own.text_encoders])
-        maps = [stack.enter_context(record_attention(own.denoiser, config.layers, text_gradient=config.text_gradient))]
-        shared = teacher.denoiser is own.denoiser
-        maps += maps if shared else [stack.enter_context(record_attention(teacher.denoiser, config.layers))]
-        objective = AttentionDistillationObjective(own, DenoisingConfig(), config, teacher, *maps)
-    objective.train()
-    optimizer = torch.optim.AdamW([p for p in objective.parameters() if p.requires_grad], lr=1e-5)
+def stepper(options: Options, batch: Batch, captions: list[str], folder: Path) -> Callable[[int], None]:
+    """A function that trains one step of a student of its own, with this seed."""
+    method = method_of(options, DenoisingConfig())
+    context = Context(
+        generator=torch.Generator().manual_seed(0),
+        device=torch.device("cpu"),
+        is_main=True,
+        log_dir=folder,
+        frozen_dtype=torch.float32,
+        dry_run=False,
+        load=lambda name: load_model(BASE),
+        batches=lambda images: iter([batch]),
+        captions=lambda count: captions,
+        layer_auc=None,
+        say=lambda message: None,
+    )
+    method.setup(student(), context)
+    method.train()
+    optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-5)
 
-    def step(batch: dict[str, torch.Tensor], seed: int) -> None:
-        objective(batch, torch.Generator().manual_seed(seed))["loss"].backward()
+    def step(seed: int) -> None:
+        method(batch, torch.Generator().manual_seed(seed))["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
 
     return step
+
+
+def encoded(batch: Batch, model: Model) -> Batch:
+    """The batch with the VAE's posterior in place of pixels, as the cache of latents gives it."""
+    with torch.no_grad():
+        posterior = model.vae.encode(batch.image.pixel_values).latent_dist
+    others = {name: getattr(batch, name) for name in batch.__dataclass_fields__ if name != "image"}
+    return Batch(image=Posterior(posterior.mean, posterior.std), **others)
 
 
 def main() -> None:
@@ -94,18 +92,14 @@ def main() -> None:
     steps = parser.parse_args().steps
     own = student()
     rows = TrainingRows(PhantomDataset("train", 16, 0, 128), own, label_tokens=True, regions=True)
-    batch = default_collate([rows[i] for i in range(16)])
-    with torch.no_grad():
-        posterior = own.vae.encode(batch.pop("pixel_values")).latent_dist
-    batch |= {"latents_mean": posterior.mean, "latents_std": posterior.std}
+    batch, captions = encoded(Batch.stack([rows[i] for i in range(16)]), own), [rows.caption(i) for i in range(16)]
     times: dict[str, list[float]] = {}
-    with ExitStack() as stack:
-        kinds = {"plain": stepper(stack, None, batch)}
-        kinds |= {name: stepper(stack, config, batch) for name, config in KINDS.items()}
+    with tempfile.TemporaryDirectory() as scratch:
+        kinds = {name: stepper(options, batch, captions, Path(scratch)) for name, options in KINDS.items()}
         for turn in range(steps + 2):
             for name, step in kinds.items():
                 began = time.perf_counter()
-                step(batch, turn)
+                step(turn)
                 if turn >= 2:  # the first ones allocate
                     times.setdefault(name, []).append(time.perf_counter() - began)
     plain = np.array(times["plain"])
