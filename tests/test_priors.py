@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from distill.models.components import Components
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from listed import WORDS, Listed, sample
@@ -45,7 +46,6 @@ from distill.evaluation.protocols import PROTOCOLS, Query, ours, queries
 from distill.evaluation.seeds import combine
 from distill.metrics import PixelAUROC
 from distill.metrics.bootstrap import resample_counts
-from distill.models.components import Components
 
 CONFIG = EvaluationConfig(localization_images=8, timesteps=(300,), batch_size=4, bootstrap_samples=50)
 NAMES = list(WORDS)
