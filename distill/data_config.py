@@ -42,6 +42,7 @@ class PhantomData(Data):
 class FileData(Data):
     """What all kinds that read files have."""
 
+    kind: str
     root: Text | None = None
     """The folder that holds the images; names of files are relative to it."""
     train_split: Text = "train"

@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from data_options import data_options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from matplotlib.path import Path as Outline
 from PIL import Image
 
-from distill.config import DataConfig
 from distill.data.loading import load_dataset
 from distill.data.readers.coco import CocoDataset, class_words
 from distill.data.readers.folder import FolderDataset
@@ -232,7 +232,7 @@ def root(tmp_path: Path) -> Path:
 
 def coco(root: Path, split: str = "test", **options: Any) -> CocoDataset:
     given = {"root": str(root), "kind": "coco", "resolution": 30, "train_split": "val", "test_split": "val", **options}
-    dataset = load_dataset(DataConfig(**given), split)
+    dataset = load_dataset(data_options(**given), split)
     assert isinstance(dataset, CocoDataset)
     return dataset
 
@@ -564,7 +564,7 @@ def test_real_photographs_as_coco_json(shared_data: Path, tmp_path: Path) -> Non
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()
         writer.writerows(rows)
-    folder = DataConfig(
+    folder = data_options(
         kind="folder", root=str(tmp_path), resolution=64, caption_column="captions", finding_column="bbox_label",
         box_column="bbox_xywh", mask_column="mask_file", test_split="all",
     )  # fmt: skip

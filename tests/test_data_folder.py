@@ -13,13 +13,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from data_options import data_options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import CLIPTokenizer
 
-from distill.config import DataConfig
 from distill.data.loading import load_dataset
 from distill.data.readers.folder import FolderDataset, _boxes
 from distill.errors import UserError
@@ -51,7 +51,7 @@ def load(root: Path, rows: list[dict[str, str]] | None = None, split: str = "tes
     if rows is not None:
         write_csv(root / "metadata.csv", rows)
     settings: dict = {"root": str(root), "kind": "folder", "resolution": 32, "test_split": "all", **COLUMNS, **options}
-    return FolderDataset(DataConfig(**settings), split)
+    return FolderDataset(data_options(**settings), split)
 
 
 def fault(root: Path, rows: list[dict[str, str]] | None = None, split: str = "test", **options: object) -> str:
@@ -230,7 +230,7 @@ def test_splits(root: Path) -> None:
 def plain(root: Path, rows: list[dict[str, str]], split: str = "test", **options: object) -> FolderDataset:
     """With no option but those that a test names."""
     write_csv(root / "metadata.csv", rows)
-    return load_dataset(DataConfig(**{"kind": "folder", "root": str(root), "resolution": 32, **options}), split)
+    return load_dataset(data_options(**{"kind": "folder", "root": str(root), "resolution": 32, **options}), split)
 
 
 def plain_fault(root: Path, rows: list[dict[str, str]], split: str = "test", **options: object) -> str:
@@ -608,7 +608,7 @@ def test_what_the_config_gets_wrong(root: Path) -> None:
     assert "must end in .csv or .jsonl" in fault(root, metadata_file="metadata.parquet")
     assert "is not a folder" in fault(root / "elsewhere")
     with pytest.raises(UserError, match=r"data\.root is missing"):
-        FolderDataset(DataConfig(kind="folder"), "train")
+        FolderDataset(data_options(kind="folder"), "train")
 
 
 def test_a_file_that_vanishes_later_is_said(root: Path) -> None:

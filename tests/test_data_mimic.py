@@ -5,23 +5,23 @@ from __future__ import annotations
 import csv
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from distill.arms import DATA_OPTIONS
+from data_options import data_options
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from distill.config import DataConfig
 from distill.data.loading import load_dataset
 from distill.data.readers.folder import FolderDataset
 from distill.data.readers.mimic import CHEXPERT_LABELS, MimicDataset, MsCxrDataset
 from distill.data.readers.records import RecordDataset, _same_aspect
+from distill.data_config import MsCxrData
 from distill.errors import UserError
 
 SIZE = (40, 30)
@@ -175,8 +175,8 @@ def root(tmp_path: Path) -> Path:
     return folder
 
 
-def config(root: Path, **options: Any) -> DataConfig:
-    return DataConfig(**{"root": str(root), "resolution": 30, "kind": "mscxr", **options})
+def config(root: Path, **options: Any) -> MsCxrData:
+    return data_options(**{"root": str(root), "resolution": 30, "kind": "mscxr", **options})
 
 
 def mimic(root: Path, split: str = "train", rows: list[dict[str, str]] | None = None, **options: Any) -> MimicDataset:
@@ -739,7 +739,7 @@ def test_real_radiographs_in_the_papers_layout(shared_data: Path) -> None:
     train = load_dataset(config(root, resolution=64, **files), "train")
     assert not {joined.image_key(i) for i in range(18)} & {train.image_key(i) for i in range(len(train))}
     # The same boxes, one a row, by the reader of folders.
-    folder = DataConfig(
+    folder = data_options(
         kind="folder", root=str(root), resolution=64, caption_column="caption", finding_column="bbox_label",
         box_column="bbox_xywh", findings=("consolidation",), test_split="all",
     )  # fmt: skip
@@ -753,8 +753,3 @@ def test_real_radiographs_in_the_papers_layout(shared_data: Path) -> None:
                 assert torch.equal(region.mask, same.mask) and sorted(region.boxes) == sorted(same.boxes)
                 compared += 1
     assert compared == 8
-
-
-def test_every_option_of_data_belongs_to_a_kind() -> None:
-    of_kinds = {name for options in DATA_OPTIONS.values() for name in options}
-    assert of_kinds | {"kind", "resolution", "cache_dir"} == {item.name for item in fields(DataConfig)}

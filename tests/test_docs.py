@@ -17,14 +17,15 @@ import pytest
 import torch
 from accelerate.commands.launch import launch_command_parser
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from distill.components import PHANTOM_BASE, load_components
 from recipe import ROOT, recipe_module
 from tiny import tiny_sd
 from transformers import BertConfig, BertModel, CLIPTextModel, ResNetForImageClassification
 
 from distill.cli import parse
-from distill.config import BaseConfig, TradeoffConfig
+from distill.config import BaseConfig
 from distill.metrics.features import PHANTOM_CLASSIFIER
+from distill.models import load_model
+from distill.models.loading import PHANTOM_BASE
 from distill.report import write_model_card
 
 DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "checkpoints").glob("*.md"), *(ROOT / "recipes").rglob("*.md")])
@@ -58,7 +59,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(io.StringIO()):
         patch.chdir(root)
         config = ["--config", str(ROOT / "recipes/configs/phantom/tradeoff_quick.yaml"), *FEW]
-        recipe_module("tradeoff").tradeoff(parse(TradeoffConfig, config))
+        recipe_module("tradeoff").tradeoff(parse(recipe_module("tradeoff").TradeoffConfig, config))
         yield root
 
 
@@ -105,7 +106,7 @@ def test_the_code_of_a_model_card_runs(arm: str, project: Path, pipelines: list[
     card = project / "checkpoints" / "tradeoff_quick" / arm / "README.md"
     run_blocks(card, pipelines)
     assert len(pipelines) == 1
-    trained = load_components(BaseConfig(), run=card.parent).pipeline
+    trained = load_model(BaseConfig(), run=card.parent).pipeline
     for part in ("unet", "text_encoder"):
         ours, theirs = (getattr(pipe, part).state_dict() for pipe in (pipelines[0], trained))
         ours = {name.replace("default_0", "default"): value for name, value in ours.items()}
@@ -131,7 +132,7 @@ def test_the_code_of_a_model_card_runs_on_a_base_in_half_precision_with_another_
 
 
 def test_stock_loading_gives_float32_and_the_weights_of_our_loader() -> None:
-    stock, ours = StableDiffusionPipeline.from_pretrained(PHANTOM_BASE), load_components(BaseConfig()).pipeline
+    stock, ours = StableDiffusionPipeline.from_pretrained(PHANTOM_BASE), load_model(BaseConfig()).pipeline
     for part in ("unet", "vae", "text_encoder"):
         found, wanted = getattr(stock, part).state_dict(), getattr(ours, part).state_dict()
         assert found.keys() == wanted.keys()

@@ -17,8 +17,8 @@ from torch import nn
 from toy_family import FAMILY, ToyPipeline, toy_model
 
 from distill.attention.recording import attention_layers, record_attention
-from distill.config import EvaluationConfig, LoraConfig
-from distill.data import PhantomDataset
+from distill.config import FullEvaluation, LoraConfig
+from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
 from distill.evaluation.localization import localization
 from distill.models import Conditions, Model, denoiser_of, families, family_of_denoiser, family_of_pipeline, model_of
@@ -227,7 +227,7 @@ def test_toy_recording_ends_early_and_at_the_asked_timesteps() -> None:
 def test_toy_adapters_train_and_come_back_from_their_file(tmp_path: Path) -> None:
     model = toy_model()
     lora = LoraConfig(rank=2, alpha=4.0)
-    prepare_training(model, method="lora", text_encoder="frozen", lora=lora)
+    prepare_training(model, denoiser="lora", text_encoder="frozen", lora=lora)
     assert parameter_counts(model.denoiser)[1] == 2 * 2 * 4 * 2 * (16 + 16)  # layers, kinds, targets, rank, widths
     latents, timesteps, conditions = example(model)
     noise = torch.randn(latents.shape, generator=torch.Generator().manual_seed(2))
@@ -251,7 +251,7 @@ def test_toy_adapters_train_and_come_back_from_their_file(tmp_path: Path) -> Non
 
 def test_toy_weights_come_back_from_their_folder(tmp_path: Path) -> None:
     model = toy_model()
-    prepare_training(model, method="full", text_encoder="full", lora=LoraConfig())
+    prepare_training(model, denoiser="full", text_encoder="full", lora=LoraConfig())
     with torch.no_grad():
         model.denoiser.proj_out.weight += 0.1
     assert export(model, tmp_path) == {"transformer": "transformer", "text_encoder": "text_encoder"}
@@ -263,10 +263,8 @@ def test_toy_weights_come_back_from_their_folder(tmp_path: Path) -> None:
 def test_an_empty_list_of_targets_means_the_family_s() -> None:
     empty, default = toy_model(), toy_model()
     lora = LoraConfig(rank=2)
-    prepare_training(default, method="lora", text_encoder="lora", lora=lora)
-    prepare_training(
-        empty, method="lora", text_encoder="lora", lora=replace(lora, unet_targets=(), text_encoder_targets=())
-    )
+    prepare_training(default, denoiser="lora", text_encoder="lora", lora=lora)
+    prepare_training(empty, denoiser="lora", text_encoder="lora", lora=lora)
     for ours, theirs in zip(empty.modules(), default.modules(), strict=True):
         assert parameter_counts(ours) == parameter_counts(theirs)
 
@@ -275,7 +273,7 @@ def test_the_toy_is_localized_counted_and_quantized_as_any_other(tmp_path: Path)
     model = toy_model().freeze()
     size = model_size(model, 64)
     assert size["denoiser_parameters"] == parameter_counts(model.denoiser)[0] and size["denoiser_gflops"] > 0
-    config = EvaluationConfig(localization_images=2, batch_size=2, self_attention_power=1)
+    config = FullEvaluation(localization_images=2, batch_size=2, self_attention_power=1)
     data, shared = PhantomDataset("test", 4, 0, 64), {"accelerator": Accelerator(cpu=True), "label": "toy"}
     found = localization(model, data, config, arm_dir=tmp_path, **shared)  # type: ignore[arg-type]
     assert found is not None and 0 <= found["word"]["auc"] <= 1

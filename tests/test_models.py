@@ -7,27 +7,31 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
 import torch
 from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
-from distill.methods.objectives import DenoisingObjective, check_same_shape
 from full_size import ARCHITECTURES, VAE_PARAMETERS, Architecture, full_size
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
 from tiny import save_tiny
 from torch import nn
+from training import context_of
 
 from distill.attention.recording import attention_layers
 from distill.config import BaseConfig, DenoisingConfig, LoraConfig, TrainerConfig
+from distill.data.batch import Batch
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows
 from distill.errors import UserError
-from distill.models.adapters import add_lora, check_lora_targets, parameter_counts, prepare_training
+from distill.methods import method_of
+from distill.methods.attention_distillation import check_same_shape
+from distill.methods.denoising import DenoisingOptions
+from distill.models.adapters import add_lora, check_lora_targets, lora_targets, parameter_counts, prepare_training
 from distill.models.export import adapter_state, export
 from distill.models.family import Model
 from distill.models.loading import LORA_FILE, load_model
@@ -69,7 +73,7 @@ def large(request: pytest.FixtureRequest) -> Iterator[FullSize]:
         parameter_counts(model.vae)[0],
         tuple(parameter_counts(encoder)[0] for encoder in model.text_encoders),
     )
-    prepare_training(model, method="lora", text_encoder="lora", lora=LoraConfig(rank=8))
+    prepare_training(model, denoiser="lora", text_encoder="lora", lora=LoraConfig(rank=8))
     yield FullSize(ARCHITECTURES[request.param], model, counts)
 
 
@@ -174,7 +178,7 @@ def test_only_what_was_asked_for_is_trainable_and_it_is_float32(
     model = load(bases["sdxl"])
     prepare_training(
         model,
-        method=method,  # type: ignore[arg-type]
+        denoiser=method,  # type: ignore[arg-type]
         text_encoder=text_encoder,  # type: ignore[arg-type]
         lora=LoraConfig(rank=2),
         frozen_dtype="bf16",
@@ -190,7 +194,7 @@ def test_only_what_was_asked_for_is_trainable_and_it_is_float32(
 
 def test_a_fresh_adapter_changes_nothing_until_it_is_trained(bases: dict[str, Path]) -> None:
     model, base = load(bases["sd"]), load(bases["sd"])
-    prepare_training(model, method="lora", text_encoder="lora", lora=LoraConfig())
+    prepare_training(model, denoiser="lora", text_encoder="lora", lora=LoraConfig())
     ids = base.tokenize(CAPTIONS)
     with torch.no_grad():
         assert torch.equal(model.encode(ids)[0], base.encode(ids)[0])
@@ -257,17 +261,17 @@ def test_a_damaged_pipeline_folder_is_refused_in_words(bases: dict[str, Path], t
 
 def trained_run(base: Path, folder: Path, *, method: str, text_encoder: str) -> Path:
     model = load(base)
-    prepare_training(model, method=method, text_encoder=text_encoder, lora=LoraConfig(rank=2))  # type: ignore[arg-type]
+    prepare_training(model, denoiser=method, text_encoder=text_encoder, lora=LoraConfig(rank=2))  # type: ignore[arg-type]
     export(model, folder)
     return folder
 
 
 @pytest.mark.parametrize(("base", "other"), [("sd", "sdxl"), ("sdxl", "sd")])
 def test_a_run_of_another_base_is_refused(bases: dict[str, Path], tmp_path: Path, base: str, other: str) -> None:
-    full = trained_run(bases[base], tmp_path / "full", method="full", text_encoder="frozen")
+    full = trained_run(bases[base], tmp_path / "full", denoiser="full", text_encoder="frozen")
     message = refusal(bases[other], full)
     assert f"{full / 'unet'} does not fit the base" in message and "\n" not in message
-    lora = trained_run(bases[base], tmp_path / "lora", method="lora", text_encoder="lora")
+    lora = trained_run(bases[base], tmp_path / "lora", denoiser="lora", text_encoder="lora")
     message = refusal(bases[other], lora)
     assert str(lora / LORA_FILE) in message and "base" in message and "\n" not in message
 
@@ -275,10 +279,10 @@ def test_a_run_of_another_base_is_refused(bases: dict[str, Path], tmp_path: Path
 def test_a_run_folder_that_is_missing_empty_or_damaged_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     assert refusal(bases["sd"], tmp_path / "run") == f"no run folder {tmp_path / 'run'}"
     assert "holds neither pytorch_lora_weights.safetensors nor a folder unet" in refusal(bases["sd"], tmp_path)
-    lora = trained_run(bases["sd"], tmp_path / "lora", method="lora", text_encoder="frozen") / LORA_FILE
+    lora = trained_run(bases["sd"], tmp_path / "lora", denoiser="lora", text_encoder="frozen") / LORA_FILE
     lora.write_bytes(lora.read_bytes()[:-100])
     assert str(lora) in refusal(bases["sd"], lora.parent)
-    full = trained_run(bases["sd"], tmp_path / "full", method="full", text_encoder="frozen")
+    full = trained_run(bases["sd"], tmp_path / "full", denoiser="full", text_encoder="frozen")
     weights = full / "unet" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-100])
     assert str(full / "unet") in refusal(bases["sd"], full)
@@ -286,7 +290,7 @@ def test_a_run_folder_that_is_missing_empty_or_damaged_is_refused(bases: dict[st
 
 def test_an_adapter_file_that_lacks_tensors_is_refused(bases: dict[str, Path], tmp_path: Path) -> None:
     """Stock loading leaves what is missing at its random start, and only logs a warning."""
-    lora = trained_run(bases["sd"], tmp_path, method="lora", text_encoder="lora") / LORA_FILE
+    lora = trained_run(bases["sd"], tmp_path, denoiser="lora", text_encoder="lora") / LORA_FILE
     with safe_open(lora, "pt") as file:
         metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in list(file.keys())}
     kept = {key: value for key, value in tensors.items() if not key.endswith("attn2.to_k.lora.up.weight")}
@@ -309,7 +313,7 @@ def test_teacher_and_student_of_other_shape_are_refused_with_the_values(bases: d
 
 def test_a_run_folder_puts_back_what_was_trained(bases: dict[str, Path], tmp_path: Path) -> None:
     trained = load(bases["sdxl"])
-    prepare_training(trained, method="full", text_encoder="full", lora=LoraConfig())
+    prepare_training(trained, denoiser="full", text_encoder="full", lora=LoraConfig())
     untouched = copy.deepcopy(trained.vae.state_dict())
     with torch.no_grad():
         for module in (trained.denoiser, *trained.text_encoders):
@@ -330,13 +334,15 @@ def test_sd15_at_full_size_takes_a_real_lora_step_on_the_cpu(tmp_path: Path) -> 
     """About 6 GB of memory: 4.3 GB of float32 weights, and the activations of one 64 px image."""
     torch.manual_seed(0)
     model = full_size("sd15", device="cpu")
-    prepare_training(model, method="lora", text_encoder="lora", lora=LoraConfig(rank=4, alpha=8.0))
+    prepare_training(model, denoiser="lora", text_encoder="lora", lora=LoraConfig(rank=4, alpha=8.0))
     before = {n: p.detach().clone() for m in (model.denoiser, *model.text_encoders) for n, p in trainable(m)}
     frozen = {name: p.detach().clone() for name, p in list(model.denoiser.named_parameters())[:4]}
     config = TrainerConfig(max_steps=1, batch_size=1, tracker="none", log_every_steps=1)
     rows = TrainingRows(PhantomDataset("train", 2, 0, 64), model)
-    objective = DenoisingObjective(model, DenoisingConfig(caption_dropout=0.0))
-    result = fit(objective, rows, config, accelerator=make_accelerator(config, tmp_path), output_dir=tmp_path, seed=0)
+    method = method_of(DenoisingOptions(), DenoisingConfig(caption_dropout=0.0))
+    method.setup(model, context_of())
+    shared = {"accelerator": make_accelerator(config, tmp_path), "output_dir": tmp_path, "seed": 0}
+    result = fit(method, rows, config, collate=Batch.stack, **shared)
     row = json.loads((tmp_path / "train_log.jsonl").read_text())
     assert 0 < row["loss"] < 10 and row["grad_norm"] > 0
     assert result.trainable_parameters == 797_184 + 294_912
@@ -353,13 +359,13 @@ def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def test_an_adapter_that_is_there_is_gone_on_with(bases: dict[str, Path]) -> None:
     lora = LoraConfig(rank=2, alpha=4.0)
     model = load(bases["sd"]).freeze()
-    add_lora(model.denoiser, lora, lora.unet_targets, "denoiser")
+    add_lora(model.denoiser, lora, lora.denoiser_targets, "denoiser")
     before = {name: p.detach().clone() for name, p in model.denoiser.named_parameters()}
     model.freeze()
-    add_lora(model.denoiser, lora, lora.unet_targets, "denoiser")
+    add_lora(model.denoiser, lora, lora.denoiser_targets, "denoiser")
     assert all(torch.equal(p, before[name]) for name, p in model.denoiser.named_parameters())
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.denoiser.named_parameters())
     with pytest.raises(
         UserError, match=r"an adapter of rank 2, alpha 4.* set lora.rank, lora.alpha and lora.denoiser_targets"
     ):
-        add_lora(model.denoiser, replace(lora, rank=3), lora.unet_targets, "denoiser")
+        add_lora(model.denoiser, lora.model_copy(update={"rank": 3}), lora_targets(model, lora, "denoiser"), "denoiser")

@@ -13,8 +13,9 @@ import torch
 from PIL import Image
 from scipy.fft import dctn, idctn
 
-from distill.data import phantom, phantom_pixels
 from distill.data.captions import query_words_for
+from distill.data.phantom import dataset as phantom
+from distill.data.phantom import pixels as phantom_pixels
 from distill.data.phantom.dataset import PhantomDataset, picture_sheet
 from distill.data.phantom.pixels import draw
 from distill.data.phantom.scene import FINDINGS, Scene, draw_scene

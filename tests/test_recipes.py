@@ -594,7 +594,9 @@ def test_sample_images_of_a_half_precision_base_with_adapters(work: Path) -> Non
     assert (out / "model/progress/step-000002.png").exists()
 
 
-def test_a_folder_of_captioned_images_without_boxes_is_enough(captions_only: Path, work: Path) -> None:
+def test_a_folder_of_captioned_images_without_boxes_is_enough(
+    captions_only: Path, work: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = work / "captions_only"
     argv = [
         "--base.name", str(work / "sd"), "--data.kind", "folder", "--data.root", str(captions_only),
@@ -602,6 +604,11 @@ def test_a_folder_of_captioned_images_without_boxes_is_enough(captions_only: Pat
         *EVALUATION,
     ]  # fmt: skip
     run("finetune", argv)
+    first = capsys.readouterr().out.splitlines()[0]
+    assert first == (
+        "metadata.csv: 4 images; file_name, text; 2 train, 1 validation, 1 test "
+        "(no column of splits: split by the hash of file); findings: none"
+    )
     metrics = read_metrics(out)
     assert metrics["arms"]["model"]["localization"] is None
     assert 0 < metrics["arms"]["model"]["quality"]["diversity"] <= 1
@@ -704,7 +711,7 @@ def unnamed_finding(work: Path, tmp: Path) -> list[str]:
 
 
 def long_captions(work: Path, tmp: Path) -> list[str]:
-    data = make_folder(tmp / "data", "file_name,text", lambda i: "long " * (5 if i else 60))
+    data = make_folder(tmp / "data", "file_name,text", lambda i: "long " * (60 if i == 1 else 5))
     return folder_argv(data)
 
 
@@ -735,7 +742,7 @@ def empty_caption_and_box_outside(work: Path, tmp: Path) -> list[str]:
         (unknown_key, ["unknown key trainer.max_stesp; did you mean trainer.max_steps?", "trainer.learning_rate"]),
         (unknown_layer, ["no cross-attention layer starts with 'up_blocks.9'; available: down_blocks.0"]),
         (unknown_features, ["no extractor 'resnet'; available: auto, none, phantom, inception, xrv"]),
-        (unnamed_finding, ["findings that no caption names", "'edema' (4 images): no caption has any of edema"]),
+        (unnamed_finding, ["findings that no caption names", "'edema' (1 images): no caption has any of edema"]),
         (long_captions, ["1 of 2 captions", "have more tokens than the text encoder takes, 77", "long long"]),
         (missing_image, ["metadata.csv row 3: image '1.png' cannot be opened", "row 4: image '2.png' is no image"]),
         (empty_caption_and_box_outside, ["row 2: text is empty", "row 5: box 108,8,20,20 is outside the image"]),
@@ -790,8 +797,8 @@ def test_a_mistake_found_late_does_not_claim_the_folder(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """One held-out image has a box, and its own caption does not name the finding, though another caption does."""
-    rows = ['Wet lungs.,edema,"8,8,20,20"', "Edema.,,"]
-    data = make_folder(tmp_path / "data", "file_name,text,finding,box", lambda i: rows[i], count=2)
+    rows = ['Wet lungs.,test,edema,"8,8,20,20"', "Edema.,test,,", "Clear.,train,,"]
+    data = make_folder(tmp_path / "data", "file_name,text,split,finding,box", lambda i: rows[i], count=3)
     out = tmp_path / "run"
     argv = ["--base.name", str(work / "sd"), "--output_dir", str(out), *folder_argv(data), *FOLDER_COLUMNS]
     assert "no held-out image has a region of a finding that its text names" in refusal("finetune", argv, capsys)

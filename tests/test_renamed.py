@@ -161,9 +161,9 @@ def test_old_words_of_the_command_line(recipe: str, words: list[str], expected: 
 def test_evaluate_has_the_options_that_the_others_lost() -> None:
     for name in tables.EVALUATION:
         assert name in FullEvaluation.model_fields and name not in EvaluationConfig.model_fields
-    text = str(
-        pytest.raises(UserError, parse, recipe_module("evaluate").EvaluateConfig, ["--evaluation.iou_threshold", "2"])
-    )
+    with pytest.raises(UserError) as caught:
+        parse(recipe_module("evaluate").EvaluateConfig, ["--evaluation.iou_threshold", "2"])
+    text = str(caught.value)
     assert "iou_threshold" in text and "only recipes/evaluate.py" not in text
 
 

@@ -9,24 +9,24 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from distill.models.components import Components
 from listed import WORDS, Listed, sample
 from safetensors.torch import load_file
 
 from distill.attention.recording import attention_layers
-from distill.config import EvaluationConfig
-from distill.data import PhantomDataset
+from distill.config import FullEvaluation
+from distill.data.phantom.dataset import PhantomDataset
 from distill.evaluation.localization import localization
 from distill.evaluation.word_maps import LARGEST_MAP, WORD_MAPS_FILE, WordMaps, read_word_maps, write_word_maps
+from distill.models.family import Model
 
-CONFIG = EvaluationConfig(localization_images=4, timesteps=(100, 600), batch_size=2, bootstrap_samples=20)
+CONFIG = FullEvaluation(localization_images=4, timesteps=(100, 600), batch_size=2, bootstrap_samples=20)
 
 
 @pytest.mark.parametrize("kind", ["sd", "v", "sdxl"])
 def test_a_findings_word_has_the_map_that_is_scored(
-    loaded: dict[str, Components], accelerator: Accelerator, tmp_path: Path, kind: str
+    loaded: dict[str, Model], accelerator: Accelerator, tmp_path: Path, kind: str
 ) -> None:
-    components = loaded[kind]
+    model = loaded[kind]
     captions = ("Mild edema at left.", "A large effusion, no edema.", "Pleural effusions and edema.")
     regions = (["edema"], ["pleural effusion"], ["pleural effusion", "edema"])
     samples = [sample(c, c, *((r, None) for r in names)) for c, names in zip(captions, regions, strict=True)]
@@ -34,10 +34,10 @@ def test_a_findings_word_has_the_map_that_is_scored(
     words = (
         {"edema": "edema"}, {"pleural effusion": "effusion"}, {"pleural effusion": "effusions", "edema": "edema"}
     )  # fmt: skip
-    config = replace(CONFIG, layers=tuple(attention_layers(components.unet))[-2:])
-    localization(components, dataset, config, accelerator=accelerator, arm_dir=tmp_path, examples=[0, 1, 2])
+    config = replace(CONFIG, layers=tuple(attention_layers(model.denoiser))[-2:])
+    localization(model, dataset, config, accelerator=accelerator, arm_dir=tmp_path, examples=[0, 1, 2])
     scored = load_file(tmp_path / "maps.safetensors")
-    write_word_maps(components, dataset, config, examples=[0, 1, 2], accelerator=accelerator, arm_dir=tmp_path)
+    write_word_maps(model, dataset, config, examples=[0, 1, 2], accelerator=accelerator, arm_dir=tmp_path)
     assert len(scored) == 4
     for number, caption in enumerate(captions):
         shown = read_word_maps(tmp_path, number)
@@ -47,7 +47,7 @@ def test_a_findings_word_has_the_map_that_is_scored(
 
 
 def test_every_word_and_token_group_has_a_map_with_its_place(
-    sd: Components, accelerator: Accelerator, tmp_path: Path
+    sd: Model, accelerator: Accelerator, tmp_path: Path
 ) -> None:
     caption = "Edema in the left lung; the edema's edge. plate-like"
     dataset = Listed([sample("one", caption), sample("two", "a " * 120 + "lost")], {})
@@ -69,11 +69,11 @@ def test_every_word_and_token_group_has_a_map_with_its_place(
 
 
 def test_maps_depend_neither_on_the_batch_nor_on_scoring(
-    sd: Components, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
+    sd: Model, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
 ) -> None:
     found = []
     for size, protocol in ((1, "ours"), (3, "dombrowski")):
-        config = replace(CONFIG, batch_size=size, protocol=protocol)
+        config = CONFIG.model_copy(update=dict(batch_size=size, protocol=protocol))
         state = torch.get_rng_state()
         write_word_maps(sd, phantoms, config, examples=[0, 2, 5], accelerator=accelerator, arm_dir=tmp_path / str(size))
         assert torch.equal(torch.get_rng_state(), state)

@@ -54,7 +54,7 @@ def _stacked(values: Sequence[object]) -> object:
     if isinstance(first, Tensors):
         return type(first).stack(values)  # type: ignore[arg-type]
     if isinstance(first, tuple):
-        return tuple(_stacked(items) for items in zip(*values, strict=True))  # type: ignore[arg-type]
+        return tuple(_stacked(items) for items in zip(*values, strict=True))
     return first
 
 

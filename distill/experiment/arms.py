@@ -53,6 +53,7 @@ def arms_of(
             continue
         try:
             config = resolved(configs, name)
+            own_trainer = with_overrides(trainer, config)
         except (ValidationError, ValueError) as error:
             faults += [f"arms.{name}: {message}" for message in _messages(error)]
             continue
@@ -64,7 +65,7 @@ def arms_of(
             name,
             folder / name,
             Training.model_validate(config.model_dump(include=set(Training.model_fields))),
-            with_overrides(trainer, config),
+            own_trainer,
             evaluation,
             tuple(reference for reference in references if reference in configs),
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Union
+from typing import TYPE_CHECKING, Annotated, Any, Union
 
 from pydantic import Field
 
@@ -24,7 +24,10 @@ METHODS: tuple[type[Method], ...] = (
 )
 """Every method that a configuration can name, by the `kind` of its options."""
 
-AnyOptions = Annotated[Union[tuple(method.Options for method in METHODS)], Field(discriminator="kind")]  # type: ignore[valid-type]  # noqa: UP007
+if TYPE_CHECKING:
+    AnyOptions = Options
+else:
+    AnyOptions = Annotated[Union[tuple(method.Options for method in METHODS)], Field(discriminator="kind")]  # noqa: UP007
 """The options of any method: a tagged union by `kind`."""
 
 

@@ -58,7 +58,7 @@ class ConsistencyOptions(AttentionMatch):
 class Consistency(AttentionDistillation):
     """Train a student whose guess of the clean image is the same along the teacher's guided path."""
 
-    Options = ConsistencyOptions
+    Options = ConsistencyOptions  # type: ignore[assignment]
     options: ConsistencyOptions  # type: ignore[assignment]
 
     def faults(self, student: Model, training: Training) -> list[str]:
