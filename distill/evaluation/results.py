@@ -63,7 +63,7 @@ class Localization:
     eos: TokenMap | None
     padding: TokenMap | None
     mass: Mapping[str, Unit | None] | None
-    priors: Mapping[str, Prior] | None = None
+    priors: Mapping[str, Prior | None] | None = None
 
 
 @dataclass(frozen=True)

@@ -128,6 +128,8 @@ def _blind(results: Results, arm: str) -> list[str]:
     found, located = [], results.arms[arm].localization
     word, adds = (results.arms[arm].estimate(m.key) for m in (WORD_AUC, IMAGE_ADDS))
     for name, prior in ((located and located.priors) or {}).items():
+        if prior is None:
+            continue
         ours = word.value if word.low is None else word.low
         theirs = prior.auc.value if prior.auc.high is None else prior.auc.high
         if ours is not None and theirs is not None and ours <= theirs:

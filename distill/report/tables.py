@@ -106,6 +106,8 @@ def results_table(results: Results, wanted: Sequence[Metric] = METRICS) -> Table
     for name, prior in next(
         (arm.localization.priors or {} for arm in results.arms.values() if arm.localization), {}
     ).items():
+        if prior is None:
+            continue
         cells = [Cell(*format_estimate(prior.auc if m is WORD_AUC else Estimate(), m)) for m in shown]
         rows.append([f"blind map: {name.replace('_', ' ')}", *cells])
     return Table(["model", *(m.label for m in shown)], rows, "numbers", "results of all models")
