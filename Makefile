@@ -1,4 +1,4 @@
-# make demo       fine-tune four arms from the embedded base, evaluate each, and write a report
+# make demo       fine-tune arms from the embedded base, evaluate each, and write a report
 # make test       fast tests            make test-slow   the long ones
 # make lint       ruff and mypy         make clean       environment and caches, never checkpoints
 
@@ -32,7 +32,7 @@ test-slow: $(VENV)/.installed
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy distill
+	$(BIN)/mypy distill recipes
 
 $(VENV)/.installed: pyproject.toml $(CONSTRAINTS)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \

@@ -82,8 +82,8 @@ def test_options_that_few_steps_do_not_have_are_refused(tmp_path: Path, capsys: 
         assert expected in message
     message = refusal("--method.guidance_scale", "0.5", "--student_steps", "51", "--method.solver_steps", "75")
     for expected in (
-        "method.guidance_scale: expected a number of at least 1",
-        "student_steps: expected a whole number of at least 1 and of at most 50",
+        "method.guidance_scale: expected a number from 1 to 1000",
+        "student_steps: expected a whole number from 1 to 50, got 51",
         "method.solver_steps: a multiple of 50",
     ):
         assert expected in message
