@@ -161,7 +161,7 @@ def write_model(config: AtlasConfig, name: str, run: Path | None, entry: dict[st
     from distill.evaluation.atlas import subset_file
     from distill.files import write_json
     from distill.models.loading import SUBSET_FILE
-    from distill.report.atlas import atlas_chart, short_layer
+    from distill.experiment.atlas import atlas_chart, short_layer
 
     folder, chosen = Path(config.output_dir) / name, entry["chosen"]
     rows, columns = ([entry[key].index(value) for value in chosen[key]] for key in ("layers", "timesteps"))
@@ -183,7 +183,7 @@ def write_tables(
 ) -> None:
     """atlas.json, atlas.md, the table in the terminal, paths, and the next command."""
     from distill.files import provenance, write_atomic, write_json
-    from distill.report.atlas import answer, markdown, terminal_table
+    from distill.experiment.atlas import answer, markdown, terminal_table
     from distill.trainer import peak_memory_gb
 
     folder = Path(config.output_dir)

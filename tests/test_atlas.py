@@ -45,7 +45,7 @@ from distill.evaluation.protocols import DEFAULT_TIMESTEPS, with_subset
 from distill.metrics import macro_mean_interval
 from distill.models.family import AttentionSubset, Model
 from distill.models.loading import load_model, read_subset
-from distill.report.atlas import answer, short_layer
+from distill.experiment.atlas import answer, short_layer
 
 CONFIG = FullEvaluation(localization_images=4, batch_size=3, bootstrap_samples=20)
 
