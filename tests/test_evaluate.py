@@ -16,7 +16,7 @@ from listed import WORDS, Listed, sample
 from PIL import Image
 from safetensors.torch import load_file
 
-from distill.config import EvaluationConfig
+from distill.config import FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
 from distill.evaluation import evaluate as module
 from distill.evaluation.evaluate import (
@@ -34,7 +34,7 @@ from distill.metrics.features import Features
 from distill.models.family import Model
 from distill.report import validate_metrics
 
-CONFIG = EvaluationConfig(
+CONFIG = FullEvaluation(
     localization_images=4,
     timesteps=(100, 600),
     generated_images=4,
@@ -67,7 +67,7 @@ def test_an_image_depends_on_its_caption_and_seed_only(loaded: dict[str, Model],
 # --- chance and resolution ------------------------------------------------------------------------------------------
 
 
-def run_all(model: Model, dataset: Any, config: EvaluationConfig, folder: Path, resolution: int) -> Any:
+def run_all(model: Model, dataset: Any, config: FullEvaluation, folder: Path, resolution: int) -> Any:
     accelerator = Accelerator()
     against = held_out(dataset, model, config, None, accelerator=accelerator, run_dir=folder)
     return evaluate(
@@ -95,7 +95,7 @@ def test_the_same_seed_gives_the_same_numbers_and_files(sd: Model, phantoms: Pha
     ]
     for name in names:
         assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes(), name
-    other = run_all(sd, phantoms, replace(CONFIG, seed=1), tmp_path / "c", 64)
+    other = run_all(sd, phantoms, CONFIG.model_copy(update=dict(seed=1)), tmp_path / "c", 64)
     assert other["localization"]["mass"] != results[0]["localization"]["mass"]
     assert (tmp_path / "c/model/samples/0000.png").read_bytes() != (tmp_path / "a/model/samples/0000.png").read_bytes()
 
@@ -104,7 +104,7 @@ def test_the_same_seed_gives_the_same_numbers_and_files(sd: Model, phantoms: Pha
 def test_evaluation_runs_at_the_resolution_of_the_data(sd: Model, tmp_path: Path, resolution: int) -> None:
     """72 px gives 9 x 9 latents, and 5 x 5 places one level down."""
     dataset = PhantomDataset("test", 4, 0, resolution)
-    config = replace(CONFIG, generated_images=2, localization_images=2)
+    config = CONFIG.model_copy(update=dict(generated_images=2, localization_images=2))
     result = run_all(sd, dataset, config, tmp_path, resolution)
     validate_metrics(
         {
@@ -165,7 +165,7 @@ def test_real_images_in_place_of_generated_ones_have_fid_0_full_finding_auc_and_
     sd: Model, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dataset = pictures(8)
-    config = replace(CONFIG, generated_images=6, diversity_captions=2, diversity_samples=3, seed=0)
+    config = CONFIG.model_copy(update=dict(generated_images=6, diversity_captions=2, diversity_samples=3, seed=0))
     against = held_out(dataset, sd, config, Means(), accelerator=accelerator, run_dir=tmp_path)
     monkeypatch.setattr(module, "generate", draw_real(dataset))
     result = quality(
@@ -185,7 +185,7 @@ def test_real_images_in_place_of_generated_ones_have_fid_0_full_finding_auc_and_
 def test_diversity_is_above_0_for_images_that_differ(
     sd: Model, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
 ) -> None:
-    config = replace(CONFIG, generated_images=1, diversity_captions=1, diversity_samples=3)
+    config = CONFIG.model_copy(update=dict(generated_images=1, diversity_captions=1, diversity_samples=3))
     result = quality(
         sd, phantoms, config, resolution=64, features=None, real=Generated([], None, None), accelerator=accelerator,
         arm_dir=tmp_path,
@@ -236,7 +236,7 @@ def test_evaluation_leaves_the_model_as_it_was(sd: Model, phantoms: PhantomDatas
     processors = dict(sd.denoiser.attn_processors)
     against = HeldOut(phantoms, [0], None, Generated([], None, None), {})
     evaluate(
-        sd, against, replace(CONFIG, generated_images=1, localization_images=1), resolution=64,
+        sd, against, CONFIG.model_copy(update=dict(generated_images=1, localization_images=1)), resolution=64,
         accelerator=Accelerator(), arm_dir=tmp_path, label="",
     )  # fmt: skip
     assert all(torch.equal(value, before[name]) for name, value in sd.denoiser.state_dict().items())

@@ -87,7 +87,7 @@ def make_trained(folder: Path, case: str) -> Model:
     model = load(folder, kind)
     lora = LoraConfig(rank=RANK, alpha=ALPHA)
     torch.manual_seed(1)
-    prepare_training(model, method=method, text_encoder=text, lora=lora)  # type: ignore[arg-type]
+    prepare_training(model, denoiser=method, text_encoder=text, lora=lora)  # type: ignore[arg-type]
     for module in (model.denoiser, *model.text_encoders):
         for name, parameter in module.named_parameters():
             if parameter.requires_grad:

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 from tiny import save_tiny
 
 from distill.attention.recording import AttentionMaps, attention_layers, record_attention
-from distill.config import BaseConfig, EvaluationConfig
+from distill.config import BaseConfig, FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.sample import Region
 from distill.errors import UserError
@@ -49,7 +49,7 @@ from distill.models.family import AttentionSubset, Model
 from distill.models.loading import load_model
 from distill.tokens import BOS, EOS, PADDING, WORD, token_groups
 
-CONFIG = EvaluationConfig(localization_images=4, timesteps=(100, 600), batch_size=4, bootstrap_samples=20)
+CONFIG = FullEvaluation(localization_images=4, timesteps=(100, 600), batch_size=4, bootstrap_samples=20)
 
 
 @torch.no_grad()
@@ -81,7 +81,7 @@ def test_scores_do_not_depend_on_the_batch_size(
     results, files = [], []
     for size in (1, 3):
         folder = tmp_path / str(size)
-        config = replace(CONFIG, batch_size=size)
+        config = CONFIG.model_copy(update=dict(batch_size=size))
         results.append(localization(sd, phantoms, config, accelerator=accelerator, arm_dir=folder, examples=[0, 1]))
         files.append(load_file(folder / "maps.safetensors"))
     assert_close(results[0], results[1], 1e-4)
@@ -128,7 +128,7 @@ def test_pairs_whose_words_the_caption_lacks_are_left_out(sd: Model) -> None:
             ids = sd.tokenizers[0](query.text)["input_ids"]
             word = sd.tokenizers[0].decode([ids[t] for t in tokens])
             assert word.strip() in WORDS[WORDS_OF[finding]]
-    limited = queries(dataset, sd, replace(CONFIG, localization_images=1))
+    limited = queries(dataset, sd, CONFIG.model_copy(update=dict(localization_images=1)))
     assert [query.image for query in limited] == [0]
 
 
@@ -145,7 +145,7 @@ def test_phrase_mode_has_a_text_for_each_pair(sd: Model) -> None:
     )
     with pytest.raises(UserError, match="no held-out image has a region of a finding that its text names"):
         queries(dataset, sd, CONFIG)
-    found = queries(dataset, sd, replace(CONFIG, localization_text="phrase"))
+    found = queries(dataset, sd, CONFIG.model_copy(update=dict(localization_text="phrase")))
     assert [(q.image, q.text, q.findings) for q in found] == [
         (0, "wet lungs", (0,)),
         (0, "a small effusion", (1,)),
@@ -154,7 +154,10 @@ def test_phrase_mode_has_a_text_for_each_pair(sd: Model) -> None:
     words = (token_groups(sd.tokenizers[0], "wet lungs", 77) == WORD).nonzero().flatten().tolist()
     assert found[0].tokens == (tuple(words),), "a phrase without the finding's word counts by all its words"
     assert len(found[1].tokens[0]) < len((found[1].groups == WORD).nonzero())
-    assert len(queries(dataset, sd, replace(CONFIG, localization_text="phrase", localization_images=1))) == 2
+    assert (
+        len(queries(dataset, sd, CONFIG.model_copy(update=dict(localization_text="phrase", localization_images=1))))
+        == 2
+    )
 
 
 @given(
@@ -261,7 +264,7 @@ def test_the_published_protocols_run_on_every_architecture(
     dataset = Listed(
         [sample("a", "Edema.", ("edema", None)), sample("b", "Wet lungs.", ("pleural effusion", None))], WORDS
     )
-    config = replace(CONFIG, protocol=protocol, timesteps=None)
+    config = CONFIG.model_copy(update=dict(protocol=protocol, timesteps=None))
     result = localization(
         loaded[kind], with_original(dataset, (96, 128)), config, accelerator=accelerator, arm_dir=tmp_path
     )
@@ -282,7 +285,7 @@ def test_the_published_protocols_run_on_every_architecture(
 def test_dombrowski_is_the_mean_of_the_last_forty_steps_over_layers_and_heads(sd: Model) -> None:
     """A loop over steps, layers, heads and tokens, with the stock functions of diffusers and torch only."""
     dataset = Listed([sample("a", "Small effusion and effusion.", ("pleural effusion", None))], WORDS)
-    config = replace(CONFIG, protocol="dombrowski")
+    config = CONFIG.model_copy(update=dict(protocol="dombrowski"))
     (query,) = queries(dataset, sd, config)
     inputs = prepare_inputs(sd, [dataset[0]], [query], torch.device("cpu"))
     with record_attention(sd.denoiser) as maps:
@@ -348,20 +351,20 @@ def test_masks_are_kept_where_there_are_no_boxes_or_masks_are_asked_for() -> Non
 def test_the_models_own_subset_is_used_unless_the_configuration_says_otherwise(sd: Model) -> None:
     layers = attention_layers(sd.denoiser)
     model = replace(sd, subset=AttentionSubset((layers[1],), (333,)))
-    plain = EvaluationConfig()
+    plain = FullEvaluation()
     assert (with_subset(plain, sd).layers, with_subset(plain, sd).timesteps) == ((), DEFAULT_TIMESTEPS)
     assert (with_subset(plain, model).layers, with_subset(plain, model).timesteps) == ((layers[1],), (333,))
-    assert with_subset(replace(plain, timesteps=(5,)), model).layers == ()
-    assert with_subset(replace(plain, layers=("mid_block",)), model).timesteps == DEFAULT_TIMESTEPS
+    assert with_subset(plain.model_copy(update=dict(timesteps=(5,))), model).layers == ()
+    assert with_subset(plain.model_copy(update=dict(layers=("mid_block",))), model).timesteps == DEFAULT_TIMESTEPS
 
 
 @torch.no_grad()
 def test_maps_are_refined_by_self_attention(sd: Model, phantoms: PhantomDataset) -> None:
     query = queries(phantoms, sd, CONFIG)[0]
-    config = replace(CONFIG, self_attention_power=1)
+    config = CONFIG.model_copy(update=dict(self_attention_power=1))
     inputs = prepare_inputs(sd, [phantoms[query.image]], [query], torch.device("cpu"))
 
-    def made(config: EvaluationConfig) -> torch.Tensor:
+    def made(config: FullEvaluation) -> torch.Tensor:
         with ExitStack() as stack:
             recorder = open_recorder(stack, sd, attention_layers(sd.denoiser), config)
             recorder.cross.reduce = inputs.reduce
@@ -381,13 +384,13 @@ def test_post_processing_keeps_the_largest_bright_part() -> None:
     maps[0, 15, 15] = 0.9
     maps += 0.01 * torch.rand(1, 20, 20, generator=torch.Generator().manual_seed(0))
     for threshold in ("otsu", "mixture"):
-        config = replace(CONFIG, map_threshold=threshold, orphan_share=0.1)
+        config = CONFIG.model_copy(update=dict(map_threshold=threshold, orphan_share=0.1))
         kept = post_process(maps, config)
         assert torch.equal(kept[0, 2:9, 2:9], maps[0, 2:9, 2:9]) and (kept > 0).sum() == 49
     # Otsu's threshold is the centre of a bin, so that some of the background's highest pixels pass it.
-    assert 50 <= (post_process(maps, replace(CONFIG, map_threshold="otsu")) > 0).sum() <= 60
+    assert 50 <= (post_process(maps, CONFIG.model_copy(update=dict(map_threshold="otsu"))) > 0).sum() <= 60
     assert torch.equal(post_process(maps, CONFIG), maps)
-    assert post_process(maps, replace(CONFIG, smoothing_sigma=2.0)).max() < 1
+    assert post_process(maps, CONFIG.model_copy(update=dict(smoothing_sigma=2.0))).max() < 1
 
 
 # --- a kill, and several processes ----------------------------------------------------------------------------------
@@ -396,7 +399,7 @@ def test_post_processing_keeps_the_largest_bright_part() -> None:
 def test_a_run_that_was_killed_continues_and_gives_the_same(
     sd: Model, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = replace(CONFIG, batch_size=1)
+    config = CONFIG.model_copy(update=dict(batch_size=1))
     whole = localization(sd, phantoms, config, accelerator=accelerator, arm_dir=tmp_path / "whole")
     calls = []
 
@@ -418,8 +421,10 @@ def test_a_run_that_was_killed_continues_and_gives_the_same(
     calls.clear()
     assert_close(localization(sd, phantoms, config, accelerator=accelerator, arm_dir=tmp_path / "cut"), whole, 0)
     assert calls == [] and [p.name for p in (tmp_path / "cut").iterdir()] == ["pairs.jsonl"]
-    other = replace(config, seed=7)
-    localization(sd, phantoms, replace(other, batch_size=8), accelerator=accelerator, arm_dir=tmp_path / "cut")
+    other = config.model_copy(update=dict(seed=7))
+    localization(
+        sd, phantoms, other.model_copy(update=dict(batch_size=8)), accelerator=accelerator, arm_dir=tmp_path / "cut"
+    )
     assert sum(len(images) for images in calls) == len(asked), "another configuration starts anew"
 
 
@@ -441,7 +446,7 @@ def _rank(rank: int, port: int, base: str, folder: str) -> None:
     torch.set_num_threads(1)
     model = load_model(BaseConfig(name=base)).freeze()
     dataset = PhantomDataset("test", 8, 0, 64)
-    config = replace(CONFIG, localization_images=7, batch_size=2)
+    config = CONFIG.model_copy(update=dict(localization_images=7, batch_size=2))
     result = localization(model, dataset, config, accelerator=Accelerator(cpu=True), arm_dir=Path(folder))
     (Path(folder) / f"result-{rank}.json").write_text(json.dumps(finite(result)), encoding="utf-8")
 
@@ -455,7 +460,7 @@ def test_two_processes_give_the_metrics_of_one(
         port = free.getsockname()[1]
     (tmp_path / "two").mkdir()
     torch.multiprocessing.spawn(_rank, (port, str(base), str(tmp_path / "two")), nprocs=2)
-    config = replace(CONFIG, localization_images=7, batch_size=2)
+    config = CONFIG.model_copy(update=dict(localization_images=7, batch_size=2))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the two have: another number of threads sums in another order
     try:
