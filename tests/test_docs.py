@@ -28,7 +28,14 @@ from distill.models import load_model
 from distill.models.loading import PHANTOM_BASE
 from distill.report import write_model_card
 
-DOCUMENTS = sorted([ROOT / "README.md", *(ROOT / "checkpoints").glob("*.md"), *(ROOT / "recipes").rglob("*.md")])
+DOCUMENTS = sorted(
+    [
+        ROOT / "README.md",
+        *(ROOT / "checkpoints").glob("*.md"),
+        *(ROOT / "recipes").rglob("*.md"),
+        *(ROOT / "distill").glob("*.md"),
+    ]
+)
 CARDS = ("frozen", "learnable", "distilled", "lora")
 FEW = [
     "--trainer.max_steps", "1", "--trainer.warmup_steps", "0", "--trainer.batch_size", "2", "--trainer.tracker", "none",
@@ -123,7 +130,12 @@ def test_the_code_of_a_model_card_runs_on_a_base_in_half_precision_with_another_
     encoder.save_pretrained(tmp_path / "run" / "text_encoder")
     pipe.register_modules(text_encoder=encoder)
     pipe.to(torch.float16).save_pretrained(tmp_path / "base")
-    card = write_model_card(tmp_path / "run", {}, {}, {}, base_name="base", export={"text_encoder": "text_encoder"})
+    cost = dict.fromkeys(("train_seconds", "steps", "peak_memory_gb", "evaluation_seconds", "trainable_parameters"))
+    entry = {"localization": None, "quality": None, "cost": cost}
+    export = {"text_encoder": "text_encoder"}
+    card = write_model_card(tmp_path / "run", entry, {}, {}, base_name="base", export=export)
+    # The card shows no folder of the machine that wrote it; the user puts in the base.
+    card.write_text(card.read_text(encoding="utf-8").replace("'BASE'", "'base'"), encoding="utf-8")
     run_blocks(card, pipelines)
     assert type(pipelines[0].text_encoder) is BertModel
 

@@ -88,6 +88,7 @@ def test_the_same_seed_gives_the_same_numbers_and_files(sd: Model, phantoms: Pha
         "model/pairs.jsonl",
         "model/samples/0000.png",
         "model/samples/0001.png",
+        "model/word_maps.safetensors",
         "real/0000.png",
         "real/0001.png",
         "real/examples.jsonl",
