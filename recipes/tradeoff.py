@@ -86,6 +86,8 @@ def one_seed(config: TradeoffConfig, seed: int, folder: Path) -> None:
     run = open_run(own, arms, compare_to=config.compare_to or (next(iter(arms)),))
     if config.dry_run:
         return dry_run(run)
+    steps = ", ".join(f"{arm.name} ({arm.trainer.max_steps:,} steps)" for arm in arms.values())
+    run.say(f"plan: evaluate the base; train and evaluate {steps}; then write {folder / 'report.html'}")
     results: dict[str, Any] = {}
 
     def base() -> None:

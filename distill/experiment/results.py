@@ -20,7 +20,14 @@ from distill.models import load_model
 from distill.models.adapters import parameter_counts
 from distill.models.bits import quantize
 from distill.models.stock import exported
-from distill.report import terminal_table, validate_metrics, write_model_card, write_report
+from distill.report import (
+    parse_metrics,
+    terminal_summary,
+    terminal_table,
+    validate_metrics,
+    write_model_card,
+    write_report,
+)
 from distill.trainer import peak_memory_gb
 
 
@@ -107,6 +114,7 @@ def finish(run: Run, arms: Mapping[str, dict[str, Any]], next_command: str) -> N
     write_json(run.folder / "metrics.json", metrics)
     html, markdown = write_report(run.folder)
     run.console.print(terminal_table(metrics))
+    run.say(terminal_summary(parse_metrics(metrics)))
     for name in (name for name, entry in arms.items() if entry["cost"]["train_seconds"] is not None):
         exported = [p for p in (run.folder / name, run.folder) if (p / "cost.json").exists()]
         if exported:

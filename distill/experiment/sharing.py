@@ -21,7 +21,7 @@ from distill.evaluation.seeds import combine, run_folders
 from distill.experiment.run import Run
 from distill.files import write_json
 from distill.processes import process_state
-from distill.report import terminal_table, validate_metrics, write_report
+from distill.report import parse_metrics, terminal_summary, terminal_table, validate_metrics, write_report
 
 
 @dataclass(frozen=True)
@@ -102,5 +102,6 @@ def finish_seeds(folder: Path, compare_to: Sequence[str]) -> None:
     html, markdown = write_report(folder)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(terminal_table(metrics))
+    console.print(terminal_summary(parse_metrics(metrics)))
     seeds = ", ".join(map(str, metrics["provenance"]["seeds"]["training"]))
     console.print(f"seeds {seeds}\nreport: {html}\n        {markdown}\nnumbers: {folder / 'metrics.json'}")

@@ -95,6 +95,25 @@ def summarize(results: Results) -> Summary:
     return Summary(first, title, [*reasons, *_blind(results, first), *_compute(results)], [why], others)
 
 
+def terminal_summary(results: Results) -> str:
+    """The first choice, its reasons, and how each arm differs from each baseline, as lines of text."""
+    found = summarize(results)
+    lines = [found.title, *(f"- {reason}" for reason in found.reasons)]
+    for other in results.compare_to:
+        for arm in (
+            name for name in results.arms if name not in results.compare_to[: results.compare_to.index(other) + 1]
+        ):
+            parts = []
+            for m in (WORD_AUC, IMAGE_ADDS, FID, FINDING_AUC):
+                paired, answer = difference(results, arm, other, m), compare(results, arm, other, m)
+                if answer != "not measured":
+                    parts.append(
+                        f"{m.label} {answer}" + (f" ({tables.format_difference(paired, m)})" if paired else "")
+                    )
+            lines += [f"{arm} against {other}: {', '.join(parts)}"] if parts else []
+    return "\n".join(lines)
+
+
 def _and(names: Sequence[str]) -> str:
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
