@@ -159,9 +159,9 @@ def write_model(config: AtlasConfig, name: str, run: Path | None, entry: dict[st
     import numpy as np
 
     from distill.evaluation.atlas import subset_file
+    from distill.experiment.atlas import atlas_chart, short_layer
     from distill.files import write_json
     from distill.models.loading import SUBSET_FILE
-    from distill.experiment.atlas import atlas_chart, short_layer
 
     folder, chosen = Path(config.output_dir) / name, entry["chosen"]
     rows, columns = ([entry[key].index(value) for value in chosen[key]] for key in ("layers", "timesteps"))
@@ -182,8 +182,8 @@ def write_tables(
     config: AtlasConfig, entries: dict[str, Any], stored: list[Path], processes: int, console: Console
 ) -> None:
     """atlas.json, atlas.md, the table in the terminal, paths, and the next command."""
-    from distill.files import provenance, write_atomic, write_json
     from distill.experiment.atlas import answer, markdown, terminal_table
+    from distill.files import provenance, write_atomic, write_json
     from distill.trainer import peak_memory_gb
 
     folder = Path(config.output_dir)

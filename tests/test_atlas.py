@@ -42,10 +42,10 @@ from distill.evaluation.atlas import (
 )
 from distill.evaluation.localization import TOKEN_MAPS, localization
 from distill.evaluation.protocols import DEFAULT_TIMESTEPS, with_subset
+from distill.experiment.atlas import answer, short_layer
 from distill.metrics import macro_mean_interval
 from distill.models.family import AttentionSubset, Model
 from distill.models.loading import load_model, read_subset
-from distill.experiment.atlas import answer, short_layer
 
 CONFIG = FullEvaluation(localization_images=4, batch_size=3, bootstrap_samples=20)
 
