@@ -37,7 +37,7 @@ class LoraConfig(Settings):
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
     """Rank of the update."""
     alpha: Positive = 8.0
-    """The update is scaled by alpha / rank."""
+    """The update is scaled by alpha / rank. Set it equal to rank for a scale of 1."""
     dropout: BelowOne = 0.0
     """Dropout on the adapter's input."""
     denoiser_targets: tuple[Text, ...] = ()
@@ -82,9 +82,9 @@ class TrainerConfig(Settings):
 
     renamed: ClassVar[dict[str, str]] = old.TRAINER
     max_steps: Count = 1000
-    """Optimizer steps."""
+    """Optimizer steps, of batch_size x gradient_accumulation_steps images on each device."""
     batch_size: Count = 16
-    """Images a step on each device."""
+    """Images of a forward pass on each device. Lower it when memory runs out."""
     gradient_accumulation_steps: Count = 1
     """Batches for one optimizer step."""
     learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-4
@@ -120,7 +120,7 @@ class TrainerConfig(Settings):
     tracker: Literal["none", "tensorboard", "wandb"] = "tensorboard"
     """Where the log goes in addition to train_log.jsonl."""
     checkpoint_every_steps: Count | None = None
-    """Steps between two checkpoints; the same command continues from the newest. None writes none before the end."""
+    """Steps between two checkpoints; the same command continues from the newest. None: a stopped training starts again."""
     sample_every_steps: Count | None = None
     """Steps between two sets of sample images. None draws none."""
     localize_every_steps: Count | None = None
@@ -140,9 +140,9 @@ class EvaluationConfig(Settings):
     localization_images: Count = 200
     """Held-out images whose attention maps are scored."""
     protocol: Literal["ours", "dombrowski", "vilouras"] = "ours"
-    """How maps are made and compared; the other two are as published (distill/evaluation/protocols.py)."""
+    """How maps are made and compared. ours is fast; dombrowski and vilouras are as published, and much slower."""
     timesteps: Annotated[tuple[Number, ...], Field(min_length=1)] | None = None
-    """ours: timesteps at which real latents are noised. None takes the model's localization.json, or 100 to 700 by 150."""
+    """ours: timesteps at which real latents are noised. None: those of localization.json, else 100, 250, 400, 550, 700."""
     layers: tuple[Text, ...] = ()
     """ours: prefixes of the cross-attention layers to average. Empty takes the model's localization.json, or all."""
     localization_text: Literal["caption", "phrase"] = "caption"
@@ -160,7 +160,7 @@ class EvaluationConfig(Settings):
     batch_size: Count = 16
     """Images at a time. It changes the speed, not the images."""
     features: Text = "auto"
-    """Features of FID and finding AUC: `auto` (phantom on phantom data), `phantom`, `inception`, `xrv`, `none`."""
+    """Features of FID: `inception`, `xrv` (chest X-rays), `phantom`, `none`; `auto`: phantom on phantom data, else none."""
     bootstrap_samples: Count = 1000
     """Resamples behind each 95 % interval."""
     seed: Seed = 1234
@@ -241,7 +241,7 @@ class LayerEvaluation(MapEvaluation):
     """How attention maps are made and compared with regions, where no image is generated."""
 
     timesteps: Annotated[tuple[Number, ...], Field(min_length=1)] | None = None
-    """ours: timesteps at which real latents are noised. None takes the model's localization.json, or 100 to 700 by 150."""
+    """ours: timesteps at which real latents are noised. None: those of localization.json, else 100, 250, 400, 550, 700."""
     layers: tuple[Text, ...] = ()
     """ours: prefixes of the cross-attention layers to average. Empty takes the model's localization.json, or all."""
     self_attention_power: Annotated[int, Field(ge=0, le=100)] = 0
@@ -257,7 +257,7 @@ class RunConfig(Settings):
     output_dir: Text = "checkpoints/run"
     """Run folder."""
     dry_run: bool = False
-    """Check everything, take one real step, print sizes and estimates, and stop."""
+    """Check everything, take one real step, print sizes and estimates of time and memory, and stop. Writes no model."""
 
     @property
     def trainer_options(self) -> TrainerConfig | None:
