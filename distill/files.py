@@ -8,11 +8,14 @@ import json
 import os
 import platform
 import subprocess
+import threading
+from collections.abc import Mapping
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 from distill.errors import UserError
 
@@ -67,6 +70,18 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         temporary.write_bytes(content.encode("utf-8", "replace") if isinstance(content, str) else content)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:
+    """The same for a safetensors file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
+    try:
+        save_file(dict(tensors), temporary, metadata=dict(metadata) if metadata else None)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -129,15 +129,6 @@ def region_pixel_loss(maps: torch.Tensor, regions: torch.Tensor) -> torch.Tensor
     return _masked_mean(entropy, regions.any(dim=1))
 
 
-def region_mask_loss(maps: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
-    """Squared difference of a token's attention, over its largest, and its region; averaged as in `region_pixel_loss`.
-
-    Source: Break-A-Scene (Avrahami et al. 2023, arXiv 2305.16311), equation 3 and its code, which divides by the largest.
-    """
-    scaled = maps / maps.amax(dim=1, keepdim=True).clamp(min=TINY)
-    return _masked_mean((scaled - regions).pow(2).mean(dim=1), regions.any(dim=1))
-
-
 def feature_loss(
     teacher: dict[str, torch.Tensor], student: dict[str, torch.Tensor], rows: torch.Tensor
 ) -> torch.Tensor:

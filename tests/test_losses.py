@@ -17,7 +17,6 @@ from distill.losses import (
     denoising_loss,
     min_snr_weights,
     place_attention_kl,
-    region_mask_loss,
     region_pixel_loss,
     region_token_loss,
     token_attention_kl,
@@ -209,14 +208,13 @@ def regions(seed: int) -> torch.Tensor:
 @few
 def test_region_losses_are_their_formulas(seed: int) -> None:
     p, where = maps(seed), regions(seed + 1)
-    token, pixel, mask = [], [], []
+    token, pixel = [], []
     for k in range(BATCH):
         for t in (1, 2):
             a, b = p[k, :, t], where[k, :, t]
             token.append((1 - float((a * b).sum() / a.sum())) ** 2)
             pixel.append(float(torch.nn.functional.binary_cross_entropy(a, b)))
-            mask.append(float(torch.nn.functional.mse_loss(a / a.max(), b)))
-    for loss, expected in ((region_token_loss, token), (region_pixel_loss, pixel), (region_mask_loss, mask)):
+    for loss, expected in ((region_token_loss, token), (region_pixel_loss, pixel)):
         torch.testing.assert_close(float(loss(p, where)), sum(expected) / len(expected), rtol=1e-5, atol=1e-7)
         assert float(loss(p, torch.zeros_like(where))) == 0, "no token has a region"
 
@@ -225,7 +223,7 @@ def test_region_losses_are_least_where_attention_is_in_the_region() -> None:
     where = torch.zeros(1, 4, 2)
     where[0, :2, 1] = 1
     inside = torch.tensor([[[0.0, 1.0], [0.0, 1.0], [1.0, 0.0], [1.0, 0.0]]])
-    for loss in (region_token_loss, region_pixel_loss, region_mask_loss):
+    for loss in (region_token_loss, region_pixel_loss):
         assert float(loss(inside, where)) == pytest.approx(0, abs=1e-6)
         assert float(loss(inside.flip(1), where)) > 0.4
     weaker = torch.tensor([[[0.9, 0.1], [0.9, 0.1], [1.0, 0.0], [1.0, 0.0]]])

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import time
-import uuid
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
@@ -21,7 +20,6 @@ from typing import Any, NoReturn, cast
 import torch
 from diffusers import AutoencoderKL
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset
 from tqdm.auto import tqdm
@@ -29,6 +27,7 @@ from tqdm.auto import tqdm
 from distill.data.captions import names_side
 from distill.data.sample import ImageCaptionDataset, Sample
 from distill.errors import UserError
+from distill.files import write_tensors
 
 SHARD_ROWS = 256
 """Rows a file: at 512 px 256 rows of latents take 67 MB in fp32, twice that with flips."""
@@ -240,14 +239,8 @@ def _progress(description: str, total: int, unit: str) -> tqdm[NoReturn]:
 def _write(path: Path, parts: Mapping[str, list[torch.Tensor]]) -> None:
     """All of the file or nothing: a temporary file is renamed once it is whole."""
     tensors = {name: torch.cat(values).contiguous() for name, values in parts.items()}
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            save_file(tensors, temporary, metadata={"crc32": _checksum(tensors)})
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_tensors(path, tensors, {"crc32": _checksum(tensors)})
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"the cache file '{path}' cannot be written: {error}; free some space, point data.cache_dir to a folder "

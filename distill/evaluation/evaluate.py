@@ -20,7 +20,6 @@ from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import LCMScheduler
 from PIL import Image
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from distill.config import FullEvaluation
@@ -28,6 +27,7 @@ from distill.data.sample import ImageCaptionDataset
 from distill.evaluation.localization import localization
 from distill.evaluation.protocols import queries
 from distill.evaluation.word_maps import write_word_maps
+from distill.files import write_tensors
 from distill.metrics import Diversity, finding_auroc, frechet_distance, frechet_interval
 from distill.metrics.features import Features
 from distill.models.bits import megabytes, quantize
@@ -176,7 +176,7 @@ def save_features(images: Generated, dataset: ImageCaptionDataset, features: Fea
         if columns:
             tensors |= {"scores": images.scores[:, columns].contiguous(), "labels": labels}
     path.parent.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, path)
+    write_tensors(path, tensors)
 
 
 def compare(

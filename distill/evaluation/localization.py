@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,7 +17,6 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
-from safetensors.torch import save_file
 from tqdm.auto import tqdm
 
 from distill.attention.heat_maps import normalize
@@ -39,6 +37,7 @@ from distill.evaluation.protocols import (
     queries,
     with_subset,
 )
+from distill.files import write_atomic, write_tensors
 from distill.metrics import AttentionMass, LocalizationMetric, MixtureMetric, macro_mean_interval
 from distill.metrics.maps import mixture_masks
 from distill.models.family import Model
@@ -199,8 +198,7 @@ def localization(
         tensors = {
             name: torch.from_numpy(np.ascontiguousarray(value, dtype=np.float32)) for name, value in gathered.items()
         }
-        save_file(tensors, arm_dir / "maps.partial")
-        os.replace(arm_dir / "maps.partial", arm_dir / "maps.safetensors")
+        write_tensors(arm_dir / "maps.safetensors", tensors)
     result: dict[str, Any] = {token: _summary(metrics, dataset, config) for token, metrics in scores.metrics.items()}
     result["mass"] = {name: float(value) for name, value in scores.mass.compute().items()}
     result["protocol"] = config.protocol
@@ -234,9 +232,7 @@ def _part_file(arm_dir: Path, rank: int, key: str) -> Any:
 
 def _merge(arm_dir: Path, key: str, rows: Sequence[dict[str, Any]]) -> None:
     """One pairs.jsonl of all rows, in the place of the files of the processes."""
-    partial = arm_dir / "pairs.partial"
-    partial.write_text("\n".join(json.dumps(line) for line in [{"key": key}, *rows]) + "\n", encoding="utf-8")
-    os.replace(partial, arm_dir / "pairs.jsonl")
+    write_atomic(arm_dir / "pairs.jsonl", "\n".join(json.dumps(line) for line in [{"key": key}, *rows]) + "\n")
     for path in arm_dir.glob("pairs.*.jsonl"):
         path.unlink()
 

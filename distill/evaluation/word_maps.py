@@ -7,7 +7,6 @@ are those of the protocol `ours`.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
@@ -19,13 +18,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from distill.attention.heat_maps import normalize, select_tokens
 from distill.attention.recording import attention_layers
 from distill.config import FullEvaluation
 from distill.data.sample import ImageCaptionDataset
 from distill.evaluation.protocols import Query, open_recorder, ours, prepare_inputs, with_subset
+from distill.files import write_tensors
 from distill.models.family import Model
 from distill.tokens import find_words, token_groups, words_of
 
@@ -83,10 +82,7 @@ def write_word_maps(
                     if (word := _word_of(sample.caption, dataset.query_words[region.finding], spans)) is not None
                 }
                 about[str(number)] = json.dumps({"words": spans, "findings": findings})
-    arm_dir.mkdir(parents=True, exist_ok=True)
-    partial = arm_dir / f"{WORD_MAPS_FILE}.partial"
-    save_file(tensors, partial, metadata=about)
-    os.replace(partial, arm_dir / WORD_MAPS_FILE)
+    write_tensors(arm_dir / WORD_MAPS_FILE, tensors, about)
 
 
 def _word_of(caption: str, query_words: Sequence[str], spans: Mapping[str, Any]) -> str | None:

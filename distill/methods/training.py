@@ -23,7 +23,7 @@ class Training(Settings):
     text_encoder: Trained = "frozen"
     """How the text encoders are trained."""
     method: AnyOptions = DenoisingOptions()
-    """denoising: the diffusion loss. The others add a teacher's maps, locked keys, labels or masks, or a penalty (see recipes/)."""
+    """denoising: the diffusion loss. The others add a teacher's maps, locked keys, labels, masks, or a penalty."""
     lora: LoraConfig = LoraConfig()
     """Low-rank adapters, where a part is trained by LoRA."""
     denoising: DenoisingConfig = DenoisingConfig()
