@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +33,7 @@ def test_a_findings_word_has_the_map_that_is_scored(
     words = (
         {"edema": "edema"}, {"pleural effusion": "effusion"}, {"pleural effusion": "effusions", "edema": "edema"}
     )  # fmt: skip
-    config = replace(CONFIG, layers=tuple(attention_layers(model.denoiser))[-2:])
+    config = CONFIG.model_copy(update={"layers": tuple(attention_layers(model.denoiser))[-2:]})
     localization(model, dataset, config, accelerator=accelerator, arm_dir=tmp_path, examples=[0, 1, 2])
     scored = load_file(tmp_path / "maps.safetensors")
     write_word_maps(model, dataset, config, examples=[0, 1, 2], accelerator=accelerator, arm_dir=tmp_path)
