@@ -43,6 +43,7 @@ FEW = [
     "--evaluation.timesteps", "[450]", "--evaluation.generated_images", "2", "--evaluation.num_inference_steps", "1",
     "--evaluation.diversity_captions", "1", "--evaluation.diversity_samples", "2", "--evaluation.examples", "1",
     "--evaluation.bootstrap_samples", "10", "--evaluation.features", "none",
+    "--arms.lora.denoiser", "lora", "--arms.lora.text_encoder", "lora",
 ]  # fmt: skip
 
 

@@ -259,9 +259,9 @@ def test_a_damaged_pipeline_folder_is_refused_in_words(bases: dict[str, Path], t
     assert f"cannot load {folder}" in refusal(folder)
 
 
-def trained_run(base: Path, folder: Path, *, method: str, text_encoder: str) -> Path:
+def trained_run(base: Path, folder: Path, *, denoiser: str, text_encoder: str) -> Path:
     model = load(base)
-    prepare_training(model, denoiser=method, text_encoder=text_encoder, lora=LoraConfig(rank=2))  # type: ignore[arg-type]
+    prepare_training(model, denoiser=denoiser, text_encoder=text_encoder, lora=LoraConfig(rank=2))  # type: ignore[arg-type]
     export(model, folder)
     return folder
 
@@ -300,10 +300,14 @@ def test_an_adapter_file_that_lacks_tensors_is_refused(bases: dict[str, Path], t
 
 
 def test_teacher_and_student_of_other_shape_are_refused_with_the_values(bases: dict[str, Path]) -> None:
+    with pytest.raises(UserError, match="the teacher is a sdxl model, and the student a stable_diffusion model"):
+        check_same_shape(load(bases["sdxl"]), load(bases["sd"]))
+    wider = load(bases["sd"])
+    wider.denoiser.register_to_config(cross_attention_dim=32)
     with pytest.raises(
         UserError, match="teacher and student are of different shape: cross_attention_dim: teacher 32, student 16"
     ):
-        check_same_shape(load(bases["sdxl"]), load(bases["sd"]))
+        check_same_shape(wider, load(bases["sd"]))
     check_same_shape(load(bases["v"]), load(bases["sd"]))
     other = load(bases["sd"])
     other.noise_scheduler = DDPMScheduler(beta_start=0.001, beta_end=0.02)
@@ -359,10 +363,10 @@ def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def test_an_adapter_that_is_there_is_gone_on_with(bases: dict[str, Path]) -> None:
     lora = LoraConfig(rank=2, alpha=4.0)
     model = load(bases["sd"]).freeze()
-    add_lora(model.denoiser, lora, lora.denoiser_targets, "denoiser")
+    add_lora(model.denoiser, lora, lora_targets(model, lora, "denoiser"), "denoiser")
     before = {name: p.detach().clone() for name, p in model.denoiser.named_parameters()}
     model.freeze()
-    add_lora(model.denoiser, lora, lora.denoiser_targets, "denoiser")
+    add_lora(model.denoiser, lora, lora_targets(model, lora, "denoiser"), "denoiser")
     assert all(torch.equal(p, before[name]) for name, p in model.denoiser.named_parameters())
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.denoiser.named_parameters())
     with pytest.raises(

@@ -119,7 +119,7 @@ def test_layers_of_any_shape(shape: tuple[int, int], bits: Any) -> None:
 
 def test_adapters_stay_whole() -> None:
     model = model_of(tiny_sd())
-    prepare_training(model, method="lora", text_encoder="lora", lora=LoraConfig(rank=2))
+    prepare_training(model, denoiser="lora", text_encoder="lora", lora=LoraConfig(rank=2))
     model.freeze()
     adapters = {k: v.clone() for k, v in model.denoiser.state_dict().items() if ".lora_" in k}
     quantize(model, "nf4")
