@@ -11,6 +11,7 @@ The losses are in distill/methods/; the loop is `fit` in distill/trainer.py.
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
@@ -96,7 +97,7 @@ def one_seed(config: TradeoffConfig, seed: int, folder: Path) -> None:
     def make(arm: Arm) -> None:
         results[arm.name] = evaluate_arm(run, arm.name, arm.folder, train_arm(run, arm))
 
-    jobs = {"base": Job(base)} | {arm.name: Job(lambda arm=arm: make(arm), arm.needs) for arm in arms.values()}
+    jobs = {"base": Job(base)} | {arm.name: Job(partial(make, arm), arm.needs) for arm in arms.values()}
     share_out(run, jobs)
     finish(run, {name: results[name] for name in jobs}, f"open {folder / 'report.html'}")
 
