@@ -194,7 +194,8 @@ class RecordingAttnProcessor:
         self.maps.store(self.layer, probabilities)
         attended = probabilities.to(value.dtype) @ value
         hidden_states = attended.transpose(1, 2).flatten(2)
-        return attn.to_out[1](attn.to_out[0](hidden_states)) / attn.rescale_output_factor
+        returned: torch.Tensor = attn.to_out[1](attn.to_out[0](hidden_states)) / attn.rescale_output_factor
+        return returned
 
 
 @contextmanager

@@ -203,7 +203,8 @@ class _Shards:
 
     def row(self, shard: int, name: str, row: int) -> torch.Tensor:
         # A slice is a view of the mapped file: without the copy, writing to it would change what is read next.
-        return self._file(shard).get_slice(name)[row : row + 1][0].clone()
+        returned: torch.Tensor = self._file(shard).get_slice(name)[row : row + 1][0].clone()
+        return returned
 
 
 def _plan(folder: Path, kind: str, model_hash: str, rows: Sequence[object]) -> tuple[list[Path], list[int]]:

@@ -114,7 +114,8 @@ def _soft(distance: np.ndarray, softness: float) -> np.ndarray:
 def _polygon(u: np.ndarray, v: np.ndarray, sides: int) -> np.ndarray:
     angle = np.arctan2(v, u)
     sector = 2 * np.pi / sides
-    return np.hypot(u, v) * np.cos((angle % sector) - sector / 2) - 0.8
+    returned: np.ndarray = np.hypot(u, v) * np.cos((angle % sector) - sector / 2) - 0.8
+    return returned
 
 
 def _blobs(u: np.ndarray, v: np.ndarray, rng: np.random.Generator, count: int, radius: float) -> np.ndarray:
@@ -128,11 +129,13 @@ def _blobs(u: np.ndarray, v: np.ndarray, rng: np.random.Generator, count: int, r
 
 def _star(u: np.ndarray, v: np.ndarray) -> np.ndarray:
     angle = np.arctan2(v, u)
-    return np.hypot(u, v) - (0.65 + 0.3 * np.cos(5 * angle))
+    returned: np.ndarray = np.hypot(u, v) - (0.65 + 0.3 * np.cos(5 * angle))
+    return returned
 
 
 def _heart(u: np.ndarray, v: np.ndarray) -> np.ndarray:
-    return np.hypot(u * 0.95, v + 0.15 - 0.45 * np.sqrt(np.abs(u) + 1e-6)) - 0.85
+    returned: np.ndarray = np.hypot(u * 0.95, v + 0.15 - 0.45 * np.sqrt(np.abs(u) + 1e-6)) - 0.85
+    return returned
 
 
 def _a(phrase: str) -> str:
@@ -302,26 +305,34 @@ class PicturesDataset:
             return np.full_like(x, level)
         if kind == "gradient":
             a = rng.uniform(0, 2 * np.pi)
-            return level + rng.uniform(0.1, 0.4) * ((x - 0.5) * np.cos(a) + (y - 0.5) * np.sin(a))
+            returned: np.ndarray = level + rng.uniform(0.1, 0.4) * ((x - 0.5) * np.cos(a) + (y - 0.5) * np.sin(a))
+            return returned
         if kind == "cloudy":
             field = zoom(rng.normal(0, 1, (6, 6)), self.resolution / 6, order=3, grid_mode=True, mode="nearest")
-            return level + 0.08 * field.astype(np.float32)
+            returned = level + 0.08 * field.astype(np.float32)
+            return returned
         if kind == "grainy":
             half = self.resolution // 2
             field = zoom(
                 rng.normal(0, 1, (half, half)), self.resolution / half, order=1, grid_mode=True, mode="nearest"
             )
-            return level + rng.uniform(0.01, 0.05) * field.astype(np.float32)
+            returned = level + rng.uniform(0.01, 0.05) * field.astype(np.float32)
+            return returned
         a, frequency = rng.uniform(0, np.pi), rng.uniform(3, 12)
         u, v = x * np.cos(a) + y * np.sin(a), -x * np.sin(a) + y * np.cos(a)
         amplitude = rng.uniform(0.04, 0.15)
         if kind == "striped":
-            return level + amplitude * np.sin(2 * np.pi * frequency * u)
+            returned = level + amplitude * np.sin(2 * np.pi * frequency * u)
+            return returned
         if kind == "dotted":
-            return level + 2 * amplitude * np.clip(
+            returned = level + 2 * amplitude * np.clip(
                 np.sin(2 * np.pi * frequency * u) * np.sin(2 * np.pi * frequency * v) - 0.3, 0, 1
             )
-        return level + amplitude * np.sign(np.sin(np.pi * frequency * u) * np.sin(np.pi * frequency * v))
+            return returned
+        returned = level + amplitude * np.sign(
+            np.sin(np.pi * frequency * u) * np.sin(np.pi * frequency * v)
+        )
+        return returned
 
     def _relief(self, rng: np.random.Generator) -> np.ndarray:
         """Soft detail at several scales that no caption tells of, as in photographs: noise of octaves and a family of arcs."""

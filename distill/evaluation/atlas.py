@@ -87,7 +87,8 @@ def pair_auc(maps: torch.Tensor, masks: torch.Tensor, config: FullEvaluation) ->
 
 def macro_mean(values: NDArray[np.float64], findings: NDArray[np.int64]) -> NDArray[np.float64]:
     """(pairs, ...) -> (...): mean over findings of the mean over the finding's pairs."""
-    return np.mean([values[findings == f].mean(axis=0) for f in np.unique(findings)], axis=0)
+    returned: NDArray[np.float64] = np.mean([values[findings == f].mean(axis=0) for f in np.unique(findings)], axis=0)
+    return returned
 
 
 @torch.no_grad()

@@ -73,7 +73,8 @@ def generate(
         ).images
     finally:
         pipeline.scheduler = own
-    return images.float().cpu().clamp(0, 1)
+    returned: torch.Tensor = images.float().cpu().clamp(0, 1)
+    return returned
 
 
 def _extract(features: Features | None, images: torch.Tensor, device: torch.device) -> tuple[Any, Any]:
@@ -314,7 +315,8 @@ def evaluate(
     scheduler.set_timesteps(config.num_inference_steps)
     passes = len(scheduler.timesteps) * (2 if config.guidance_scale > 1 else 1)
     size = model_size(model, resolution) | {"denoiser_passes_an_image": passes, "megabytes": stored}
-    return finite({"localization": located, "quality": drawn, "size": size, "seconds": seconds})
+    returned: dict[str, Any] = finite({"localization": located, "quality": drawn, "size": size, "seconds": seconds})
+    return returned
 
 
 def finite(value: Any) -> Any:

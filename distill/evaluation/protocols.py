@@ -244,7 +244,10 @@ def refine(maps: torch.Tensor, recorder: Recorder, config: FullEvaluation) -> to
     size = max(size for name, size in sizes.items() if name in by_layer)
     same = torch.stack([m for name, m in by_layer.items() if sizes[name] == size]).mean(dim=0)
     small = F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
-    return refine_by_self_attention(small.flatten(2), same, config.self_attention_power).unflatten(2, size)
+    returned: torch.Tensor = refine_by_self_attention(small.flatten(2), same, config.self_attention_power).unflatten(
+        2, size
+    )
+    return returned
 
 
 def ddim_timesteps(model: Model, steps: int) -> list[int]:

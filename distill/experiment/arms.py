@@ -128,11 +128,12 @@ def _cycles(arms: Mapping[str, Arm]) -> list[str]:
 def settings_of(config: Any, arm: Arm) -> dict[str, Any]:
     """All options that decide how this arm was trained and evaluated, as nested dictionaries."""
     shared = config.model_dump(mode="json", exclude={"arms", "compare_to", "seeds", *Training.model_fields})
-    return shared | {
+    returned: dict[str, Any] = shared | {
         "trainer": arm.trainer.model_dump(mode="json"),
         "evaluation": arm.evaluation.model_dump(mode="json"),
         **_training_settings(arm.training),
     }
+    return returned
 
 
 def _training_settings(training: Training) -> dict[str, Any]:

@@ -271,7 +271,8 @@ def _ranks(maps: Tensor) -> Tensor:
     """(N, P) float64 -> (N, P) integers of at least 0 in the same order within a row, with the same ties."""
     single = maps.float()
     if not torch.equal(single.double(), maps):
-        return torch.unique(maps, return_inverse=True)[1]
+        returned: Tensor = torch.unique(maps, return_inverse=True)[1]
+        return returned
     # The bits of floats of one sign are ordered as the floats are; -0.0 becomes 0.
     bits = single.view(torch.int32)
     ordered = torch.where(bits < 0, -(bits & 0x7FFFFFFF), bits)

@@ -51,7 +51,8 @@ def _int8(layer: nn.Linear) -> nn.Module:
     # From the CPU: what is on a GPU already, bitsandbytes would quantize only in the first forward pass.
     new.weight = bitsandbytes.nn.Int8Params(layer.weight.data.cpu(), requires_grad=False, has_fp16_weights=False)
     new.bias = layer.bias
-    return new.to(layer.weight.device)
+    returned: nn.Module = new.to(layer.weight.device)
+    return returned
 
 
 def _nf4(layer: nn.Linear) -> nn.Module:
@@ -73,7 +74,8 @@ def _nf4(layer: nn.Linear) -> nn.Module:
         new.weight = bitsandbytes.nn.Params4bit(weight, requires_grad=False, blocksize=BLOCK, **options)
         new.support_avx512bf16_for_cpu = False  # it would compute in bf16
     new.bias = layer.bias
-    return new.to(weight.device)
+    returned: nn.Module = new.to(weight.device)
+    return returned
 
 
 def megabytes(model: Model) -> float:

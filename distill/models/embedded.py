@@ -31,7 +31,8 @@ class ImageTower(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         features = self.body(nn.functional.avg_pool2d(pixel_values, 2)).last_hidden_state
-        return self.head(nn.functional.adaptive_avg_pool2d(features, 2).flatten(1))
+        returned: torch.Tensor = self.head(nn.functional.adaptive_avg_pool2d(features, 2).flatten(1))
+        return returned
 
 
 def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModelWithProjection:

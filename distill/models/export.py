@@ -65,7 +65,8 @@ def adapter_state(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
     if name.startswith("text_encoder") and not any(key.startswith("text_model.") for key in state):
         # transformers >= 5.6 dropped this level from CLIPTextModel; every other tool and the files in the wild have it.
         state = {f"text_model.{key}": value for key, value in state.items()}
-    return state
+    returned: dict[str, torch.Tensor] = state
+    return returned
 
 
 @torch.no_grad()

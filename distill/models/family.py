@@ -67,7 +67,8 @@ class Model:
 
     @property
     def vae_factor(self) -> int:
-        return 2 ** (len(self.vae.config.block_out_channels) - 1)
+        returned: int = 2 ** (len(self.vae.config.block_out_channels) - 1)
+        return returned
 
     @property
     def prediction_type(self) -> str:

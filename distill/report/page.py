@@ -60,7 +60,8 @@ def _read_image(run_dir: Path, name: str, notes: list[str]) -> Image.Image | Non
         if not path.is_relative_to(run_dir.resolve()):
             raise ValueError("outside the run folder")
         with Image.open(path) as image:
-            return image.convert("RGB")
+            returned: Image.Image | None = image.convert("RGB")
+            return returned
     except (OSError, ValueError, Image.DecompressionBombError) as error:
         notes.append(f"{name} cannot be read as an image: {type(error).__name__}.")
         return None

@@ -37,19 +37,22 @@ def _noise_basis(resolution: int, knots: int) -> Array:
     """(resolution, knots) Gaussian bumps, scaled so that white noise on the knots gives about unit variance."""
     axis, centers = _grid(resolution)[1], np.linspace(-1.1, 1.1, knots, dtype=np.float32)[None, :]
     basis = np.exp(-0.5 * ((axis - centers) / (2.2 / (knots - 1) * 0.75)) ** 2)
-    return (basis / np.sqrt((basis**2).sum(1, keepdims=True))).astype(np.float32)
+    returned: Array = (basis / np.sqrt((basis**2).sum(1, keepdims=True))).astype(np.float32)
+    return returned
 
 
 def _smooth_noise(rng: np.random.Generator, resolution: int, knots: int) -> Array:
     """(resolution, resolution) smooth noise of about unit variance; the same field at any resolution."""
     basis = _noise_basis(resolution, knots)
-    return basis @ rng.standard_normal((knots, knots), dtype=np.float32) @ basis.T
+    returned: Array = basis @ rng.standard_normal((knots, knots), dtype=np.float32) @ basis.T
+    return returned
 
 
 def _step(distance: Array, width: float) -> Array:
     """Smooth step from 0 to 1 as distance goes from -width to width."""
     t = np.clip(distance * (0.5 / width) + 0.5, 0.0, 1.0)
-    return t * t * (3.0 - 2.0 * t)
+    returned: Array = t * t * (3.0 - 2.0 * t)
+    return returned
 
 
 def _ridge(distance: Array, width: float) -> Array:
@@ -85,11 +88,13 @@ class _Lung:
     def edge(self, apex_drop: float = 0.0, inset: float = 0.0) -> Array:
         """Lateral edge for each row; apex_drop and inset make the collapsed lung of a pneumothorax."""
         t = np.clip((self.y - self.apex - apex_drop) / (0.55 - self.apex - apex_drop), 0.0, 1.0)
-        return 0.29 + (self.width - inset - 0.29) * np.sqrt(1.0 - (1.0 - t) ** 2.6)
+        returned: Array = 0.29 + (self.width - inset - 0.29) * np.sqrt(1.0 - (1.0 - t) ** 2.6)
+        return returned
 
     def diaphragm(self) -> Array:
         flank = np.clip(self.across - self.width + 0.15, 0.0, None)
-        return self.dome + 1.1 * (self.across - 0.34) ** 2 + 5.0 * flank**2
+        returned: Array = self.dome + 1.1 * (self.across - 0.34) ** 2 + 5.0 * flank**2
+        return returned
 
     def shape(self, apex_drop: float = 0.0, inset: float = 0.0, raised: float = 0.0) -> Array:
         """Soft outline in [0, 1]."""
@@ -237,7 +242,8 @@ def _vessels(ax: Array, y: Array, x: Array, rng: np.random.Generator) -> Array:
     # The number of streaks doubles on the way out, as vessels branch.
     trunks = _step(np.cos(7.0 * angle + bend) - 0.45, 0.55) * _step(0.34 - radius, 0.14)
     twigs = _step(np.cos(14.0 * angle + 2.0 * bend + phase[3]) - 0.4, 0.6) * _step(radius - 0.22, 0.1)
-    return (trunks + 0.75 * twigs) * np.exp(-((radius / 0.48) ** 2)) * _step(radius - 0.08, 0.08)
+    returned: Array = (trunks + 0.75 * twigs) * np.exp(-((radius / 0.48) ** 2)) * _step(radius - 0.08, 0.08)
+    return returned
 
 
 def _bones(scene: Scene, x: Array, ax: Array, y: Array, chest_edge: Array, silhouette: Array) -> Array:

@@ -133,7 +133,8 @@ def decode_counts(text: str) -> list[int]:
 def rle_mask(runs: Sequence[int], width: int, height: int) -> NDArray[np.bool_]:
     """(height, width) of runs of pixels outside and inside in turn, column by column."""
     inside = np.arange(len(runs)) % 2 == 1
-    return np.repeat(inside, runs).reshape(width, height).T
+    returned: NDArray[np.bool_] = np.repeat(inside, runs).reshape(width, height).T
+    return returned
 
 
 def polygon_mask(polygons: Sequence[Sequence[float]], width: int, height: int) -> NDArray[np.bool_]:

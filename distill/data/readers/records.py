@@ -196,14 +196,16 @@ class RecordDataset:
         return "; ".join([self._about, *cut, f"findings: {shown or 'none'}"])
 
     def caption(self, index: int) -> str:
-        return self._samples[index]["caption"]
+        returned: str = self._samples[index]["caption"]
+        return returned
 
     def labels(self, index: int) -> tuple[str, ...]:
         return tuple(self._samples[index]["labels"])
 
     def image_key(self, index: int) -> str:
         """The image's path: what the samples of one image share."""
-        return self._images[self._samples[index]["image"]]["name"]
+        returned: str = self._images[self._samples[index]["image"]]["name"]
+        return returned
 
     def fingerprint(self, index: int) -> str:
         """Hash of the file's bytes as they were at the check, of the resolution and of the crop rule."""
