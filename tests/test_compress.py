@@ -303,6 +303,7 @@ def test_a_run_of_adapters_becomes_a_smaller_model_that_stock_diffusers_loads(
     )
     prove_parity(trained, model_of(stock), "cpu")
     card = (out / "README.md").read_text(encoding="utf-8")
+    assert f"{out.name}/pruned_base" in card and "blocks.remove\\_mid\\_block" in card
     assert "trainer.max\\_steps 2" in card and "lora.rank" not in card and str(tmp_path) not in card
 
     kept = {name: (out / name).read_bytes() for name in (f"unet/{UNET_FILE}", f"pruned_base/unet/{UNET_FILE}")}

@@ -329,9 +329,7 @@ class PicturesDataset:
                 np.sin(2 * np.pi * frequency * u) * np.sin(2 * np.pi * frequency * v) - 0.3, 0, 1
             )
             return returned
-        returned = level + amplitude * np.sign(
-            np.sin(np.pi * frequency * u) * np.sin(np.pi * frequency * v)
-        )
+        returned = level + amplitude * np.sign(np.sin(np.pi * frequency * u) * np.sin(np.pi * frequency * v))
         return returned
 
     def _relief(self, rng: np.random.Generator) -> np.ndarray:

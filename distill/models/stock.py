@@ -59,13 +59,16 @@ def loading_code(
         imports[package] = [*imports.get(package, []), name]
     lines = ["import torch"]
     lines += [f"from {package} import {', '.join(dict.fromkeys(names))}" for package, names in imports.items()]
+    # Relative to where the run was started; no path of this machine.
+    place = folder.resolve()
+    shown = place.relative_to(Path.cwd()).as_posix() if place.is_relative_to(Path.cwd()) else place.name
     known = public_base(base)
+    if known is None and Path(base).is_dir() and place in Path(base).resolve().parents:
+        # A base that the run made, such as one with fewer blocks, lies in the run folder.
+        known = f"{shown}/{Path(base).resolve().relative_to(place).as_posix()}"
     note = "" if known else "  # put the hub id or folder of the base that this model was trained from"
     lines += ["", f"base = {known or 'BASE'!r}{note}"]
     if parts:
-        # Relative to where the run was started, as the base's folder is; no path of this machine.
-        place = folder.resolve()
-        shown = place.relative_to(Path.cwd()).as_posix() if place.is_relative_to(Path.cwd()) else place.name
         lines.append(f"folder = {shown!r}  # the folder of this model")
     lines += [f'{part} = {name}.from_pretrained(folder, subfolder="{part}")' for part, (_, name) in modules.items()]
     given = {"revision": revision, "variant": variant} if known else {}

@@ -13,7 +13,10 @@ from distill.models.stock import PARTS, loading_code, public_base
 from distill.report.document import UNKNOWN, Table, escape_markdown, markdown_table
 from distill.report.tables import METRICS, flatten, format_count, format_estimate, format_seconds
 
-_SETTINGS = ("data.kind", "data.resolution", "trainer.max_steps", "trainer.batch_size", "trainer.learning_rate", "seed")
+_SETTINGS = (
+    "data.kind", "data.resolution", "trainer.max_steps", "trainer.batch_size", "trainer.learning_rate", "seed",
+    "blocks.layers_per_block", "blocks.remove_mid_block", "blocks.remove_stages", "blocks.transformer_layers",
+)  # fmt: skip
 _LIMITS = (
     "Limits: not for clinical use. Generated images show no real patient. The numbers hold for these held-out images and one "
     "training seed. The licences of the base and of the training data apply."
