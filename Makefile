@@ -10,6 +10,8 @@ TORCH ?= torch==2.13.0
 CONSTRAINTS ?=
 DEMO_CONFIG ?= recipes/configs/phantom/tradeoff_quick.yaml
 DEMO_ARGS ?=
+# Processes of `make test`, one thread each.
+WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
@@ -25,7 +27,7 @@ demo: $(VENV)/.installed
 	$(LAUNCH) recipes/tradeoff.py --config $(DEMO_CONFIG) $(DEMO_ARGS)
 
 test: $(VENV)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 test-slow: $(VENV)/.installed
 	$(BIN)/python -m pytest -m slow
