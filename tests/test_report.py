@@ -98,15 +98,20 @@ def _picture(rng: np.random.Generator, size: int) -> Image.Image:
 
 def _write_maps(path: Path, captions: tuple[str, ...]) -> None:
     """A bright row in each map, whose place is the word's number, so that a test sees which map is shown."""
-    tensors, about = {}, {}
+    tensors: dict[str, np.ndarray] = {}
+    about: dict[str, Any] = {}
     for number, caption in enumerate(captions):
         spans = {"[BOS]": [], **{m[0].lower(): [m.span()] for m in re.finditer(r"\w+", caption)}, "[EOS]": []}
         for place, word in enumerate(spans):
             tensors[f"{number}/{word}"] = np.zeros((16, 16), np.uint8)
             tensors[f"{number}/{word}"][place % 16] = 255
         finding = next(word for word in ("effusion", "edema", "[BOS]") if word in spans)
-        about[str(number)] = json.dumps({"words": spans, "findings": {"the finding": finding}})
-    save_file(tensors, path / "word_maps.safetensors", metadata=about)
+        about[str(number)] = {"words": spans, "findings": {"the finding": finding}}
+    save_file(
+        tensors,
+        path / "word_maps.safetensors",
+        metadata={"examples": json.dumps({key: json.loads(value) for key, value in about.items()})},
+    )
 
 
 def make_run(

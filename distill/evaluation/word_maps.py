@@ -44,16 +44,16 @@ def write_word_maps(
 ) -> None:
     """Write word_maps.safetensors to `arm_dir`, from the main process; the other processes return at once.
 
-    A map is uint8, (height, width), min-max scaled to 0..255, at latent size or at most 64 x 64. Its key is
-    "<example number>/<word>", where the word is in lower case, or "[BOS]", "[EOS]" or "[PAD]". The file's metadata holds
-    for each example number a JSON object: `words`, {word: [[start, end], ...]} in the caption's order with the spans of
-    characters, and `findings`, {finding: its first word in the caption} of the image's regions.
+    A map is uint8, (height, width), min-max scaled to 0..255, at latent size or at most 64 x 64. Its key is "<example
+    number>/<word>", where the word is in lower case, or "[BOS]", "[EOS]" or "[PAD]". The file's metadata holds a JSON
+    object `examples` with, for each example number: `words`, {word: [[start, end], ...]} in the caption's order with
+    the spans of characters, and `findings`, {finding: its first word in the caption} of the image's regions.
     """
     if not accelerator.is_main_process or not examples:
         return
     config = with_subset(config.model_copy(update={"protocol": "ours", "self_attention_power": 0}), model)
     tensors: dict[str, torch.Tensor] = {}
-    about: dict[str, str] = {}
+    about: dict[str, Any] = {}
     with ExitStack() as stack:
         recorder = open_recorder(stack, model, attention_layers(model.denoiser, config.layers), config)
         for start in range(0, len(examples), config.batch_size):
@@ -81,8 +81,9 @@ def write_word_maps(
                     for region in sample.regions
                     if (word := _word_of(sample.caption, dataset.query_words[region.finding], spans)) is not None
                 }
-                about[str(number)] = json.dumps({"words": spans, "findings": findings})
-    write_tensors(arm_dir / WORD_MAPS_FILE, tensors, about)
+                about[str(number)] = {"words": spans, "findings": findings}
+    # One entry: safetensors writes several in no fixed order.
+    write_tensors(arm_dir / WORD_MAPS_FILE, tensors, {"examples": json.dumps(about)})
 
 
 def _word_of(caption: str, query_words: Sequence[str], spans: Mapping[str, Any]) -> str | None:
@@ -120,7 +121,7 @@ def read_word_maps(arm_dir: Path, number: int) -> WordMaps | None:
         return None
     try:
         with safe_open(path, "np") as file:
-            about = json.loads((file.metadata() or {}).get(str(number), "null"))
+            about = json.loads((file.metadata() or {}).get("examples", "{}")).get(str(number))
             if about is None:
                 return None
             maps = {word: file.get_tensor(f"{number}/{word}") for word in about["words"]}
