@@ -110,7 +110,7 @@ def _write_maps(path: Path, captions: tuple[str, ...]) -> None:
     save_file(
         tensors,
         path / "word_maps.safetensors",
-        metadata={"examples": json.dumps({key: json.loads(value) for key, value in about.items()})},
+        metadata={"examples": json.dumps(about)},
     )
 
 
