@@ -28,7 +28,7 @@ from distill.evaluation.results import Estimate, parse_metrics
 from distill.models.stock import exported, loading_code, public_base
 from distill.report import terminal_table, validate_metrics, write_model_card, write_report
 from distill.report.document import UNKNOWN, escape_markdown
-from distill.report.summary import compare, difference, sample, summarize
+from distill.report.summary import compare, difference, sample, summarize, terminal_summary
 from distill.report.tables import (
     FID,
     METRICS,
@@ -241,6 +241,23 @@ def test_what_the_image_adds_goes_before_the_word_auc() -> None:
     assert "not ruled out" in choose(arms).title  # not known of all, so the word AUC decides
 
 
+def test_the_terminal_says_how_each_pair_differs() -> None:
+    arms = {"a": arm(0.8, 30, 0.7), "b": arm(0.7, 33, 0.7)}
+    paired = {
+        "b - a": {
+            "word.auc": {"value": -0.1, "ci": [-0.15, -0.05], "per_seed": {"0": -0.1}},
+            "quality.fid": {"value": 0.1, "ci": [-0.02, 0.2], "per_seed": {"0": 0.1}},
+        }
+    }
+    text = terminal_summary(parse_metrics({"arms": arms, "paired": paired, "compare_to": ["a"], "provenance": {}}))
+    title, *rest = text.splitlines()
+    assert title == summarize(parse_metrics({"arms": arms, "paired": paired, "provenance": {}})).title
+    assert rest[-1] == (
+        "b against a: word AUC ↑ worse (-.100 [-.150, -.050]), FID ↓ not separated (+10.0 [-2.0, +20.0] %)"
+    )
+    assert all(line.startswith("- ") for line in rest[:-1])
+
+
 def test_maps_no_better_than_blind_ones_are_called_so() -> None:
     one = arm(0.7, 30, 0.7)
     one["localization"]["priors"] = {
@@ -248,7 +265,7 @@ def test_maps_no_better_than_blind_ones_are_called_so() -> None:
     }  # fmt: skip
     one["localization"]["word"] |= {"image_adds": 0.01, "image_adds_ci": [-0.01, 0.03]}
     found = choose({"a": one})
-    assert "By word AUC, a is not shown to be better than a blind map (mean mask)." in found.reasons
+    assert "By word AUC, a is not shown to be better than blind maps (mean mask)." in found.reasons
     assert "The maps of a are not shown to depend on the image." in found.reasons
     assert not any("centre" in text for text in found.reasons)
     results = parse_metrics({"arms": {"a": one}, "provenance": {}})
@@ -516,7 +533,7 @@ def test_several_seeds_show_the_pictures_of_the_first(tmp_path: Path) -> None:
 def test_the_report_is_small_and_knows_no_arm() -> None:
     folder = Path(distill.report.__file__).parent
     files = [path for path in folder.rglob("*") if path.suffix in (".py", ".j2", ".css", ".js")]
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= 980
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= 950
     names = re.compile(
         r"\b(frozen(?!=True)|learnable|distilled|key_locked|continued|gated|self_taught|rali)\b|[\"']base[\"'] in"
     )

@@ -12,6 +12,7 @@ from distill.cli import to_yaml
 from distill.config import BaseConfig, FullEvaluation
 from distill.evaluation.evaluate import evaluate, held_out, quality
 from distill.evaluation.localization import localization
+from distill.evaluation.results import parse_metrics
 from distill.evaluation.seeds import Resampled
 from distill.experiment.arms import settings_of
 from distill.experiment.run import Run
@@ -21,10 +22,8 @@ from distill.models.adapters import parameter_counts
 from distill.models.bits import quantize
 from distill.models.stock import exported
 from distill.report import (
-    parse_metrics,
     terminal_summary,
     terminal_table,
-    validate_metrics,
     write_model_card,
     write_report,
 )
@@ -110,11 +109,11 @@ def finish(run: Run, arms: Mapping[str, dict[str, Any]], next_command: str) -> N
         "compare_to": baselines,
         "provenance": origin,
     }
-    validate_metrics(metrics)
+    results = parse_metrics(metrics)
     write_json(run.folder / "metrics.json", metrics)
     html, markdown = write_report(run.folder)
     run.console.print(terminal_table(metrics))
-    run.say(terminal_summary(parse_metrics(metrics)))
+    run.say(terminal_summary(results))
     for name in (name for name, entry in arms.items() if entry["cost"]["train_seconds"] is not None):
         exported = [p for p in (run.folder / name, run.folder) if (p / "cost.json").exists()]
         if exported:

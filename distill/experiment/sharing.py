@@ -17,11 +17,12 @@ from rich.console import Console
 from distill.cli import to_yaml
 from distill.config import RunConfig
 from distill.errors import UserError
+from distill.evaluation.results import parse_metrics
 from distill.evaluation.seeds import combine, run_folders
 from distill.experiment.run import Run
 from distill.files import write_json
 from distill.processes import process_state
-from distill.report import parse_metrics, terminal_summary, terminal_table, validate_metrics, write_report
+from distill.report import terminal_summary, terminal_table, write_report
 
 
 @dataclass(frozen=True)
@@ -97,11 +98,11 @@ def finish_seeds(folder: Path, compare_to: Sequence[str]) -> None:
     if not process_state().is_main_process:
         return
     metrics = combine(folder, compare_to=compare_to)
-    validate_metrics(metrics)
+    results = parse_metrics(metrics)
     write_json(folder / "metrics.json", metrics)
     html, markdown = write_report(folder)
     console = Console(soft_wrap=True, highlight=False, markup=False)
     console.print(terminal_table(metrics))
-    console.print(terminal_summary(parse_metrics(metrics)))
+    console.print(terminal_summary(results))
     seeds = ", ".join(map(str, metrics["provenance"]["seeds"]["training"]))
     console.print(f"seeds {seeds}\nreport: {html}\n        {markdown}\nnumbers: {folder / 'metrics.json'}")

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PHANTOM = "checkpoints/phantom-base"
@@ -83,3 +84,19 @@ def loading_code(
         lines.append("pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)")
         sampling = f"num_inference_steps={few_steps}, guidance_scale=1.0"
     return "\n".join([*lines, f"image = pipe({prompt or 'a caption'!r}, {sampling}).images[0]"])
+
+
+def example_prompt(*run_folders: Path) -> str | None:
+    """The first held-out caption of a run."""
+    for path in (folder / "real" / "examples.jsonl" for folder in run_folders):
+        if path.is_file() and (line := path.read_text(encoding="utf-8").partition("\n")[0]):
+            return str(json.loads(line)["caption"])
+    return None
+
+
+def code_of(base: str, folder: Path, parts: Mapping[str, str], config: Mapping[str, Any], prompt: str | None) -> str:
+    """Code that loads `parts` of `folder`, with the sampler and the base's revision of the run's configuration."""
+    evaluation, origin = config.get("evaluation") or {}, config.get("base") or {}
+    few_steps = evaluation.get("num_inference_steps") if evaluation.get("scheduler") == "lcm" else None
+    options = {key: origin.get(key) for key in ("revision", "variant")}
+    return loading_code(base, folder, parts, prompt, few_steps=few_steps, **options)

@@ -1,16 +1,9 @@
 """metrics.json and the files of a run folder -> HTML page, Markdown, terminal table, model card."""
 
-from distill.evaluation.results import parse_metrics, validate_metrics
+from distill.evaluation.results import validate_metrics
 from distill.report.card import write_model_card
 from distill.report.page import write_report
 from distill.report.summary import terminal_summary
 from distill.report.tables import terminal_table
 
-__all__ = [
-    "parse_metrics",
-    "terminal_summary",
-    "terminal_table",
-    "validate_metrics",
-    "write_model_card",
-    "write_report",
-]
+__all__ = ["terminal_summary", "terminal_table", "validate_metrics", "write_model_card", "write_report"]

@@ -9,7 +9,7 @@ from typing import Any
 
 from distill.evaluation.results import parse_metrics
 from distill.files import write_atomic
-from distill.models.stock import PARTS, loading_code, public_base
+from distill.models.stock import PARTS, code_of, example_prompt, public_base
 from distill.report.document import UNKNOWN, Table, escape_markdown, markdown_table
 from distill.report.tables import METRICS, flatten, format_count, format_estimate, format_seconds
 
@@ -21,22 +21,6 @@ _LIMITS = (
     "Limits: not for clinical use. Generated images show no real patient. The numbers hold for these held-out images and one "
     "training seed. The licences of the base and of the training data apply."
 )
-
-
-def example_prompt(*run_folders: Path) -> str | None:
-    """The first held-out caption of a run."""
-    for path in (folder / "real" / "examples.jsonl" for folder in run_folders):
-        if path.is_file() and (line := path.read_text(encoding="utf-8").partition("\n")[0]):
-            return str(json.loads(line)["caption"])
-    return None
-
-
-def code_of(base: str, folder: Path, parts: Mapping[str, str], config: Mapping[str, Any], prompt: str | None) -> str:
-    """Code that loads `parts` of `folder`, with the sampler and the base's revision of the run's configuration."""
-    evaluation, origin = config.get("evaluation") or {}, config.get("base") or {}
-    few_steps = evaluation.get("num_inference_steps") if evaluation.get("scheduler") == "lcm" else None
-    options = {key: origin.get(key) for key in ("revision", "variant")}
-    return loading_code(base, folder, parts, prompt, few_steps=few_steps, **options)
 
 
 def write_model_card(

@@ -18,8 +18,8 @@ from PIL import Image
 from distill.evaluation.results import Results, parse_metrics
 from distill.evaluation.word_maps import WORD_MAPS_FILE, WordMaps, read_word_maps
 from distill.files import read_json, write_atomic
-from distill.models.stock import exported
-from distill.report import card, figures, tables
+from distill.models.stock import code_of, example_prompt, exported
+from distill.report import figures, tables
 from distill.report.document import Picture, Section, Table, markdown_section
 from distill.report.summary import RULE, sample, summarize
 
@@ -146,7 +146,7 @@ def _loading(run_dir: Path, results: Results, arm: str | None) -> str:
     parts = exported(folder) if folder else {}
     if arm is None or base is None or not (parts or results.arms[arm].cost.train_seconds is None):
         return ""
-    return card.code_of(base, folder or run_dir, parts, config, card.example_prompt(run_dir))
+    return code_of(base, folder or run_dir, parts, config, example_prompt(run_dir))
 
 
 def write_report(run_dir: Path) -> tuple[Path, Path]:

@@ -73,8 +73,7 @@ def summarize(results: Results) -> Summary:
     said = {
         f"The numbers do not separate {first} from {_and(tied)}; more seeds or images are needed.": tied,
         f"Ruled out, because another model beats it: {_and([a for a in whole if a not in left])}.": left != whole,
-        f"Not compared, because a measure is missing: {_and([a for a in arms if a not in whole])}.": len(whole)
-        < len(arms),
+        f"Not compared, because a measure is missing: {_and([a for a in arms if a not in whole])}.": whole != [*arms],
         "There is no other fully measured model to compare it with.": len(whole) == 1,
         "Localization was not measured: the choice is by quality alone.": place not in metrics,
         "Quality was not measured: the choice is by localization alone.": metrics == [place],
@@ -99,18 +98,14 @@ def terminal_summary(results: Results) -> str:
     """The first choice, its reasons, and how each arm differs from each baseline, as lines of text."""
     found = summarize(results)
     lines = [found.title, *(f"- {reason}" for reason in found.reasons)]
-    for other in results.compare_to:
-        for arm in (
-            name for name in results.arms if name not in results.compare_to[: results.compare_to.index(other) + 1]
-        ):
-            parts = []
-            for m in (WORD_AUC, IMAGE_ADDS, FID, FINDING_AUC):
-                paired, answer = difference(results, arm, other, m), compare(results, arm, other, m)
-                if answer != "not measured":
-                    parts.append(
-                        f"{m.label} {answer}" + (f" ({tables.format_difference(paired, m)})" if paired else "")
-                    )
-            lines += [f"{arm} against {other}: {', '.join(parts)}"] if parts else []
+    for pair, differences in (results.paired or {}).items():
+        arm, other = pair.split(" - ")
+        said = [
+            f"{m.label} {compare(results, arm, other, m)} ({tables.format_difference(differences[m.key], m)})"
+            for m in (WORD_AUC, IMAGE_ADDS, FID, FINDING_AUC)
+            if m.key in differences
+        ]
+        lines.append(f"{arm} against {other}: {', '.join(said) or 'not measured'}")
     return "\n".join(lines)
 
 
@@ -137,22 +132,20 @@ def _why(results: Results, first: str, others: Sequence[str], metrics: Sequence[
             note = f"{theirs}; difference {tables.format_difference(paired, m)}" if paired else theirs
             row.append(Cell(_TONES[answer][0] + answer, note, _TONES[answer][1]))
         rows.append(row)
-    return Table(
-        ["", first, *(f"against {other}" for other in others)], rows, name="the first choice and the baselines"
-    )
+    head = ["", first, *(f"against {other}" for other in others)]
+    return Table(head, rows, name="the first choice and the baselines")
 
 
 def _blind(results: Results, arm: str) -> list[str]:
     """Whether the maps of `arm` say more than maps that do not look at the image."""
     found, located = [], results.arms[arm].localization
     word, adds = (results.arms[arm].estimate(m.key) for m in (WORD_AUC, IMAGE_ADDS))
+    ours, better = word.value if word.low is None else word.low, []
     for name, prior in ((located and located.priors) or {}).items():
-        if prior is None:  # such as mean masks where no training images were read
-            continue
-        ours = word.value if word.low is None else word.low
-        theirs = prior.auc.value if prior.auc.high is None else prior.auc.high
-        if ours is not None and theirs is not None and ours <= theirs:
-            found.append(f"By word AUC, {arm} is not shown to be better than a blind map ({name.replace('_', ' ')}).")
+        theirs = (prior.auc.value if prior.auc.high is None else prior.auc.high) if prior else None
+        better += [name.replace("_", " ")] if ours is not None and theirs is not None and ours <= theirs else []
+    if better:
+        found.append(f"By word AUC, {arm} is not shown to be better than blind maps ({_and(better)}).")
     if adds.value is not None and (adds.low is None or adds.low <= 0):
         found.append(f"The maps of {arm} are not shown to depend on the image.")
     return found
@@ -161,11 +154,8 @@ def _blind(results: Results, arm: str) -> list[str]:
 def _compute(results: Results) -> list[str]:
     """A sentence where the trained arms did not cost the same."""
     costs, spans = [arm.cost for arm in results.arms.values() if arm.cost.train_seconds is not None], []
-    for key, write in (
-        ("steps", "{:,} steps"),
-        ("denoiser_passes", "{:,} denoiser passes"),
-        ("train_seconds", "{:,.0f} s"),
-    ):
+    forms = {"steps": "{:,} steps", "denoiser_passes": "{:,} denoiser passes", "train_seconds": "{:,.0f} s"}
+    for key, write in forms.items():
         known = [value for cost in costs if (value := getattr(cost, key)) is not None]
         if known and max(known) > 1.1 * min(known):
             spans.append(f"{write.format(min(known))} to {write.format(max(known))}")

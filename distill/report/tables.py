@@ -103,9 +103,8 @@ def results_table(results: Results, wanted: Sequence[Metric] = METRICS) -> Table
     real = Arm(None, (results.real or {}).get("quality"), Cost(*[None] * 5))
     for name, arm in [*results.arms.items(), *([("real images", real)] if results.real else [])]:
         rows.append([name, *(Cell(*format_estimate(arm.estimate(m.key), m)) for m in shown)])
-    for name, prior in next(
-        (arm.localization.priors or {} for arm in results.arms.values() if arm.localization), {}
-    ).items():
+    located = next((arm.localization for arm in results.arms.values() if arm.localization), None)
+    for name, prior in ((located and located.priors) or {}).items():
         if prior is not None:
             cells = [Cell(*format_estimate(prior.auc if m is WORD_AUC else Estimate(), m)) for m in shown]
             rows.append([f"blind map: {name.replace('_', ' ')}", *cells])
