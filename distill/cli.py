@@ -49,12 +49,13 @@ def _find(config_class: type[Settings], key: str) -> tuple[tuple[str, ...], list
     return tuple(path), hints
 
 
-def _insert(tree: dict[str, Given], path: Sequence[str], given: Given) -> None:
+def _insert(tree: dict[str, Given], path: Sequence[str], given: Given, hints: list[Any]) -> None:
     for name in path[:-1]:
         if name not in tree or not isinstance(tree[name].value, dict):
             tree[name] = Given({}, COMMAND_LINE, partial=True)
         tree = tree[name].value
-    tree[path[-1]] = given
+    # A group that is given as a mapping adds to what was given of it before; a value replaces.
+    tree[path[-1]] = merged(tree.get(path[-1]), given, hints[0] if hints else Any) or given
 
 
 def _arguments(
@@ -89,12 +90,16 @@ def _arguments(
             files.append(text)
         elif not _is_text(word + text):
             faults.append(f"--{printable(key)}: expected UTF-8 text, got {shown(text)} (from the command line)")
-        elif any(models_of(hint) for hint in hints) and not (is_none(text) and any(map(is_optional, hints))):
+        elif (
+            any(models_of(hint) for hint in hints)
+            and not (is_none(text) and any(map(is_optional, hints)))
+            and not isinstance(yaml_value(text, COMMAND_LINE).value, dict)
+        ):
             example = _group_example(hints, key, text)
             note = f"; {old}" if (old := renamed(config_class, path)) else ""
             faults.append(f"{dotted(path)} is a group of options: set them one by one, such as {example}{note}")
         else:
-            _insert(overrides, path, _given(text, hints))
+            _insert(overrides, path, _given(text, hints), hints)
     return files, Given(overrides, COMMAND_LINE, partial=True), flags
 
 
@@ -104,7 +109,7 @@ def _is_text(text: str) -> bool:
 
 def _given(text: str, hints: list[Any]) -> Given:
     """A text of the command line; one that holds groups is read at once, because groups of all sources are merged."""
-    if any(models_of(hint) or models_of(entry_type(hint)) for hint in hints):
+    if not hints or any(models_of(hint) or models_of(entry_type(hint)) for hint in hints):
         is_null = is_none(text) and any(map(is_optional, hints))
         return Given(None, COMMAND_LINE) if is_null else yaml_value(text, COMMAND_LINE)
     return Given(RawText(text), COMMAND_LINE)

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from distill.cli import parse
 from distill.config import EvaluationConfig, FullEvaluation, LoraConfig, TrainerConfig
 from distill.errors import UserError
 from distill.experiment.arms import Arm, arms_of, can_be_arm, settings_of
@@ -161,6 +162,51 @@ def test_no_arm_at_all_is_refused() -> None:
 )  # fmt: skip
 def test_names_that_a_run_folder_can_hold(name: str, can: bool) -> None:
     assert can_be_arm(name) is can
+
+
+def parsed(*words: str) -> dict[str, Any]:
+    """What the arms of a command line of tradeoff.py set."""
+    from recipe import recipe_module
+
+    found = parse(recipe_module("tradeoff").TradeoffConfig, words).arms
+    return {name: arm.model_dump(exclude_unset=True, exclude={"text_encoder"}) for name, arm in found.items()}
+
+
+def test_the_method_of_an_arm_like_another_need_not_repeat_its_kind() -> None:
+    chain = "{far: {like: near, method: {words: labels}}, near: {like: first, method: {mass_weight: 0.5}}, plain: {},"
+    chain += " first: {method: {kind: attention_distillation, teacher: plain}}, loop: {like: loop, method: {}}}"
+    found = parsed("--arms", chain)
+    kind = {"kind": "attention_distillation"}
+    assert found["near"] == {"like": "first", "method": kind | {"mass_weight": 0.5}}
+    assert found["far"] == {"like": "near", "method": kind | {"words": "labels"}}
+    assert found["loop"] == {"like": "loop", "method": {"kind": "denoising"}}
+    found = parsed("--arms", chain, "--arms.far.method.mass_weight", "0.25")
+    assert found["far"]["method"] == kind | {"words": "labels", "mass_weight": 0.25}
+
+
+def test_one_arm_can_be_given_as_a_mapping_on_the_command_line() -> None:
+    arms = ["--arms", "{a: {denoiser: lora, lora: {rank: 2}}, b: {}}"]
+    assert parsed(*arms, "--arms.c", "{denoiser: lora}", "--arms.a", "{max_steps: 3}") == {
+        "a": {"denoiser": "lora", "lora": {"rank": 2}, "max_steps": 3},
+        "b": {},
+        "c": {"denoiser": "lora"},
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "right"),
+    [
+        (["--arms.a.trainer.max_steps", "3"], "arms.a.trainer.max_steps; did you mean arms.a.max_steps?"),
+        (["--arms.a.trainer", "{max_steps: 3}"], "arms.a.trainer.max_steps; did you mean arms.a.max_steps?"),
+        (["--arms", "{a: {trainer: {max_steps: 3}}}"], "arms.a.trainer.max_steps; did you mean arms.a.max_steps?"),
+        (["--arms.a.trainer.batch_size", "3"], "arms.a.trainer.batch_size; did you mean trainer.batch_size?"),
+        (["--arms.a.trainer.batch_sise", "3"], "arms.a.trainer.batch_sise; did you mean trainer.batch_size?"),
+    ],
+)
+def test_an_option_of_the_trainer_inside_an_arm_is_answered_with_its_right_place(words: list[str], right: str) -> None:
+    with pytest.raises(UserError) as caught:
+        parsed(*words)
+    assert f"unknown key {right}" in str(caught.value)
 
 
 def test_settings_of_an_arm_are_all_that_decided_it() -> None:

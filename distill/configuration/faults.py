@@ -179,8 +179,24 @@ class Faults:
             below = [(*path, name) for name in given.value]
             inner = [item for item in below if self._note(item)]
         if not inner and not self._note(path):
-            return [self._alternatives(place)]
+            return self._moved(place) or [self._alternatives(place)]
         return [f"unknown key {dotted(item)}{self._note(item)}{self.origin(item)}" for item in inner or [path]]
+
+    def _moved(self, place: _Place) -> list[str]:
+        """Sentences for options in an unknown group of an entry, such as arms.a.trainer: the entry's own, else all entries'."""
+        (*group, name), (given, depth) = place.path, _nearest(self._given, place.path)
+        value = given.value if given is not None and depth == len(place.path) else None
+        if not group or not isinstance(value, dict):
+            return []
+        own, known = models_of(place.parent).get(place.kind), list(dict(keys_of(self._config_class)))
+        found = []
+        for key in value:
+            is_own = own is not None and key in own.model_fields
+            close = [dotted((*group, key))] if is_own else difflib.get_close_matches(f"{name}.{key}", known, 1, 0.8)
+            if close:
+                item = (*place.path, key)
+                found.append(f"unknown key {dotted(item)}; did you mean {close[0]}?{self.origin(item)}")
+        return found
 
     def _alternatives(self, place: _Place) -> str:
         *group, name = place.path

@@ -13,6 +13,8 @@ from distill.settings import Settings
 
 KIND = "kind"
 """The key that chooses a member of a tagged union."""
+LIKE = "like"
+"""The key by which an entry of a mapping names another, whose options it has."""
 HUGE = 10**6
 """A limit from here on is named only where a value is above it."""
 

@@ -10,6 +10,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from distill.configuration.options import (
     KIND,
+    LIKE,
     children,
     entry_type,
     field_types,
@@ -74,10 +75,45 @@ def filled(given: Given, hint: Any, default: Any = None) -> Any:
             return given.plain()
         return _group(given.value, model, kind if len(models) > 1 else None, default)
     if isinstance(given.value, dict) and entry is not None:
+        given = Given(_with_kinds(given.value, entry), given.origin, given.partial)
         base = default if given.partial and isinstance(default, dict) else {}
         entries = {name: TypeAdapter(entry).dump_python(value, mode="json") for name, value in base.items()}
         return entries | {name: filled(child, entry, base.get(name)) for name, child in given.value.items()}
     return _interpreted(given.value, hint) if isinstance(given.value, RawText) else given.plain()
+
+
+def _with_kinds(entries: dict[str, Given], entry: Any) -> dict[str, Given]:
+    """Entries that are like another and set a part of a group without its kind have the kind of the other's group."""
+    model = models_of(entry).get("")
+    if model is None or LIKE not in model.model_fields:
+        return entries
+    unions = [name for name, hint in field_types(model).items() if len(models_of(hint)) > 1]
+    return {name: _with_kinds_of_like(entries, name, unions) for name in entries}
+
+
+def _with_kinds_of_like(entries: dict[str, Given], name: str, unions: list[str]) -> Given:
+    own = entries[name]
+    value = dict(own.value) if isinstance(own.value, dict) else {}
+    for union in unions:
+        group = value.get(union)
+        if group is None or not isinstance(group.value, dict) or KIND in group.value:
+            continue
+        if (kind := _kind_of(entries, value.get(LIKE), union)) is not None:
+            value[union] = Given({KIND: kind} | group.value, group.origin, group.partial)
+    return Given(value, own.origin, own.partial) if value else own
+
+
+def _kind_of(entries: dict[str, Given], like: Given | None, union: str) -> Given | None:
+    """The kind that an entry gives to a group, or the next of those that it is like."""
+    seen: set[str] = set()
+    while like is not None and isinstance(like.value, str) and like.value in entries and like.value not in seen:
+        seen.add(like.value)
+        other = entries[like.value].value
+        group = other.get(union) if isinstance(other, dict) else None
+        if group is not None and isinstance(group.value, dict) and KIND in group.value:
+            return group.value[KIND]  # type: ignore[no-any-return]
+        like = other.get(LIKE) if isinstance(other, dict) else None
+    return None
 
 
 def _group(given: dict[str, Given], model: type[Settings], kind: str | None, default: Any) -> dict[str, Any]:
