@@ -1,6 +1,6 @@
 """Configuration that recipes share: frozen, strict groups of options. The docstring under an option is its help.
 
-Options of a method stand beside the method (distill/methods/), options of a kind of data in distill/data_config.py.
+Options of methods are in distill/methods/options.py, options of a kind of data in distill/data_config.py.
 """
 
 from __future__ import annotations

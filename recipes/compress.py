@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 from distill.cli import main
 from distill.config import BlocksConfig, DenoisingConfig, TrainingRunConfig
 from distill.configuration import renamed as old
-from distill.methods.attention_distillation import AttentionDistillationOptions
+from distill.methods.options import AttentionDistillationOptions
 
 if TYPE_CHECKING:
     from distill.experiment.run import Run

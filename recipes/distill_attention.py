@@ -14,7 +14,7 @@ from typing import ClassVar
 from distill.cli import main
 from distill.config import TrainingRunConfig
 from distill.configuration import renamed as old
-from distill.methods.attention_distillation import AttentionDistillationOptions
+from distill.methods.options import AttentionDistillationOptions
 from distill.methods.training import Trained, Training
 
 

@@ -17,7 +17,7 @@ from pydantic import Field
 from distill.cli import main
 from distill.config import DenoisingConfig, LoraConfig, TrainingRunConfig
 from distill.configuration import renamed as old
-from distill.methods.consistency import ConsistencyOptions
+from distill.methods.options import ConsistencyOptions
 
 WHOLE = "whole"
 

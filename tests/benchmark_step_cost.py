@@ -21,12 +21,16 @@ from distill.config import BaseConfig, DenoisingConfig, LoraConfig
 from distill.data.batch import Batch, Posterior
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows
-from distill.methods import Context, Options, method_of
-from distill.methods.attention_distillation import AttentionDistillationOptions
-from distill.methods.denoising import DenoisingOptions
-from distill.methods.key_lock import KeyLockOptions
-from distill.methods.supervised_attention import SupervisedAttentionOptions
-from distill.methods.tail_penalty import TailPenaltyOptions
+from distill.methods import method_of
+from distill.methods.base import Context
+from distill.methods.options import (
+    AttentionDistillationOptions,
+    DenoisingOptions,
+    KeyLockOptions,
+    Options,
+    SupervisedAttentionOptions,
+    TailPenaltyOptions,
+)
 from distill.models import Model, load_model
 from distill.models.adapters import prepare_training
 

@@ -12,10 +12,7 @@ from distill.cli import parse
 from distill.config import EvaluationConfig, FullEvaluation, LoraConfig, TrainerConfig
 from distill.errors import UserError
 from distill.experiment.arms import Arm, arms_of, can_be_arm, settings_of
-from distill.methods.attention_distillation import AttentionDistillationOptions
-from distill.methods.denoising import DenoisingOptions
-from distill.methods.key_lock import KeyLockOptions
-from distill.methods.tail_penalty import TailPenaltyOptions
+from distill.methods.options import AttentionDistillationOptions, DenoisingOptions, KeyLockOptions, TailPenaltyOptions
 from distill.methods.training import ArmConfig
 
 TRAINER = TrainerConfig(max_steps=9, learning_rate=1e-3, text_encoder_learning_rate=1e-5, warmup_steps=2)

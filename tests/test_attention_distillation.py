@@ -18,9 +18,8 @@ from training import LORA, TEACHER, batch_of, distilling, generator, has_gradien
 
 from distill.attention import attention_layers
 from distill.errors import UserError
-from distill.methods.attention_distillation import AttentionDistillationOptions
-from distill.methods.denoising import DenoisingOptions
 from distill.methods.gate import TIMESTEPS
+from distill.methods.options import AttentionDistillationOptions, DenoisingOptions
 from distill.models import Model, model_of
 from distill.models.adapters import prepare_training
 

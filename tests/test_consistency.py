@@ -17,7 +17,8 @@ from training import LORA, batch_of, generator, has_gradient, ready
 
 from distill.data.batch import Batch, TextEmbeddings
 from distill.methods.base import Noised
-from distill.methods.consistency import Consistency, ConsistencyOptions
+from distill.methods.consistency import Consistency
+from distill.methods.options import ConsistencyOptions
 from distill.models import Model, model_of
 from distill.models.adapters import prepare_training
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.errors import UserError
-from distill.methods.attention_distillation import AttentionDistillationOptions
 from distill.methods.gate import GROUPS, TIMESTEPS, Taught, decide, localizing
+from distill.methods.options import AttentionDistillationOptions
 
 AUC = st.floats(0, 1)
 TABLE = st.fixed_dictionaries({name: st.fixed_dictionaries({g: AUC for g in GROUPS}) for name in ("a", "b", "c")})

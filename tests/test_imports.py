@@ -25,7 +25,7 @@ LAYERS = (
     ("experiment",),
 )
 """A module or folder may import those of the lines above its own, and nothing of its own line."""
-HEAVY = ("accelerate", "diffusers", "transformers", "torchvision")
+HEAVY = ("accelerate", "diffusers", "transformers", "torch", "torchvision", "scipy", "matplotlib")
 """Libraries whose import takes seconds, so that `--help` and faults of a configuration do not wait for them."""
 OPTIONAL = {"torchvision", "torchxrayvision", "torch_fidelity", "wandb"}
 

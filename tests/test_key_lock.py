@@ -17,7 +17,8 @@ from distill.config import BaseConfig, LoraConfig
 from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
 from distill.methods import method_of
-from distill.methods.key_lock import KeyLockedTextEncoder, KeyLockOptions, Merged, lock_keys, merge_keys
+from distill.methods.key_lock import KeyLockedTextEncoder, Merged, lock_keys, merge_keys
+from distill.methods.options import KeyLockOptions
 from distill.models.adapters import prepare_training
 from distill.models.export import export, prove_parity
 from distill.models.family import Model

@@ -22,15 +22,19 @@ from distill.data.cache import cache_latents, cache_text_embeddings
 from distill.data.captions import names_side
 from distill.errors import UserError
 from distill.losses import tail_leak, tail_mass
-from distill.methods import METHODS, AnyOptions, Method, method_of
-from distill.methods.attention_distillation import AttentionDistillationOptions
-from distill.methods.base import Noised
-from distill.methods.consistency import ConsistencyOptions
-from distill.methods.denoising import Denoising, DenoisingOptions
-from distill.methods.key_lock import KeyLockOptions
+from distill.methods import METHODS, AnyOptions, method_of
+from distill.methods.base import Method, Noised
+from distill.methods.denoising import Denoising
+from distill.methods.options import (
+    AttentionDistillationOptions,
+    ConsistencyOptions,
+    DenoisingOptions,
+    KeyLockOptions,
+    SupervisedAttentionOptions,
+    TailPenaltyOptions,
+)
 from distill.methods.pretraining import AutoencoderObjective, ContrastiveObjective
-from distill.methods.supervised_attention import SupervisedAttentionOptions, resize_regions
-from distill.methods.tail_penalty import TailPenaltyOptions
+from distill.methods.supervised_attention import resize_regions
 from distill.methods.training import Training
 from distill.models import Model, model_of
 from distill.tokens import EOS, WORD
@@ -275,11 +279,14 @@ def options_of(**values: Any) -> Any:
 
 
 def test_a_kind_is_one_method_and_has_only_its_own_options() -> None:
-    kinds = [method.Options.model_fields["kind"].default for method in METHODS]
+    kinds = [options.model_fields["kind"].default for options in METHODS]
     assert len(set(kinds)) == len(kinds)
-    for method, kind in zip(METHODS, kinds, strict=True):
+    for (options, place), kind in zip(METHODS.items(), kinds, strict=True):
         extra = {"arm_weight": 0.1} if kind == "supervised_attention" else {}
-        assert type(method_of(options_of(kind=kind, **extra), NO_DROPOUT)) is method
+        found = options_of(kind=kind, **extra)
+        method = method_of(found, NO_DROPOUT)
+        assert type(found) is options and method.options is found
+        assert f"{type(method).__module__}:{type(method).__name__}" == f"distill.methods.{place}"
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         options_of(kind="denoising", teacher="x")
     with pytest.raises(ValidationError, match="'denoising', 'attention_distillation'"):

@@ -30,7 +30,7 @@ from distill.data.rows import TrainingRows
 from distill.errors import UserError
 from distill.methods import method_of
 from distill.methods.attention_distillation import check_same_shape
-from distill.methods.denoising import DenoisingOptions
+from distill.methods.options import DenoisingOptions
 from distill.models.adapters import add_lora, check_lora_targets, lora_targets, parameter_counts, prepare_training
 from distill.models.export import adapter_state, export
 from distill.models.family import Model

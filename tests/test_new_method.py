@@ -24,7 +24,8 @@ from typing import Literal
 import torch
 
 from distill.data.batch import Batch
-from distill.methods.base import Method, Options, Terms
+from distill.methods.base import Method, Terms
+from distill.methods.options import Options
 from distill.settings import Weight
 
 
@@ -40,7 +41,7 @@ class ToyOptions(Options):
 class Toy(Method):
     """Fine-tune, and predict little."""
 
-    Options = ToyOptions
+    options: ToyOptions
 
     def forward(self, batch: Batch, generator: torch.Generator) -> Terms:
         x = self.noised(batch, generator)
@@ -48,8 +49,9 @@ class Toy(Method):
         denoising, size = self.denoising_loss(prediction, x), prediction.float().square().mean()
         return {"loss": denoising + self.options.strength * size, "denoising": denoising, "size": size}
 '''
-REGISTRY, LINE = "    Consistency,\n", "    Consistency,\n    Toy,\n"
-IMPORT = "from distill.methods.tail_penalty import TailPenalty\n"
+REGISTRY = '    ConsistencyOptions: "consistency:Consistency",\n'
+LINE = '    ToyOptions: "toy:Toy",\n'
+IMPORT = "\nif TYPE_CHECKING:\n    from"
 OPTIONS = [
     "--data.resolution", "64", "--data.train_size", "6", "--data.test_size", "6", "--trainer.max_steps", "2",
     "--trainer.batch_size", "2", "--trainer.tracker", "none", "--trainer.log_every_steps", "1", "--trainer.learning_rate",
@@ -78,7 +80,9 @@ def test_a_toy_method_needs_one_file_and_its_class_in_the_registry(tmp_path: Pat
     registry = project / "distill/methods/__init__.py"
     text = registry.read_text(encoding="utf-8")
     assert text.count(REGISTRY) == 1 and text.count(IMPORT) == 1
-    with_toy = text.replace(REGISTRY, LINE).replace(IMPORT, f"{IMPORT}from distill.methods.toy import Toy\n")
+    with_toy = text.replace(REGISTRY, REGISTRY + LINE).replace(
+        IMPORT, f"from distill.methods.toy import ToyOptions\n{IMPORT}"
+    )
     registry.write_text(with_toy, encoding="utf-8")
 
     listed = run(project, "--method.kind", "toy", "--help")

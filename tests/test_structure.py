@@ -18,8 +18,8 @@ NAMES = {
     "self_taught",
 }  # fmt: skip
 """Arms of published comparisons. `frozen` is one too, and a legal value of text_encoder and denoiser."""
-KINDS = {method.Options.model_fields["kind"].default for method in METHODS}
-CLASSES = {cls.__name__ for method in METHODS for cls in (method, method.Options)}
+KINDS = {options.model_fields["kind"].default for options in METHODS}
+CLASSES = {name for options, place in METHODS.items() for name in (options.__name__, place.partition(":")[2])}
 MODES = ("text_encoder", "denoiser")
 PRETRAINING = "pretraining.py"
 """Trains the embedded base, which is no arm, with the diffusion loss."""

@@ -23,8 +23,7 @@ from distill.data.batch import Batch
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows
 from distill.errors import UserError
-from distill.methods.denoising import DenoisingOptions
-from distill.methods.tail_penalty import TailPenaltyOptions
+from distill.methods.options import DenoisingOptions, TailPenaltyOptions
 from distill.models import Model
 from distill.trainer import METHOD_FILE, FitResult, StepSampler, fit, generator_at, make_accelerator
 

@@ -15,9 +15,10 @@ from distill.config import DenoisingConfig, LoraConfig
 from distill.data.batch import Batch, Tokens
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows
-from distill.methods import Context, Method, Options, method_of
-from distill.methods.attention_distillation import AttentionDistillation, AttentionDistillationOptions
-from distill.methods.base import Noised
+from distill.methods import method_of
+from distill.methods.attention_distillation import AttentionDistillation
+from distill.methods.base import Context, Method, Noised
+from distill.methods.options import AttentionDistillationOptions, Options
 from distill.models import Model, model_of
 from distill.models.adapters import prepare_training
 

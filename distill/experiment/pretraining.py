@@ -25,8 +25,9 @@ from distill.data.rendered import RenderedPictures
 from distill.data.rows import TrainingRows
 from distill.errors import UserError
 from distill.files import read_json, write_atomic, write_json
-from distill.methods import Context
-from distill.methods.denoising import Denoising, DenoisingOptions
+from distill.methods.base import Context
+from distill.methods.denoising import Denoising
+from distill.methods.options import DenoisingOptions
 from distill.methods.pretraining import AutoencoderObjective, ClassificationObjective, ContrastiveObjective
 from distill.models import Model, model_of
 from distill.models.adapters import parameter_counts, prepare_training

@@ -26,7 +26,8 @@ from distill.evaluation.localization import localization
 from distill.experiment.arms import Arm
 from distill.experiment.run import Run
 from distill.files import read_json, write_atomic, write_json
-from distill.methods import Context, method_of
+from distill.methods import method_of
+from distill.methods.base import Context
 from distill.models import Model, load_model
 from distill.models.adapters import DTYPES, parameter_counts, prepare_training
 from distill.models.export import export, prove_parity

@@ -1,40 +1,44 @@
-"""Methods: what a training minimizes. One file each, with its options; to add one, add its file and its class to METHODS."""
+"""Methods: what a training minimizes. To add one, add its file, and its options with their class to METHODS."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Union
+import pkgutil
+from typing import TYPE_CHECKING, Annotated, Union
 
 from pydantic import Field
 
-from distill.methods.attention_distillation import AttentionDistillation
-from distill.methods.base import Context, Method, Options, Terms
-from distill.methods.consistency import Consistency
-from distill.methods.denoising import Denoising
-from distill.methods.key_lock import KeyLocked
-from distill.methods.supervised_attention import SupervisedAttention
-from distill.methods.tail_penalty import TailPenalty
-
-METHODS: tuple[type[Method], ...] = (
-    Denoising,
-    AttentionDistillation,
-    KeyLocked,
-    SupervisedAttention,
-    TailPenalty,
-    Consistency,
+from distill.methods.options import (
+    AttentionDistillationOptions,
+    ConsistencyOptions,
+    DenoisingOptions,
+    KeyLockOptions,
+    Options,
+    SupervisedAttentionOptions,
+    TailPenaltyOptions,
 )
-"""Every method that a configuration can name, by the `kind` of its options."""
+
+if TYPE_CHECKING:
+    from distill.config import DenoisingConfig
+    from distill.methods.base import Method
+
+METHODS: dict[type[Options], str] = {
+    DenoisingOptions: "denoising:Denoising",
+    AttentionDistillationOptions: "attention_distillation:AttentionDistillation",
+    KeyLockOptions: "key_lock:KeyLocked",
+    SupervisedAttentionOptions: "supervised_attention:SupervisedAttention",
+    TailPenaltyOptions: "tail_penalty:TailPenalty",
+    ConsistencyOptions: "consistency:Consistency",
+}
+"""Options of every method that a configuration can name -> its file in this folder, and its class there."""
 
 if TYPE_CHECKING:
     AnyOptions = Options
 else:
-    AnyOptions = Annotated[Union[tuple(method.Options for method in METHODS)], Field(discriminator="kind")]  # noqa: UP007
+    AnyOptions = Annotated[Union[tuple(METHODS)], Field(discriminator="kind")]  # noqa: UP007
 """The options of any method: a tagged union by `kind`."""
 
 
-def method_of(options: Options, denoising: Any) -> Method:
+def method_of(options: Options, denoising: DenoisingConfig) -> Method:
     """The method that these options describe, not set up yet."""
-    classes = {method.Options: method for method in METHODS}
-    return classes[type(options)](options, denoising)
-
-
-__all__ = ["METHODS", "AnyOptions", "Context", "Method", "Options", "Terms", "method_of"]
+    method: type[Method] = pkgutil.resolve_name(f"distill.methods.{METHODS[type(options)]}")
+    return method(options, denoising)

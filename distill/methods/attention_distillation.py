@@ -16,10 +16,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
-from pydantic import Field, model_validator
 from torch import nn
 
 from distill.data.batch import Batch
@@ -32,8 +31,8 @@ from distill.losses import (
     tail_mass,
     token_attention_kl,
 )
-from distill.methods.base import Context, Method, Noised, Options, Terms
-from distill.settings import Count, Number, Text, Weight
+from distill.methods.base import Context, Method, Noised, Terms
+from distill.methods.options import AttentionDistillationOptions, AttentionMatch, Group
 from distill.tokens import EOS, PADDING, WORD
 
 if TYPE_CHECKING:
@@ -42,89 +41,7 @@ if TYPE_CHECKING:
 
 Maps = dict[str, torch.Tensor]
 """Cross-attention layer -> (batch, places, tokens)."""
-Group = Literal["words", "eos", "padding"]
 CODES: dict[Group, int] = {"words": WORD, "eos": EOS, "padding": PADDING}
-
-
-class AttentionMatch(Options):
-    """How the student's cross-attention is compared with a teacher's."""
-
-    token_kl_weight: Weight = 0.1
-    """Weight of the KL over tokens at each place."""
-    place_kl_weight: Weight = 0.1
-    """Weight of the KL over places for each word."""
-    mass_weight: Weight = 0.1
-    """Weight of the squared difference of the attention mass of BOS, words, EOS and padding."""
-    tail_weight: Weight = 0.0
-    """Weight of the attention mass of EOS and padding beyond the teacher's."""
-    place_groups: Annotated[tuple[Group, ...], Field(min_length=1)] = ("words",)
-    """Tokens whose maps the KL over places compares."""
-    words: Literal["all", "labels"] = "all"
-    """labels compares only the words that name a label of the image; all other tokens count as one."""
-    layers: tuple[Text, ...] = ()
-    """Prefixes of the cross-attention layers to compare. Empty compares all."""
-    min_timestep: Number = 0
-    """Compare attention only at timesteps of at least this."""
-    max_timestep: Number = 999
-    """Compare attention only at timesteps of at most this."""
-
-    @model_validator(mode="after")
-    def _check_match(self) -> AttentionMatch:
-        if self.min_timestep > self.max_timestep:
-            raise ValueError(f"min_timestep is {self.min_timestep}, above max_timestep, {self.max_timestep}")
-        if len(set(self.place_groups)) < len(self.place_groups):
-            raise ValueError("place_groups: each group only once")
-        return self
-
-    @property
-    def reads_labels(self) -> bool:
-        return self.words == "labels"
-
-
-class AttentionDistillationOptions(AttentionMatch):
-    """The diffusion loss, and a match of the student's attention to a teacher's."""
-
-    kind: Literal["attention_distillation"] = "attention_distillation"
-    """What is minimized."""
-    teacher: Text | None = None
-    """The teacher: another arm, `base`, a run folder, a pipeline folder, or a hub id."""
-    start_from_teacher: bool = False
-    """Start from the teacher's weights instead of the base's."""
-    batch_share: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of each batch that is distilled, at least one image. A smaller share costs less time."""
-    output_weight: Weight = 0.0
-    """Weight of the squared difference of the denoisers' outputs (BK-SDM)."""
-    feature_weight: Weight = 0.0
-    """Weight of the squared difference of the outputs of their blocks (BK-SDM)."""
-    self_attention_weight: Weight = 0.0
-    """Weight of the squared difference of the outputs of their self-attention layers (KOALA)."""
-    gate_reference: Text | None = None
-    """Teach only timesteps, layers and token groups in which the teacher localizes at least as well as this model does, on
-    validation images: another arm, `base`, or a run folder. None teaches all."""
-    gate_images: Count = 100
-    """Validation images that the gate looks at."""
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        return tuple(name for name in (self.teacher, self.gate_reference) if name is not None)
-
-    @property
-    def starts_from(self) -> str | None:
-        return self.teacher if self.start_from_teacher else None
-
-    @property
-    def needs_tokens(self) -> bool:
-        return True
-
-    @property
-    def needs_validation(self) -> bool:
-        return self.gate_reference is not None
-
-    @model_validator(mode="after")
-    def _check(self) -> AttentionDistillationOptions:
-        if self.gate_reference is None and self.gate_images != 100:
-            raise ValueError("gate_images is set, and gate_reference is not; set it, or leave gate_images out")
-        return self
 
 
 class AttentionDistillation(Method):
@@ -133,7 +50,6 @@ class AttentionDistillation(Method):
     A student with fewer blocks is compared layer by layer with those that it was made of.
     """
 
-    Options = AttentionDistillationOptions
     options: AttentionDistillationOptions
 
     def faults(self, student: Model, training: Training) -> list[str]:

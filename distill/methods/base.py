@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
@@ -14,7 +14,7 @@ from distill.config import DenoisingConfig
 from distill.data.batch import Batch, Pixels, Tensors, TextEmbeddings, Tokens
 from distill.errors import UserError
 from distill.losses import denoising_loss, min_snr_weights
-from distill.settings import Settings
+from distill.methods.options import Options
 from distill.tokens import token_groups
 
 if TYPE_CHECKING:
@@ -23,47 +23,6 @@ if TYPE_CHECKING:
 
 Terms = dict[str, torch.Tensor]
 """`loss`, which is minimized, and every other term by name, for the log."""
-
-
-class Options(Settings):
-    """Options of a method."""
-
-    kind: str
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        """Other models that the method loads: names of arms, `base`, run folders, pipeline folders, hub ids."""
-        return ()
-
-    @property
-    def starts_from(self) -> str | None:
-        """The model whose weights the student starts from; None for the base."""
-        return None
-
-    @property
-    def needs_tokens(self) -> bool:
-        """Whether training rows must have token ids, so that text embeddings cannot be cached."""
-        return False
-
-    @property
-    def needs_validation(self) -> bool:
-        """Whether set-up looks at validation images with regions."""
-        return False
-
-    @property
-    def reads_labels(self) -> bool:
-        """Whether training rows must say which words name a label of the image."""
-        return False
-
-    @property
-    def reads_regions(self) -> bool:
-        """Whether training rows must say where the labels are."""
-        return False
-
-    @property
-    def region_images(self) -> int | None:
-        """Use the regions of the first this many training images; None uses all."""
-        return None
 
 
 class LayerAuc(Protocol):
@@ -126,11 +85,10 @@ class Method(nn.Module):
     parameters; what a checkpoint must hold of it is given by `state`.
     """
 
-    Options: ClassVar[type[Options]] = Options
-
-    def __init__(self, options: Any, denoising: DenoisingConfig) -> None:
+    def __init__(self, options: Options, denoising: DenoisingConfig) -> None:
         super().__init__()
-        self.options, self.denoising = options, denoising
+        self.options: Options = options
+        self.denoising = denoising
 
     def faults(self, student: Model, training: Training) -> list[str]:
         """Why this method cannot train this student; empty where it can. Nothing has been trained yet."""

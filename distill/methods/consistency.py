@@ -10,15 +10,14 @@ guidance scale, as LCM-LoRA (arXiv 2311.05556); the target's weights are the stu
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING
 
 import torch
-from pydantic import Field, field_validator
 
 from distill.data.batch import Batch
-from distill.methods.attention_distillation import AttentionDistillation, AttentionMatch, Maps
+from distill.methods.attention_distillation import AttentionDistillation, Maps
 from distill.methods.base import Context, Noised, Terms
-from distill.settings import Positive, Text
+from distill.methods.options import ConsistencyOptions
 
 if TYPE_CHECKING:
     from distill.attention import AttentionMaps
@@ -29,36 +28,9 @@ SIGMA_DATA, TIMESTEP_SCALING = 0.5, 10.0
 """Constants of the boundary condition of a consistency model, as in diffusers' LCMScheduler."""
 
 
-class ConsistencyOptions(AttentionMatch):
-    """Latent consistency distillation (Luo et al. 2023), and a match of attention."""
-
-    kind: Literal["consistency"] = "consistency"
-    """What is minimized."""
-    teacher: Text = "whole"
-    """The teacher, which is also what the student starts from: `whole` (base and run), a run folder, or a pipeline."""
-    solver_steps: Annotated[int, Field(ge=50, le=1000)] = 50
-    """Timesteps of the teacher's DDIM path that the student is trained at: a multiple of 50, as LCMScheduler needs."""
-    guidance_scale: Annotated[float, Field(ge=1, le=1000)] = 4.0
-    """Classifier-free guidance of the teacher, which the student learns to do without."""
-    huber_c: Positive = 0.001
-    """Differences of latents below about this count by their square, larger ones by their size."""
-
-    @field_validator("solver_steps")
-    @classmethod
-    def _multiple(cls, value: int) -> int:
-        if value % 50:
-            raise ValueError("a multiple of 50")
-        return value
-
-    @property
-    def references(self) -> tuple[str, ...]:
-        return (self.teacher,)
-
-
 class Consistency(AttentionDistillation):
     """Train a student whose guess of the clean image is the same along the teacher's guided path."""
 
-    Options = ConsistencyOptions  # type: ignore[assignment]
     options: ConsistencyOptions  # type: ignore[assignment]
 
     def faults(self, student: Model, training: Training) -> list[str]:

@@ -5,25 +5,14 @@ L = mean w(t) (target - prediction)^2, target epsilon or v. Source: Ho et al. 20
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 
 from distill.data.batch import Batch
-from distill.methods.base import Method, Options, Terms
-
-
-class DenoisingOptions(Options):
-    """The diffusion loss alone."""
-
-    kind: Literal["denoising"] = "denoising"
-    """What is minimized."""
+from distill.methods.base import Method, Terms
 
 
 class Denoising(Method):
     """Fine-tune with the diffusion loss."""
-
-    Options = DenoisingOptions
 
     def forward(self, batch: Batch, generator: torch.Generator) -> Terms:
         x = self.noised(batch, generator)

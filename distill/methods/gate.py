@@ -8,19 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distill.errors import UserError
 from distill.methods.base import LayerAuc
+from distill.methods.options import AttentionMatch, Group
 
 if TYPE_CHECKING:
     from distill.methods.attention_distillation import AttentionMatch
     from distill.models import Model
 
-Group = Literal["words", "eos", "padding"]
 GROUPS: tuple[Group, ...] = ("words", "eos", "padding")
 """Token groups in the order of localization.TOKEN_MAPS."""
 

@@ -13,14 +13,15 @@ import copy
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from distill.data.batch import Batch
 from distill.errors import raise_all
-from distill.methods.base import Context, Method, Options, Terms
+from distill.methods.base import Context, Method, Terms
+from distill.methods.options import KeyLockOptions
 from distill.tokens import EOS, PADDING, WORD, token_groups
 
 if TYPE_CHECKING:
@@ -235,17 +236,9 @@ def _cross_attention(denoiser: nn.Module) -> list[str]:
     return attention_layers(denoiser)
 
 
-class KeyLockOptions(Options):
-    """The diffusion loss, with the keys of cross-attention locked to the text encoder as it was."""
-
-    kind: Literal["key_lock"] = "key_lock"
-    """What is minimized."""
-
-
 class KeyLocked(Method):
     """Fine-tune with locked keys, and merge them at the end. Adapters of to_k then have twice the rank."""
 
-    Options = KeyLockOptions
     options: KeyLockOptions
 
     def faults(self, student: Model, training: Training) -> list[str]:

@@ -6,14 +6,14 @@ L = L_denoising + weight * mean over layers of max(0, mass of EOS and padding - 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from distill.data.batch import Batch
 from distill.losses import tail_leak, tail_mass
-from distill.methods.base import Context, Method, Noised, Options, Terms
-from distill.settings import Positive
+from distill.methods.base import Context, Method, Noised, Terms
+from distill.methods.options import TailPenaltyOptions
 from distill.tokens import WORD
 
 if TYPE_CHECKING:
@@ -27,19 +27,9 @@ IMAGES = 512
 """Training images that it is measured on."""
 
 
-class TailPenaltyOptions(Options):
-    """A penalty on the attention mass of EOS and padding beyond that of the model before the training."""
-
-    kind: Literal["tail_penalty"] = "tail_penalty"
-    """What is minimized."""
-    weight: Positive = 0.1
-    """Weight of the penalty."""
-
-
 class TailPenalty(Method):
     """Fine-tune, and keep attention from moving to EOS and padding."""
 
-    Options = TailPenaltyOptions
     options: TailPenaltyOptions
 
     def setup(self, student: Model, context: Context) -> None:

@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from distill.config import DenoisingConfig, LoraConfig
 from distill.methods import AnyOptions
-from distill.methods.denoising import DenoisingOptions
+from distill.methods.options import DenoisingOptions
 from distill.settings import Count, Settings
 
 Trained = Literal["frozen", "lora", "full"]
