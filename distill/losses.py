@@ -1,13 +1,42 @@
-"""Losses: tensors in, scalar out. Attention maps are (batch, places, tokens) probabilities, 1 in sum over tokens."""
+"""Losses: tensors in, scalar out. Attention maps are (batch, places, tokens) probabilities, 1 in sum over tokens.
+
+Losses of probabilities are computed in float32 at least, also under autocast: bfloat16 cannot tell 0.500 from 0.501.
+"""
 
 from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import ParamSpec
 
 import torch
 
 GROUPS = ("bos", "words", "eos", "padding")
 """Token groups, in the order of their codes 0..3."""
 
+P = ParamSpec("P")
 TINY = 1e-8  # attention probabilities below this count as this; keeps logarithms finite in fp32
+
+
+def in_float32(loss: Callable[P, torch.Tensor]) -> Callable[P, torch.Tensor]:
+    """The same loss without autocast, and with half-precision tensors as float32."""
+
+    @functools.wraps(loss)
+    def computed(*args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
+        values = [_widened(value) for value in args]
+        named = {name: _widened(value) for name, value in kwargs.items()}
+        with torch.autocast("cpu", enabled=False), torch.autocast("cuda", enabled=False):
+            return loss(*values, **named)  # type: ignore[arg-type]
+
+    return computed
+
+
+def _widened(value: object) -> object:
+    if isinstance(value, dict):
+        return {key: _widened(item) for key, item in value.items()}
+    if isinstance(value, torch.Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+        return value.float()
+    return value
 
 
 def min_snr_weights(
@@ -22,12 +51,14 @@ def min_snr_weights(
     return snr.clamp(max=gamma) / (snr + (prediction_type == "v_prediction"))
 
 
+@in_float32
 def denoising_loss(prediction: torch.Tensor, target: torch.Tensor, weights: torch.Tensor | None = None) -> torch.Tensor:
     """Mean squared error, each image weighted by `weights` (batch,) if given. Source: Ho et al. 2020, equation 14."""
     per_image = (prediction.float() - target.float()).pow(2).flatten(1).mean(dim=1)
     return (per_image if weights is None else weights * per_image).mean()
 
 
+@in_float32
 def token_attention_kl(
     teacher: torch.Tensor,
     student: torch.Tensor,
@@ -48,6 +79,7 @@ def token_attention_kl(
     return _masked_mean(((per_token * named).sum(dim=2) + p * (p.log() - q.log())).mean(dim=1), rows)
 
 
+@in_float32
 def place_attention_kl(
     teacher: torch.Tensor, student: torch.Tensor, words: torch.Tensor, rows: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -62,6 +94,7 @@ def place_attention_kl(
     return _masked_mean(per_token, words if rows is None else words & rows[:, None])
 
 
+@in_float32
 def attention_mass(maps: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     """(batch, 4): share of the attention on BOS, words, EOS and padding, averaged over places; sums to 1.
 
@@ -71,6 +104,7 @@ def attention_mass(maps: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     return torch.einsum("bt,btg->bg", maps.mean(dim=1), members)
 
 
+@in_float32
 def attention_mass_loss(
     teacher: torch.Tensor, student: torch.Tensor, groups: torch.Tensor, rows: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -79,6 +113,7 @@ def attention_mass_loss(
     return _masked_mean(difference.pow(2).sum(dim=1), rows)
 
 
+@in_float32
 def tail_leak(
     allowed: torch.Tensor, student: torch.Tensor, groups: torch.Tensor, rows: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -90,6 +125,7 @@ def tail_leak(
     return _masked_mean((tail_mass(student, groups) - allowed).clamp(min=0), rows)
 
 
+@in_float32
 def tail_mass(maps: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
     """(batch,): share of the attention on EOS and padding, 0 to 1. Maps and groups as in `attention_mass`."""
     return attention_mass(maps, groups)[:, 2:].sum(dim=1)
@@ -99,6 +135,7 @@ ARM_EPSILON = 2.0**-10
 """Machine epsilon of fp16."""
 
 
+@in_float32
 def attention_regularization(maps: dict[str, torch.Tensor], labels: torch.Tensor) -> torch.Tensor:
     """ARM: eps * mean over label tokens of (1 / (a + eps) - 1), a a token's attention, mean over places and layers.
 
@@ -109,6 +146,7 @@ def attention_regularization(maps: dict[str, torch.Tensor], labels: torch.Tensor
     return ARM_EPSILON * _masked_mean(1 / (attention + ARM_EPSILON) - 1, labels)
 
 
+@in_float32
 def region_token_loss(maps: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
     """Squared share of a token's attention outside its region, averaged over the tokens that have one; 0 without any.
 
@@ -119,6 +157,7 @@ def region_token_loss(maps: torch.Tensor, regions: torch.Tensor) -> torch.Tensor
     return _masked_mean((1 - inside).pow(2), regions.any(dim=1))
 
 
+@in_float32
 def region_pixel_loss(maps: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
     """Binary cross-entropy of a token's attention against its region, averaged over places and over the tokens that have one.
 
@@ -129,6 +168,7 @@ def region_pixel_loss(maps: torch.Tensor, regions: torch.Tensor) -> torch.Tensor
     return _masked_mean(entropy, regions.any(dim=1))
 
 
+@in_float32
 def feature_loss(
     teacher: dict[str, torch.Tensor], student: dict[str, torch.Tensor], rows: torch.Tensor
 ) -> torch.Tensor:

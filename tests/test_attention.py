@@ -180,6 +180,26 @@ def test_maps_are_reduced_in_float32_also_under_autocast(unet: UNet2DConditionMo
         torch.testing.assert_close(columns[name], full[name].mean(dim=1) @ chosen.matrix)
 
 
+@pytest.mark.parametrize("upcast", [False, True])
+@torch.no_grad()
+def test_scores_are_computed_in_float32_also_under_autocast(unet: UNet2DConditionModel, upcast: bool) -> None:
+    name = attention_layers(unet)[0]
+    attention: Any = unet.get_submodule(name)
+    attention.upcast_attention = upcast
+    seen: dict[str, torch.Tensor] = {}
+    for part in ("to_q", "to_k"):
+        layer = getattr(attention, part)
+        layer.weight *= 8  # attention that looks at something: scores of about 10
+        layer.register_forward_hook(lambda module, args, output, part=part: seen.update({part: output}))
+    with record_attention(unet, name, reduce=lambda p: p) as maps, torch.autocast("cpu", torch.bfloat16):
+        unet(**inputs(unet))
+    query, key = (seen[part].unflatten(-1, (attention.heads, -1)).transpose(1, 2) for part in ("to_q", "to_k"))
+    assert query.dtype == torch.bfloat16
+    scores = (query.double() * attention.scale) @ key.double().transpose(-1, -2)
+    assert scores.abs().max() > 5
+    torch.testing.assert_close(maps.by_layer[name].double(), scores.softmax(dim=-1), rtol=1e-5, atol=1e-6)
+
+
 def quantize(unet: UNet2DConditionModel, quantized: Callable[[nn.Linear], nn.Module]) -> None:
     """By hand, as diffusers' own loading asks for a GPU."""
     for name, module in list(unet.named_modules()):

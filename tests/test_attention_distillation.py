@@ -85,6 +85,26 @@ def test_each_term_reaches_the_student_and_never_the_teacher(trained: str) -> No
         assert all(torch.equal(v, state[k]) for k, v in module.state_dict().items())
 
 
+@pytest.mark.parametrize("term", ["output_weight", "feature_weight", "self_attention_weight"])
+def test_a_teacher_that_shares_weights_with_the_student_is_a_constant(term: str) -> None:
+    """The gradient is that of a copy of the teacher; without no_grad the shared text encoder would have one through it."""
+    gradients = []
+    for shared in (False, True):
+        student, teacher = prepared(), other()
+        with distilling(
+            student, teacher, token_kl_weight=0.0, place_kl_weight=0.0, mass_weight=0.0, **{term: 1.0}
+        ) as m:
+            moved(student)
+            encoder = student.text_encoders[0]
+            teacher.text_encoders[0] = encoder if shared else copy.deepcopy(encoder).requires_grad_(False)
+            seen: list[bool] = []
+            teacher.denoiser.register_forward_pre_hook(lambda *_, seen=seen: seen.append(torch.is_grad_enabled()))
+            m(batch_of(student), generator())["loss"].backward()
+        assert seen == [False]
+        gradients.append(torch.cat([p.grad.flatten() for p in encoder.parameters() if p.grad is not None]))
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-7)
+
+
 def test_a_teacher_rests_in_the_frozen_type() -> None:
     student, teacher = prepared(), other()
     options = AttentionDistillationOptions(teacher=TEACHER)

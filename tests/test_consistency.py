@@ -131,6 +131,48 @@ def test_gradients_reach_the_student_and_not_the_teacher(denoiser: str) -> None:
         assert not any(has_gradient(encoder) for encoder in [*method.text_encoders, *teacher.text_encoders])
 
 
+@pytest.mark.parametrize("build", BUILDS, ids=IDS)
+def test_the_gradient_is_that_of_a_target_which_is_a_constant(build: Callable[[], Any]) -> None:
+    with method_of(build, other=True) as (method, teacher):
+        batch = batch_of(teacher)
+        method(batch, generator())["consistency"].backward()
+        found = {name: p.grad.clone() for name, p in method.denoiser.named_parameters() if p.grad is not None}
+        method.zero_grad()
+        x = embedded(method, batch)
+        with torch.no_grad():
+            before, _ = method._step_of_teacher(x, method._teacher_maps)
+            target = method._clean(student_predicts(method, before), before)
+        gap = method._clean(student_predicts(method, x), x) - target
+        ((gap**2 + 1e-6).sqrt() - 1e-3).mean().backward()
+        for name, parameter in method.denoiser.named_parameters():
+            if name in found:
+                torch.testing.assert_close(found[name], parameter.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_neither_the_teacher_nor_the_target_keeps_activations() -> None:
+    with method_of(tiny_sd) as (method, teacher):
+        passes: list[tuple[str, bool]] = []
+        for name, module in (("student", method.denoiser), ("teacher", teacher.denoiser)):
+            module.register_forward_pre_hook(lambda *_, name=name: passes.append((name, torch.is_grad_enabled())))
+        method(batch_of(teacher), generator())
+        assert passes == [("student", True), ("teacher", False), ("teacher", False), ("student", False)]
+
+
+def test_dropout_changes_the_students_guess_and_not_the_target() -> None:
+    with method_of(tiny_sd) as (method, teacher):
+        for module in method.denoiser.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.5
+        method.train()
+        outputs: list[torch.Tensor] = []
+        method.denoiser.register_forward_hook(lambda module, args, output: outputs.append(output[0].detach()))
+        for seed in (0, 1):
+            torch.manual_seed(seed)
+            method(batch_of(teacher), generator())
+        guess, target, guess_again, target_again = outputs
+        assert not torch.equal(guess, guess_again) and torch.equal(target, target_again)
+
+
 def test_the_target_is_made_without_dropout_and_the_student_trains_on() -> None:
     with method_of(tiny_sd) as (method, teacher):
         method.train()

@@ -10,15 +10,20 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributions import Categorical, kl_divergence
 
+from distill import losses
 from distill.losses import (
     GROUPS,
     attention_mass,
     attention_mass_loss,
+    attention_regularization,
     denoising_loss,
+    feature_loss,
     min_snr_weights,
     place_attention_kl,
     region_pixel_loss,
     region_token_loss,
+    tail_leak,
+    tail_mass,
     token_attention_kl,
 )
 
@@ -229,3 +234,54 @@ def test_region_losses_are_least_where_attention_is_in_the_region() -> None:
     weaker = torch.tensor([[[0.9, 0.1], [0.9, 0.1], [1.0, 0.0], [1.0, 0.0]]])
     assert float(region_token_loss(weaker, where)) == 0, "place, not mass"
     assert float(region_pixel_loss(weaker, where)) > 1, "mass too"
+
+
+MAP_LOSSES = {
+    "token_kl": lambda p, q: token_attention_kl(p, q),
+    "token_kl of words": lambda p, q: token_attention_kl(p, q, None, words()),
+    "place_kl": lambda p, q: place_attention_kl(p, q, words()),
+    "mass": lambda p, q: attention_mass(q, groups()),
+    "mass_loss": lambda p, q: attention_mass_loss(p, q, groups()),
+    "tail_mass": lambda p, q: tail_mass(q, groups()),
+    "tail_leak": lambda p, q: tail_leak(torch.full((BATCH,), 0.3), q, groups()),
+    "arm": lambda p, q: attention_regularization({"a": q, "b": p}, words()),
+    "region_token": lambda p, q: region_token_loss(q, regions(0).float()),
+    "region_pixel": lambda p, q: region_pixel_loss(q, regions(0).float()),
+    "feature": lambda p, q: feature_loss({"a": p}, {"a": q}, torch.ones(BATCH, dtype=torch.bool)),
+    "denoising": lambda p, q: denoising_loss(q, p),
+}
+
+
+def test_every_loss_of_this_module_is_looked_at_under_autocast() -> None:
+    """Each function of losses.py that reads tensors of a model; the weights of Min-SNR read the schedule alone."""
+    used = {name for loss in MAP_LOSSES.values() for name in loss.__code__.co_names}
+    there = {
+        name
+        for name, value in vars(losses).items()
+        if callable(value) and getattr(value, "__module__", "") == losses.__name__ and not name.startswith("_")
+    }
+    assert there - used == {"min_snr_weights", "in_float32"}
+
+
+@pytest.mark.parametrize("name", MAP_LOSSES)
+def test_autocast_changes_no_loss_and_hides_no_difference(name: str) -> None:
+    loss = MAP_LOSSES[name]
+    p, q = maps(0, dtype=torch.float32), maps(1, dtype=torch.float32)
+    moved = q.clone()
+    moved[:, :, 1] += 1e-3  # a word; bfloat16 has steps of 4e-3 below 1
+    moved[:, :, 6] -= 1e-3
+    with torch.autocast("cpu", torch.bfloat16):
+        found, other = loss(p, q), loss(p, moved)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, loss(p, q), rtol=1e-6, atol=1e-6 * float(loss(p, q).abs().max()))
+    torch.testing.assert_close(other - found, loss(p, moved) - loss(p, q), rtol=1e-3, atol=0)
+    assert not torch.equal(other, found)
+
+
+@pytest.mark.parametrize("name", MAP_LOSSES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_maps_are_reduced_in_float32(name: str, dtype: torch.dtype) -> None:
+    p, q = maps(0, dtype=torch.float32).to(dtype), maps(1, dtype=torch.float32).to(dtype)
+    found = MAP_LOSSES[name](p, q)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, MAP_LOSSES[name](p.float(), q.float()), rtol=0, atol=0)
