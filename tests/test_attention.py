@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import bitsandbytes
@@ -367,14 +367,13 @@ def test_attention_that_is_not_plain_is_refused(unet: UNet2DConditionModel) -> N
 @pytest.mark.parametrize("fails", [False, True])
 def test_everything_is_restored_at_the_end_also_after_an_error(unet: UNet2DConditionModel, fails: bool) -> None:
     originals, hooks = unet.attn_processors, dict(unet._forward_pre_hooks)
-    try:
-        with record_attention(unet) as maps:
-            unet(**inputs(unet))
-            assert unet.attn_processors != originals
-            if fails:
-                unet(**inputs(unet) | {"encoder_hidden_states": torch.zeros(2, TOKENS, 5)})
-    except RuntimeError:
-        assert fails
+    with pytest.raises(RuntimeError) if fails else nullcontext(), record_attention(unet) as maps:
+        unet(**inputs(unet))
+        changed = {name for name, one in unet.attn_processors.items() if one is not originals[name]}
+        assert changed == {f"{name}.processor" for name in attention_layers(unet)}
+        assert unet._forward_pre_hooks != hooks
+        if fails:
+            unet(**inputs(unet) | {"encoder_hidden_states": torch.zeros(2, TOKENS, 5)})
     assert all(unet.attn_processors[name] is processor for name, processor in originals.items())
     assert unet._forward_pre_hooks == hooks
     before = {name: m.clone() for name, m in maps.by_layer.items()}

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 from recipe import ROOT, config_class_of, recipe_module, refusal_of
-from test_seeds import write_run
+from test_seeds import rewrite, write_run
 
 from distill.cli import parse, to_yaml
 from distill.report import validate_metrics
@@ -116,9 +116,14 @@ def test_the_settings_of_arms_of_one_run_and_its_seed_are_told(tmp_path: Path) -
 
 
 def test_names_of_shipped_comparisons_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
-    for path in (ROOT / "recipes/configs").rglob("compare*.yaml"):
-        message = refusal(["--config", str(path), "--arms.nowhere", "nowhere/{seed}"], capsys)
-        assert "runs that cannot be read" in message and "folder's name" not in message
+    paths = list((ROOT / "recipes/configs").rglob("compare*.yaml"))
+    assert paths
+    for path in paths:
+        message = refusal(
+            ["--config", str(path), "--arms.nowhere", "nowhere/{seed}", "--arms.real", "a/{seed}"], capsys
+        )
+        (fault,) = [line for line in message.splitlines() if "folder's name" in line]
+        assert "real" in fault, "the names of the file are no faults"
 
 
 def test_a_kill_leaves_the_earlier_comparison(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +141,16 @@ def test_a_kill_leaves_the_earlier_comparison(tmp_path: Path, monkeypatch: pytes
     assert {path: path.read_bytes() for path in before} == before
     run_recipe(argv)
     assert not (tmp_path / "out/.partial").exists()
+
+
+def test_a_refusal_leaves_the_earlier_comparison(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished(tmp_path, 0, {"frozen": 0.0, "longer": 0.1})
+    argv = ["--arms", EACH.replace("RUN", str(tmp_path)), "--seeds", "[0]", "--output_dir", str(tmp_path / "out")]
+    run_recipe(argv)
+    before = {path: path.read_bytes() for path in (tmp_path / "out").rglob("*") if path.is_file()}
+    rewrite(run / "longer", lambda row: row.update(image=row["image"] + 1))
+    assert "scored on different images" in refusal(argv, capsys)
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_what_cannot_be_compared_is_refused_at_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -183,6 +183,25 @@ def test_real_images_in_place_of_generated_ones_have_fid_0_full_finding_auc_and_
     assert shown == (tmp_path / "real/0001.png").read_bytes(), "sample k is of the caption of example k"
 
 
+def test_the_seed_of_an_image_is_of_its_caption_and_not_of_its_place(
+    sd: Model, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, asked = pictures(6), []
+
+    def generated(model: Any, captions: Sequence[str], seeds: Sequence[int], *rest: Any) -> torch.Tensor:
+        asked.extend(zip(captions, seeds, strict=True))
+        return torch.rand(len(seeds), 3, 64, 64)
+
+    monkeypatch.setattr(module, "generate", generated)
+    config = CONFIG.model_copy(update=dict(generated_images=3, diversity_samples=2, seed=10))
+    quality(
+        sd, dataset, config, resolution=64, features=None, real=Generated([], None, None), accelerator=accelerator,
+        arm_dir=tmp_path, examples=[4, 2],
+    )  # fmt: skip
+    order = [(4, 14), (2, 12), (0, 10), (4, 14 + 1_000_003), (4, 14 + 2_000_006)]
+    assert asked == [(dataset.caption(index), seed) for index, seed in order]
+
+
 def test_diversity_is_above_0_for_images_that_differ(
     sd: Model, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
 ) -> None:
@@ -234,14 +253,12 @@ def test_captions_without_boxes_have_quality_and_no_localization(sd: Model, tmp_
 
 def test_evaluation_leaves_the_model_as_it_was(sd: Model, phantoms: PhantomDataset, tmp_path: Path) -> None:
     before = {name: value.clone() for name, value in sd.denoiser.state_dict().items()}
-    processors = dict(sd.denoiser.attn_processors)
+    processors, scheduler = dict(sd.denoiser.attn_processors), sd.pipeline.scheduler
     against = HeldOut(phantoms, [0], None, Generated([], None, None), {})
-    evaluate(
-        sd, against, CONFIG.model_copy(update=dict(generated_images=1, localization_images=1)), resolution=64,
-        accelerator=Accelerator(), arm_dir=tmp_path, label="",
-    )  # fmt: skip
+    config = CONFIG.model_copy(update=dict(generated_images=1, localization_images=1, scheduler="lcm"))
+    evaluate(sd, against, config, resolution=64, accelerator=Accelerator(), arm_dir=tmp_path, label="")
     assert all(torch.equal(value, before[name]) for name, value in sd.denoiser.state_dict().items())
-    assert sd.denoiser.attn_processors == processors
+    assert sd.denoiser.attn_processors == processors and sd.pipeline.scheduler is scheduler
 
 
 @pytest.mark.parametrize(

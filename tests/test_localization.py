@@ -447,8 +447,16 @@ def _rank(rank: int, port: int, base: str, folder: str) -> None:
     model = load_model(BaseConfig(name=base)).freeze()
     dataset = PhantomDataset("test", 8, 0, 64)
     config = CONFIG.model_copy(update=dict(localization_images=7, batch_size=2))
+    scored = []
+
+    def counted(inputs: Any, *rest: Any) -> Any:
+        scored.extend(inputs.images)
+        return ours(inputs, *rest)
+
+    PROTOCOLS["ours"] = replace(PROTOCOLS["ours"], maps=counted)
     result = localization(model, dataset, config, accelerator=Accelerator(cpu=True), arm_dir=Path(folder))
-    (Path(folder) / f"result-{rank}.json").write_text(json.dumps(finite(result)), encoding="utf-8")
+    found = {"result": finite(result), "scored": scored}
+    (Path(folder) / f"result-{rank}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
 def test_two_processes_give_the_metrics_of_one(
@@ -470,8 +478,14 @@ def test_two_processes_give_the_metrics_of_one(
         )  # fmt: skip
     finally:
         torch.set_num_threads(threads)
-    for rank in (0, 1):
-        two = json.loads((tmp_path / f"two/result-{rank}.json").read_text(encoding="utf-8"))
-        assert_close(two, json.loads(json.dumps(finite(one))), 1e-6)
-    rows = [(tmp_path / name / "pairs.jsonl").read_text(encoding="utf-8").splitlines() for name in ("one", "two")]
-    assert len(rows[0]) == len(rows[1]) == 1 + one["word"]["pairs"]
+    two = [json.loads((tmp_path / f"two/result-{rank}.json").read_text(encoding="utf-8")) for rank in (0, 1)]
+    for found in two:
+        assert_close(found["result"], json.loads(json.dumps(finite(one))), 1e-5)
+    asked = [query.image for query in queries(phantoms, sd, config)]
+    assert [found["scored"] for found in two] == [asked[::2], asked[1::2]], "each scores its share"
+    rows = [
+        [json.loads(line) for line in (tmp_path / name / "pairs.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name in ("one", "two")
+    ]
+    assert len(rows[0]) == 1 + one["word"]["pairs"]
+    assert_close(rows[0], rows[1], 1e-5)

@@ -3,76 +3,107 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 from sklearn.metrics import roc_auc_score
 
 from distill.errors import UserError
 from distill.evaluation.seeds import auc_resamples, combine, fid_resamples, of_pairs, of_resamples, run_folders
+from distill.metrics.bootstrap import resample_counts
 from distill.metrics.quality import frechet_distance
 
 
+def draws(clusters: int, samples: int, seeds: int) -> Iterator[tuple[list[int], list[int]]]:
+    """Seeds and clusters of each resample, as often as each is drawn."""
+    of_seeds, of_clusters = (next(resample_counts(n, samples, key)) for n, key in ((seeds, 1), (clusters, 0)))
+    for some, others in zip(of_seeds, of_clusters, strict=True):
+        yield (
+            np.repeat(np.arange(seeds), some.astype(int)).tolist(),
+            np.repeat(np.arange(clusters), others.astype(int)).tolist(),
+        )
+
+
+def central(statistics: list[float]) -> list[float]:
+    return np.nanquantile(statistics, [0.025, 0.975]).tolist()
+
+
+@settings(max_examples=20)
 @given(st.integers(1, 4), st.integers(2, 30), st.integers(0, 1000))
-def test_means_are_over_pairs_then_findings_then_seeds(seeds: int, pairs: int, key: int) -> None:
+def test_means_and_intervals_are_those_of_a_loop_over_seeds_images_and_findings(
+    seeds: int, pairs: int, key: int
+) -> None:
     rng = np.random.default_rng(key)
     table, findings, images = rng.normal(size=(seeds, pairs)), rng.integers(3, size=pairs), rng.integers(9, size=pairs)
     value, interval, each = of_pairs(table, findings, images, 50)
-    expected = [np.mean([row[findings == f].mean() for f in set(findings.tolist())]) for row in table]
+
+    def mean(row: Any, chosen: list[int]) -> float:
+        return float(np.mean([row[some].mean() for f in range(3) if (some := [i for i in chosen if findings[i] == f])]))
+
+    expected = [mean(row, [*range(pairs)]) for row in table]
     np.testing.assert_allclose(each, expected)
     assert value == pytest.approx(np.mean(expected))
-    assert interval is None or interval[0] <= interval[1]
+    ids = sorted(set(images.tolist()))
+    if len(ids) == 1:
+        assert interval is None
+        return
+    statistics = []
+    for some_seeds, some_images in draws(len(ids), 50, seeds):
+        chosen = [i for place in some_images for i in range(pairs) if images[i] == ids[place]]
+        statistics.append(float(np.mean([mean(table[s], chosen) for s in some_seeds])))
+    np.testing.assert_allclose(interval, central(statistics))
 
 
-def test_the_interval_holds_the_spread_of_seeds() -> None:
-    findings, images = np.zeros(400, dtype=int), np.arange(400)
-    same = of_pairs(np.zeros((3, 400)), findings, images, 500)
-    assert same[0] == 0 and same[1] == [0, 0]
-    apart = of_pairs(np.stack([np.full(400, v) for v in (-1.0, 0.0, 1.0)]), findings, images, 500)
-    assert apart[1] is not None and apart[1][0] < -0.6 and apart[1][1] > 0.6, "pairs agree and seeds do not"
-
-
-def test_a_paired_difference_is_narrower_than_that_of_unpaired_values() -> None:
+def test_finding_auc_and_its_interval_are_scikit_learns() -> None:
     rng = np.random.default_rng(0)
-    images = np.arange(300)
-    hard = rng.normal(size=300)  # the same images are hard for both
-    first, second = hard + 0.1 + 0.01 * rng.normal(size=(3, 300)), np.tile(hard, (3, 1))
-    _, paired, _ = of_pairs(first - second, np.zeros(300), images, 500)
-    _, alone, _ = of_pairs(first, np.zeros(300), images, 500)
-    assert paired is not None and alone is not None
-    assert paired[0] > 0.09 and paired[1] < 0.11 and alone[1] - alone[0] > 0.15
+    labels = np.stack([rng.random(40) < share for share in (0.4, 0.4, 0.0)], axis=1)  # the last finding has no area
+    sides = [[rng.normal(size=(40, 3)) + shift * labels for _ in range(2)] for shift in (1.0, 0.0)]
+    first, second = (auc_resamples(side, labels, 60) for side in sides)
+
+    def area(scores: Any, images: list[int]) -> float:
+        return float(np.mean([roc_auc_score(labels[images, f], scores[images, f]) for f in range(2)]))
+
+    exact = [[area(scores, [*range(40)]) for scores in side] for side in sides]
+    resampled = [
+        [np.mean([area(side[s], images) for s in some]) for some, images in draws(40, 60, 2)] for side in sides
+    ]
+    value, interval, each = of_resamples([first])
+    np.testing.assert_allclose(each, exact[0])
+    assert value == pytest.approx(np.mean(exact[0])) and interval == pytest.approx(central(resampled[0]))
+    value, interval, each = of_resamples([first, second])
+    np.testing.assert_allclose(each, np.subtract(*exact))
+    assert value == pytest.approx(np.subtract(*exact).mean())
+    assert interval == pytest.approx(central(np.subtract(*resampled).tolist())), "both sides draw the same images"
 
 
-def test_finding_auc_is_scikit_learns() -> None:
-    rng = np.random.default_rng(0)
-    labels = rng.random((80, 3)) < 0.4
-    sides = [[rng.normal(size=(80, 3)) + shift * labels for _ in range(2)] for shift in (1.0, 0.0)]
-    first, second = (auc_resamples(side, labels, 200) for side in sides)
-    value, _, each = of_resamples([first])
-    np.testing.assert_allclose(each, [roc_auc_score(labels, scores, average="macro") for scores in sides[0]])
-    gap, gap_interval, _ = of_resamples([first, second])
-    assert gap == pytest.approx(value - of_resamples([second])[0])
-    assert gap_interval is not None and gap_interval[0] > 0, "the first side follows the labels"
-    assert of_resamples([first, first])[:2] == (0, [0, 0])
-
-
-def test_fid_is_the_distance_of_each_seed_and_its_difference_is_relative() -> None:
+def test_fid_and_its_interval_are_of_pairs_drawn_together_less_their_excess() -> None:
     generator = torch.Generator().manual_seed(0)
-    real, near, far = (torch.randn((120, 4), generator=generator) + shift for shift in (0.0, 0.3, 1.0))
-    value, interval, each = of_resamples([fid_resamples([near.numpy(), far.numpy()], real.numpy(), 50)])
-    expected = [frechet_distance(real, near), frechet_distance(real, far)]
-    np.testing.assert_allclose(each, expected, rtol=1e-4)
-    assert value == pytest.approx(np.mean(expected), rel=1e-4) and interval is not None
-    one, two = (fid_resamples([side.numpy()], real.numpy(), 50) for side in (far, near))
-    ratio, _, _ = of_resamples([one, two], relative=True)
-    assert ratio == pytest.approx(expected[1] / expected[0] - 1, rel=1e-3)
-    assert of_resamples([two, two], relative=True)[:2] == (0, [0, 0])
+    real, near, far = (torch.randn((60, 4), generator=generator) + shift for shift in (0.0, 0.3, 1.0))
+    sides = [[far, far + 0.2], [near, near + 0.1]]
+    found = [fid_resamples([seed.numpy() for seed in side], real.numpy(), 30) for side in sides]
+
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randint(60, (60,), generator=generator) for _ in range(30)]
+    exact = np.array([[frechet_distance(real, seed) for seed in side] for side in sides])
+    resampled = np.array([[[frechet_distance(real[r], seed[r]) for seed in side] for r in drawn] for side in sides])
+    resampled += (exact - resampled.mean(axis=1))[:, None]
+    means = (resampled * next(resample_counts(2, 30, 1)) / 2).sum(axis=2)
+
+    value, interval, each = of_resamples([found[0]])
+    np.testing.assert_allclose(each, exact[0], rtol=1e-4)
+    assert value == pytest.approx(exact[0].mean(), rel=1e-4) and interval == pytest.approx(central(means[0]), rel=1e-4)
+    value, interval, each = of_resamples(found, relative=True)
+    np.testing.assert_allclose(each, exact[0] / exact[1] - 1, rtol=1e-4)
+    assert value == pytest.approx(exact[0].mean() / exact[1].mean() - 1, rel=1e-4)
+    assert interval == pytest.approx(central(means[0] / means[1] - 1), rel=1e-4)
+    assert len(fid_resamples([near.numpy()], real.numpy(), 300)[1]) == 200, "more change nothing and take minutes"
 
 
 # Run folders
@@ -130,6 +161,18 @@ def write_run(folder: Path, seed: int, shift: dict[str, float], images: int = 6,
     (run / "metrics.json").write_text(json.dumps(metrics))
 
 
+def rewrite(arm_dir: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the rows of pairs of an arm."""
+    key, *rows = [json.loads(line) for line in (arm_dir / "pairs.jsonl").read_text().splitlines()]
+    for row in rows:
+        change(row)
+    (arm_dir / "pairs.jsonl").write_text("\n".join(map(json.dumps, [key, *rows])))
+
+
+def word_auc(folder: Path) -> dict[str, Any]:
+    return combine(folder, samples=200)["paired"]["distilled - frozen"]["word.auc"]
+
+
 def test_seeds_are_combined_with_paired_differences(tmp_path: Path) -> None:
     for seed, gain in ((3, 0.1), (4, 0.3)):
         write_run(tmp_path, seed, {"frozen": 0.0, "distilled": gain})
@@ -163,3 +206,67 @@ def test_seeds_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     )
     with pytest.raises(UserError, match="drew other captions"):
         combine(tmp_path / "other")
+
+
+def test_the_images_of_one_cluster_are_drawn_together(tmp_path: Path) -> None:
+    write_run(tmp_path, 0, {"frozen": 0.0, "distilled": 0.0})
+    rewrite(tmp_path / "seed-0/distilled", lambda row: row["scores"]["word"].update(auc=row["image"] % 3))
+    alone = word_auc(tmp_path)["ci"]
+    for arm in ("frozen", "distilled"):
+        rewrite(tmp_path / "seed-0" / arm, lambda row: row.update(cluster=str(row["image"] % 2)))
+    together = word_auc(tmp_path)["ci"]
+    assert together[1] - together[0] > 0 and together != alone
+    for arm in ("frozen", "distilled"):
+        rewrite(tmp_path / "seed-0" / arm, lambda row: row.update(cluster="the same"))
+    assert word_auc(tmp_path)["ci"] is None, "of one cluster there is no interval"
+
+
+@pytest.mark.parametrize("arm", ["frozen", "distilled"])
+def test_a_pair_without_a_score_in_any_seed_or_arm_is_left_out_of_all(tmp_path: Path, arm: str) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path, seed, {"frozen": 0.0, "distilled": 0.0})
+        rewrite(tmp_path / f"seed-{seed}/distilled", lambda row: row["scores"]["word"].update(auc=row["image"]))
+        rewrite(tmp_path / f"seed-{seed}/frozen", lambda row: row["scores"]["word"].update(auc=0.0))
+    rewrite(
+        tmp_path / "seed-1" / arm, lambda row: row["scores"]["word"].update(auc=None) if row["image"] == 5 else None
+    )
+    found = word_auc(tmp_path)
+    assert found["value"] == pytest.approx(2.0) and found["per_seed"] == pytest.approx({"0": 2.0, "1": 2.0})
+
+
+@pytest.mark.parametrize(("average", "expected"), [("macro", 0.5), ("micro", 1 / 6)])
+def test_means_are_over_findings_or_over_pairs(tmp_path: Path, average: str, expected: float) -> None:
+    write_run(tmp_path, 0, {"frozen": 0.0, "distilled": 0.0})
+    for arm, gain in (("frozen", 0.0), ("distilled", 1.0)):
+        rewrite(
+            tmp_path / "seed-0" / arm,
+            lambda row, gain=gain: (
+                row.update(finding=int(row["image"] == 0))
+                or row["scores"]["word"].update(auc=gain * (row["image"] == 0))
+            ),
+        )
+    metrics = json.loads((tmp_path / "seed-0/metrics.json").read_text())
+    for entry in metrics["arms"].values():
+        entry["localization"]["word"]["average"] = average
+    (tmp_path / "seed-0/metrics.json").write_text(json.dumps(metrics))
+    assert word_auc(tmp_path)["value"] == pytest.approx(expected)
+
+
+def test_other_images_are_refused(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path, seed, {"frozen": 0.0, "distilled": 0.0})
+    rewrite(tmp_path / "seed-1/distilled", lambda row: row.update(image=row["image"] + 1))
+    with pytest.raises(UserError, match="scored on different images"):
+        combine(tmp_path)
+
+
+def test_what_one_seed_lacks_has_no_mean(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write_run(tmp_path, seed, {"frozen": 0.0})
+    path = tmp_path / "seed-1/metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["arms"]["frozen"]["quality"] |= {"finding_auc": None, "fid": 2.0, "fid_ci": [1.0, 4.0]}
+    path.write_text(json.dumps(metrics))
+    found = combine(tmp_path, samples=2)["arms"]["frozen"]
+    assert found["quality"]["finding_auc"] is None and found["quality"]["fid"] == 1.5
+    assert found["per_seed"]["0"]["quality.finding_auc"] == 0.5 and found["per_seed"]["1"]["quality.fid"] == 2.0
