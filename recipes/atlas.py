@@ -120,10 +120,8 @@ def check(config: AtlasConfig, model: Model, validation: Any, test: Any) -> None
             if config.evaluation.localization_text == "caption":
                 dataset.check_queries()
         if not queries(dataset, model, config.evaluation.full(localization_images=1)):
-            raise UserError(
-                f"no {which} image has a region of a finding: set data.finding_column, and data.box_column or "
-                "data.mask_column, and give regions to the images of that split"
-            )
+            why = f": {dataset.no_regions}; see data.findings" if isinstance(dataset, RecordDataset) else ""
+            raise UserError(f"none of the {len(dataset):,} {which} images has a box or mask of a finding{why}")
 
 
 def dry_run(config: AtlasConfig, model: Model, validation: Any, accelerator: Accelerator, console: Console) -> None:

@@ -478,11 +478,13 @@ def test_data_without_a_validation_split_or_regions_is_refused(
     boxed = make_folder(tmp_path / "boxed", lambda i: f'Edema.,{splits[i]},edema,"8,8,20,20"')
     columns = ["--data.finding_column", "finding", "--data.box_column", "bbox"]
     message = refusal([*argv, *boxed, *columns, "--data.test_split", "validation"], capsys)
-    assert "1 of 1 test images are also validation images" in message and "data.split_column" in message
+    assert "data.test_split is validation, which is also the validation split" in message
     no_validation = ["--data.split_column", "split", "--data.test_split", "train"]
     plain = make_folder(tmp_path / "plain", lambda i: f"Edema.,{splits[i]}", "file_name,text,split")
     message = refusal([*argv, *plain, "--data.split_column", "split"], capsys)
-    assert "no validation image has a region of a finding: set data.finding_column" in message
+    assert (
+        "none of the 1 validation images has a box or mask of a finding: no column of metadata.csv is read" in message
+    )
     none = make_folder(tmp_path / "none", lambda i: 'Edema.,test,edema,"8,8,20,20"')
     message = refusal([*argv, *none, *columns, *no_validation[:2]], capsys)
     assert "validation or val or valid" in message

@@ -182,18 +182,33 @@ def test_a_mask_goes_before_its_box_and_phrases_are_kept(root: Path) -> None:
         {**row(finding="edema", box="5,0,10,10", mask="none.png"), "phrase": ""},
     ]
     dataset = load(root, rows, resolution=30, phrase_column="phrase")
-    (region,) = dataset[0].regions
+    boxed, region = dataset[0].regions
     assert region.mask.sum() == 100 and region.mask[:10, :10].all()
     assert region.boxes == ((0, 0, 30, 30), (0, 0, 30, 30))
     assert region.phrase == "small one. another"
-    assert dataset.dropped_regions == 1
+    assert boxed.finding == "edema" and boxed.mask[:10, :10].all() and boxed.mask.sum() == 100, "its box, not the mask"
+    assert dataset.dropped_regions == 0
 
 
-def test_regions_outside_the_centre_square_are_dropped_and_counted(root: Path) -> None:
+@pytest.mark.parametrize(("box", "left"), [("5,5,10,10", "its box counts"), ("", "its region is left out")])
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "I;16"])
+def test_a_mask_of_nothing_is_said_by_name(
+    root: Path, mode: str, box: str, left: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    Image.new(mode, (40, 30), (0, 0, 0, 255) if mode == "RGBA" else 0).save(root / "none.png")
+    dataset = load(root, [row(finding="edema", box=box, mask="none.png")])
+    assert f"1 masks hold nothing, all their pixels are 0: 'none.png' (metadata.csv row 2, {left})" in caplog.text
+    assert len(dataset[0].regions) == bool(box) and dataset.dropped_regions == 0
+    assert (
+        "1 boxes" if box else "no boxes or masks (column box and mask of metadata.csv holds none"
+    ) in dataset.summary
+
+
+def test_regions_outside_the_centre_square_are_dropped_and_named(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_image(root / "wide.png", (200, 20))
     rows = [row("wide.png", finding="edema", box="0,0,20,20"), row("wide.png", finding="effusion", box="80,0,20,20")]
     dataset = load(root, rows, resolution=20)
-    assert dataset.dropped_regions == 1
+    assert dataset.dropped_regions == 1 and "are dropped: 'edema' in 'wide.png'" in caplog.text
     (region,) = dataset[0].regions
     assert region.finding == "effusion" and region.boxes == ((0, 0, 10, 20),)
     assert dataset[0].crop_top_left == (0, 90)
@@ -260,7 +275,8 @@ def test_the_documented_columns_are_read_without_an_option(root: Path) -> None:
         dataset = plain(root, rows, split)
         assert names(dataset) == {name} and [region.finding for region in dataset[0].regions] == ["edema"]
     assert dataset.summary == (
-        "metadata.csv: 3 images; file_name, text, split, finding, bbox; 1 train, 1 validation, 1 test; findings: edema"
+        "metadata.csv: 3 images, 1 train, 1 validation, 1 test; columns file_name, text, split, finding, bbox; "
+        "findings: edema; test: 1 captions of 1 images, 1 boxes"
     )
     write_image(root / "m.png", (42, 30))
     extra = {"phrase": "small", "mask": "m.png", "labels": "edema|nodule", "patient": ""}
@@ -717,7 +733,8 @@ def test_captions_that_are_too_long_are_counted(root: Path) -> None:
     assert message.startswith("1 of 2 captions") and "the longest has 21" in message and "a" * 19 in message
     dataset = load(root, [*rows, rows[1] | {"file_name": "./b.png"}], truncate_captions=True)
     dataset.check_captions([tokenizer], 20)
-    assert dataset.cut_captions == 1 and "1 of 2 captions are cut" in dataset.summary
+    cut = "1 of 2 captions are cut at the 20 tokens that the text encoder reads (the longest has 21)"
+    assert cut in dataset.summary and cut in dataset.counts
 
 
 def test_a_finding_that_no_caption_names_is_refused(root: Path) -> None:

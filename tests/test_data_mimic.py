@@ -19,8 +19,9 @@ from PIL import Image
 
 from distill.data.loading import load_dataset
 from distill.data.readers.folder import FolderDataset
+from distill.data.readers.inspection import same_aspect
 from distill.data.readers.mimic import CHEXPERT_LABELS, MimicDataset, MsCxrDataset
-from distill.data.readers.records import RecordDataset, _same_aspect
+from distill.data.readers.records import RecordDataset
 from distill.data_config import MsCxrData
 from distill.errors import UserError
 
@@ -550,13 +551,13 @@ def test_boxes_follow_an_image_that_was_made_smaller(
 @given(st.integers(1, 4000), st.integers(1, 4000), st.floats(0.01, 2), st.sampled_from([np.floor, np.round, np.ceil]))
 def test_any_resize_to_whole_pixels_keeps_the_aspect(width: int, height: int, factor: float, to_whole: Any) -> None:
     size = (int(to_whole(width * factor)), int(to_whole(height * factor)))
-    assert _same_aspect((width, height), size)
+    assert same_aspect((width, height), size)
 
 
 @given(st.integers(200, 4000), st.integers(200, 4000), st.floats(0.2, 2), st.floats(1.05, 3), st.booleans())
 def test_another_aspect_is_seen(width: int, height: int, factor: float, stretch: float, wider: bool) -> None:
     size = (round(width * factor * (stretch if wider else 1)), round(height * factor * (1 if wider else stretch)))
-    assert not _same_aspect((width, height), size)
+    assert not same_aspect((width, height), size)
 
 
 def test_a_cropped_or_turned_image_is_refused(root: Path) -> None:

@@ -72,6 +72,9 @@ RUN_FILES = {
 }  # fmt: skip
 
 
+SPLITS = ("train", "train", "test", "test")
+
+
 def arms_argv(*names: str, **more: dict[str, Any]) -> list[str]:
     """--arms of these names out of ARMS, and of more."""
     return ["--arms", json.dumps({name: ARMS[name] for name in names} | more)]
@@ -621,14 +624,28 @@ def test_a_folder_of_captioned_images_without_boxes_is_enough(
     run("finetune", argv)
     first = capsys.readouterr().out.splitlines()[0]
     assert first == (
-        "metadata.csv: 4 images; file_name, text; 2 train, 1 validation, 1 test "
-        "(no column of splits: split by the hash of file); findings: none"
+        "metadata.csv: 4 images, 2 train, 1 validation, 1 test (no column of splits: split by the hash of file); "
+        "columns file_name, text; findings: none; train: 2 captions of 2 images, "
+        "no boxes or masks (no column of metadata.csv is read as boxes or masks: name one by data.box_column or "
+        "data.mask_column)"
     )
     metrics = read_metrics(out)
     assert metrics["arms"]["model"]["localization"] is None
     assert 0 < metrics["arms"]["model"]["quality"]["diversity"] <= 1
     assert "model/samples/0000.png" in files_of(out) and "model/maps.safetensors" not in files_of(out)
     assert (out / "report.html").exists()
+
+
+def test_the_first_line_says_how_many_captions_are_cut(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_folder(tmp_path / "data", "file_name,text,split", lambda i: f"{'w ' * 80 * (i != 1)}{i},{SPLITS[i]}")
+    argv = ["--base.name", str(work / "sd"), *folder_argv(data), "--output_dir", str(tmp_path / "run"), "--dry_run"]
+    run("finetune", [*argv, "--data.truncate_captions", "true"])
+    first, second = capsys.readouterr().out.splitlines()[:2]
+    cut = "captions are cut at the 77 tokens that the text encoder reads (the longest has 83)"
+    assert first.startswith("metadata.csv: 4 images, 2 train, 0 validation, 2 test;")
+    assert first.endswith(f", 1 of 2 {cut}") and second.endswith(f", 2 of 2 {cut}") and second.startswith("test: 2 ")
 
 
 # --- dry runs -------------------------------------------------------------------------------------------------------
@@ -745,9 +762,32 @@ def empty_caption_and_box_outside(work: Path, tmp: Path) -> list[str]:
     return [*folder_argv(data), *FOLDER_COLUMNS]
 
 
+def same_picture(work: Path, tmp: Path) -> list[str]:
+    """The same bytes under two names, of two patients, in two splits."""
+    header = "path,dicom_id,subject_id,split,impression,Finding Labels"
+    data = make_folder(tmp / "data", header, lambda i: f"d{i},{i},{int(i < 3)},Clear lungs.,No Finding")
+    shutil.copy(data / "0.png", data / "3.png")
+    return [*folder_argv(data), "--data.kind", "mimic"]
+
+
+def validation_without_boxes(work: Path, tmp: Path) -> list[str]:
+    """Boxes of all images but the one that the gate looks at."""
+    rows = ['train,edema,"8,8,20,20"', "val,,", 'test,edema,"8,8,20,20"', 'train,edema,"8,8,20,20"']
+    data = make_folder(tmp / "data", "file_name,text,split,finding,bbox", lambda i: f"Edema.,{rows[i]}")
+    return [*folder_argv(data), "--trainer.localize_every_steps", "1"]
+
+
 @pytest.mark.parametrize(
     ("case", "expected"),
     [
+        (same_picture, ["picture in two splits", "split train, '0.png' (metadata.csv row 2); split test, '3.png'"]),
+        (
+            validation_without_boxes,
+            [
+                "none of the 1 has one: column bbox of metadata.csv holds none for the findings of these rows",
+                "the validation split is called validation, val, valid",
+            ],
+        ),
         (no_such_base, ["base.name: no folder", "nowhere"]),
         (no_data_folder, ["data.root", "nowhere", "is not a folder"]),
         (odd_resolution, ["data.resolution is 100", "multiple of 8", "evaluation.timesteps must be in 0 .. 999"]),
@@ -757,7 +797,7 @@ def empty_caption_and_box_outside(work: Path, tmp: Path) -> list[str]:
         (unknown_key, ["unknown key trainer.max_stesp; did you mean trainer.max_steps?", "trainer.learning_rate"]),
         (unknown_layer, ["no cross-attention layer starts with 'up_blocks.9'; available: down_blocks.0"]),
         (unknown_features, ["no extractor 'resnet'; available: auto, none, phantom, inception, xrv"]),
-        (unnamed_finding, ["findings that no caption names", "'edema' (1 images): no caption has any of edema"]),
+        (unnamed_finding, ["evaluation.localization_text phrase", "'edema' (1 images): no caption has any of edema"]),
         (long_captions, ["1 of 2 captions", "have more tokens than the text encoder takes, 77", "long long"]),
         (missing_image, ["metadata.csv row 3: image '1.png' cannot be opened", "row 4: image '2.png' is no image"]),
         (empty_caption_and_box_outside, ["row 2: text is empty", "row 5: box 108,8,20,20 is outside the image"]),

@@ -20,8 +20,9 @@ from rich.console import Console
 from distill.attention import attention_layers
 from distill.cli import to_yaml
 from distill.config import NO_LABEL, BaseConfig, FullEvaluation, RunConfig
-from distill.data.loading import load_dataset
+from distill.data.loading import load_dataset, refuse_shared_pictures
 from distill.data.readers.records import RecordDataset
+from distill.data.readers.splits import VALIDATION_SPLITS
 from distill.data.rows import check_training_text
 from distill.data_config import PhantomData
 from distill.errors import UserError, raise_all
@@ -116,14 +117,13 @@ def open_run(
         test = load_dataset(config.data, "test")
         train = load_dataset(config.data, "train") if arms else None
         validation = _load_validation(config, arms)
+        refuse_shared_pictures(train, test, validation)
     opened = Run(
         config, folder, accelerator, base or config.base, arms, evaluation, train, test, validation,
         references or {}, compare_to,
     )  # fmt: skip
-    read = train if train is not None else test
-    if isinstance(read, RecordDataset):
-        opened.say(read.summary)
     _check_references(opened, model)
+    _check_captions(opened, model)
     _check_data(opened, model)
     features = load_features(evaluation.features, phantom_data=isinstance(config.data, PhantomData))
     total = parameter_counts(model.denoiser)[0] + sum(parameter_counts(t)[0] for t in model.text_encoders)
@@ -243,10 +243,17 @@ def _load_validation(config: RunConfig, arms: Mapping[str, Arm]) -> PhantomDatas
     validation = load_dataset(config.data, "validation")
     if not any(validation.findings) or not any(validation[i].regions for i in range(len(validation))):
         raise UserError(
-            f"{asks} needs validation images with a box or mask of a finding, and none of the {len(validation):,} has one; "
-            "check the rows whose split is validation, val or valid, and data.findings"
+            f"{asks} needs validation images with a box or mask of a finding, and none of the {len(validation):,} has one"
+            f"{_why_no_regions(validation)}"
         )
     return validation
+
+
+def _why_no_regions(dataset: PhantomDataset | RecordDataset) -> str:
+    if not isinstance(dataset, RecordDataset):
+        return ""
+    names = f"; the validation split is called {', '.join(VALIDATION_SPLITS)}" if dataset.split == "validation" else ""
+    return f": {dataset.no_regions}; see data.findings{names}"
 
 
 def _check_references(run: Run, model: Model) -> None:
@@ -257,12 +264,18 @@ def _check_references(run: Run, model: Model) -> None:
             check_same_shape(run.load(name), model)
 
 
+def _check_captions(run: Run, model: Model) -> None:
+    """Say what was read of files, and how many captions are cut. Raises UserError if some are too long."""
+    read = [dataset for dataset in (run.train, run.test, run.validation) if isinstance(dataset, RecordDataset)]
+    for dataset in read:
+        dataset.check_captions(model.tokenizers, model.max_tokens)
+    for place, dataset in enumerate(read):
+        run.say(dataset.counts if place else dataset.summary)
+
+
 def _check_data(run: Run, model: Model) -> None:
-    """Captions, labels, regions and queries; raises UserError for what the arms or the evaluation need and is not there."""
+    """Labels, regions and queries; raises UserError for what the arms or the evaluation need and is not there."""
     train, config = run.train, run.config
-    for dataset in (train, run.test, run.validation):
-        if isinstance(dataset, RecordDataset):
-            dataset.check_captions(model.tokenizers, model.max_tokens)
     trainings = {arm.name: arm.training for arm in run.arms.values()}
     if train is not None:
         labels = [train.labels(i) for i in range(len(train))]
@@ -285,8 +298,8 @@ def _check_data(run: Run, model: Model) -> None:
             count = training.method.region_images or len(train)
             if training.method.reads_regions and not any(train[i].regions for i in range(min(len(train), count))):
                 raise UserError(
-                    "region weights need training images with a box or mask of a finding, and none has one; set "
-                    "data.box_column or data.mask_column, and look at method.images"
+                    "region weights need training images with a box or mask of a finding, and none of the first "
+                    f"{min(len(train), count):,} has one{_why_no_regions(train)}; see also method.images"
                 )
     by_words = run.evaluation.protocol == "ours" and run.evaluation.localization_text == "caption"
     if isinstance(run.test, RecordDataset) and by_words:

@@ -12,21 +12,19 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from distill.data.captions import query_words_for
+from distill.data.readers.inspection import Annotation, ImageRecord, check_inside
 from distill.data.readers.pixels import check_segmentation
 from distill.data.readers.records import (
-    VALIDATION_SPLITS,
-    Annotation,
-    ImageRecord,
     RecordDataset,
     SampleRecord,
-    check_inside,
     choose_findings,
     data_root,
     path_under,
 )
+from distill.data.readers.splits import VALIDATION_SPLITS, Split
 from distill.data.readers.tables import (
     SPLIT_CODES,
     Box,
@@ -70,13 +68,8 @@ class CocoDataset(RecordDataset):
     Raises UserError that lists all faults at once.
     """
 
-    def __init__(self, config: CocoData, split: Literal["train", "test", "validation"]) -> None:
+    def __init__(self, config: CocoData, split: Split) -> None:
         root = data_root(config)
-        if split == "validation" and config.test_split in VALIDATION_SPLITS:
-            raise UserError(
-                f"data.test_split is {config.test_split}, which is also the validation split: what is chosen on it would "
-                "be tested on it; name other files for the test split"
-            )
         name = {"train": config.train_split, "test": config.test_split, "validation": "val"}[split]
         captions_file = config.captions_file.replace("{split}", name)
         image_dir = config.image_dir.replace("{split}", name)
@@ -105,7 +98,11 @@ class CocoDataset(RecordDataset):
             samples=samples,
             general=general,
             faults=faults,
-            about=f"{captions_file}: {len(samples)} {split} captions of {len({s.image.name for s in samples})} images",
+            about=f"captions of {captions_file}, {f'instances of {instances_file}' if instances_file else 'no instances'}",
+            split=split,
+            no_regions=f"{instances_file} has none for these captions"
+            if instances_file
+            else "captions alone: data.instances_file is none; it names the JSON with COCO's boxes and masks",
         )
 
 

@@ -11,20 +11,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from distill.data.captions import query_words_for
+from distill.data.readers.inspection import Annotation, ImageRecord, file_hashes
 from distill.data.readers.records import (
-    VALIDATION_SPLITS,
-    Annotation,
-    ImageRecord,
     RecordDataset,
     SampleRecord,
     choose_findings,
     data_root,
-    file_hashes,
 )
-from distill.data.readers.splits import EVERY_IMAGE, Member, refuse_shared, split_by_rule
+from distill.data.readers.splits import EVERY_IMAGE, VALIDATION_SPLITS, Member, Split, refuse_shared, split_by_rule
 from distill.data.readers.tables import (
     Box,
     Faults,
@@ -95,7 +92,7 @@ class FolderDataset(RecordDataset):
     two splits.
     """
 
-    def __init__(self, config: FolderData, split: Literal["train", "test", "validation"]) -> None:
+    def __init__(self, config: FolderData, split: Split) -> None:
         root = data_root(config)
         every_image = config.test_split == EVERY_IMAGE
         if every_image and split != "test":
@@ -148,6 +145,8 @@ class FolderDataset(RecordDataset):
             general=general,
             faults=faults,
             about=_about(config, columns, splits),
+            split=split,
+            no_regions=_no_regions(config, columns),
         )
         if columns.split is not None and not every_image:
             refuse_shared(
@@ -174,6 +173,13 @@ def _role(config: FolderData, value: str) -> str:
     return "validation" if value in VALIDATION_SPLITS else ""
 
 
+def _no_regions(config: FolderData, columns: _Columns) -> str:
+    shapes = [name for name in (columns.box, columns.mask) if name]
+    if not shapes:
+        return f"no column of {config.metadata_file} is read as boxes or masks: name one by data.box_column or data.mask_column"
+    return f"column {' and '.join(shapes)} of {config.metadata_file} holds none for the findings of these rows"
+
+
 def _about(config: FolderData, columns: _Columns, splits: Sequence[str]) -> str:
     counts = Counter(splits)
     order = dict.fromkeys(["train", "validation", "test"])
@@ -187,7 +193,7 @@ def _about(config: FolderData, columns: _Columns, splits: Sequence[str]) -> str:
         shown += f" (no column of splits: split by the hash of {by})"
     if config.test_split == EVERY_IMAGE:
         shown = "all are evaluated, whatever their split"
-    return f"{config.metadata_file}: {len(splits)} images; {', '.join(columns.read())}; {shown}"
+    return f"{config.metadata_file}: {len(splits):,} images, {shown}; columns {', '.join(columns.read())}"
 
 
 def _read_metadata(root: Path, name: str) -> tuple[list[str], list[Row]]:
@@ -257,7 +263,7 @@ def _entries(config: FolderData, columns: _Columns, root: Path, rows: list[Row],
             path = _path_in(real_root, name, columns.image)
             caption = caption_of(row, columns.caption, config.allow_empty_captions)
             split = text_of(row, columns.split, empty=True) if columns.split else ""
-            patient = text_of(row, columns.patient, empty=True) if columns.patient else ""
+            patient = text_of(row, columns.patient, empty=True).removesuffix(".0") if columns.patient else ""
             labels = [label for label in texts_of(row, columns.label) if label]
             annotations = _annotations(columns, real_root, place, row)
         except ValueError as error:

@@ -11,19 +11,16 @@ from typing import Any, Literal
 
 from distill.data.captions import query_words_for
 from distill.data.readers.coco import read_coco
+from distill.data.readers.inspection import Annotation, ImageRecord, check_inside
 from distill.data.readers.records import (
-    VALIDATION_SPLITS,
-    Annotation,
-    ImageRecord,
     RecordDataset,
     SampleRecord,
-    check_inside,
     choose_findings,
     data_root,
     logger,
     path_under,
 )
-from distill.data.readers.splits import Member, refuse_shared
+from distill.data.readers.splits import VALIDATION_SPLITS, Member, Split, refuse_shared
 from distill.data.readers.tables import (
     SPLIT_CODES,
     Box,
@@ -103,7 +100,7 @@ class MimicDataset(RecordDataset):
     def __init__(
         self,
         config: MimicData | MsCxrData,
-        split: Literal["train", "test", "validation"],
+        split: Split,
         *,
         held_out: Collection[str] = (),
     ) -> None:
@@ -150,7 +147,9 @@ class MimicDataset(RecordDataset):
             samples=samples,
             general=general + problems,
             faults=faults,
-            about=f"{getattr(config, option)}: {len(samples)} {split} images",
+            about=_about(getattr(config, option), studies),
+            split=split,
+            no_regions="this file has none; data.kind mscxr reads those of MS-CXR",
         )
         if config.kind == "mimic":
             # In training for MS-CXR, patients that are evaluated on are left out above.
@@ -164,6 +163,15 @@ class MimicDataset(RecordDataset):
                 f"{getattr(config, option)} has a patient in two splits: a test would see what was trained on",
                 "Give all rows of a patient one value of split",
             )
+
+
+def _about(name: str, studies: list[_Study]) -> str:
+    splits = ", ".join(f"{count:,} {split}" for split, count in Counter(study.split for study in studies).items())
+    known = sum(bool(study.patient) for study in studies)
+    return (
+        f"{name}: {len(studies):,} images, {splits}; columns {', '.join(_COLUMNS)} and labels; patient known of {known:,} "
+        "(subject_id, else path)"
+    )
 
 
 def _read_studies(
@@ -288,7 +296,7 @@ class MsCxrDataset(RecordDataset):
         if column and not faults and not any(row.split in wanted for row in rows):
             there = ", ".join(f"'{quote(value)}' ({n} boxes)" for value, n in Counter(r.split for r in rows).items())
             general.append(f"no row has {column} = {' or '.join(wanted)}; there are {there or 'no rows'}")
-        by_image = _by_image(rows, faults)
+        by_all = by_image = _by_image(rows, faults)
         captions = _captions(config, root, by_image, faults)
         if column:
             by_image = {path: group for path, group in by_image.items() if group[0].split in wanted}
@@ -305,7 +313,9 @@ class MsCxrDataset(RecordDataset):
             samples=samples,
             general=general,
             faults=faults,
-            about=f"{config.metadata_file}: {len(samples)} {split} samples of {len({s.image.name for s in samples})} images",
+            about=_about_boxes(config, by_all),
+            split=split,
+            no_regions=f"{config.metadata_file} has none for the findings that are kept",
         )
         if column:
             refuse_shared(
@@ -322,6 +332,14 @@ class MsCxrDataset(RecordDataset):
                 f"{config.metadata_file} has a patient in two splits",
                 f"Give all images of a patient one value of {column}",
             )
+
+
+def _about_boxes(config: MsCxrData, by_image: Mapping[str, list[_Row]]) -> str:
+    boxes = sum(map(len, by_image.values()))
+    column = _split_column(config)
+    splits = f"split by {column}" if column else "all in the test split"
+    captions = "label_text" if config.caption_source == "phrase" or config.mimic_file is None else config.mimic_file
+    return f"{config.metadata_file}: {len(by_image):,} images with {boxes:,} boxes, {splits}; captions of {captions}"
 
 
 def mscxr_training(config: MsCxrData) -> MimicDataset:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,23 @@ from distill.data.readers.tables import quote
 SLACK_PX = 1.0
 """Annotation tools round; a box or polygon may leave its image by this much and is clipped."""
 
+LARGEST_IMAGE_PX = 2**26
+"""Width times height of a picture or mask: 8192 x 8192."""
+
+_FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000")
+"""Pillow knows more, some of which start other programs."""
+FORMATS_SHOWN = f"{', '.join(_FORMATS[:-1])} and {_FORMATS[-1]}"
+
+_LARGEST_RUN_LENGTHS_PX = 2**25
 _OVERSAMPLING = 8
 _CANVAS_PX = 2**26
+_DRAWN_PX = 2**28
+"""Pixels that the polygons of an annotation may fill before they are drawn less finely."""
+_ONE_BY_ONE = 100
+"""Up to so many polygons are drawn on a canvas each, more on one."""
+
+# Larger pictures are refused with their names.
+warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 # --- files --------------------------------------------------------------------------------------------------------
@@ -27,36 +43,48 @@ _CANVAS_PX = 2**26
 
 def open_image(data: bytes) -> Image.Image:
     """The image decoded to the end, turned as its EXIF orientation says. Raises what Pillow raises."""
-    image = Image.open(io.BytesIO(data))
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and image.width * image.height > limit:
-        raise ValueError(f"{image.width} x {image.height} px are more than {limit}; shrink it")
+    image = Image.open(io.BytesIO(data), formats=_FORMATS)
+    if image.width * image.height > LARGEST_IMAGE_PX:
+        raise ValueError(f"{image.width} x {image.height} px are more than {LARGEST_IMAGE_PX}; shrink it")
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # a photograph with its previews
+        raise ValueError(f"it holds {frames} pictures; save the one that is meant as a file of its own")
     image.load()
-    return ImageOps.exif_transpose(image)
+    ImageOps.exif_transpose(image, in_place=True)
+    return image
 
 
-def eight_bits(image: Image.Image) -> Image.Image:
-    """Mode L or RGB. 16-bit gray is divided by 257, so that 65535 becomes 255; transparent pixels lie on white."""
+def check_range(image: Image.Image) -> None:
+    """Raise ValueError if the pixels are not of 8 or 16 bits."""
+    if image.mode == "F":
+        raise ValueError("its pixels are floating point; save it as 8 or 16 bit")
     if image.mode.startswith("I"):
         values = np.asarray(image)
         if values.min() < 0 or values.max() > 65535:
             raise ValueError("its integers do not fit 16 bits; save it as 8 or 16 bit")
-        return Image.fromarray((values.astype(np.float32) / 257.0 + 0.5).astype(np.uint8))
-    if image.mode == "F":
-        raise ValueError("its pixels are floating point; save it as 8 or 16 bit")
+
+
+def eight_bits(image: Image.Image) -> Image.Image:
+    """Mode L or RGB. 16-bit gray is divided by 257, so that 65535 becomes 255; transparent pixels lie on white."""
+    check_range(image)
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.float32) / 257.0 + 0.5).astype(np.uint8))
     if image.has_transparency_data:
-        image = image.convert("RGBA")
+        image = image if image.mode == "RGBA" else image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+    mode = "L" if image.mode in ("1", "L") else "RGB"
+    return image if image.mode == mode else image.convert(mode)
 
 
 def mask_of_file(path: Path) -> NDArray[np.bool_]:
     """(height, width): where a pixel, or its index in the palette, is not zero; transparency does not count."""
-    image = open_image(path.read_bytes())
-    if image.mode in ("LA", "RGBA"):
-        image = image.convert(image.mode[:-1])
-    values = np.asarray(image)
+    values = mask_values(open_image(path.read_bytes()))
     return np.asarray(values.any(axis=2) if values.ndim == 3 else values != 0)
+
+
+def mask_values(image: Image.Image) -> NDArray[np.generic]:
+    """Its pixels without their transparency: non-zero is inside."""
+    return np.asarray(image.convert(image.mode[:-1]) if image.mode in ("LA", "RGBA") else image)
 
 
 # --- segmentations of COCO ----------------------------------------------------------------------------------------
@@ -74,6 +102,11 @@ def check_segmentation(value: Any, width: int, height: int) -> str | None:
         size, counts = value.get("size"), value.get("counts")
         if size != [height, width]:
             raise ValueError(f"segmentation.size is {quote(size)}; right is [{height}, {width}], the image's")
+        if width * height > _LARGEST_RUN_LENGTHS_PX:
+            raise ValueError(
+                f"segmentation is run lengths of {width} x {height} px; right is a list of polygons for more than "
+                f"{_LARGEST_RUN_LENGTHS_PX} px"
+            )
         runs = decode_counts(counts) if isinstance(counts, str) else counts
         if not isinstance(runs, list) or any(type(run) is not int or run < 0 for run in runs):
             raise ValueError(f"segmentation.counts '{quote(counts)}' are not numbers of pixels of at least 0")
@@ -95,11 +128,13 @@ def check_segmentation(value: Any, width: int, height: int) -> str | None:
     return json.dumps(value)
 
 
-def segmentation_mask(segmentation: str, width: int, height: int) -> NDArray[np.bool_]:
-    """(height, width) of what `check_segmentation` returned."""
+def segmentation_mask(segmentation: str, width: int, height: int, shrink: int = 1) -> NDArray[np.bool_]:
+    """(height, width) of what `check_segmentation` returned. Polygons may be drawn with `shrink` pixels in one."""
     value = json.loads(segmentation)
     if isinstance(value, list):
-        return polygon_mask(value, width, height)
+        if shrink > 1:
+            value = [[number / shrink for number in polygon] for polygon in value]
+        return polygon_mask(value, math.ceil(width / shrink), math.ceil(height / shrink))
     counts = value["counts"]
     return rle_mask(decode_counts(counts) if isinstance(counts, str) else counts, width, height)
 
@@ -141,19 +176,24 @@ def polygon_mask(polygons: Sequence[Sequence[float]], width: int, height: int) -
     """(height, width) union of polygons in pixels: where at least half of a pixel is inside.
 
     Pillow also fills the pixels that an edge touches, which would make small objects too large; polygons are therefore
-    drawn enlarged, and shrunk.
+    drawn enlarged, and shrunk. Many polygons, or large ones, are enlarged less.
     """
     mask = np.zeros((height, width), dtype=bool)
-    for polygon in polygons:
-        points = np.asarray(polygon, dtype=np.float64).reshape(-1, 2).clip(0, (width, height))
-        left, top = np.floor(points.min(axis=0)).astype(int)
-        right, bottom = np.ceil(points.max(axis=0)).astype(int)
+    all_points = [np.asarray(polygon, dtype=np.float64).reshape(-1, 2).clip(0, (width, height)) for polygon in polygons]
+    area = sum(float(np.ptp(points, axis=0).prod()) for points in all_points)
+    finest = min(_OVERSAMPLING, math.isqrt(int(_DRAWN_PX / max(area, 1.0))))
+    for group in [all_points] if len(polygons) > _ONE_BY_ONE else [[points] for points in all_points]:
+        left, top = np.floor(np.min([points.min(axis=0) for points in group], axis=0)).astype(int)
+        right, bottom = np.ceil(np.max([points.max(axis=0) for points in group], axis=0)).astype(int)
         if right == left or bottom == top:
             continue
-        scale = max(1, min(_OVERSAMPLING, math.isqrt(_CANVAS_PX // int((right - left) * (bottom - top)))))
+        scale = max(1, min(finest, math.isqrt(_CANVAS_PX // int((right - left) * (bottom - top)))))
         canvas = Image.new("L", (int(right - left) * scale, int(bottom - top) * scale))
-        # The centre of Pillow's pixel 0 is at 0, and of an image's at 0.5.
-        corners = (points - (left, top)) * scale - 0.5
-        ImageDraw.Draw(canvas).polygon([(x, y) for x, y in corners.tolist()], fill=255)
+        draw = ImageDraw.Draw(canvas)
+        for points in group:
+            if np.ptp(points, axis=0).all():
+                # The centre of Pillow's pixel 0 is at 0, and of an image's at 0.5.
+                corners = (points - (left, top)) * scale - 0.5
+                draw.polygon([(x, y) for x, y in corners.tolist()], fill=255)
         mask[top:bottom, left:right] |= np.asarray(canvas.reduce(scale)) >= 128
     return mask

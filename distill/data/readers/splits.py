@@ -11,6 +11,8 @@ from typing import Literal
 from distill.data.readers.tables import Place, quote
 from distill.errors import UserError, raise_all
 
+VALIDATION_SPLITS = ("validation", "val", "valid")
+
 EVERY_IMAGE = "all"
 """Value of data.test_split that evaluates a folder as a whole."""
 
@@ -21,7 +23,7 @@ Split = Literal["train", "validation", "test"]
 class Member:
     """An image as splits see it. An empty patient or sha256 is unknown, and is like no other."""
 
-    place: Place
+    place: Place | str
     name: str
     split: str
     patient: str = ""

@@ -252,8 +252,10 @@ def key(name: str) -> str:
 
 
 def quote(value: Any) -> str:
+    """Its first characters on one line; those that a terminal would obey or hide are escaped."""
     text = " ".join(str(value).split())
-    return text if len(text) <= _QUOTED_CHARACTERS else text[: _QUOTED_CHARACTERS - 1] + "…"
+    text = text if len(text) <= _QUOTED_CHARACTERS else text[: _QUOTED_CHARACTERS - 1] + "…"
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text)
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
