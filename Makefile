@@ -15,8 +15,8 @@ WORKERS ?= 2
 
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --disable-pip-version-check $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
-# accelerate gives a process one thread unless told, and warns of each value that it was not told.
-THREADS := $(or $(OMP_NUM_THREADS),$(shell getconf _NPROCESSORS_ONLN))
+# As many threads as cores are free: more are several times slower. accelerate gives one unless told.
+THREADS := $(or $(OMP_NUM_THREADS),$(shell $(PYTHON) distill/processes.py))
 LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no \
 	--dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 

@@ -1,11 +1,66 @@
-"""The processes of `accelerate launch`, for what comes before an Accelerator."""
+"""The processes of `accelerate launch`, for what comes before an Accelerator, and the cores that are free for their threads."""
 
 from __future__ import annotations
 
-from accelerate import PartialState
-from accelerate.utils import parse_flag_from_env
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from accelerate import PartialState
 
 
 def process_state() -> PartialState:
     """PartialState of all processes: on a CPU its default takes each for the only one, and an Accelerator keeps to that."""
+    from accelerate import PartialState
+    from accelerate.utils import parse_flag_from_env
+
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def cores() -> set[int]:
+    """Numbers of the cores that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
+def free_cores(seconds: float = 0.5) -> int:
+    """How many of them are idle, watched for this long; at least 1. All where the system does not say (Linux does)."""
+    try:
+        before = _idle_ticks()
+        time.sleep(seconds)
+        after = _idle_ticks()
+    except (OSError, ValueError):
+        return len(cores())
+    shares = [
+        (after[core][0] - before[core][0]) / max(1, after[core][1] - before[core][1]) for core in cores() & set(after)
+    ]
+    return max(1, round(sum(shares)))
+
+
+def _idle_ticks() -> dict[int, tuple[int, int]]:
+    """Core -> its idle and all of its clock ticks since the start of the machine."""
+    found = {}
+    for line in Path("/proc/stat").read_text().splitlines():
+        name, *ticks = line.split()
+        if name.startswith("cpu") and name != "cpu":
+            values = [int(tick) for tick in ticks]
+            found[int(name[3:])] = (values[3] + values[4], sum(values[:8]))
+    return found
+
+
+def thread_advice(threads: int, processes: int) -> str | None:
+    """A sentence for a start with more threads than free cores, else None. Call it before the work begins."""
+    if threads == 1:
+        return None
+    free = free_cores()
+    if threads * processes <= free:
+        return None
+    return (
+        f"{processes} process(es) of {threads} threads, and {free} of {len(cores())} cores free: threads that wait make "
+        f"steps several times slower; --num_cpu_threads_per_process {max(1, free // processes)} is faster"
+    )
+
+
+if __name__ == "__main__":
+    print(free_cores())

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import diffusers
+import torch
 import transformers
 import yaml
 from accelerate import Accelerator
@@ -35,6 +36,7 @@ from distill.metrics.features import load_features
 from distill.models import Model, load_model
 from distill.models.adapters import check_lora_targets, lora_targets, parameter_counts
 from distill.models.loading import LORA_FILE
+from distill.processes import thread_advice
 from distill.trainer import make_accelerator
 
 if TYPE_CHECKING:
@@ -132,6 +134,9 @@ def open_run(
         f"{opened.base.name}: {total / 1e6:,.1f} M parameters in denoiser and text encoder; {sizes} at "
         f"{config.data.resolution} px; {accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
+    advice = thread_advice(torch.get_num_threads(), accelerator.num_processes)
+    if advice and accelerator.device.type == "cpu":
+        opened.say(advice)
     if not config.dry_run:
         model.to(accelerator.device)
         shared = {"accelerator": accelerator, "run_dir": folder, "training": train}

@@ -1,0 +1,57 @@
+"""Threads: a start with more of them than cores are free is told so."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from recipe import ROOT
+
+from distill import processes
+
+
+@pytest.mark.parametrize(
+    ("free", "threads", "count", "told"),
+    [
+        (2, 2, 1, None),
+        (1, 1, 2, None),
+        (1, 2, 1, "--num_cpu_threads_per_process 1 is faster"),
+        (3, 4, 1, "--num_cpu_threads_per_process 3 is faster"),
+        (4, 2, 2, None),
+        (4, 4, 2, "--num_cpu_threads_per_process 2 is faster"),
+    ],
+)
+def test_advice_names_the_threads_that_are_free(
+    free: int, threads: int, count: int, told: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(processes, "free_cores", lambda: free)
+    said = processes.thread_advice(threads, count)
+    assert said is None if told is None else said is not None and said.endswith(told)
+
+
+@pytest.mark.parametrize(("idle", "free"), [((100, 100), 2), ((100, 0), 1), ((0, 0), 1), ((60, 100), 2)])
+def test_free_cores_are_the_idle_ones(idle: tuple[int, int], free: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # (user, idle) of each core before and after 100 more ticks
+    readings = iter([[(50, 10), (50, 10)], [(150 - n, 10 + n) for n in idle]])
+
+    def reading() -> dict[int, tuple[int, int]]:
+        return {core: (idle_ticks, user + idle_ticks) for core, (user, idle_ticks) in enumerate(next(readings))}
+
+    monkeypatch.setattr(processes, "_idle_ticks", reading)
+    monkeypatch.setattr(processes, "cores", lambda: {0, 1})
+    assert processes.free_cores(0) == free
+
+
+@pytest.mark.skipif(not Path("/proc/stat").exists(), reason="only Linux counts the ticks of each core")
+def test_ticks_are_read_for_every_core() -> None:
+    ticks = processes._idle_ticks()
+    assert processes.cores() <= set(ticks) and all(0 <= idle <= total for idle, total in ticks.values())
+
+
+def test_the_makefile_reads_a_number_of_threads() -> None:
+    printed = subprocess.run(
+        [sys.executable, ROOT / "distill" / "processes.py"], capture_output=True, text=True, check=True
+    )
+    assert 1 <= int(printed.stdout) <= len(processes.cores())
