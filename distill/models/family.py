@@ -17,8 +17,10 @@ import torch
 from diffusers.models.attention_processor import Attention
 from torch import nn
 
-from distill.errors import UserError
+from distill.errors import UserError, raise_all
 
+MAX_TOKENS = 100_000
+"""Positions of a caption, for a text encoder that names no limit; a tokenizer that names none has 10**30."""
 Kind = Literal["cross", "self"]
 ModuleName = Callable[[str], str]
 TextStates = tuple[torch.Tensor, torch.Tensor | None]
@@ -140,11 +142,18 @@ class Family(ABC):
         return isinstance(denoiser, self.denoiser_class)
 
     def check(self, model: Model) -> None:
-        """Raise UserError if the model predicts something that this family cannot train."""
+        """Raise UserError if the model predicts something that this family cannot train, or if its parts do not fit."""
+        if not self.owns(unwrapped(model.denoiser)):
+            raise UserError(f"the denoiser is not one of {self.name}, and the pipeline is")
         if model.prediction_type not in self.prediction_types:
             raise UserError(
                 f"the base predicts {model.prediction_type!r}; {' and '.join(self.prediction_types)} are supported"
             )
+        raise_all("the parts of the base do not fit", [*text_faults(model), *self.part_faults(model)])
+
+    def part_faults(self, model: Model) -> list[str]:
+        """Why the parts of a model cannot work together; empty if they can."""
+        return []
 
     # --- text, and the forward pass --------------------------------------------------------------------------------
 
@@ -267,6 +276,28 @@ class Family(ABC):
     def load_adapters(self, pipeline: Any, folder: Path) -> None:
         """Attach the adapters of a folder under the name `default`, as a user would."""
         pipeline.load_lora_weights(folder, adapter_name="default")
+
+
+def text_faults(model: Model) -> list[str]:
+    """Tokenizers whose tokens the text encoders cannot embed."""
+    faults = []
+    names = zip(model.family.tokenizer_names, model.family.text_encoder_names, strict=True)
+    parts = zip(model.tokenizers, model.text_encoders, strict=True)
+    for (tokenizer_name, encoder_name), (tokenizer, encoder) in zip(names, parts, strict=True):
+        rows = int(encoder.get_input_embeddings().num_embeddings)
+        # Where the files of a tokenizer are missing, transformers makes one of its special tokens.
+        if not rows / 2 < len(tokenizer) <= rows:
+            faults.append(
+                f"{tokenizer_name} has {len(tokenizer):,} tokens, and {encoder_name} embeds {rows:,}; are the files of the "
+                "tokenizer all there, and of this model?"
+            )
+        most, length = getattr(encoder.config, "max_position_embeddings", None), tokenizer.model_max_length
+        if not isinstance(length, int) or not 2 < length <= (most or MAX_TOKENS):
+            faults.append(
+                f"{tokenizer_name}: model_max_length is {length}; expected a whole number of 3 to {most or MAX_TOKENS:,}, the "
+                f"positions of {encoder_name}"
+            )
+    return faults
 
 
 _families: dict[str, Family] = {}

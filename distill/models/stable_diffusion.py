@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 from typing import Any
@@ -35,6 +36,37 @@ class UNetFamily(Family):
             noise_scheduler=DDPMScheduler.from_config(pipeline.scheduler.config),
             pipeline=pipeline,
         )
+
+    def part_faults(self, model: Model) -> list[str]:
+        unet, vae, faults = model.denoiser.config, model.vae.config, []
+        channels = vae.latent_channels
+        if unet.in_channels != channels:
+            kind = {9: " (an inpainting model)", 8: " (a model of image to image)"}.get(unet.in_channels, "")
+            faults.append(
+                f"unet: in_channels is {unet.in_channels}{kind}, and latent_channels of the vae is {channels}; give a "
+                "text-to-image model"
+            )
+        if unet.out_channels != channels:
+            faults.append(f"unet: out_channels is {unet.out_channels}, and latent_channels of the vae is {channels}")
+        width = unet.cross_attention_dim
+        widths = set(width) if isinstance(width, (list, tuple)) else {width}
+        given = sum(encoder.config.hidden_size for encoder in model.text_encoders)
+        if unet.encoder_hid_dim is None and widths != {given}:
+            faults.append(f"unet: cross_attention_dim is {width}, and the hidden states of the text are {given} wide")
+        scale = vae.scaling_factor
+        if not isinstance(scale, (int, float)) or not 0 < scale < math.inf:
+            faults.append(f"vae: scaling_factor is {scale!r}; expected a number above 0, such as 0.18215")
+        return faults + self._schedule_faults(model)
+
+    def _schedule_faults(self, model: Model) -> list[str]:
+        """The stock scheduler must add noise as DDPM does: less signal at every step."""
+        if getattr(model.pipeline.scheduler, "alphas_cumprod", None) is None:
+            name = type(model.pipeline.scheduler).__name__
+            return [f"scheduler: {name} is of another kind than DDPM; expected one such as DDIMScheduler"]
+        betas = model.noise_scheduler.betas
+        if not (len(betas) > 1 and bool(((betas >= 0) & (betas <= 1)).all())):
+            return ["scheduler: its betas must be in 0 .. 1; look at beta_start, beta_end and trained_betas"]
+        return []
 
     def added_conditions(self, conditions: Conditions, dtype: torch.dtype) -> dict[str, torch.Tensor] | None:
         """What the U-Net reads besides the text's hidden states."""

@@ -30,7 +30,7 @@ from transformers.utils import cached_file
 from distill.config import NO_LABEL
 from distill.errors import UserError
 from distill.models.family import Model
-from distill.models.loading import UNREADABLE, first_line
+from distill.models.parts import refusing
 from distill.tokens import BOS, EOS, PADDING, token_groups
 
 RIDGE = 1e-3
@@ -44,7 +44,11 @@ def load_text_encoder(name: str, model_type: str | None = None, *, max_tokens: i
     weights are of a known kind: `bert` for CXR-BERT. Raises UserError for what cannot be loaded, lacks weights, or cannot
     tell which characters its tokens are of.
     """
-    try:
+    expected = (
+        ". Expected a folder or hub id with config.json, model.safetensors and a tokenizer, of a kind that transformers lists "
+        "for text encoding"
+    )
+    with refusing(f"text_encoder: cannot load {name}", expected):
         if model_type is None:
             config: PretrainedConfig = AutoConfig.from_pretrained(name)
             tokenizer = AutoTokenizer.from_pretrained(name)
@@ -57,11 +61,6 @@ def load_text_encoder(name: str, model_type: str | None = None, *, max_tokens: i
         encoder, found = AutoModelForTextEncoding.from_pretrained(
             name, config=config, use_safetensors=True, output_loading_info=True, dtype=torch.float32
         )
-    except (*UNREADABLE, KeyError, RuntimeError) as error:
-        raise UserError(
-            f"text_encoder: cannot load {name}: {first_line(error)}. Expected a folder or hub id with config.json, "
-            "model.safetensors and a tokenizer, of a kind that transformers lists for text encoding"
-        ) from error
     missing = sorted(key for key in found["missing_keys"] if not key.startswith("pooler."))
     if missing:
         raise UserError(
