@@ -37,6 +37,8 @@ class PhantomData(Data):
     """reports state findings and negate others; affirmed negates none; stated has findings alone; labels is their names."""
     companions: Probability = 0.0
     """Probability that a finding brings its companion, such as an effusion an atelectasis."""
+    placement: Literal["anatomical", "balanced"] = "anatomical"
+    """balanced: a finding lies on either side and in any zone equally often, so that its place alone tells little."""
 
 
 class FileData(Data):

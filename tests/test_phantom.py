@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,14 +14,15 @@ import torch
 from PIL import Image
 from scipy.fft import dctn, idctn
 
-from distill.data.captions import query_words_for
+from distill.data.captions import MS_CXR_QUERY_WORDS, query_words_for
 from distill.data.phantom import dataset as phantom
 from distill.data.phantom import pixels as phantom_pixels
 from distill.data.phantom.dataset import PhantomDataset, picture_sheet
 from distill.data.phantom.pixels import draw
-from distill.data.phantom.scene import FINDINGS, Scene, draw_scene
+from distill.data.phantom.scene import FINDINGS, MOVABLE, Scene, draw_scene
 from distill.data.sample import ImageCaptionDataset, Sample
 from distill.errors import UserError
+from distill.metrics import PixelAUROC
 from distill.tokens import find_words
 
 ROWS = 100
@@ -256,3 +258,75 @@ def test_companions_correlate_findings() -> None:
     assert together(0.0) < 0.3 < 0.6 < together(0.9)
     with pytest.raises(UserError, match="companions is 1.5"):
         PhantomDataset("train", 1, companions=1.5)
+
+
+@pytest.fixture(scope="module")
+def balanced() -> PhantomDataset:
+    return PhantomDataset("train", 3000, placement="balanced")
+
+
+def test_balanced_findings_lie_anywhere_equally_often(balanced: PhantomDataset) -> None:
+    scenes = [balanced.scene(index) for index in range(len(balanced))]
+    named = Counter((f.name, f.side, f.zone) for scene in scenes for f in scene.findings)
+    assert len(named) == 24 and {name for name, _, _ in named} == set(balanced.findings) == set(MOVABLE)
+    expected = sum(named.values()) / 24
+    # Chi-squared of 23 degrees of freedom; .999 lies at 49.7.
+    assert sum((count - expected) ** 2 for count in named.values()) / expected < 49.7
+    both = [scene for scene in scenes if scene.unnamed]
+    assert 0.4 < len(both) / sum(bool(scene.findings) for scene in scenes) < 0.6
+    for scene in both:
+        (one,), (other,) = scene.findings, scene.unnamed
+        assert one.name != other.name and (one.side, one.zone) != (other.side, other.zone)
+
+
+def test_captions_leave_unnamed_findings_out(balanced: PhantomDataset) -> None:
+    seen = 0
+    for index in range(600):
+        scene, caption = balanced.scene(index), balanced.caption(index)
+        assert balanced.labels(index) == tuple(finding.name for finding in scene.findings)
+        for finding in scene.unnamed:
+            seen += 1
+            assert not find_words(caption, MS_CXR_QUERY_WORDS[finding.name]), caption
+            assert not re.search(r"clear|well aerated", caption), caption
+    assert seen > 200
+
+
+def test_unnamed_findings_are_drawn_and_have_no_region(balanced: PhantomDataset) -> None:
+    index = next(i for i in range(100) if balanced.scene(i).unnamed)
+    scene, sample = balanced.scene(index), balanced[index]
+    without = draw(replace(scene, unnamed=()), balanced.resolution).image
+    assert [region.finding for region in sample.regions] == [scene.findings[0].name]
+    assert np.abs(draw(scene, balanced.resolution).image - without).max() > 0.1
+
+
+def test_every_balanced_finding_is_in_the_picture() -> None:
+    small = PhantomDataset("test", 150, resolution=64, placement="balanced")
+    for index in range(len(small)):
+        assert all(region.mask.sum() > 20 for region in small[index].regions), index
+
+
+def test_balanced_places_tell_less_than_anatomical_ones(balanced: PhantomDataset) -> None:
+    def auc_of_mean_mask(dataset: PhantomDataset) -> float:
+        """Mean over findings of the AUC of their mean mask in half of the images, on the others."""
+        masks: dict[str, list[torch.Tensor]] = {name: [] for name in MOVABLE}
+        for index in range(len(dataset)):
+            for region in dataset[index].regions if set(dataset.labels(index)) & set(MOVABLE) else ():
+                if region.finding in masks:
+                    masks[region.finding].append(region.mask)
+        areas = []
+        for found in masks.values():
+            half = len(found) // 2
+            blind = torch.stack(found[:half]).float().mean(0).expand(len(found) - half, -1, -1)
+            areas.append(PixelAUROC().pair_scores(blind, torch.stack(found[half:])).mean())
+        return float(torch.stack(areas).mean())
+
+    anatomical, moved = (
+        auc_of_mean_mask(PhantomDataset("train", 400, resolution=64, placement=placement))
+        for placement in ("anatomical", "balanced")
+    )
+    assert moved < 0.78 and anatomical > 0.85, (moved, anatomical)
+
+
+def test_companions_are_of_the_anatomical_placement() -> None:
+    with pytest.raises(UserError, match="companions are of the anatomical placement"):
+        PhantomDataset("train", 1, companions=0.5, placement="balanced")

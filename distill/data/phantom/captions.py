@@ -154,8 +154,9 @@ def write_caption(
 ) -> tuple[str, dict[str, str]]:
     """A caption of 1-4 sentences and at most 44 words, and the phrase that names each finding in it.
 
-    Findings are named in positive sentences only; negated ones name findings that the scene does not have. Sentences
-    come in any order, so that the place of a word does not tell the finding. style: see `PhantomDataset`.
+    Findings are named in positive sentences only; negated ones name findings that the scene does not have. Unnamed findings
+    are neither. Sentences come in any order, so that the place of a word does not tell the finding.
+    style: see `PhantomDataset`.
     """
 
     def pick(options: Sequence[str]) -> str:
@@ -175,7 +176,8 @@ def write_caption(
         else:
             stated.append(_render(pick(_POSITIVE), queue.pop()))
 
-    absent = [name for name in rng.permutation(FINDINGS) if name not in names]
+    hidden = {finding.name for finding in scene.unnamed}
+    absent = [name for name in rng.permutation(FINDINGS) if name not in names | hidden]
     negated = []
     for _ in range(2):
         count = int(rng.integers(1, 4))
@@ -188,7 +190,9 @@ def write_caption(
         optional.append(pick(_NORMAL_HEART))
     in_lungs = [finding for finding in present if finding.name != "cardiomegaly"]
     sides = {finding.side for finding in in_lungs}
-    if not in_lungs:
+    if scene.unnamed:
+        pass  # a sentence of clear lungs would deny it
+    elif not in_lungs:
         optional.append(pick(("The lungs are clear.", "Clear lungs.", "Both lungs are well aerated.")))
     elif len(sides) == 1 and "bilateral" not in sides:
         other = "right" if sides == {"left"} else "left"
@@ -206,7 +210,7 @@ def write_caption(
     while sum(len(sentence.split()) for sentence in stated + added) > _MAX_WORDS:
         added.pop()
     sentences = stated + added
-    may_add = style != "stated" and in_lungs and "edema" not in names and len(sentences) < 4
+    may_add = style != "stated" and in_lungs and not scene.unnamed and "edema" not in names and len(sentences) < 4
     if may_add and rng.random() < 0.2:
         order = [sentences[k] for k in rng.permutation(len(sentences))]
         return " ".join([*order, "The lungs are otherwise clear."]), phrases

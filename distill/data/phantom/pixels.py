@@ -197,7 +197,7 @@ def _add_findings(
     """Compose the findings of the lungs; returns the image, how far bones still show, and the masks."""
     pieces: dict[str, tuple[NDArray[np.bool_], ...]] = {}
     bone = np.ones_like(image)
-    for finding in scene.findings:
+    for finding in (*scene.findings, *scene.unnamed):
         if finding.name not in _PATCHES:
             continue
         masks = []

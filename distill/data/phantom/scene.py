@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any, Literal
 
@@ -28,6 +28,7 @@ Side = Literal["left", "right", "bilateral"]
 Zone = Literal["upper", "mid", "lower"]
 Size = Literal["small", "moderate", "large"]
 CaptionStyle = Literal["reports", "affirmed", "stated", "labels"]
+Placement = Literal["anatomical", "balanced"]
 Array = NDArray[np.floating[Any]]
 
 SPLIT_CODES: dict[str, int] = {"train": 0, "validation": 1, "test": 2}
@@ -81,10 +82,14 @@ class Scene:
     white: float
     texture_seed: tuple[int, ...]
     findings: tuple[Finding, ...]
+    unnamed: tuple[Finding, ...] = ()
+    """Findings that are drawn, and that the caption neither names nor denies."""
 
 
-def draw_scene(seed: int, split: Split, index: int, companions: float = 0.0) -> Scene:
-    """The scene of row `index`: a pure function of its arguments. companions: see `PhantomDataset`."""
+def draw_scene(
+    seed: int, split: Split, index: int, companions: float = 0.0, placement: Placement = "anatomical"
+) -> Scene:
+    """The scene of row `index`: a pure function of its arguments. companions, placement: see `PhantomDataset`."""
     key = (seed, SPLIT_CODES[split], index)
     rng = np.random.default_rng((*key, SCENE))
 
@@ -93,7 +98,7 @@ def draw_scene(seed: int, split: Split, index: int, companions: float = 0.0) -> 
 
     width = between(0.94, 1.06)
     dome = between(0.33, 0.44)
-    return Scene(
+    scene = Scene(
         center=(between(-0.04, 0.04), between(-0.03, 0.06)),
         scale=(between(1.0, 1.18), between(1.02, 1.16)),
         lean=between(-0.05, 0.05),
@@ -118,8 +123,15 @@ def draw_scene(seed: int, split: Split, index: int, companions: float = 0.0) -> 
         black=between(0.0, 0.12),
         white=between(0.88, 1.0),
         texture_seed=(*key, TEXTURE),
-        findings=_draw_findings(rng, companions),
+        findings=(),
     )
+    if placement == "anatomical":
+        return replace(scene, findings=_draw_findings(rng, companions))
+    # Shifted and enlarged, so that lungs do not always lie at the same pixels either.
+    size = between(1.1, 1.4)
+    scene = replace(scene, center=(between(-0.3, 0.3), between(-0.3, 0.3)), scale=(size, size))
+    named, unnamed = _draw_balanced(rng)
+    return replace(scene, findings=named, unnamed=unnamed)
 
 
 _PAIRS = (
@@ -148,6 +160,30 @@ def _draw_findings(rng: np.random.Generator, companions: float) -> tuple[Finding
         taken |= set(slots)
         findings.append(Finding(name, side, zone, size, tuple(float(value) for value in rng.random(24))))
     return tuple(sorted(findings, key=lambda finding: FINDINGS.index(finding.name)))
+
+
+MOVABLE = ("atelectasis", "consolidation", "lung opacity", "pneumonia")
+"""Findings that can lie on either side and in any zone."""
+
+
+def _draw_balanced(rng: np.random.Generator) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
+    """One finding for the caption to name, in one of six places, each equally likely; half of the time another kind of finding
+    in another place, unnamed. Nothing in 15 % of the images."""
+    if rng.random() < 0.15:
+        return (), ()
+    names, places = rng.permutation(MOVABLE), rng.permutation(6)
+    sides: tuple[Side, Side] = ("left", "right")
+    drawn = [
+        Finding(
+            str(name),
+            sides[int(place) % 2],
+            _ZONES[int(place) // 2],
+            _SIZES[rng.integers(3)],
+            tuple(float(value) for value in rng.random(24)),
+        )
+        for name, place in zip(names[:2], places[:2], strict=True)
+    ]
+    return (drawn[0],), (drawn[1],) if rng.random() < 0.5 else ()
 
 
 @cache
