@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from distill.errors import UserError
 
 PACKAGES = (
-    "torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "torchmetrics", "safetensors", "datasets",
+    "torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "torchmetrics", "safetensors", "pyarrow",
 )  # fmt: skip
 
 

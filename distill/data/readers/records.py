@@ -1,6 +1,6 @@
 """What the readers of image files share: every file checked, centre square, regions, captions; one Sample for each.
 
-A reader turns its format into ImageRecords and SampleRecords. They are kept in a `datasets.Dataset` each, in Arrow
+A reader turns its format into ImageRecords and SampleRecords. They are kept in an Arrow table each, in
 memory that data loader processes share; several samples of one image share its record. Nothing is written.
 """
 
@@ -17,9 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow
 import torch
-from datasets import Dataset, Features, Value
-from datasets.table import InMemoryTable
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
 
@@ -38,28 +37,29 @@ CROP_RULE = "centre square of the short side, Lanczos, v1"
 
 _SHOWN = 8
 
-_IMAGE_FEATURES = Features(
+_TEXT, _WHOLE = pyarrow.string(), pyarrow.int64()
+_IMAGE_SCHEMA = pyarrow.schema(
     {
-        "place": Value("string"),
-        "name": Value("string"),
-        "width": Value("int64"),
-        "height": Value("int64"),
-        "frame": [Value("int64")],
-        "sha256": Value("string"),
-        "findings": [Value("string")],
-        "boxes": [[Value("float64")]],
-        "masks": [Value("string")],
-        "segmentations": [Value("large_string")],
-        "phrases": [Value("string")],
+        "place": _TEXT,
+        "name": _TEXT,
+        "width": _WHOLE,
+        "height": _WHOLE,
+        "frame": pyarrow.list_(_WHOLE),
+        "sha256": _TEXT,
+        "findings": pyarrow.list_(_TEXT),
+        "boxes": pyarrow.list_(pyarrow.list_(pyarrow.float64())),
+        "masks": pyarrow.list_(_TEXT),
+        "segmentations": pyarrow.list_(pyarrow.large_string()),
+        "phrases": pyarrow.list_(_TEXT),
     }
 )
-_SAMPLE_FEATURES = Features(
+_SAMPLE_SCHEMA = pyarrow.schema(
     {
-        "id": Value("string"),
-        "image": Value("int64"),
-        "caption": Value("string"),
-        "labels": [Value("string")],
-        "regions": [Value("int64")],
+        "id": _TEXT,
+        "image": _WHOLE,
+        "caption": _TEXT,
+        "labels": pyarrow.list_(_TEXT),
+        "regions": pyarrow.list_(_WHOLE),
     }
 )
 
@@ -131,7 +131,7 @@ class RecordDataset:
         _leave_out_empty_masks(list(used.values()), samples, inspected)
         places = {identity: place for place, identity in enumerate(used)}
         self._images = _image_table(list(used.values()), inspected)
-        self._samples = _table(
+        self._samples = _Rows(
             {
                 "id": [sample.id for sample in samples],
                 "image": [places[id(sample.image)] for sample in samples],
@@ -139,7 +139,7 @@ class RecordDataset:
                 "labels": [list(dict.fromkeys(sample.labels)) for sample in samples],
                 "regions": [list(sample.regions) for sample in samples],
             },
-            _SAMPLE_FEATURES,
+            _SAMPLE_SCHEMA,
         )
         chosen: dict[int, set[int]] = {}
         for sample in (sample for sample in samples if sample.regions):
@@ -194,7 +194,7 @@ class RecordDataset:
 
     def members(self) -> list[Member]:
         """The images as the check of splits sees them; their patients are not known here."""
-        columns = (self._images.data.column(name).to_pylist() for name in ("place", "name", "sha256"))
+        columns = (self._images.table.column(name).to_pylist() for name in ("place", "name", "sha256"))
         return [Member(place, name, self.split, "", sha256) for place, name, sha256 in zip(*columns, strict=True)]
 
     def caption(self, index: int) -> str:
@@ -264,7 +264,7 @@ class RecordDataset:
                 f"encoder takes, {max_length}; the longest has {lengths[longest]}:\n  {quote(captions[longest])}\n"
                 "Shorten them, or set data.truncate_captions true to cut them"
             )
-        cut = sum(caption in long for caption in self._samples.data.column("caption").to_pylist())
+        cut = sum(caption in long for caption in self._samples.table.column("caption").to_pylist())
         self._cut = (
             f"{cut:,} of {len(self):,} captions are cut at the {max_length} tokens that the text encoder reads (the longest "
             f"has {max(lengths)})"
@@ -290,12 +290,21 @@ class RecordDataset:
 
     def _captions(self) -> list[str]:
         """Distinct captions, in order."""
-        return list(dict.fromkeys(self._samples.data.column("caption").to_pylist()))
+        return list(dict.fromkeys(self._samples.table.column("caption").to_pylist()))
 
 
-def _table(columns: dict[str, list[Any]], features: Features) -> Dataset:
-    # Dataset.from_dict looks at every value in Python, which takes longer than all else that is done to a row.
-    return Dataset(InMemoryTable.from_pydict(columns, schema=features.arrow_schema))
+class _Rows:
+    """Rows of an Arrow table."""
+
+    def __init__(self, columns: dict[str, list[Any]], schema: pyarrow.Schema) -> None:
+        self.table = pyarrow.Table.from_pydict(columns, schema=schema)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        row: dict[str, Any] = self.table.slice(index, 1).to_pylist()[0]
+        return row
 
 
 def data_root(config: FileData) -> Path:
@@ -378,7 +387,7 @@ def _leave_out_empty_masks(
         ]
 
 
-def _image_table(records: list[ImageRecord], inspected: Mapping[Path, Inspection]) -> Dataset:
+def _image_table(records: list[ImageRecord], inspected: Mapping[Path, Inspection]) -> _Rows:
     images = [inspected[record.path] for record in records]
     frames = [record.frame or (image.width, image.height) for record, image in zip(records, images, strict=True)]
     columns: dict[str, list[Any]] = {
@@ -396,4 +405,4 @@ def _image_table(records: list[ImageRecord], inspected: Mapping[Path, Inspection
     }
     for name, attribute in (("findings", "finding"), ("segmentations", "segmentation"), ("phrases", "phrase")):
         columns[name] = [[getattr(a, attribute) for a in record.annotations] for record in records]
-    return _table(columns, _IMAGE_FEATURES)
+    return _Rows(columns, _IMAGE_SCHEMA)
