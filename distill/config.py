@@ -11,7 +11,19 @@ from pydantic import Field, field_validator, model_validator
 
 from distill.configuration import renamed as old
 from distill.data_config import AnyData, PhantomData
-from distill.settings import BelowOne, Count, Inside, Number, Positive, Probability, Seed, Settings, Text
+from distill.settings import (
+    HARMLESS,
+    MAY_GROW,
+    BelowOne,
+    Count,
+    Inside,
+    Number,
+    Positive,
+    Probability,
+    Seed,
+    Settings,
+    Text,
+)
 
 NO_LABEL = "no finding"
 """Text of an image without a label."""
@@ -81,7 +93,7 @@ class TrainerConfig(Settings):
     """The training loop."""
 
     renamed: ClassVar[dict[str, str]] = old.TRAINER
-    max_steps: Count = 1000
+    max_steps: Annotated[Count, MAY_GROW] = 1000
     """Optimizer steps, of batch_size x gradient_accumulation_steps images on each device."""
     batch_size: Count = 16
     """Images of a forward pass on each device. Lower it when memory runs out."""
@@ -113,17 +125,17 @@ class TrainerConfig(Settings):
     """Encode each image by the VAE once, and keep the latents on disk."""
     cache_text_embeddings: bool = False
     """Encode each caption once, and keep the embeddings on disk; only with a frozen text encoder."""
-    num_workers: Annotated[int, Field(ge=0, le=1024)] = 0
+    num_workers: Annotated[int, Field(ge=0, le=1024), HARMLESS] = 0
     """Data loader processes."""
-    log_every_steps: Count = 10
+    log_every_steps: Annotated[Count, HARMLESS] = 10
     """Steps between two lines of train_log.jsonl."""
-    tracker: Literal["none", "tensorboard", "wandb"] = "tensorboard"
+    tracker: Annotated[Literal["none", "tensorboard", "wandb"], HARMLESS] = "tensorboard"
     """Where the log goes in addition to train_log.jsonl."""
-    checkpoint_every_steps: Count | None = None
+    checkpoint_every_steps: Annotated[Count | None, HARMLESS] = None
     """Steps between two checkpoints; the same command continues from the newest. None: a stopped training starts again."""
-    sample_every_steps: Count | None = None
+    sample_every_steps: Annotated[Count | None, HARMLESS] = None
     """Steps between two sets of sample images. None draws none."""
-    localize_every_steps: Count | None = None
+    localize_every_steps: Annotated[Count | None, HARMLESS] = None
     """Steps between two measurements of localization on validation images. None makes none."""
 
     @model_validator(mode="after")
@@ -137,7 +149,11 @@ class EvaluationConfig(Settings):
     """Quality and localization, measured on held-out images."""
 
     renamed: ClassVar[dict[str, str]] = old.EVALUATION
-    localization_images: Count = 200
+    parts: Annotated[tuple[Literal["localization", "quality"], ...], Field(min_length=1), HARMLESS] = (
+        "localization", "quality",
+    )  # fmt: skip
+    """What to measure: attention maps (localization), generated images (quality). What was measured before is kept."""
+    localization_images: Annotated[Count, HARMLESS] = 200
     """Held-out images whose attention maps are scored."""
     protocol: Literal["ours", "dombrowski", "vilouras"] = "ours"
     """How maps are made and compared. ours is fast; dombrowski and vilouras are as published, and much slower."""
@@ -147,25 +163,25 @@ class EvaluationConfig(Settings):
     """ours: prefixes of the cross-attention layers to average. Empty takes the model's localization.json, or all."""
     localization_text: Literal["caption", "phrase"] = "caption"
     """Text that the maps are recorded for: the image's caption, or the region's phrase."""
-    generated_images: Count = 200
+    generated_images: Annotated[Count, HARMLESS] = 200
     """Images generated from held-out captions."""
-    diversity_captions: Count = 10
+    diversity_captions: Annotated[Count, HARMLESS] = 10
     """Captions of which several images are generated."""
-    diversity_samples: Annotated[int, Field(ge=2, le=1000)] = 4
+    diversity_samples: Annotated[int, Field(ge=2, le=1000), HARMLESS] = 4
     """Images a caption for the diversity."""
-    num_inference_steps: Count = 20
+    num_inference_steps: Annotated[Count, HARMLESS] = 20
     """Denoising steps of an image."""
-    guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 4.0
+    guidance_scale: Annotated[float, Field(ge=0, le=1000), HARMLESS] = 4.0
     """Classifier-free guidance; at most 1 switches it off."""
-    batch_size: Count = 16
+    batch_size: Annotated[Count, HARMLESS] = 16
     """Images at a time. It changes the speed, not the images."""
-    features: Text = "auto"
+    features: Annotated[Text, HARMLESS] = "auto"
     """Features of FID: `inception`, `xrv` (chest X-rays), `phantom`, `none`; `auto`: phantom on phantom data, else none."""
-    bootstrap_samples: Count = 1000
+    bootstrap_samples: Annotated[Count, HARMLESS] = 1000
     """Resamples behind each 95 % interval."""
     seed: Seed = 1234
     """Seed of evaluation noise; image k uses seed + k."""
-    examples: Count = 6
+    examples: Annotated[Count, HARMLESS] = 6
     """Held-out images shown in the report."""
 
     @field_validator("timesteps")
@@ -196,9 +212,9 @@ class FullEvaluation(EvaluationConfig):
     """Set pixels of the map below this threshold to 0 before it is compared."""
     orphan_share: BelowOne = 0.0
     """With a map_threshold: drop parts smaller than this share of the largest. 0 keeps all."""
-    quantization: Literal["none", "int8", "nf4"] = "none"
+    quantization: Annotated[Literal["none", "int8", "nf4"], HARMLESS] = "none"
     """Evaluate with the linear layers in 8 or 4 bits (distill/models/bits.py)."""
-    scheduler: Literal["base", "lcm"] = "base"
+    scheduler: Annotated[Literal["base", "lcm"], HARMLESS] = "base"
     """Sampler: the base's own, or LCMScheduler for students of distill_steps.py (with guidance_scale 1)."""
 
     @model_validator(mode="after")
@@ -254,9 +270,9 @@ class RunConfig(Settings):
     base: BaseConfig = BaseConfig()
     data: AnyData = PhantomData()
     evaluation: EvaluationConfig = EvaluationConfig()
-    output_dir: Text = "checkpoints/run"
+    output_dir: Annotated[Text, HARMLESS] = "checkpoints/run"
     """Run folder."""
-    dry_run: bool = False
+    dry_run: Annotated[bool, HARMLESS] = False
     """Check everything, take one real step, print sizes and estimates of time and memory, and stop. Writes no model."""
 
     @property

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from distill.configuration import renamed as old
-from distill.settings import Count, Number, Probability, Seed, Settings, Text
+from distill.settings import HARMLESS, Count, Number, Probability, Seed, Settings, Text
 
 
 class Data(Settings):
@@ -15,7 +15,7 @@ class Data(Settings):
 
     resolution: Annotated[int, Field(ge=1, le=65536)] = 128
     """Side of the square training image, in pixels."""
-    cache_dir: str | None = None
+    cache_dir: Annotated[str | None, HARMLESS] = None
     """Where latents and text embeddings are cached. None uses checkpoints/.cache."""
 
 

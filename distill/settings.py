@@ -19,6 +19,13 @@ class Settings(BaseModel):
     """Old dotted key -> a sentence that says what to write now, such as "lora.rank is now denoiser.rank"."""
 
 
+ON_RESUME = "on_resume"
+HARMLESS = Field(json_schema_extra={ON_RESUME: "harmless"})
+"""Of an option that may differ when a run folder is continued: it changes no trained weight. Results that it changes are
+made anew. An option without such a mark must stay as it was."""
+MAY_GROW = Field(json_schema_extra={ON_RESUME: "may_grow"})
+"""Of an option that may be larger when a run folder is continued."""
+
 Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
 Number = Annotated[int, Field(ge=0, le=2**31 - 1)]
 Seed = Annotated[int, Field(ge=0, lt=2**62)]

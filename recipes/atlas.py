@@ -206,14 +206,21 @@ def write_tables(
 
 
 def atlas(config: AtlasConfig) -> None:
+    from distill.experiment.folder import held
+    from distill.experiment.run import quiet_libraries
+
+    quiet_libraries()
+    with held(Path(config.output_dir), write=not config.dry_run):
+        measure_all(config)
+
+
+def measure_all(config: AtlasConfig) -> None:
     from accelerate import Accelerator
     from rich.console import Console
 
     from distill.evaluation.atlas import analyse
-    from distill.experiment.run import quiet_libraries
     from distill.models import load_model
 
-    quiet_libraries()
     accelerator = Accelerator()
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False, markup=False)
     models = models_of(config.runs)

@@ -18,7 +18,7 @@ from pydantic import Field
 
 from distill.cli import main, to_yaml
 from distill.configuration import renamed as old
-from distill.settings import Seed, Settings, Text
+from distill.settings import HARMLESS, Seed, Settings, Text
 
 TRAINING_DATA = {
     "train_size", "validation_size", "train_split", "allow_empty_captions", "truncate_captions", "horizontal_flip",
@@ -45,11 +45,11 @@ class CompareConfig(Settings):
     """Name in the report -> an evaluated folder, RUN/ARM, or a run folder that holds one trained arm."""
     seeds: tuple[Seed, ...] = ()
     """Training seeds, which {seed} in the folders of arms stands for. Empty where each arm is one run."""
-    compare_to: tuple[str, ...] = ()
+    compare_to: Annotated[tuple[str, ...], HARMLESS] = ()
     """Arms that all others are compared with. Empty takes the first."""
-    output_dir: Text = "checkpoints/compare"
+    output_dir: Annotated[Text, HARMLESS] = "checkpoints/compare"
     """Where metrics.json and the report are written, with a copy of what they are made from, without weights."""
-    dry_run: bool = False
+    dry_run: Annotated[bool, HARMLESS] = False
     """Check that the runs can be compared, and stop."""
 
 
@@ -216,6 +216,7 @@ def compare(config: CompareConfig) -> None:
 
     from distill.errors import UserError
     from distill.evaluation.seeds import combine
+    from distill.experiment.folder import held
     from distill.experiment.run import claim
     from distill.experiment.sharing import finish_seeds
     from distill.files import write_atomic
@@ -230,25 +231,24 @@ def compare(config: CompareConfig) -> None:
     if config.dry_run:
         print(to_yaml(config) + "dry run: the runs can be compared; nothing was written")
         return
-    claim(folder, config)
-    if not (folder / "config.yaml").exists() and any(folder.glob("seed-*")):
-        # As of tradeoff.py with several seeds: its trained arms would be deleted below.
-        raise UserError(f"{folder} holds seed-N folders that are not of a comparison; choose another --output_dir")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_atomic(folder / "config.yaml", to_yaml(config))
-    partial = folder / ".partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    for seed, arms in tqdm(runs.items(), desc="runs", unit="run"):
-        copy_run(config, seed, arms, partial / f"seed-{seed}")
-    combine(partial, samples=2, compare_to=compare_to)  # refuses what cannot be compared
-    # Only now, so that a kill before leaves the earlier comparison whole.
-    for before in folder.glob("seed-*"):
-        shutil.rmtree(before)
-    for new in partial.iterdir():
-        new.rename(folder / new.name)
-    partial.rmdir()
-    finish_seeds(folder, compare_to)
-    print(f"next: open {folder / 'report.html'}")
+    with held(folder):
+        claim(folder, config)
+        if not (folder / "config.yaml").exists() and any(folder.glob("seed-*")):
+            # As of tradeoff.py with several seeds: its trained arms would be deleted below.
+            raise UserError(f"{folder} holds seed-N folders that are not of a comparison; choose another --output_dir")
+        write_atomic(folder / "config.yaml", to_yaml(config))
+        partial = folder / ".partial"
+        for seed, arms in tqdm(runs.items(), desc="runs", unit="run"):
+            copy_run(config, seed, arms, partial / f"seed-{seed}")
+        combine(partial, samples=2, compare_to=compare_to)  # refuses what cannot be compared
+        # Only now, so that a kill before leaves the earlier comparison whole.
+        for before in folder.glob("seed-*"):
+            shutil.rmtree(before)
+        for new in partial.iterdir():
+            new.rename(folder / new.name)
+        partial.rmdir()
+        finish_seeds(folder, compare_to)
+        print(f"next: open {folder / 'report.html'}")
 
 
 if __name__ == "__main__":

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from distill.cli import main
 from distill.config import BlocksConfig, DenoisingConfig, TrainingRunConfig
 from distill.configuration import renamed as old
 from distill.methods.options import AttentionDistillationOptions
+from distill.settings import HARMLESS
 
 if TYPE_CHECKING:
     from distill.experiment.run import Run
@@ -46,7 +47,7 @@ class CompressConfig(TrainingRunConfig):
         teacher=WHOLE, token_kl_weight=0.0, place_kl_weight=0.0, mass_weight=0.0, output_weight=1.0, feature_weight=1.0
     )
     """Distillation from the whole model. Attention terms are off: they cost maps here (recipes/results/)."""
-    bits: tuple[Literal["int8", "nf4"], ...] = ()
+    bits: Annotated[tuple[Literal["int8", "nf4"], ...], HARMLESS] = ()
     """Evaluate the student also with its linear layers in these types."""
     output_dir: str = "checkpoints/compress"
     """Run folder. pruned_base in it is the smaller pipeline before the training, which the run folder is loaded on."""
@@ -56,6 +57,7 @@ def compress(config: CompressConfig) -> None:
     from distill.errors import UserError
     from distill.experiment.arms import Arm
     from distill.experiment.derive import derived_base
+    from distill.experiment.folder import held
     from distill.experiment.results import evaluate_arm, finish
     from distill.experiment.run import open_run
     from distill.experiment.train import dry_run, train_arm
@@ -71,7 +73,8 @@ def compress(config: CompressConfig) -> None:
     folder, evaluation = Path(config.output_dir), config.evaluation.full()
     training = Training(denoiser="full", text_encoder=config.text_encoder, method=options, denoising=config.denoising)
     arm = Arm("model", folder, training, config.trainer, evaluation)
-    with derived_base(config, config.run, PRUNED, partial(prune, blocks=config.blocks)) as base:
+    pruned = derived_base(config, config.run, PRUNED, partial(prune, blocks=config.blocks))
+    with held(folder, write=not config.dry_run), pruned as base:
         references = {WHOLE: lambda: load_model(config.base, config.run)}
         run = open_run(config, {"model": arm}, base=base, references=references, compare_to=("teacher",))
         if config.dry_run:

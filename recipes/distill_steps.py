@@ -18,6 +18,7 @@ from distill.cli import main
 from distill.config import DenoisingConfig, LoraConfig, TrainingRunConfig
 from distill.configuration import renamed as old
 from distill.methods.options import ConsistencyOptions
+from distill.settings import HARMLESS
 
 WHOLE = "whole"
 
@@ -42,7 +43,7 @@ class DistillStepsConfig(TrainingRunConfig):
     """The text that the student is conditioned on."""
     method: ConsistencyOptions = ConsistencyOptions()
     """Consistency distillation."""
-    student_steps: Annotated[int, Field(ge=1, le=50)] = 4
+    student_steps: Annotated[int, Field(ge=1, le=50), HARMLESS] = 4
     """Denoising steps of the student's images; the teacher's are evaluation.num_inference_steps."""
     output_dir: str = "checkpoints/distill_steps"
     """Run folder. With a run, whole_base in it is the teacher as one pipeline, which the run folder is loaded on."""
@@ -52,6 +53,7 @@ def distill_steps(config: DistillStepsConfig) -> None:
     from distill.errors import UserError
     from distill.experiment.arms import Arm
     from distill.experiment.derive import derived_base
+    from distill.experiment.folder import held
     from distill.experiment.results import evaluate_arm, finish
     from distill.experiment.run import open_run
     from distill.experiment.train import dry_run, train_arm
@@ -65,7 +67,8 @@ def distill_steps(config: DistillStepsConfig) -> None:
     drawn = config.evaluation.full(num_inference_steps=config.student_steps, scheduler="lcm", guidance_scale=1.0)
     training = Training(denoiser=config.denoiser, method=config.method, lora=config.lora, denoising=config.denoising)
     arm = Arm("model", folder, training, config.trainer, drawn)
-    with derived_base(config, config.run, "whole_base") if config.run else nullcontext(config.base) as base:
+    whole = derived_base(config, config.run, "whole_base") if config.run else nullcontext(config.base)
+    with held(folder, write=not config.dry_run), whole as base:
         references = {WHOLE: lambda: load_model(config.base, config.run)}
         run = open_run(config, {"model": arm}, base=base, references=references, compare_to=("teacher", hurried))
         if config.dry_run:

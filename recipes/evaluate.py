@@ -28,16 +28,18 @@ class EvaluateConfig(RunConfig):
 
 
 def evaluate(config: EvaluateConfig) -> None:
+    from distill.experiment.folder import held
     from distill.experiment.results import dry_run_evaluation, evaluate_arm, finish
     from distill.experiment.run import open_run
 
-    run = open_run(config, {}, evaluation=config.evaluation, run=config.run, compare_to=("base",))
-    if config.dry_run:
-        return dry_run_evaluation(run, config.run)
-    results = {"base": evaluate_arm(run, "base", None)}
-    if config.run is not None:
-        results["model"] = evaluate_arm(run, "model", Path(config.run))
-    finish(run, results, f"open {Path(config.output_dir) / 'report.html'}")
+    with held(Path(config.output_dir), write=not config.dry_run):
+        run = open_run(config, {}, evaluation=config.evaluation, run=config.run, compare_to=("base",))
+        if config.dry_run:
+            return dry_run_evaluation(run, config.run)
+        results = {"base": evaluate_arm(run, "base", None)}
+        if config.run is not None:
+            results["model"] = evaluate_arm(run, "model", Path(config.run))
+        finish(run, results, f"open {Path(config.output_dir) / 'report.html'}")
 
 
 if __name__ == "__main__":

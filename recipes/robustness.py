@@ -115,6 +115,15 @@ def measure(
 
 
 def robustness(config: RobustnessConfig) -> None:
+    from distill.experiment.folder import held
+    from distill.experiment.run import quiet_libraries
+
+    quiet_libraries()
+    with held(Path(config.output_dir), write=not config.dry_run):
+        measure_all(config)
+
+
+def measure_all(config: RobustnessConfig) -> None:
     from accelerate import Accelerator
     from rich.console import Console
 
@@ -124,11 +133,9 @@ def robustness(config: RobustnessConfig) -> None:
     from distill.evaluation.evaluate import finite
     from distill.evaluation.protocols import queries
     from distill.evaluation.robustness import SHIFTS
-    from distill.experiment.run import quiet_libraries
     from distill.files import provenance, write_atomic, write_json
     from distill.models import load_model
 
-    quiet_libraries()
     accelerator = Accelerator()
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False, markup=False)
     models = {"base": None, **{"/".join(Path(run).parts[-2:]): run for run in config.runs}}

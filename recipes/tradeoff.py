@@ -21,7 +21,7 @@ from distill.cli import main
 from distill.config import RunConfig, TrainerConfig
 from distill.configuration import renamed as old
 from distill.methods.training import ArmConfig
-from distill.settings import Seed
+from distill.settings import HARMLESS, Seed
 
 if TYPE_CHECKING:
     from distill.experiment.arms import Arm
@@ -40,7 +40,7 @@ class TradeoffConfig(RunConfig):
     renamed: ClassVar[dict[str, str]] = old.TRADEOFF
     arms: dict[str, ArmConfig] = Field(default_factory=dict)
     """Name -> how the arm is trained: the options of finetune.py's model, `like` and learning rates of its own."""
-    compare_to: tuple[str, ...] = ()
+    compare_to: Annotated[tuple[str, ...], HARMLESS] = ()
     """Arms that all others are compared with. Empty takes the first."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Training seeds. Several get a folder seed-N each, and one report of all."""
@@ -62,16 +62,20 @@ class TradeoffConfig(RunConfig):
 
 
 def tradeoff(config: TradeoffConfig) -> None:
+    from distill.experiment.folder import held
     from distill.experiment.sharing import finish_seeds, share_base
+    from distill.processes import process_state
 
-    if config.dry_run or len(config.seeds) == 1:
-        return one_seed(config, config.seeds[0], Path(config.output_dir))
     folder = Path(config.output_dir)
-    for seed in config.seeds:
-        own = folder / f"seed-{seed}"
-        share_base(folder, config.model_copy(update={"seeds": (seed,), "output_dir": str(own)}))
-        one_seed(config, seed, own)
-    finish_seeds(folder, config.compare_to)
+    # The ranks of one launch train each arm together, and share with no other launch.
+    with held(folder, shared=process_state().num_processes == 1, write=not config.dry_run):
+        if config.dry_run or len(config.seeds) == 1:
+            return one_seed(config, config.seeds[0], folder)
+        for seed in config.seeds:
+            own = folder / f"seed-{seed}"
+            share_base(folder, own / "base")
+            one_seed(config, seed, own)
+        finish_seeds(folder, config.compare_to)
 
 
 def one_seed(config: TradeoffConfig, seed: int, folder: Path) -> None:

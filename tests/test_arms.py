@@ -51,9 +51,14 @@ def test_an_arm_waits_for_the_arms_that_its_method_names() -> None:
         frozen=FROZEN,
         learnable=LEARNABLE,
         based=distilled("base"),
+        gated_by_base=distilled("base", gate_reference="base"),
+        own_gate={"like": "gated", "method": {"kind": "attention_distillation", "gate_reference": "base"}},
         far=distilled("some/model"),
     )
-    assert {name: arm.needs for name, arm in found.items() if arm.needs} == {"gated": ("frozen", "learnable")}
+    assert {name: arm.needs for name, arm in found.items() if arm.needs} == {
+        "gated": ("frozen", "learnable"),
+        "own_gate": ("frozen",),
+    }
 
 
 def test_a_teacher_may_be_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

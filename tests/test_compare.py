@@ -181,4 +181,4 @@ def test_what_cannot_be_compared_is_refused_at_once(tmp_path: Path, capsys: pyte
     assert "localization.timesteps is [1]" in refusal(["--arms", each, "--seeds", "[0]", *out], capsys)
     (run / "longer/metrics.json").write_bytes(whole)
     message = refusal(["--arms", each.replace("longer:", "l:"), "--seeds", "[0]", *out], capsys)
-    assert "holds a run with another configuration" in message
+    assert "holds a run with other options" in message

@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from distill.config import FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
 from distill.evaluation import evaluate as module
+from distill.evaluation import localization as localization_module
 from distill.evaluation.evaluate import (
     Generated,
     HeldOut,
@@ -84,10 +85,12 @@ def test_the_same_seed_gives_the_same_numbers_and_files(sd: Model, phantoms: Pha
     assert results[0] == results[1]
     names = sorted(p.relative_to(tmp_path / "a") for p in (tmp_path / "a").rglob("*") if p.is_file())
     assert [n.as_posix() for n in names] == [
+        "model/drawn.jsonl",
         "model/maps.safetensors",
         "model/pairs.jsonl",
         "model/samples/0000.png",
         "model/samples/0001.png",
+        "model/scored.jsonl",
         "model/word_maps.safetensors",
         "real/0000.png",
         "real/0001.png",
@@ -276,3 +279,138 @@ def test_evaluation_leaves_the_model_as_it_was(sd: Model, phantoms: PhantomDatas
 def test_finite_turns_what_json_cannot_hold_into_null(value: Any, expected: Any) -> None:
     assert finite(value) == expected
     json.dumps(finite(value), allow_nan=False)
+
+
+# --- what is used again ---------------------------------------------------------------------------------------------
+
+
+def measured(model: Model, dataset: Any, folder: Path, **options: Any) -> dict[str, Any]:
+    """Entry and files of one evaluation with features."""
+    config = CONFIG.model_copy(update={"batch_size": 2} | options)
+    accelerator = Accelerator()
+    against = held_out(dataset, model, config, Means(), accelerator=accelerator, run_dir=folder)
+    found = evaluate(
+        model, against, config, resolution=64, accelerator=accelerator, arm_dir=folder / "model", label="m"
+    )
+    found.pop("seconds")
+    names = ("pairs.jsonl", "maps.safetensors", "word_maps.safetensors", "features.safetensors", "samples/0001.png")
+    files = {name: (folder / "model" / name).read_bytes() for name in names}
+    return found | {"files": files}
+
+
+class Calls:
+    """Counts the images that are drawn and the captions whose maps are made."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.drawn, self.mapped = 0, 0
+        draw, inputs = module.generate, localization_module.prepare_inputs
+
+        def drawing(model: Any, captions: Sequence[str], *rest: Any) -> Any:
+            self.drawn += len(captions)
+            return draw(model, captions, *rest)
+
+        def preparing(model: Any, samples: Any, batch: Sequence[Any], *rest: Any) -> Any:
+            self.mapped += len(batch)
+            return inputs(model, samples, batch, *rest)
+
+        monkeypatch.setattr(module, "generate", drawing)
+        monkeypatch.setattr(localization_module, "prepare_inputs", preparing)
+
+    def take(self) -> tuple[int, int]:
+        taken = self.drawn, self.mapped
+        self.drawn = self.mapped = 0
+        return taken
+
+
+def test_more_images_are_added_and_the_numbers_are_those_of_one_evaluation(
+    sd: Model, phantoms: PhantomDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few, many = dict(generated_images=3, localization_images=3), dict(generated_images=6, localization_images=6)
+    calls = Calls(monkeypatch)
+    at_once = measured(sd, phantoms, tmp_path / "once", **many)
+    assert calls.take() == (6 + 2, 6)
+    measured(sd, phantoms, tmp_path / "added", **few)
+    assert calls.take() == (3 + 2, 3)
+    assert measured(sd, phantoms, tmp_path / "added", **many) == at_once
+    assert calls.take() == (4 + 2, 4), "three, the third again, which was alone in its batch, and those beside it"
+    assert measured(sd, phantoms, tmp_path / "added", **many) == at_once
+    assert measured(sd, phantoms, tmp_path / "added", **many | {"bootstrap_samples": 20}) == at_once
+    assert calls.take() == (0, 0)
+
+
+def test_fewer_images_and_then_more_make_nothing(
+    sd: Model, phantoms: PhantomDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    many, few = dict(generated_images=6, localization_images=6), dict(generated_images=4, localization_images=4)
+    calls = Calls(monkeypatch)
+    whole = measured(sd, phantoms, tmp_path, **many)
+    calls.take()
+    assert measured(sd, phantoms, tmp_path, **few)["quality"]["images"] == 4
+    assert measured(sd, phantoms, tmp_path, **many) == whole and calls.take() == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("change", "drawn", "mapped"),
+    [({"guidance_scale": 2.0}, 6, 0), ({"num_inference_steps": 3}, 6, 0), ({"timesteps": (300,)}, 0, 4),
+     ({"diversity_samples": 3}, 3, 0), ({"seed": 3}, 6, 4)],
+)  # fmt: skip
+def test_options_make_anew_what_they_decide(
+    sd: Model,
+    phantoms: PhantomDataset,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: dict[str, Any],
+    drawn: int,
+    mapped: int,
+) -> None:
+    calls = Calls(monkeypatch)
+    before = measured(sd, phantoms, tmp_path)
+    calls.take()
+    after = measured(sd, phantoms, tmp_path, **change)
+    assert calls.take() == (drawn, mapped)
+    assert (after["quality"] == before["quality"]) is (drawn == 0)
+    assert (after["localization"] == before["localization"]) is (mapped == 0)
+
+
+def test_lines_that_are_torn_or_changed_are_made_anew(
+    sd: Model, phantoms: PhantomDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = measured(sd, phantoms, tmp_path)
+    for name in ("scored", "drawn"):
+        path = tmp_path / "model" / f"{name}.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines()
+        lines[1] = lines[1].replace("0.", "1.", 1).replace('"full": true', '"full": false')
+        path.write_text("\n".join(lines)[:-20], encoding="utf-8")
+    (tmp_path / "model" / "maps.safetensors").write_bytes(b"no tensors")
+    (tmp_path / "model" / "samples" / "0000.png").write_bytes(b"no image")
+    assert measured(sd, phantoms, tmp_path) == before
+
+
+def test_images_of_another_caption_or_other_weights_are_made_anew(
+    sd: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = pictures(4)
+    calls = Calls(monkeypatch)
+    first = measured(sd, dataset, tmp_path)
+    assert calls.take() == (6, 4)
+    dataset.samples[3] = replace(dataset.samples[3], caption="Edema again.")
+    assert measured(sd, dataset, tmp_path) != first
+    assert calls.take() == (2, 2), "the batch of the caption"
+    weight = next(sd.denoiser.parameters())
+    weight.data += 0.01
+    try:
+        changed = measured(sd, dataset, tmp_path)
+    finally:
+        weight.data -= 0.01
+    assert calls.take() == (6, 4) and changed["quality"]["fid"] != first["quality"]["fid"]
+
+
+@pytest.mark.parametrize("part", ["localization", "quality"])
+def test_either_part_can_be_had_alone(sd: Model, phantoms: PhantomDataset, tmp_path: Path, part: str) -> None:
+    found = run_all(sd, phantoms, CONFIG.model_copy(update={"parts": (part,)}), tmp_path, 64)
+    other = "quality" if part == "localization" else "localization"
+    assert found[part] is not None and found[other] is None
+    assert (tmp_path / "model/pairs.jsonl").exists() is (part == "localization")
+    assert (tmp_path / "model/samples/0000.png").exists() is (part == "quality")
+    whole = run_all(sd, phantoms, CONFIG, tmp_path / "whole", 64)
+    assert found[part] == whole[part]

@@ -412,7 +412,7 @@ def test_a_run_that_was_killed_continues_and_gives_the_same(
     monkeypatch.setitem(PROTOCOLS, "ours", replace(PROTOCOLS["ours"], maps=dies))
     with pytest.raises(KeyboardInterrupt):
         localization(sd, phantoms, config, accelerator=accelerator, arm_dir=tmp_path / "cut")
-    part = tmp_path / "cut/pairs.0.jsonl"
+    part = tmp_path / "cut/scored.0.jsonl"
     part.write_text(part.read_text()[:-7], encoding="utf-8")  # the kill came in the middle of a line
     again = localization(sd, phantoms, config, accelerator=accelerator, arm_dir=tmp_path / "cut")
     asked = [query.image for query in queries(phantoms, sd, config)]
@@ -420,7 +420,7 @@ def test_a_run_that_was_killed_continues_and_gives_the_same(
     assert_close(again, whole, 0)
     calls.clear()
     assert_close(localization(sd, phantoms, config, accelerator=accelerator, arm_dir=tmp_path / "cut"), whole, 0)
-    assert calls == [] and [p.name for p in (tmp_path / "cut").iterdir()] == ["pairs.jsonl"]
+    assert calls == [] and sorted(p.name for p in (tmp_path / "cut").iterdir()) == ["pairs.jsonl", "scored.jsonl"]
     other = config.model_copy(update=dict(seed=7))
     localization(
         sd, phantoms, other.model_copy(update=dict(batch_size=8)), accelerator=accelerator, arm_dir=tmp_path / "cut"

@@ -66,7 +66,10 @@ TRAINER = [
     "--trainer.log_every_steps", "1",
 ]  # fmt: skip
 TRAINING = [*PHANTOM, "--data.train_size", "6", *TRAINER, *EVALUATION]
-ARM_FILES = {"maps.safetensors", "metrics.json", "pairs.jsonl", "samples/0000.png", "word_maps.safetensors"}
+ARM_FILES = {
+    "drawn.jsonl", "maps.safetensors", "metrics.json", "pairs.jsonl", "samples/0000.png", "scored.jsonl",
+    "word_maps.safetensors",
+}  # fmt: skip
 RUN_FILES = {
     "config.yaml", "metrics.json", "report.html", "report.md", "real/0000.png", "real/examples.jsonl", "real/priors.json",
 }  # fmt: skip
@@ -201,8 +204,9 @@ def test_another_configuration_in_the_same_folder_is_refused(
 ) -> None:
     folder, argv = finetuned
     before = {name: (folder / name).read_bytes() for name in files_of(folder)}
-    message = refusal("finetune", [*argv, "--trainer.max_steps", "3"], capsys)
-    assert f"{folder} holds a run with another configuration ('max_steps: 2' there, 'max_steps: 3' now)" in message
+    message = refusal("finetune", [*argv, "--trainer.max_steps", "1", "--lora.rank", "4"], capsys)
+    assert f"{folder} holds a run with other options" in message
+    assert "  - lora.rank: 2 there, 4 now\n  - trainer.max_steps: 2 there, 1 now\n" in message
     assert {name: (folder / name).read_bytes() for name in files_of(folder)} == before
 
 

@@ -6,6 +6,7 @@ Work is shared between the processes of `accelerate launch`; every process must 
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import time
@@ -23,11 +24,14 @@ from PIL import Image
 from tqdm.auto import tqdm
 
 from distill.config import FullEvaluation
+from distill.data.cache import model_fingerprint
 from distill.data.sample import ImageCaptionDataset
-from distill.evaluation.localization import localization
-from distill.evaluation.protocols import queries
+from distill.evaluation.kept import Batches, Kept, digest, packed, unpacked, weights_of
+from distill.evaluation.localization import localization, query_key
+from distill.evaluation.priors import priors_key
+from distill.evaluation.protocols import Query, queries, with_subset
 from distill.evaluation.word_maps import write_word_maps
-from distill.files import write_tensors
+from distill.files import write_atomic, write_tensors
 from distill.metrics import Diversity, finding_auroc, frechet_distance, frechet_interval
 from distill.metrics.features import Features
 from distill.models.bits import megabytes, quantize
@@ -106,53 +110,119 @@ def quality(
     arm_dir: Path,
     examples: Sequence[int] = (),
     label: str = "",
+    weights: str | None = None,
 ) -> dict[str, Any]:
     """The `quality` entry of metrics.json; writes the images of the examples' captions to samples/.
 
     FID against `real`, the real images of the same captions. Image of caption i has seed config.seed + i, so that it is
-    the same for any batch size and number of processes.
+    the same for any batch size and number of processes. What an earlier call in `arm_dir` drew is used again where all that
+    decides it is the same. weights: see kept.weights_of, before the weights were quantized.
     """
     order = evaluation_order(dataset, examples, config.generated_images)
-    # (caption, seed, place among the examples or -1, kind)
-    jobs = [(i, config.seed + i, k if k < len(examples) else -1, "fid") for k, i in enumerate(order)]
-    if config.diversity_samples >= 2:
-        jobs += [
-            (i, config.seed + i + 1_000_003 * (s + 1), -1, "diversity")
-            for i in order[: config.diversity_captions]
-            for s in range(config.diversity_samples)
-        ]
-    mine = jobs[accelerator.process_index :: accelerator.num_processes]
-    samples_dir = arm_dir / "samples"
-    samples_dir.mkdir(parents=True, exist_ok=True)
-    rows: list[tuple[int, Any, Any]] = []
+    jobs = _jobs(order, config)
+    hashes = [digest(index, seed, dataset.caption(index)) for index, seed in jobs]
+    key = images_key(config, weights or weights_of(model), resolution, features)
+    kept = Kept(arm_dir, "drawn", key, accelerator.process_index)
+    batches = Batches(hashes, config.batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
+    several = range(len(order), len(jobs))
+    diversity_of = digest([hashes[place] for place in several], batches.names_with(several))
+    usable = _usable(kept, hashes[: len(order)], len(examples), arm_dir / "samples")
+    if diversity_of in kept.entries:
+        usable |= {place: {"full": True} for place in several}
+    accelerator.wait_for_everyone()  # all have read the files that are written from here on
+    made: dict[int, dict[str, Any]] = {}
     varied: list[tuple[int, np.ndarray]] = []
-    bar = tqdm(total=len(mine), desc=f"{label} images", unit="image", disable=not accelerator.is_main_process)
-    for batch in _batches(mine, config.batch_size):
-        captions = [dataset.caption(job[0]) for job in batch]
-        images = generate(model, captions, [job[1] for job in batch], resolution, config)
+    missing = batches.missing(usable)
+    count = sum(map(len, missing))
+    bar = tqdm(total=count, desc=f"{label} images", unit="image", disable=not (count and accelerator.is_main_process))
+    for places in missing:
+        captions = [dataset.caption(jobs[place][0]) for place in places]
+        images = generate(model, captions, [jobs[place][1] for place in places], resolution, config)
         values, scores = _extract(features, images, accelerator.device)
-        for (index, _, place, kind), image, value, score in zip(batch, images, values, scores, strict=True):
-            if kind == "fid":
-                rows.append((index, value, score))
-            else:
-                varied.append((index, image.numpy()))
-            if place >= 0:
-                save_png(image, samples_dir / f"{place:04d}.png")
-        bar.update(len(batch))
+        for place, image, value, score in zip(places, images, values, scores, strict=True):
+            if place in several:
+                varied.append((jobs[place][0], image.numpy()))
+                continue
+            shown = place if place < len(examples) else -1
+            if shown >= 0:
+                save_png(image, _sample(arm_dir / "samples", place))
+            row = {"made_of": hashes[place], "place": shown, "values": packed(value), "scores": packed(score)}
+            made[place] = row | batches.mark(places, end=len(order))
+        kept.add(*(made[place] for place in places if place in made))
+        bar.update(len(places))
     bar.close()
-    rows = sorted(gather_object(rows), key=lambda row: row[0])
-    varied = gather_object(varied)
-    diversity = None
-    if varied:
-        metric = Diversity(sync_on_compute=False)
-        for index in dict.fromkeys(i for i, _ in varied):
-            metric.update(torch.from_numpy(np.stack([image for i, image in varied if i == index]))[None])
-        diversity = float(metric.compute())
-    indices = [row[0] for row in rows]
-    generated = Generated(indices, _stack([row[1] for row in rows]), _stack([row[2] for row in rows]))
+    everyone = usable | dict(gather_object(list(made.items())))
+    rows = [row for _, row in sorted(((order[k], everyone[k]) for k in range(len(order))), key=lambda pair: pair[0])]
+    generated = Generated(
+        sorted(order), *(_stack([unpacked(row[key]) for row in rows]) for key in ("values", "scores"))
+    )
+    diversity = _diversity(kept, diversity_of, gather_object(varied), accelerator) if several else None
+    kept.close()
+    accelerator.wait_for_everyone()
     if accelerator.is_main_process:
+        kept.merge()
         save_features(generated, dataset, features, arm_dir / "features.safetensors")
     return compare(generated, real, dataset, config, features) | {"diversity": diversity}
+
+
+def _jobs(order: Sequence[int], config: FullEvaluation) -> list[tuple[int, int]]:
+    """(caption, seed) of each image: one of every caption, then several of the first captions for the diversity."""
+    several = [
+        (i, config.seed + i + 1_000_003 * (s + 1))
+        for i in order[: config.diversity_captions]
+        for s in range(config.diversity_samples)
+    ]
+    return [*((i, config.seed + i) for i in order), *several]
+
+
+def _usable(kept: Kept, hashes: Sequence[str], examples: int, samples_dir: Path) -> dict[int, dict[str, Any]]:
+    """Place -> what was drawn before. Of an example the image must be there too, at its place."""
+    usable = {place: kept.entries[name] for place, name in enumerate(hashes) if name in kept.entries}
+    for place in range(examples):
+        if place in usable and (usable[place]["place"] != place or not is_image(_sample(samples_dir, place))):
+            del usable[place]
+    return usable
+
+
+def _sample(folder: Path, place: int) -> Path:
+    return folder / f"{place:04d}.png"
+
+
+def is_image(path: Path) -> bool:
+    """Whether a file is there and can be read as an image."""
+    try:
+        with Image.open(path) as image:
+            image.load()
+    except (OSError, ValueError, SyntaxError):
+        return False
+    return True
+
+
+def _diversity(kept: Kept, made_of: str, varied: Sequence[tuple[int, np.ndarray]], accelerator: Accelerator) -> float:
+    """Of (caption, image) of all processes, or as it was kept."""
+    if made_of in kept.entries:
+        return float(kept.entries[made_of]["diversity"])
+    metric = Diversity(sync_on_compute=False)
+    for index in dict.fromkeys(i for i, _ in varied):
+        metric.update(torch.from_numpy(np.stack([image for i, image in varied if i == index]))[None])
+    found = float(metric.compute())
+    if accelerator.is_main_process:
+        kept.add({"made_of": made_of, "diversity": found})
+    return found
+
+
+OF_IMAGES = ("num_inference_steps", "guidance_scale", "scheduler", "quantization")
+"""Options of evaluation that change a generated image."""
+
+
+def images_key(config: FullEvaluation, weights: str, resolution: int, features: Features | None) -> str:
+    """Hash of what decides a generated image and its features besides caption and seed."""
+    settings = config.model_dump(mode="json", include=set(OF_IMAGES))
+    return digest(settings, weights, resolution, features_key(features))
+
+
+def features_key(features: Features | None) -> list[str]:
+    return [] if features is None else [features.name, model_fingerprint(features)]
 
 
 def finding_labels(
@@ -227,7 +297,7 @@ def real_images(
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What all arms of a run are compared on."""
+    """What all arms of a run are compared on. asked: the queries of localization."""
 
     dataset: ImageCaptionDataset
     examples: list[int]
@@ -236,6 +306,32 @@ class HeldOut:
     quality: dict[str, Any]
     training: ImageCaptionDataset | None = None
     priors_dir: Path | None = None
+    asked: Sequence[Query] = ()
+
+    def made_of(self, model: Model, weights: str, config: FullEvaluation, resolution: int) -> dict[str, dict[str, Any]]:
+        """Part of the evaluation -> the hashes and options that decide it. features: None where they were not loaded."""
+        located = with_subset(config, model).model_dump(mode="json", exclude={"parts", "batch_size", *OF_QUALITY})
+        drawn = config.model_dump(mode="json", include={*OF_QUALITY, *OF_BOTH})
+        order = evaluation_order(self.dataset, self.examples, config.generated_images)
+        captions = [[i, self.dataset.caption(i), self.dataset.fingerprint(i), self.dataset.labels(i)] for i in order]
+        pairs = [query_key(self.dataset, query) for query in self.asked]
+        told = priors_key(self.dataset, self.training, self.asked, config) if self.asked else None
+        return {
+            "localization": {"weights": weights, "data": digest(pairs, told, self.examples), "options": located},
+            "quality": {
+                "weights": weights,
+                "data": digest(captions, self.examples, resolution),
+                "features": digest(features_key(self.features)) if self.features else None,
+                "options": drawn,
+            },
+        }
+
+
+OF_QUALITY = ("generated_images", "diversity_captions", "diversity_samples", "num_inference_steps", "guidance_scale",
+              "scheduler", "features")  # fmt: skip
+"""Options of evaluation that change quality alone."""
+OF_BOTH = ("seed", "bootstrap_samples", "examples", "quantization")
+"""Options of evaluation that change quality as well as localization."""
 
 
 def held_out(
@@ -253,7 +349,8 @@ def held_out(
     The FID of the real row is between the real images that the arms are compared with and as many others, so that it
     shows what the distance is at this number of images when nothing is wrong. training: for the prior `mean_mask`.
     """
-    located = list(dict.fromkeys(query.image for query in queries(dataset, model, config, accelerator)))
+    asked = queries(dataset, model, config, accelerator)
+    located = list(dict.fromkeys(query.image for query in asked))
     examples = (located or list(range(len(dataset))))[: config.examples]
     if accelerator.is_main_process:
         write_examples(dataset, examples, run_dir / "real")
@@ -268,7 +365,7 @@ def held_out(
             real_images(dataset, others, features, accelerator, config.batch_size), real, dataset, config, features
         )
         result |= {"fid": halves["fid"], "fid_ci": halves["fid_ci"]}
-    return HeldOut(dataset, examples, features, real, result | {"diversity": None}, training, run_dir / "real")
+    return HeldOut(dataset, examples, features, real, result | {"diversity": None}, training, run_dir / "real", asked)
 
 
 def evaluate(
@@ -280,33 +377,38 @@ def evaluate(
     accelerator: Accelerator,
     arm_dir: Path,
     label: str,
+    parts: Sequence[str] | None = None,
+    weights: str | None = None,
 ) -> dict[str, Any]:
-    """{"localization", "quality", "size", "seconds": {"localization_seconds", "evaluation_seconds"}} of one model."""
+    """{"localization", "quality", "size", "seconds": {"localization_seconds", "evaluation_seconds"}} of one model.
+
+    parts: those to measure, by default config.parts; the others are None. weights: kept.weights_of the model.
+    """
     began = time.perf_counter()
+    parts, weights = config.parts if parts is None else parts, weights or weights_of(model)
     model.to(accelerator.device).freeze()
     if config.quantization != "none":
         quantize(model, config.quantization)
     stored = megabytes(model)
-    shared: dict[str, Any] = {
-        "accelerator": accelerator,
-        "arm_dir": arm_dir,
-        "examples": against.examples,
-        "label": label,
-    }
-    of_data: dict[str, Any] = {"training": against.training, "priors_dir": against.priors_dir}
-    located = localization(model, against.dataset, config, **shared, **of_data)
+    shared: dict[str, Any] = {"accelerator": accelerator, "arm_dir": arm_dir, "examples": against.examples}
+    own: dict[str, Any] = shared | {"label": label, "weights": weights}
+    located = drawn = None
+    if "localization" in parts:
+        of_data: dict[str, Any] = {"training": against.training, "priors_dir": against.priors_dir}
+        located = localization(model, against.dataset, config, **own, **of_data)
     localization_seconds = time.perf_counter() - began
-    own = {"examples": against.examples, "accelerator": accelerator, "arm_dir": arm_dir}
-    write_word_maps(model, against.dataset, config, **own)
-    drawn = quality(
-        model,
-        against.dataset,
-        config,
-        resolution=resolution,
-        features=against.features,
-        real=against.real,
-        **shared,
-    )
+    if "localization" in parts:
+        write_word_maps(model, against.dataset, config, **shared)
+    if "quality" in parts:
+        drawn = quality(
+            model,
+            against.dataset,
+            config,
+            resolution=resolution,
+            features=against.features,
+            real=against.real,
+            **own,
+        )
     seconds = {
         "localization_seconds": localization_seconds,
         "evaluation_seconds": time.perf_counter() - began,
@@ -338,10 +440,12 @@ def write_examples(dataset: ImageCaptionDataset, examples: Sequence[int], folder
         regions = [{"finding": r.finding, "boxes": [list(box) for box in r.boxes]} for r in sample.regions]
         row = {"id": sample.id, "image": f"real/{place:04d}.png", "caption": sample.caption, "regions": regions}
         lines.append(json.dumps(row) + "\n")
-    (folder / "examples.jsonl").write_text("".join(lines), encoding="utf-8")
+    write_atomic(folder / "examples.jsonl", "".join(lines))
 
 
 def save_png(image: torch.Tensor, path: Path) -> None:
     """image: (3, height, width) in [0, 1]."""
     array = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    Image.fromarray(array).save(path)
+    content = io.BytesIO()
+    Image.fromarray(array).save(content, "PNG")
+    write_atomic(path, content.getvalue())

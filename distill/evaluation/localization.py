@@ -1,12 +1,11 @@
 """Does the attention on a finding's words cover the finding, in real held-out images? By a protocol of protocols.py.
 
 Nothing is generated. Work is shared between the processes of `accelerate launch`; every process must call
-`localization`. It writes each batch of scores to disk, so that the same call continues after a kill.
+`localization`. It writes each batch of scores to disk, so that a later call makes only what is missing.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import ExitStack
@@ -17,14 +16,15 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
+from safetensors import SafetensorError, safe_open
 from tqdm.auto import tqdm
 
 from distill.attention.heat_maps import normalize
 from distill.attention.recording import attention_layers
 from distill.config import FullEvaluation
-from distill.data.cache import model_fingerprint
 from distill.data.sample import ImageCaptionDataset, Sample, image_key
-from distill.evaluation.image_adds import OTHER_IMAGES, finish_rows, packed_pairs, summary
+from distill.evaluation.image_adds import finish_rows, packed_pairs, summary
+from distill.evaluation.kept import Batches, Kept, digest, weights_of
 from distill.evaluation.priors import priors
 from distill.evaluation.protocols import (
     PROTOCOLS,
@@ -43,14 +43,15 @@ from distill.metrics.maps import mixture_masks
 from distill.models.family import Model
 
 TOKEN_MAPS = ("word", "eos", "padding")
+MAPS_FILE = "maps.safetensors"
 
 
 class Scores:
-    """The metrics of every token map, filled by batches or from the files of an earlier, killed call.
+    """The metrics of every token map, filled from the lines of pairs.
 
     One line a pair: {"query", "image", "cluster" (see image_key), "finding", "scores": {token: {metric: number or null}},
-    "mass": [4], "image_adds": {token: number or null}}. Until all pairs are scored, a line holds the pair's "maps" and
-    "mask" in the place of "image_adds" (see image_adds.py).
+    "mass": [4], "image_adds": {token: number or null}}. scored.jsonl holds the pair's "maps" and "mask" in the place of
+    "image_adds" (see image_adds.py), because images that are added later are compared with them.
     """
 
     def __init__(self, protocol: Protocol, config: FullEvaluation, device: torch.device) -> None:
@@ -101,31 +102,24 @@ def score_rows(
     return rows
 
 
-def _evaluation_key(model: Model, dataset: ImageCaptionDataset, asked: Sequence[Query], config: FullEvaluation) -> str:
-    """Hash of everything that decides a line of the scores."""
-    irrelevant = ("batch_size", "generated_images", "diversity_captions", "diversity_samples", "num_inference_steps",
-                  "guidance_scale", "scheduler", "features", "bootstrap_samples", "examples")  # fmt: skip
-    settings = {key: value for key, value in config.model_dump(mode="json").items() if key not in irrelevant}
-    parts = [json.dumps(settings, sort_keys=True), f"{OTHER_IMAGES} other images"]
-    parts += [model_fingerprint(module) for module in model.modules()]
-    parts += [f"{dataset.fingerprint(q.image)}{q.truth}{q.text}{q.findings}{q.tokens}" for q in asked]
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+OF_ROWS_IRRELEVANT = (
+    "batch_size", "generated_images", "diversity_captions", "diversity_samples", "num_inference_steps", "guidance_scale",
+    "scheduler", "features", "bootstrap_samples", "examples", "localization_images", "parts",
+)  # fmt: skip
+"""Options of evaluation that change no score of an image."""
 
 
-def _read_rows(folder: Path, key: str) -> list[dict[str, Any]]:
-    """Lines of earlier calls with the same key; a line that was cut off by a kill is left out."""
-    found: dict[tuple[int, int], dict[str, Any]] = {}
-    for path in sorted(folder.glob("pairs*.jsonl")):
-        lines = path.read_text(encoding="utf-8").splitlines()
-        if not lines or lines[0] != json.dumps({"key": key}):
-            continue
-        for line in lines[1:]:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            found[row["query"], row["finding"]] = row
-    return [found[k] for k in sorted(found)]
+def rows_key(config: FullEvaluation, weights: str) -> str:
+    """Hash of what decides the score of an image besides the image."""
+    settings = {k: v for k, v in config.model_dump(mode="json").items() if k not in OF_ROWS_IRRELEVANT}
+    return digest(settings, weights)
+
+
+def query_key(dataset: ImageCaptionDataset, query: Query) -> str:
+    """Hash of all of a data set that decides the scores of a query."""
+    image = [query.image, dataset.fingerprint(query.image), image_key(dataset, query.image), query.truth]
+    names = [dataset.findings[finding] for finding in query.findings]
+    return digest(image, query.text, query.findings, names, query.tokens)
 
 
 @torch.no_grad()
@@ -140,76 +134,40 @@ def localization(
     label: str = "",
     training: ImageCaptionDataset | None = None,
     priors_dir: Path | None = None,
+    weights: str | None = None,
 ) -> dict[str, Any] | None:
     """The `localization` entry of metrics.json, None without regions.
 
-    Writes the examples' maps to maps.safetensors, and the scores of each pair to pairs.jsonl.
+    Writes the examples' maps to maps.safetensors, and the scores of each pair to pairs.jsonl. Scores of an earlier call in
+    `arm_dir` are used again where all that decides them is the same.
     priors_dir: adds the entry "priors" (see priors.py), kept there for the run's other models. training: for its mean masks.
+    weights: see kept.weights_of, before the weights were quantized.
     """
     asked = queries(dataset, model, config, accelerator)
     if not asked:
         return None
     config = with_subset(config, model)
-    device, protocol = accelerator.device, PROTOCOLS[config.protocol]
-    names = protocol.layers(attention_layers(model.denoiser, config.layers))
-    scores = Scores(protocol, config, device)
-    key = _evaluation_key(model, dataset, asked, config)
-    earlier = _read_rows(arm_dir, key)
-    complete = {q: sum(row["query"] == q for row in earlier) for q in {row["query"] for row in earlier}}
-    shown = [n for n, q in enumerate(asked) if q.image in examples]
-    have = {n for n, count in complete.items() if count == len(asked[n].findings)}
-    has_maps = (arm_dir / "maps.safetensors").exists()
-    if not has_maps:
-        have -= set(shown)
-    order = [*shown, *(n for n in range(len(asked)) if n not in set(shown))]
-    todo = [n for n in order if n not in have]
-    mine = todo[accelerator.process_index :: accelerator.num_processes]
-    accelerator.wait_for_everyone()  # all have read the files that are written from here on
+    names = PROTOCOLS[config.protocol].layers(attention_layers(model.denoiser, config.layers))
+    weights = weights or weights_of(model)
+    rows = _scored_rows(
+        model, dataset, asked, config, names, weights,
+        accelerator=accelerator, arm_dir=arm_dir, examples=examples, label=label,
+    )  # fmt: skip
+    scores = Scores(PROTOCOLS[config.protocol], config, accelerator.device)
     if accelerator.is_main_process:
-        scores.restore([row for row in earlier if row["query"] in have])
-    kept: list[tuple[str, np.ndarray]] = []
-    arm_dir.mkdir(parents=True, exist_ok=True)
-    bar = tqdm(total=len(mine), desc=f"{label} maps", unit="image", disable=not (mine and accelerator.is_main_process))
-    with ExitStack() as stack:
-        log = stack.enter_context(_part_file(arm_dir, accelerator.process_index, key))
-        recorder = open_recorder(stack, model, names, config)
-        for start in range(0, len(mine), config.batch_size):
-            numbers = mine[start : start + config.batch_size]
-            batch = [asked[n] for n in numbers]
-            samples = [dataset[query.image] for query in batch]
-            inputs = prepare_inputs(model, samples, batch, device)
-            recorder.cross.reduce = inputs.reduce
-            maps, mass = protocol.maps(inputs, config, recorder)
-            rows: list[dict[str, Any]] = []
-            for number, query, sample, own, own_mass in zip(numbers, batch, samples, maps, mass, strict=True):
-                own_rows = score_rows(number, query, sample, own, own_mass, scores.metrics, dataset.findings, config)
-                rows += [row | {"cluster": image_key(dataset, query.image)} for row in own_rows]
-                if number in shown:
-                    word = own[4 : 4 + len(query.findings)]
-                    for finding, image in zip(query.findings, normalize(word).cpu().numpy(), strict=True):
-                        kept.append((f"{sample.id}/{dataset.findings[finding]}", image))
-            scores.restore(rows)
-            log.write("".join(json.dumps(row) + "\n" for row in rows))
-            log.flush()
-            bar.update(len(batch))
-    bar.close()
-    gathered = dict(gather_object(kept))
-    if accelerator.is_main_process and gathered:
-        tensors = {
-            name: torch.from_numpy(np.ascontiguousarray(value, dtype=np.float32)) for name, value in gathered.items()
-        }
-        write_tensors(arm_dir / "maps.safetensors", tensors)
+        for start in range(0, len(asked), config.batch_size):
+            scores.restore([row for row in rows if start <= row["query"] < start + config.batch_size])
     result: dict[str, Any] = {token: _summary(metrics, dataset, config) for token, metrics in scores.metrics.items()}
     result["mass"] = {name: float(value) for name, value in scores.mass.compute().items()}
     result["protocol"] = config.protocol
     if config.protocol == "ours":
         result |= {"layers": list(names), "timesteps": list(config.timesteps or ())}
-    accelerator.wait_for_everyone()
     added: list[Any] = [None]
     if accelerator.is_main_process:
-        rows = finish_rows(_read_rows(arm_dir, key), dataset.findings, config, device)
-        _merge(arm_dir, key, rows)
-        added = [summary(rows, config)]
+        finished = finish_rows(rows, dataset.findings, config, accelerator.device)
+        lines = [json.dumps(line) for line in [{"key": rows_key(config, weights)}, *finished]]
+        write_atomic(arm_dir / "pairs.jsonl", "\n".join(lines) + "\n")
+        added = [summary(finished, config)]
     broadcast_object_list(added)
     for token, entry in added[0].items():
         result[token] |= entry
@@ -218,23 +176,84 @@ def localization(
     return result
 
 
-def _part_file(arm_dir: Path, rank: int, key: str) -> Any:
-    path = arm_dir / f"pairs.{rank}.jsonl"
-    head = json.dumps({"key": key}) + "\n"
-    if path.exists() and path.read_text(encoding="utf-8").startswith(head):
-        file = path.open("a", encoding="utf-8")
-        file.write("\n")  # ends a line that a kill cut off
-        return file
-    file = path.open("w", encoding="utf-8")
-    file.write(head)
-    return file
+def _scored_rows(
+    model: Model,
+    dataset: ImageCaptionDataset,
+    asked: Sequence[Query],
+    config: FullEvaluation,
+    names: Sequence[str],
+    weights: str,
+    *,
+    accelerator: Accelerator,
+    arm_dir: Path,
+    examples: Sequence[int],
+    label: str,
+) -> list[dict[str, Any]]:
+    """The lines of all pairs with their maps, in order, on the main process; also writes the examples' maps."""
+    key, hashes = rows_key(config, weights), [query_key(dataset, query) for query in asked]
+    shown = [n for n, query in enumerate(asked) if query.image in examples]
+    order = [*shown, *(n for n in range(len(asked)) if n not in set(shown))]
+    kept, maps = Kept(arm_dir, "scored", key, accelerator.process_index), _read_maps(arm_dir / MAPS_FILE, key)
+    usable = {place: kept.entries[hashes[n]] for place, n in enumerate(order) if hashes[n] in kept.entries}
+    names_of = {n: _map_names(dataset, asked[n]) for n in shown}
+    for place, n in enumerate(shown):
+        if not maps.keys() >= set(names_of[n]):
+            usable.pop(place, None)
+    batches = Batches(
+        [hashes[n] for n in order], config.batch_size, rank=accelerator.process_index, world=accelerator.num_processes
+    )
+    missing = batches.missing(usable)
+    accelerator.wait_for_everyone()  # all have read the files that are written from here on
+    count = sum(map(len, missing))
+    bar = tqdm(total=count, desc=f"{label} maps", unit="image", disable=not (count and accelerator.is_main_process))
+    drawn: dict[str, torch.Tensor] = {}
+    with ExitStack() as stack:
+        stack.callback(kept.close)
+        recorder = open_recorder(stack, model, names, config) if missing else None
+        scores = Scores(PROTOCOLS[config.protocol], config, accelerator.device)
+        for places in missing:
+            assert recorder is not None
+            numbers = [order[place] for place in places]
+            batch = [asked[n] for n in numbers]
+            samples = [dataset[query.image] for query in batch]
+            inputs = prepare_inputs(model, samples, batch, accelerator.device)
+            recorder.cross.reduce = inputs.reduce
+            found, mass = PROTOCOLS[config.protocol].maps(inputs, config, recorder)
+            for number, query, sample, own, own_mass in zip(numbers, batch, samples, found, mass, strict=True):
+                rows = score_rows(number, query, sample, own, own_mass, scores.metrics, dataset.findings, config)
+                rows = [row | {"cluster": image_key(dataset, query.image)} for row in rows]
+                kept.add({"made_of": hashes[number], "rows": rows} | batches.mark(places))
+                word = normalize(own[4 : 4 + len(query.findings)]).cpu().float()
+                drawn |= {name: image.contiguous() for name, image in zip(names_of.get(number, ()), word, strict=False)}
+            bar.update(len(batch))
+    bar.close()
+    gathered = dict(gather_object(list(drawn.items())))
+    accelerator.wait_for_everyone()
+    if not accelerator.is_main_process:
+        return []
+    if names_of:
+        all_maps = maps | gathered
+        tensors = {name: all_maps[name] for names in names_of.values() for name in names}
+        write_tensors(arm_dir / MAPS_FILE, tensors, {"key": key})
+    kept.merge()
+    entries = kept.read()
+    return [row | {"query": n} for n, made_of in enumerate(hashes) for row in entries[made_of]["rows"]]
 
 
-def _merge(arm_dir: Path, key: str, rows: Sequence[dict[str, Any]]) -> None:
-    """One pairs.jsonl of all rows, in the place of the files of the processes."""
-    write_atomic(arm_dir / "pairs.jsonl", "\n".join(json.dumps(line) for line in [{"key": key}, *rows]) + "\n")
-    for path in arm_dir.glob("pairs.*.jsonl"):
-        path.unlink()
+def _map_names(dataset: ImageCaptionDataset, query: Query) -> list[str]:
+    """Names of a query's maps in maps.safetensors."""
+    return [f"{dataset[query.image].id}/{dataset.findings[finding]}" for finding in query.findings]
+
+
+def _read_maps(path: Path, key: str) -> dict[str, torch.Tensor]:
+    """The maps of an earlier call with the same key; empty where there are none, or the file is damaged."""
+    try:
+        with safe_open(path, "pt") as file:
+            if (file.metadata() or {}).get("key") != key:
+                return {}
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError):
+        return {}
 
 
 def _summary(

@@ -47,7 +47,7 @@ def priors(
     are not applied. folder: the result is kept in its priors.json, by a hash of what decides it. All processes must call
     this, and share the work.
     """
-    key = _key(held_out, training, asked, config)
+    key = priors_key(held_out, training, asked, config)
     path = None if folder is None else folder / FILE
     known: list[Any] = [None]
     if accelerator.is_main_process and path is not None and path.exists():
@@ -65,7 +65,7 @@ def priors(
     return result
 
 
-def _key(
+def priors_key(
     held_out: ImageCaptionDataset,
     training: ImageCaptionDataset | None,
     asked: Sequence[Query],
@@ -85,6 +85,7 @@ def _key(
     parts += [f"{held_out.fingerprint(q.image)}{image_key(held_out, q.image)}{q.truth}{q.findings}" for q in asked]
     if training is not None:
         parts += [training.fingerprint(i) for i in range(0, count, max(1, count // 64))]
+        parts += [training.labels(i) for i in range(count)]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 

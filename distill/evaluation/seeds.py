@@ -93,8 +93,15 @@ class Resampled:
 
     def __init__(self, runs: Mapping[int, Path], arms: Mapping[str, Any], samples: int) -> None:
         self.seeds, self.samples = list(runs), samples
-        self.scores = {arm: [_pairs(path / arm) for path in runs.values()] for arm in arms}
-        drawn = {arm: [_images(path / arm) for path in runs.values()] for arm in arms}
+        # Files of a part that was not measured may be those of an earlier evaluation.
+        self.scores = {
+            arm: [_pairs(path / arm) if entry["localization"] else {"keys": []} for path in runs.values()]
+            for arm, entry in arms.items()
+        }
+        drawn = {
+            arm: [_images(path / arm) if entry["quality"] else None for path in runs.values()]
+            for arm, entry in arms.items()
+        }
         real, faults = _images(next(iter(runs.values())) / "real"), []
         for arm, each in drawn.items():
             for seed, one in zip(runs, each, strict=True):
@@ -154,7 +161,8 @@ def _values(entry: dict[str, Any]) -> dict[str, float | None]:
             found[f"{token}.{IMAGE_ADDS}"] = entry["localization"][token][IMAGE_ADDS]
     if entry["localization"]:
         found |= {f"mass.{name}": value for name, value in entry["localization"]["mass"].items()}
-    return found | {f"quality.{name}": entry["quality"][name] for name in ("fid", "finding_auc", "diversity")}
+    quality = entry["quality"] or {}
+    return found | {f"quality.{name}": quality.get(name) for name in ("fid", "finding_auc", "diversity")}
 
 
 def _mean(entries: Sequence[Any]) -> Any:

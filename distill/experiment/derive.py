@@ -54,8 +54,6 @@ def derived_base(
             shutil.rmtree(scratch[0], ignore_errors=True)
         elif state.is_main_process and not (folder / "config.yaml").exists():
             shutil.rmtree(path, ignore_errors=True)
-            if folder.is_dir() and not any(folder.iterdir()):
-                folder.rmdir()
 
 
 def whole(base: BaseConfig, run: str | None) -> Model:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
+
+from accelerate.utils import broadcast_object_list
 
 from distill.cli import to_yaml
 from distill.config import BaseConfig, FullEvaluation
+from distill.errors import UserError
 from distill.evaluation.evaluate import evaluate, held_out, quality
+from distill.evaluation.kept import weights_of
 from distill.evaluation.localization import localization
 from distill.evaluation.results import parse_metrics
 from distill.evaluation.seeds import Resampled
@@ -29,6 +34,14 @@ from distill.report import (
 )
 from distill.trainer import peak_memory_gb
 
+PARTS = ("localization", "quality")
+"""Parts of an evaluation, as entries of metrics.json."""
+FILES = {
+    "localization": ("pairs.jsonl", "maps.safetensors", "word_maps.safetensors"),
+    "quality": ("features.safetensors", "samples/*.png"),
+}
+"""Part -> what it leaves in the arm's folder, from which numbers and report are made."""
+
 
 def evaluate_arm(
     run: Run,
@@ -41,35 +54,112 @@ def evaluate_arm(
 ) -> dict[str, Any]:
     """Load base and run folder as a user would, evaluate, and write <run>/<arm>/metrics.json; returns its entry.
 
+    A part that was measured before is kept if its weights, data, options and files are still the same.
     base: the base of `folder`, where it is not the one that the arms are trained from. evaluation: in place of the run's or
     the arm's. cost: of what this run has trained; its metrics.json then has the settings of its training, and it gets a card.
     """
     assert run.against is not None
-    path = run.folder / name / "metrics.json"
-    if path.exists():
-        run.say(f"{name}: already evaluated, {path}")
-        return cast(dict[str, Any], read_json(path)["arms"][name])
-    arm = run.arms.get(name)
-    result = evaluate(
-        load_model(base or run.base, run=folder),
-        run.against,
-        evaluation or (arm.evaluation if arm else run.evaluation),
-        resolution=run.config.data.resolution,
-        accelerator=run.accelerator,
-        arm_dir=run.folder / name,
-        label=name,
-    )
-    seconds = result.pop("seconds")
-    empty = {"train_seconds": None, "steps": None, "peak_memory_gb": peak_memory_gb(), "trainable_parameters": None}
-    entry = result | {"cost": (cost or empty) | seconds}
+    arm_dir, arm, resolution = run.folder / name, run.arms.get(name), run.config.data.resolution
+    config = evaluation or (arm.evaluation if arm else run.evaluation)
+    model = load_model(base or run.base, run=folder)
+    plan: list[Any] = [None]
     if run.accelerator.is_main_process:
+        weights = weights_of(model)
+        made_of = run.against.made_of(model, weights, config, resolution)
+        plan = [(weights, made_of, _measured_before(run, name, made_of, config.parts))]
+    broadcast_object_list(plan)
+    weights, made_of, before = plan[0]
+    missing = [part for part in config.parts if part not in before["made_of"]]
+    entry: dict[str, Any] = before["entry"]
+    if missing:
+        result = evaluate(
+            model, run.against, config, resolution=resolution, accelerator=run.accelerator, arm_dir=arm_dir, label=name,
+            parts=missing, weights=weights,
+        )  # fmt: skip
+        entry = _merged(entry, result, missing)
+    entry = entry | {"cost": entry["cost"] | (cost or {})}
+    if run.accelerator.is_main_process:
+        known = {part: before["made_of"].get(part) or made_of[part] for part in PARTS if entry[part] or part in missing}
         settings = settings_of(run.config, arm) if arm else None
-        written = {"arms": {name: entry}, "provenance": provenance()}
-        write_json(path, written | ({"settings": settings} if settings else {}))
+        written = {
+            "arms": {name: entry},
+            "provenance": provenance() if missing else before["provenance"],
+            "made_of": {part: hashes | {"files": _files(arm_dir, part)} for part, hashes in known.items()},
+        } | ({"settings": settings} if settings else {})
+        if written != before["written"]:
+            write_json(arm_dir / "metrics.json", written)
         if folder is not None and cost is not None and settings is not None:
-            write_model_card(folder, entry, settings, provenance(), base_name=run.base.name, export=exported(folder))
+            write_model_card(
+                folder, entry, settings, written["provenance"], base_name=run.base.name, export=exported(folder)
+            )
     run.accelerator.wait_for_everyone()
     return entry
+
+
+def _measured_before(run: Run, name: str, made_of: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    """What an earlier launch measured and still holds: {"entry", "made_of", "provenance", "written"}. Says what does not."""
+    path = run.folder / name / "metrics.json"
+    empty = {"train_seconds": None, "steps": None, "peak_memory_gb": peak_memory_gb(), "trainable_parameters": None}
+    nothing: dict[str, Any] = {"localization": None, "quality": None, "cost": empty}
+    found: dict[str, Any] = {"entry": nothing, "made_of": {}, "provenance": None, "written": None}
+    if not path.exists():
+        return found
+    try:
+        written = read_json(path)
+        entry, known = written["arms"][name], written.get("made_of", {})
+        parse_metrics({"arms": {name: entry}, "provenance": written["provenance"]})
+        reasons = {part: _difference(made_of[part], known.get(part), path.parent, part) for part in PARTS}
+    except (UserError, ValueError, KeyError, TypeError, AttributeError) as error:
+        run.say(f"{name}: evaluated anew, because {path} cannot be used: {error!r}")
+        return found
+    kept = {part: known[part] for part in PARTS if not reasons[part]}
+    for part in PARTS:
+        if entry[part] is not None and part not in kept:
+            then = "measured anew" if part in parts else "left out"
+            run.say(f"{name}: {part} is {then}: {reasons[part]}")
+        elif part in kept:
+            run.say(f"{name}: {part} is already evaluated, {path}")
+    if not kept:
+        return found
+    entry = entry | {part: entry[part] if part in kept else None for part in PARTS}
+    return {"entry": entry, "made_of": kept, "provenance": written["provenance"], "written": written}
+
+
+def _difference(now: Mapping[str, Any], then: Mapping[str, Any] | None, arm_dir: Path, part: str) -> str:
+    """Why the numbers of a part are not those that would be measured now; empty if they are."""
+    if then is None:
+        return "its metrics.json does not say what it was made of"
+    if then["weights"] != now["weights"]:
+        return "the weights are others"
+    changed = [
+        f"evaluation.{key} was {then['options'].get(key)!r} and is {value!r}"
+        for key, value in now["options"].items()
+        if then["options"].get(key) != value
+    ]
+    if changed:
+        return "; ".join(changed)
+    if then["data"] != now["data"]:
+        return "the held-out images, their captions or regions, or the training images are others"
+    if None not in (then.get("features"), now.get("features")) and then["features"] != now["features"]:
+        return "the extractor of features is another"
+    return "" if then["files"] == _files(arm_dir, part) else f"files in {arm_dir} were changed or are missing"
+
+
+def _files(arm_dir: Path, part: str) -> dict[str, str]:
+    """Name -> hash of the files of a part."""
+    found = (path for pattern in FILES[part] for path in sorted(arm_dir.glob(pattern)) if path.is_file())
+    return {str(path.relative_to(arm_dir)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
+
+
+def _merged(before: Mapping[str, Any], result: Mapping[str, Any], missing: Sequence[str]) -> dict[str, Any]:
+    """An entry of metrics.json: the parts that were missing, and what was kept. Seconds are those of all that is in it."""
+    parts = {part: result[part] if part in missing else before[part] for part in PARTS}
+    seconds = dict(result["seconds"])
+    if any(before[part] is not None for part in PARTS):
+        seconds["evaluation_seconds"] += before["cost"].get("evaluation_seconds") or 0.0
+        if "localization" not in missing:
+            seconds["localization_seconds"] = before["cost"].get("localization_seconds")
+    return parts | {"size": result["size"], "cost": before["cost"] | seconds}
 
 
 def finish(run: Run, arms: Mapping[str, dict[str, Any]], next_command: str) -> None:
@@ -88,7 +178,7 @@ def finish(run: Run, arms: Mapping[str, dict[str, Any]], next_command: str) -> N
         "localization_images": max(
             (e["localization"]["word"]["images"] for e in arms.values() if e["localization"]), default=0
         ),
-        "generated_images": min(run.evaluation.generated_images, len(run.test)),
+        "generated_images": max((e["quality"]["images"] for e in arms.values() if e["quality"]), default=0),
         "bootstrap_samples": run.evaluation.bootstrap_samples,
     }
     seeds = {"training": run.seed, "evaluation": run.evaluation.seed, "data": getattr(config.data, "seed", None)}
@@ -104,7 +194,7 @@ def finish(run: Run, arms: Mapping[str, dict[str, Any]], next_command: str) -> N
     resampled = Resampled({run.seed: run.folder}, arms, run.evaluation.bootstrap_samples)
     metrics = {
         "arms": dict(arms),
-        "real": {"quality": run.against.quality},
+        "real": {"quality": _real_quality(run)},
         "paired": resampled.paired(list(arms), baselines),
         "compare_to": baselines,
         "provenance": origin,
@@ -119,6 +209,19 @@ def finish(run: Run, arms: Mapping[str, dict[str, Any]], next_command: str) -> N
         if exported:
             run.say(f"{name}: {exported[0]}")
     run.say(f"report: {html}\n        {markdown}\nnumbers: {run.folder / 'metrics.json'}\nnext: {next_command}")
+
+
+def _real_quality(run: Run) -> dict[str, Any] | None:
+    """Quality of the real images: measured now, or by an earlier launch where this one measures maps only."""
+    assert run.against is not None
+    path = run.folder / "metrics.json"
+    if "quality" in run.evaluation.parts or not path.is_file():
+        return run.against.quality
+    try:
+        found: dict[str, Any] | None = read_json(path)["real"]["quality"]
+    except (UserError, KeyError, TypeError):
+        return run.against.quality
+    return found
 
 
 def dry_run_evaluation(run: Run, folder: str | None) -> None:

@@ -15,12 +15,13 @@ import transformers
 import yaml
 from accelerate import Accelerator
 from accelerate.utils import set_seed
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 from rich.console import Console
 
 from distill.attention import attention_layers
 from distill.cli import to_yaml
 from distill.config import NO_LABEL, BaseConfig, FullEvaluation, RunConfig
+from distill.configuration.changes import changes
 from distill.data.loading import load_dataset, refuse_shared_pictures
 from distill.data.readers.records import RecordDataset
 from distill.data.readers.splits import VALIDATION_SPLITS
@@ -37,6 +38,7 @@ from distill.models import Model, load_model
 from distill.models.adapters import check_lora_targets, lora_targets, parameter_counts
 from distill.models.loading import LORA_FILE
 from distill.processes import thread_advice
+from distill.settings import Settings
 from distill.trainer import make_accelerator
 
 if TYPE_CHECKING:
@@ -127,7 +129,9 @@ def open_run(
     _check_references(opened, model)
     _check_captions(opened, model)
     _check_data(opened, model)
-    features = load_features(evaluation.features, phantom_data=isinstance(config.data, PhantomData))
+    features = None
+    if "quality" in evaluation.parts:
+        features = load_features(evaluation.features, phantom_data=isinstance(config.data, PhantomData))
     total = parameter_counts(model.denoiser)[0] + sum(parameter_counts(t)[0] for t in model.text_encoders)
     sizes = f"{len(train):,} training and {len(test):,} held-out images" if train else f"{len(test):,} held-out images"
     opened.say(
@@ -156,32 +160,34 @@ def quiet_libraries() -> None:
         logging.disable_progress_bar()
 
 
-def claim(folder: Path, config: BaseModel) -> None:
-    """Refuse a folder that holds a run with another configuration, of another recipe, or of an earlier version."""
+def claim(folder: Path, config: Settings) -> None:
+    """Refuse a folder that holds a run with other options that its weights depend on, of another recipe, or of an earlier
+    version. Options that may differ are declared beside themselves, see distill/settings.py."""
     path = folder / "config.yaml"
-    text = path.read_text(encoding="utf-8") if path.exists() else to_yaml(config)
-    if text == to_yaml(config):
+    if not path.exists():
         return
-    if not _is_a(type(config), text):
-        raise UserError(
-            f"{folder} holds a run of an earlier version, or of another recipe; choose another --output_dir"
-        )
-    old, new = text.splitlines(), to_yaml(config).splitlines()
-    first = next(
-        (f"{a.strip()!r} there, {b.strip()!r} now" for a, b in zip(old, new, strict=False) if a != b), "length"
-    )
-    raise UserError(
-        f"{folder} holds a run with another configuration ({first}); choose another --output_dir, or delete the folder"
+    before = _read_config(type(config), path)
+    refused = [str(change) for change in changes(before, config) if not change.is_allowed]
+    raise_all(
+        f"{folder} holds a run with other options; choose another --output_dir, or give those of {path}. To train longer, "
+        "raise only max_steps. To train on from its weights on more images, give the folder as base.name or as a teacher "
+        "in a new --output_dir",
+        refused,
     )
 
 
-def _is_a(config_class: type[BaseModel], text: str) -> bool:
-    """Whether a YAML text has just the keys of a configuration class, with values that they may have."""
+def _read_config(config_class: type[Settings], path: Path) -> Settings:
+    """The configuration of a run folder, with defaults for keys that it lacks."""
+    another = UserError(
+        f"{path.parent} holds a run of an earlier version, or of another recipe; choose another --output_dir"
+    )
     try:
-        config_class.model_validate_json(json.dumps(yaml.safe_load(text)), strict=True)
-    except (ValidationError, yaml.YAMLError, TypeError):
-        return False
-    return True
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+        return config_class.model_validate_json(json.dumps(content), strict=True)
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}; choose another --output_dir") from None
+    except (ValidationError, yaml.YAMLError, TypeError, ValueError):
+        raise another from None
 
 
 def _accelerator(config: RunConfig, folder: Path) -> Accelerator:

@@ -8,17 +8,13 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
-import yaml
 from filelock import FileLock, Timeout
 from rich.console import Console
 
-from distill.cli import to_yaml
-from distill.config import RunConfig
-from distill.errors import UserError
 from distill.evaluation.results import parse_metrics
 from distill.evaluation.seeds import combine, run_folders
+from distill.experiment.folder import LOCKS
 from distill.experiment.run import Run
 from distill.files import write_json
 from distill.processes import process_state
@@ -37,60 +33,53 @@ def share_out(run: Run, jobs: dict[str, Job]) -> None:
     """Do all jobs; if other processes share the run folder, each does those that no other is at, and waits for the rest.
 
     The locks are the operating system's and end with their process. Under `accelerate launch` with several processes
-    these do every job together, in order.
+    these do every job together, in order; the folder is then theirs alone, see `held`.
     """
-    waiting = list(jobs)
-    locks = run.folder / ".locks"
-    locks.mkdir(exist_ok=True)
     if run.accelerator.num_processes > 1:
-        whole = FileLock(locks / "all", blocking=False)
-        if run.accelerator.is_main_process:
-            try:
-                whole.acquire()
-            except Timeout:
-                raise UserError(
-                    f"another launch is at {run.folder}; wait for it, or choose another output_dir"
-                ) from None
-        for name in waiting:
-            jobs[name].call()
-        whole.release()
+        for job in jobs.values():
+            job.call()
         return
-    told = False
+    waiting, told = list(jobs), False
+    locks = run.folder / LOCKS
+    locks.mkdir(exist_ok=True)
     while waiting:
-        for name in waiting:
-            if set(jobs[name].needs) & set(waiting):
-                continue
-            try:
-                with FileLock(locks / name, blocking=False):
-                    jobs[name].call()
-            except Timeout:
-                continue
-            waiting.remove(name)
-            break
-        else:
-            if not told:
-                run.say(f"waiting for {', '.join(waiting)}, which another process is at")
-            told = True
-            time.sleep(2)
+        ready = [name for name in waiting if not set(jobs[name].needs) & set(waiting)]
+        done = next((name for name in ready if _did(jobs[name], locks / name)), None)
+        if done is not None:
+            waiting.remove(done)
+            continue
+        if not told:
+            run.say(f"waiting for {', '.join(waiting)}, which another process is at")
+        told = True
+        time.sleep(2)
 
 
-def share_base(folder: Path, config: RunConfig) -> None:
-    """Copy the base's evaluation from another seed of the same configuration, since no seed changes it."""
-    target = Path(config.output_dir) / "base"
+def _did(job: Job, path: Path) -> bool:
+    """Do a job, unless another process is at it."""
+    lock = FileLock(path, blocking=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        return False
+    try:
+        job.call()
+    finally:
+        lock.release()
+    return True
+
+
+def share_base(folder: Path, target: Path) -> None:
+    """Copy the base's evaluation from another seed's folder, since no seed changes it; `evaluate_arm` checks what it is of."""
     if target.exists() or not process_state().is_main_process:
         return
-    ignored = {"seeds": [], "output_dir": ""}
     for path in run_folders(folder).values():
-        other = cast(dict[str, Any], yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
-        mine = cast(dict[str, Any], yaml.safe_load(to_yaml(config)))
-        if {**other, **ignored} == {**mine, **ignored}:
-            partial = target.with_name(f"base.{os.getpid()}.partial")
-            shutil.copytree(path / "base", partial)
-            try:
-                partial.rename(target)
-            except OSError:  # another process was first
-                shutil.rmtree(partial)
-            return
+        partial = target.with_name(f"base.{os.getpid()}.partial")
+        shutil.copytree(path / "base", partial)
+        try:
+            partial.rename(target)
+        except OSError:  # another process was first
+            shutil.rmtree(partial)
+        return
 
 
 def finish_seeds(folder: Path, compare_to: Sequence[str]) -> None:

@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 from distill.config import DenoisingConfig, LoraConfig
 from distill.methods import AnyOptions
 from distill.methods.options import DenoisingOptions
-from distill.settings import Count, Settings
+from distill.settings import MAY_GROW, Count, Settings
 
 Trained = Literal["frozen", "lora", "full"]
 Rate = Annotated[float, Field(gt=0, le=10)]
@@ -49,7 +49,7 @@ class ArmConfig(Training):
     """In place of trainer.learning_rate."""
     text_encoder_learning_rate: Rate | None = None
     """In place of trainer.text_encoder_learning_rate."""
-    max_steps: Count | None = None
+    max_steps: Annotated[Count | None, MAY_GROW] = None
     """In place of trainer.max_steps."""
 
     @model_validator(mode="after")
