@@ -31,6 +31,8 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 COMMAND_LINE = "the command line"
 USAGE_STATUS = 2
 INTERRUPTED_STATUS = 130
+NOT_USABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
+"""A file or folder that cannot be written, and a folder where a file should be."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
@@ -236,12 +238,16 @@ def _leave(message: str, status: int, *, every_process: bool = False) -> NoRetur
 
 
 def _exhausted(error: Exception, config: Any) -> str | None:
-    """Message for memory or disk that ran out, with what to lower; None for anything else."""
+    """Message for memory or disk that ran out or cannot be used, with what to do; None for anything else."""
     text = str(error).lower()
     code = error.errno if isinstance(error, OSError) else None
     if code in (errno.ENOSPC, errno.EDQUOT) or "no space left on device" in text:
         name = getattr(error, "filename", None) or f"under {getattr(config, 'output_dir', '.')}"
         return f"disk full: could not write {name}; free some space, or choose another output_dir or data.cache_dir"
+    if isinstance(error, OSError) and code in NOT_USABLE and error.filename:
+        # os.replace names the temporary file first, and the file that it could not write second.
+        name = error.filename2 or error.filename
+        return f"cannot read or write {name}: {error.strerror}; mend or remove it, or choose another output_dir"
     is_memory = isinstance(error, MemoryError) or code == errno.ENOMEM
     if is_memory or (isinstance(error, RuntimeError) and any(sign in text for sign in OUT_OF_MEMORY)):
         first_line = str(error).strip().split("\n")[0]

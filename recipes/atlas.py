@@ -158,14 +158,14 @@ def write_model(config: AtlasConfig, name: str, run: Path | None, entry: dict[st
 
     from distill.evaluation.atlas import subset_file
     from distill.experiment.atlas import atlas_chart, short_layer
-    from distill.files import write_json
+    from distill.files import write_atomic, write_json
     from distill.models.loading import SUBSET_FILE
 
     folder, chosen = Path(config.output_dir) / name, entry["chosen"]
     rows, columns = ([entry[key].index(value) for value in chosen[key]] for key in ("layers", "timesteps"))
     tables = {token: np.array(table) for token, table in entry["validation"]["auc"].items()}
     chart = atlas_chart(tables, [short_layer(layer) for layer in entry["layers"]], entry["timesteps"], (rows, columns))
-    (folder / "atlas.png").write_bytes(chart.png)
+    write_atomic(folder / "atlas.png", chart.png)
     content = subset_file(entry, config.model_dump(mode="json"))
     write_json(folder / SUBSET_FILE, content)
     target = run if config.store else None

@@ -25,7 +25,7 @@ TRAINING_DATA = {
     "cache_dir",
 }  # fmt: skip
 """Of data: what says nothing of the held-out images."""
-SPEED = {"batch_size"}
+SPEED = {"batch_size", "parts"}
 """Of evaluation: what changes no number."""
 KEPT = (
     "pairs.jsonl", "features.safetensors", "maps.safetensors", "train_log.jsonl", "localization_log.jsonl", "samples",
@@ -78,6 +78,7 @@ def read_evaluated(path: Path) -> Evaluated:
     import yaml
 
     from distill.errors import UserError
+    from distill.evaluation.results import parse_metrics
     from distill.files import read_json
 
     if (path / "config.yaml").exists():
@@ -91,11 +92,19 @@ def read_evaluated(path: Path) -> Evaluated:
     if not (path / "metrics.json").exists() or not run.exists():
         raise UserError(f"{path}: no evaluated arm; expected {path / 'metrics.json'} and {run}, as recipes write them")
     found = read_json(path / "metrics.json")
-    config = cast(dict[str, Any], yaml.safe_load(run.read_text(encoding="utf-8")))
+    try:
+        config = cast(dict[str, Any], yaml.safe_load(run.read_text(encoding="utf-8")))
+        parse_metrics(found)
+        if config["data"]["kind"] is None or config["evaluation"] is None:
+            raise ValueError("it is of no evaluation")
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"{path}: {path / 'metrics.json'} or {run} is damaged ({error!r}); start its recipe again"
+        ) from None
     if path.name not in found["arms"]:
         raise UserError(f"{path} was renamed: its metrics.json is of {', '.join(found['arms'])}; name it so again")
     settings = found.get("settings", config)
-    return Evaluated(path, found["arms"][path.name], found["provenance"]["commit"], config, settings)
+    return Evaluated(path, found["arms"][path.name], found["provenance"].get("commit"), config, settings)
 
 
 def measured_on(found: Evaluated) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,11 @@ def _rule(model: type[Settings], name: str) -> str:
         if isinstance(extra, dict) and ON_RESUME in extra:
             return str(extra[ON_RESUME])
     return ""
+
+
+def without_harmless(values: Mapping[str, Any], model: type[Settings]) -> dict[str, Any]:
+    """Values of a group, without those of options that may differ."""
+    return {name: value for name, value in values.items() if _rule(model, name) != "harmless"}
 
 
 def _plain(value: Any) -> Any:

@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 
 from distill.config import FullEvaluation
 from distill.data.sample import ImageCaptionDataset, Region, image_key
+from distill.errors import UserError
 from distill.evaluation.image_adds import mean_over
 from distill.evaluation.protocols import PROTOCOLS, Query, ground_truth, ground_truths
 from distill.files import read_json, write_json
@@ -51,7 +52,7 @@ def priors(
     path = None if folder is None else folder / FILE
     known: list[Any] = [None]
     if accelerator.is_main_process and path is not None and path.exists():
-        known = [read_json(path).get(key)]
+        known = [_read(path).get(key)]
     broadcast_object_list(known)
     if known[0] is not None:
         return dict(known[0])
@@ -61,8 +62,17 @@ def priors(
     if images:
         result["mean_mask"] = _entry(values[:, 1], findings, clusters, config) | {"training_images": images}
     if accelerator.is_main_process and path is not None:
-        write_json(path, (read_json(path) if path.exists() else {}) | {key: result})
+        write_json(path, _read(path) | {key: result})
     return result
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What the file keeps; nothing where it is missing or damaged, because it can be made anew."""
+    try:
+        found = read_json(path)
+    except UserError:
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def priors_key(

@@ -16,9 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tqdm.auto import tqdm
 
+from distill.config import TrainerConfig
+from distill.configuration.changes import without_harmless
 from distill.errors import UserError, raise_all
 from distill.files import read_json
 from distill.metrics.bootstrap import divide_or_nan, mean_of_defined, percentile_interval, resample_counts
@@ -150,7 +153,13 @@ class Resampled:
 
 def _comparable(metrics: dict[str, Any]) -> dict[str, Any]:
     config = metrics["provenance"]["config"]
-    return {key: value for key, value in config.items() if key not in ("seed", "seeds", "output_dir")}
+    found = {key: value for key, value in config.items() if key not in ("seed", "seeds", "output_dir", "compare_to")}
+    if "trainer" in found:
+        found["trainer"] = without_harmless(found["trainer"], TrainerConfig)
+    for group, free in (("data", ("cache_dir",)), ("evaluation", ("batch_size", "parts"))):
+        if group in found:
+            found[group] = {key: value for key, value in found[group].items() if key not in free}
+    return found
 
 
 def _values(entry: dict[str, Any]) -> dict[str, float | None]:
@@ -184,7 +193,18 @@ def _pairs(arm_dir: Path) -> dict[str, Any]:
     path = arm_dir / "pairs.jsonl"
     if not path.exists():
         return {"keys": []}
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
+        return _scores_of(rows)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> UserError:
+    return UserError(f"{path} is damaged ({error!r}); start the recipe of its run again, which makes it anew")
+
+
+def _scores_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
     rows.sort(key=lambda row: (row["query"], row["finding"]))
     found: dict[str, Any] = {
         "keys": [(row.get("cluster", str(row["image"])), row["image"], row["finding"]) for row in rows]
@@ -200,7 +220,12 @@ def _pairs(arm_dir: Path) -> dict[str, Any]:
 
 def _images(folder: Path) -> dict[str, NDArray[Any]] | None:
     path = folder / "features.safetensors"
-    return load_file(path) if path.exists() else None
+    if not path.exists():
+        return None
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise damaged(path, error) from error
 
 
 def _estimates(

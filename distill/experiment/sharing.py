@@ -72,7 +72,7 @@ def share_base(folder: Path, target: Path) -> None:
     """Copy the base's evaluation from another seed's folder, since no seed changes it; `evaluate_arm` checks what it is of."""
     if target.exists() or not process_state().is_main_process:
         return
-    for path in run_folders(folder).values():
+    for path in (path for path in run_folders(folder).values() if (path / "base").is_dir()):
         partial = target.with_name(f"base.{os.getpid()}.partial")
         shutil.copytree(path / "base", partial)
         try:

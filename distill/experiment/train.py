@@ -43,9 +43,9 @@ def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
     The loss is in the file of the arm's method, in distill/methods/.
     """
     done = arm.folder / "cost.json"
-    if done.exists():
-        run.say(f"{arm.name}: already trained, {arm.folder}; delete the folder to train again")
-        return cast(dict[str, Any], read_json(done))
+    if (earlier := _cost_of(run, arm.name, done)) is not None:
+        run.say(f"{arm.name}: already trained, {arm.folder}; to train longer, raise max_steps")
+        return earlier
     training, log_dir = arm.training, run.folder / arm.name
     names = "".join(f", {name}" for name in training.method.references)
     run.say(
@@ -69,6 +69,20 @@ def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
         shutil.rmtree(log_dir / "state", ignore_errors=True)
     run.accelerator.wait_for_everyone()
     return cost
+
+
+def _cost_of(run: Run, name: str, path: Path) -> dict[str, Any] | None:
+    """What an earlier training took; None where there was none, or its file is damaged."""
+    if not path.exists():
+        return None
+    try:
+        cost = read_json(path)
+        if not all(isinstance(cost[key], (int, float)) for key in ("steps", "train_seconds")):
+            raise UserError(f"{path}: steps and train_seconds must be numbers")
+    except (UserError, KeyError, TypeError) as error:
+        run.say(f"{name}: trained again, because {path} cannot be used: {error}")
+        return None
+    return cast(dict[str, Any], cost)
 
 
 def _fit(run: Run, arm: Arm, log_dir: Path) -> tuple[Model, FitResult, float]:

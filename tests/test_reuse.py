@@ -1,0 +1,198 @@
+"""Results of a run folder are used again where all that made them is the same, and made anew where it is not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from recipe import config_class_of, recipe_module, refusal_of
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny
+
+from distill.cli import parse
+from distill.experiment import results, train
+from distill.models.loading import LORA_FILE
+
+EVALUATION = [
+    "--data.resolution", "64", "--data.test_size", "6", "--evaluation.localization_images", "2",
+    "--evaluation.generated_images", "2", "--evaluation.features", "phantom", "--evaluation.num_inference_steps", "1",
+    "--evaluation.diversity_captions", "1", "--evaluation.diversity_samples", "2", "--evaluation.timesteps", "300",
+    "--evaluation.examples", "1", "--evaluation.bootstrap_samples", "10",
+]  # fmt: skip
+TRAINER = [
+    "--data.train_size",
+    "4",
+    "--trainer.max_steps",
+    "1",
+    "--trainer.batch_size",
+    "2",
+    "--trainer.tracker",
+    "none",
+]
+
+
+def run(name: str, argv: list[str]) -> None:
+    recipe = recipe_module(name)
+    getattr(recipe, name)(parse(config_class_of(recipe), argv))
+
+
+def arms_of(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["arms"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A base, a run of finetune.py on it, and an evaluation of that run."""
+    folder = tmp_path_factory.mktemp("reuse")
+    save_tiny(folder / "base", "sd")
+    base = ["--base.name", str(folder / "base"), "--data.cache_dir", str(folder / "cache")]
+    run("finetune", [*base, *EVALUATION, *TRAINER, "--lora.rank", "2", "--output_dir", str(folder / "run")])
+    run("evaluate", evaluate_argv(folder, folder / "evaluated"))
+    return folder
+
+
+def evaluate_argv(work: Path, out: Path, *more: str, trained: Path | None = None) -> list[str]:
+    argv = ["--base.name", str(work / "base"), "--run", str(trained or work / "run"), "--output_dir", str(out)]
+    return [*argv, *EVALUATION, *more]
+
+
+def copied(work: Path, tmp_path: Path, name: str = "evaluated") -> Path:
+    return Path(shutil.copytree(work / name, tmp_path / name))
+
+
+def never(*args: Any, **kwargs: Any) -> None:
+    raise AssertionError("must not be called")
+
+
+def test_a_run_whose_adapter_is_another_is_measured_anew_and_its_base_is_not(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    trained, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(work / "run", trained)
+    argv = evaluate_argv(work, out, trained=trained)
+    run("evaluate", argv)
+    before = arms_of(out)
+    tensors = {name: tensor + 0.3 for name, tensor in load_file(trained / LORA_FILE).items()}
+    with_metadata = {"format": "pt"}
+    save_file(tensors, trained / LORA_FILE, with_metadata)
+    capsys.readouterr()
+    run("evaluate", argv)
+    printed, after = capsys.readouterr().out, arms_of(out)
+    assert "model: localization is measured anew: the weights are others\n" in printed
+    assert "model: quality is measured anew: the weights are others\n" in printed
+    assert "base: quality is already evaluated" in printed and "base: localization is already evaluated" in printed
+    assert after["base"] == before["base"]
+    assert after["model"]["localization"]["word"] != before["model"]["localization"]["word"]
+    assert after["model"]["quality"]["fid"] != before["model"]["quality"]["fid"]
+
+
+def test_either_part_alone_and_more_images(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Maps only, then more maps, then quality: the end is that of one evaluation."""
+    out, more = tmp_path / "out", ["--evaluation.localization_images", "4"]
+    only = ["--evaluation.parts", "localization"]
+    run("evaluate", evaluate_argv(work, out, *only))
+    first = arms_of(out)
+    assert first["model"]["quality"] is None and first["model"]["localization"]["word"]["images"] == 2
+    assert not (out / "model" / "samples").exists() and (out / "report.html").exists()
+    run("evaluate", evaluate_argv(work, out, *only, *more))
+    assert "localization is measured anew: evaluation.localization_images was 2 and is 4" in capsys.readouterr().out
+    with monkeypatch.context() as context:
+        context.setattr("distill.evaluation.evaluate.localization", never)
+        run("evaluate", evaluate_argv(work, out, "--evaluation.parts", "quality", *more))
+    whole = copied(work, tmp_path)
+    run("evaluate", evaluate_argv(work, whole, *more))
+    for arm in ("base", "model"):
+        for part in ("localization", "quality"):
+            assert arms_of(out)[arm][part] == arms_of(whole)[arm][part], (arm, part)
+    assert "localization_images: 4" in (out / "config.yaml").read_text(encoding="utf-8")
+    monkeypatch.setattr(results, "evaluate", never)
+    run("evaluate", evaluate_argv(work, out, *only, *more))
+    assert arms_of(out)["model"]["quality"] == arms_of(whole)["model"]["quality"], "what was measured stays"
+
+
+def torn(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def other_number(path: Path) -> None:
+    path.write_bytes(path.read_bytes().replace(b"0.5", b"0.4").replace(b"0.6", b"0.3"))
+
+
+@pytest.mark.parametrize("name", ["model/pairs.jsonl", "model/metrics.json", "model/features.safetensors",
+                                  "model/word_maps.safetensors", "real/priors.json", "metrics.json", "model/scored.jsonl",
+                                  "model/maps.safetensors", "model/drawn.jsonl", "model/samples/0000.png"])  # fmt: skip
+def test_a_torn_file_is_made_anew(work: Path, tmp_path: Path, name: str) -> None:
+    out = copied(work, tmp_path)
+    before = arms_of(out)
+    torn(out / name)
+    run("evaluate", evaluate_argv(work, out))
+    after = arms_of(out)
+    for arm in ("base", "model"):
+        assert after[arm]["localization"] == before[arm]["localization"]
+        assert after[arm]["quality"] == before[arm]["quality"]
+
+
+def test_scores_that_were_changed_by_hand_are_measured_anew(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = copied(work, tmp_path)
+    other_number(out / "model" / "pairs.jsonl")
+    run("evaluate", evaluate_argv(work, out))
+    assert (
+        f"localization is measured anew: files in {out / 'model'} were changed or are missing"
+        in capsys.readouterr().out
+    )
+    assert (out / "model/pairs.jsonl").read_bytes() == (work / "evaluated/model/pairs.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("damage", [torn, a_folder])
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.json", "model/metrics.json", "model/pairs.jsonl"])
+def test_no_state_of_a_folder_ends_in_a_traceback(
+    work: Path, tmp_path: Path, name: str, damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if damage is torn and name != "config.yaml":
+        pytest.skip("made anew, see above")
+    out = copied(work, tmp_path)
+    damage(out / name)
+    recipe = recipe_module("evaluate")
+    message = refusal_of(recipe.evaluate, config_class_of(recipe), evaluate_argv(work, out), capsys)
+    assert str(out / name) in message or "of an earlier version, or of another recipe" in message
+    assert message.count("\n") == 1
+
+
+def test_a_model_card_that_a_kill_left_out_is_written(
+    work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = copied(work, tmp_path, "run")
+    (out / "README.md").unlink()
+    (out / ".README.md.77.tmp").write_text("half")
+    monkeypatch.setattr(train, "fit", never)
+    monkeypatch.setattr(results, "evaluate", never)
+    base = ["--base.name", str(work / "base"), "--data.cache_dir", str(work / "cache")]
+    argv = [*base, *EVALUATION, *TRAINER, "--lora.rank", "2", "--output_dir", str(out)]
+    run("finetune", [*argv, "--trainer.num_workers", "1", "--trainer.log_every_steps", "7"])
+    assert (out / "README.md").read_bytes() == (work / "run" / "README.md").read_bytes()
+    assert not list(out.rglob("*.tmp"))
+    assert "num_workers: 1" in (out / "config.yaml").read_text(encoding="utf-8")
+
+
+def test_a_torn_cost_is_trained_again(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = copied(work, tmp_path, "run")
+    torn(out / "cost.json")
+    base = ["--base.name", str(work / "base"), "--data.cache_dir", str(work / "cache")]
+    run("finetune", [*base, *EVALUATION, *TRAINER, "--lora.rank", "2", "--output_dir", str(out)])
+    assert f"model: trained again, because {out / 'cost.json'} cannot be used" in capsys.readouterr().out
+    assert json.loads((out / "cost.json").read_text(encoding="utf-8"))["steps"] == 1
+    assert arms_of(out)["model"]["localization"] == arms_of(work / "run")["model"]["localization"]
