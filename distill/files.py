@@ -7,9 +7,11 @@ import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,22 @@ def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Map
     finally:
         temporary.unlink(missing_ok=True)
     return path
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """The same for a folder: one to write to, which gets the name `path` when the block ends without an error.
+
+    Raises OSError if `path` is a folder that is not empty.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def write_json(path: Path, value: Any) -> Path:

@@ -122,13 +122,15 @@ def train_parts(config: PretrainConfig, work: Path) -> None:
     from distill.data.pictures import PicturesDataset
     from distill.data.rendered import RenderedPictures, render, train_tokenizer
     from distill.experiment.pretraining import train_text_encoder, train_vae
+    from distill.files import whole_folder
 
     stages, pictures = config.stages, work / "pictures"
     if "pictures" in stages and not (pictures / "pixels.npy").exists():
         render(PicturesDataset("train", config.pictures, config.seed, config.resolution), pictures)
     if "tokenizer" in stages and not (work / "tokenizer").exists():
         captions = RenderedPictures(pictures).captions
-        train_tokenizer(captions, config.vocabulary_size).save_pretrained(work / "tokenizer")
+        with whole_folder(work / "tokenizer") as folder:
+            train_tokenizer(captions, config.vocabulary_size).save_pretrained(folder)
     if "text_encoder" in stages and not (work / "text_encoder" / "text_encoder_with_projection").exists():
         train_text_encoder(RenderedPictures(pictures), config.text_encoder, work / "text_encoder", config.seed)
     if "vae" in stages and not (work / "vae" / "vae").exists():
@@ -194,9 +196,8 @@ def write_measurements(config: PretrainConfig, work: Path, base: Path) -> None:
 
 
 def pretrain(config: PretrainConfig) -> None:
-    from distill.experiment.pretraining import UNET_STAGES, finish_saving, stages_of
+    from distill.experiment.folder import held
     from distill.experiment.run import quiet_libraries
-    from distill.processes import process_state
 
     quiet_libraries()
     check_processes(config)
@@ -206,7 +207,15 @@ def pretrain(config: PretrainConfig) -> None:
             pretrain(rehearsal(config, Path(scratch)))
         print("dry run: every stage took one step; multiply its seconds by its max_steps. Nothing was written")
         return
-    work, base = Path(config.work_dir), Path(config.output_dir)
+    with held(Path(config.work_dir)):
+        train_stages(config, Path(config.work_dir), Path(config.output_dir))
+
+
+def train_stages(config: PretrainConfig, work: Path, base: Path) -> None:
+    """All stages that were asked for and are not done."""
+    from distill.experiment.pretraining import UNET_STAGES, finish_saving, stages_of
+    from distill.processes import process_state
+
     with process_state().main_process_first():
         finish_saving(base)
     train_parts(config, work)

@@ -8,8 +8,6 @@ How the new encoder is fitted to the denoiser is in distill/models/text_encoder.
 
 from __future__ import annotations
 
-import os
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -52,17 +50,14 @@ def save_checked(pipeline: StableDiffusionPipeline, folder: Path) -> float:
     """Write the pipeline whole or not at all; the largest difference of its outputs when it is loaded back."""
     import torch
 
+    from distill.files import whole_folder
     from distill.models import load_model, model_of
     from distill.models.export import prove_parity
 
-    partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
-    try:
+    with whole_folder(folder) as partial:
         pipeline.save_pretrained(partial, safe_serialization=True)
         stock = load_model(BaseConfig(name=str(partial)))
         difference = prove_parity(model_of(pipeline), stock, torch.device("cpu"))
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     return difference
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from distill.errors import UserError
-from distill.files import read_json, write_atomic, write_json, write_tensors
+from distill.files import read_json, whole_folder, write_atomic, write_json, write_tensors
 
 WRITERS: dict[str, Callable[[Path], Any]] = {
     "text": lambda path: write_atomic(path, "new"),
@@ -39,6 +39,20 @@ def test_a_kill_before_the_rename_leaves_the_old_file_and_nothing_else(
     assert path.read_text() == "old" and [entry.name for entry in tmp_path.iterdir()] == ["file"]
     WRITERS[kind](path)
     assert path.read_bytes() != b"old" and [entry.name for entry in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_folder_appears_when_it_is_whole(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "a" / "b") as folder:
+        (folder / "half").touch()
+        assert not (tmp_path / "a" / "b").exists()
+        raise KeyboardInterrupt
+    assert list((tmp_path / "a").iterdir()) == []
+    with whole_folder(tmp_path / "a" / "b") as folder:
+        (folder / "x").touch()
+    assert [path.name for path in (tmp_path / "a" / "b").iterdir()] == ["x"]
+    with pytest.raises(OSError), whole_folder(tmp_path / "a" / "b") as folder:
+        (folder / "y").touch()
+    assert [path.name for path in (tmp_path / "a").rglob("*")] == ["b", "x"]
 
 
 def test_folders_are_made_and_what_was_written_is_read(tmp_path: Path) -> None:

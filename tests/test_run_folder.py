@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from distill.cli import parse, to_yaml
 from distill.config import BaseConfig
 from distill.configuration.changes import changes
 from distill.errors import UserError
+from distill.experiment import folder as folder_module
 from distill.experiment import sharing
 from distill.experiment.folder import held, remove_leftovers
 from distill.experiment.run import Run, claim
@@ -140,6 +142,15 @@ def test_a_second_launch_is_refused_while_one_is_at_the_folder(tmp_path: Path) -
     end(other)
     with held(folder):
         assert not (folder / ".export.1.tmp").exists()
+
+
+def test_all_ranks_of_a_launch_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the main process asks for the folder, so that the other ranks are not refused."""
+    other = other_launch(tmp_path, "alone")
+    monkeypatch.setattr(folder_module, "process_state", lambda: SimpleNamespace(is_main_process=False))
+    with held(tmp_path):
+        pass
+    end(other)
 
 
 def test_launches_that_share_a_folder_refuse_one_that_does_not(tmp_path: Path) -> None:

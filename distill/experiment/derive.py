@@ -13,7 +13,7 @@ from accelerate.utils import broadcast_object_list
 from distill.config import BaseConfig, RunConfig
 from distill.errors import UserError
 from distill.experiment.run import claim, quiet_libraries
-from distill.files import write_json
+from distill.files import whole_folder, write_json
 from distill.models import Model, load_model
 from distill.models.loading import SUBSET_FILE
 from distill.processes import process_state
@@ -68,13 +68,7 @@ def whole(base: BaseConfig, run: str | None) -> Model:
 def _write(base: BaseConfig, run: str | None, folder: Path, change: Change) -> None:
     """At `folder` only when it is whole."""
     model = change(whole(base, run))
-    partial = folder.with_name(f"{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.parent.mkdir(parents=True, exist_ok=True)
-    try:
+    with whole_folder(folder) as partial:
         model.pipeline.save_pretrained(partial, safe_serialization=True)
         if model.subset:
             write_json(partial / SUBSET_FILE, {"layers": model.subset.layers, "timesteps": model.subset.timesteps})
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)

@@ -24,7 +24,7 @@ from distill.data.pictures import VOCABULARY, PicturesDataset
 from distill.data.rendered import RenderedPictures
 from distill.data.rows import TrainingRows
 from distill.errors import UserError
-from distill.files import read_json, write_atomic, write_json
+from distill.files import read_json, whole_folder, write_atomic, write_json
 from distill.methods.base import Context
 from distill.methods.denoising import Denoising
 from distill.methods.options import DenoisingOptions
@@ -89,7 +89,8 @@ def train_text_encoder(pictures: RenderedPictures, trainer: TrainerConfig, work:
     torch.manual_seed(seed)
     text_encoder = new_text_encoder(tokenizer)
     train(ContrastiveObjective(text_encoder, ImageTower(128)), pictures, trainer, work, seed, collate)
-    text_encoder.save_pretrained(work / "text_encoder_with_projection")
+    with whole_folder(work / "text_encoder_with_projection") as folder:
+        text_encoder.save_pretrained(folder)
 
 
 def train_vae(
@@ -103,7 +104,8 @@ def train_vae(
         some = stack_pixels([pictures[i] for i in range(min(512, len(pictures)))])["pixel_values"]
         means = torch.cat([vae.encode(part).latent_dist.mean for part in some.split(32)])
     vae.register_to_config(scaling_factor=round(1 / float(means.std()), 4))
-    vae.save_pretrained(work / "vae")
+    with whole_folder(work / "vae") as folder:
+        vae.save_pretrained(folder)
 
 
 def train_unet(
@@ -254,10 +256,9 @@ def train_classifier(
     torch.manual_seed(seed)
     classifier = new_classifier(dataset.findings)
     train(ClassificationObjective(classifier), rows, trainer, work, seed, collate)
-    partial = classifier_dir.with_suffix(".partial")
-    classifier.half().save_pretrained(partial)
-    declare_float32(partial)
-    os.replace(partial, classifier_dir)
+    with whole_folder(classifier_dir) as folder:
+        classifier.half().save_pretrained(folder)
+        declare_float32(folder)
 
 
 def cost_of(work: Path) -> Row:

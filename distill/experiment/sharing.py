@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from distill.evaluation.results import parse_metrics
 from distill.evaluation.seeds import combine, run_folders
 from distill.experiment.folder import LOCKS
 from distill.experiment.run import Run
-from distill.files import write_json
+from distill.files import whole_folder, write_json
 from distill.processes import process_state
 from distill.report import terminal_summary, terminal_table, write_report
 
@@ -73,12 +73,8 @@ def share_base(folder: Path, target: Path) -> None:
     if target.exists() or not process_state().is_main_process:
         return
     for path in (path for path in run_folders(folder).values() if (path / "base").is_dir()):
-        partial = target.with_name(f"base.{os.getpid()}.partial")
-        shutil.copytree(path / "base", partial)
-        try:
-            partial.rename(target)
-        except OSError:  # another process was first
-            shutil.rmtree(partial)
+        with suppress(OSError), whole_folder(target) as partial:  # another process may be first
+            shutil.copytree(path / "base", partial, dirs_exist_ok=True)
         return
 
 
