@@ -88,10 +88,10 @@ def evaluate_arm(
         } | ({"settings": settings} if settings else {})
         if written != before["written"]:
             write_json(arm_dir / "metrics.json", written)
-        if folder is not None and cost is not None and settings is not None:
-            write_model_card(
-                folder, entry, settings, written["provenance"], base_name=run.base.name, export=exported(folder)
-            )
+        # A kill may have come between the numbers and the card.
+        if folder and cost and settings and (missing or not (folder / "README.md").is_file()):
+            origin = written["provenance"]
+            write_model_card(folder, entry, settings, origin, base_name=run.base.name, export=exported(folder))
     run.accelerator.wait_for_everyone()
     return entry
 
