@@ -173,7 +173,7 @@ def finish(run: Run, arms: Mapping[str, dict[str, Any]], next_command: str) -> N
             run.seconds[f"{name}: training"] = entry["cost"]["train_seconds"]
         run.seconds[f"{name}: evaluation"] = entry["cost"]["evaluation_seconds"]
     counts = {
-        "training_images": len(run.train) if run.train is not None else None,
+        "training_images": max((e["cost"].get("training_images") or 0 for e in arms.values()), default=0) or None,
         "held_out_images": len(run.test),
         "localization_images": max(
             (e["localization"]["word"]["images"] for e in arms.values() if e["localization"]), default=0

@@ -6,7 +6,7 @@ import json
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,6 +22,7 @@ from distill.data.rows import TrainingRows, training_caption
 from distill.errors import UserError
 from distill.evaluation.atlas import compute_cells, gather_pairs, macro_mean
 from distill.evaluation.evaluate import generate, save_png
+from distill.evaluation.kept import digest
 from distill.evaluation.localization import localization
 from distill.experiment.arms import Arm
 from distill.experiment.run import Run
@@ -45,6 +46,7 @@ def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
     done = arm.folder / "cost.json"
     if (earlier := _cost_of(run, arm.name, done)) is not None:
         run.say(f"{arm.name}: already trained, {arm.folder}; to train longer, raise max_steps")
+        _tell_of_other_data(run, arm.name, earlier)
         return earlier
     training, log_dir = arm.training, run.folder / arm.name
     names = "".join(f", {name}" for name in training.method.references)
@@ -57,6 +59,7 @@ def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
         "steps": result.steps,
         "peak_memory_gb": result.peak_memory_gb,
         "trainable_parameters": result.trainable_parameters,
+        **_training_data(run),
     }
     if run.accelerator.is_main_process:
         written = export(model, arm.folder)
@@ -69,6 +72,24 @@ def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
         shutil.rmtree(log_dir / "state", ignore_errors=True)
     run.accelerator.wait_for_everyone()
     return cost
+
+
+def _training_data(run: Run) -> dict[str, Any]:
+    """How many images an arm is trained on, and a hash of their pixels, captions and labels."""
+    train = run.train
+    assert train is not None
+    rows = [[train.fingerprint(i), train.caption(i), train.labels(i)] for i in range(len(train))]
+    return {"training_images": len(train), "training_data": digest(rows)}
+
+
+def _tell_of_other_data(run: Run, name: str, cost: Mapping[str, Any]) -> None:
+    """Say so if the training images are no longer those that a trained arm has seen."""
+    now = _training_data(run)
+    if cost.get("training_data", now["training_data"]) != now["training_data"]:
+        run.say(
+            f"{name}: it was trained on other data, {cost['training_images']:,} images; there are "
+            f"{now['training_images']:,} now. It stays as it is; to train on these, choose another --output_dir"
+        )
 
 
 def _cost_of(run: Run, name: str, path: Path) -> dict[str, Any] | None:
