@@ -374,7 +374,11 @@ def test_the_recipe_writes_what_it_says_and_the_run_is_evaluated_by_its_subset(
     run(argv)
     model = {"atlas.png", "localization.json", "default/pairs.jsonl", "chosen/pairs.jsonl",
              "default/scored.jsonl", "chosen/scored.jsonl"}  # fmt: skip
-    expected = {f"{name}/{file}" for name in ("base", "frozen") for file in model} | {"atlas.json", "atlas.md", ".locks/run"}
+    expected = {f"{name}/{file}" for name in ("base", "frozen") for file in model} | {
+        "atlas.json",
+        "atlas.md",
+        ".locks/run",
+    }
     assert files_of(folder / "out") == expected
     assert files_of(folder / "base") == before, "the base's folder is left alone"
 
