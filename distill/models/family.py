@@ -142,13 +142,17 @@ class Family(ABC):
         return isinstance(denoiser, self.denoiser_class)
 
     def check(self, model: Model) -> None:
-        """Raise UserError if the model predicts something that this family cannot train, or if its parts do not fit."""
-        if not self.owns(unwrapped(model.denoiser)):
-            raise UserError(f"the denoiser is not one of {self.name}, and the pipeline is")
+        """Raise UserError if the model predicts something that this family cannot train."""
         if model.prediction_type not in self.prediction_types:
             raise UserError(
                 f"the base predicts {model.prediction_type!r}; {' and '.join(self.prediction_types)} are supported"
             )
+
+    def check_loaded(self, model: Model) -> None:
+        """The same for a base as its files give it, and if its parts do not fit each other."""
+        if not self.owns(unwrapped(model.denoiser)):
+            raise UserError(f"the denoiser is not one of {self.name}, and the pipeline is")
+        self.check(model)
         raise_all("the parts of the base do not fit", [*text_faults(model), *self.part_faults(model)])
 
     def part_faults(self, model: Model) -> list[str]:

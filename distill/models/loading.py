@@ -56,7 +56,7 @@ def load_model(base: BaseConfig, run: str | Path | None = None) -> Model:
     try:
         pipeline = load_pipeline(path, base.variant)
         model = model_of(pipeline)
-        model.family.check(model)
+        model.family.check_loaded(model)
     except UserError as error:
         raise UserError(f"base.name: {error if name in str(error) else f'{name}: {error}'}") from error.__cause__
     pipeline.to(torch.float32)
