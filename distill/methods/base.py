@@ -96,7 +96,6 @@ class Method(nn.Module):
 
     def setup(self, student: Model, context: Context) -> None:
         """Take the student, and prepare all that is needed before the first step."""
-        student.family.check(student)
         self._student = (student,)
         self.denoiser = student.denoiser
         self.text_encoders = nn.ModuleList(student.text_encoders)
