@@ -103,6 +103,11 @@ def test_only_what_changed_is_encoded_again(vae: AutoencoderKL, tmp_path: Path) 
     assert changed.reads == 4  # one shard
     expected = vae.encode(changed[5].pixel_values[None]).latent_dist.mean[0]
     torch.testing.assert_close(cache[5][0], expected, atol=1e-5, rtol=1e-5)
+    unmirrored = Rows(list(range(10)))
+    fill(unmirrored, vae, tmp_path, flip=False)
+    assert unmirrored.reads == 10, "files without mirrored rows are others"
+    again = Rows(list(range(10)))
+    assert fill(again, vae, tmp_path).flipped(1) is not None and again.reads == 0
     other = Rows(list(range(10)))
     fill(other, build_vae(seed=1), tmp_path)
     assert other.reads == 10

@@ -10,8 +10,9 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from listed import WORDS, Listed, sample
 from safetensors.torch import load_file
-from tiny import save_tiny
+from tiny import save_tiny, tiny_sd
 
 from distill.attention.recording import AttentionMaps, attention_layers, record_attention
 from distill.config import BaseConfig, FullEvaluation
@@ -45,6 +46,8 @@ from distill.evaluation.protocols import (
     vilouras_layers,
     with_subset,
 )
+from distill.metrics import PixelAUROC, macro_mean_interval
+from distill.models import model_of
 from distill.models.family import AttentionSubset, Model
 from distill.models.loading import load_model
 from distill.tokens import BOS, EOS, PADDING, WORD, token_groups
@@ -438,6 +441,69 @@ def test_scores_of_another_ground_truth_are_not_taken_over(sd: Model, accelerato
     assert after["word"]["auc"] != before["word"]["auc"]
     fresh = localization(sd, dataset, CONFIG, accelerator=accelerator, arm_dir=tmp_path / "fresh")
     assert_close(after, fresh, 0)
+
+
+def test_scores_of_another_model_are_not_taken_over(sd: Model, accelerator: Accelerator, tmp_path: Path) -> None:
+    dataset = Listed([sample("a", "Edema.", ("edema", None))], WORDS)
+    before = localization(sd, dataset, CONFIG, accelerator=accelerator, arm_dir=tmp_path)
+    other = model_of(tiny_sd(seed=1)).freeze()
+    after = localization(other, dataset, CONFIG, accelerator=accelerator, arm_dir=tmp_path)
+    assert after["word"]["auc"] != before["word"]["auc"]
+    assert_close(after, localization(other, dataset, CONFIG, accelerator=accelerator, arm_dir=tmp_path / "fresh"), 0)
+
+
+def test_a_caption_of_which_a_kill_left_one_finding_is_scored_again(
+    sd: Model, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    findings = ("edema", None), ("pleural effusion", None)
+    dataset = Listed([sample(name, f"Edema and effusion, {name}.", *findings) for name in "abc"], WORDS)
+    config = CONFIG.model_copy(update=dict(batch_size=1))
+    whole = localization(sd, dataset, config, accelerator=accelerator, arm_dir=tmp_path / "whole")
+    calls = []
+
+    def dies(inputs: Any, *rest: Any) -> Any:
+        calls.append(inputs.images)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return ours(inputs, *rest)
+
+    monkeypatch.setitem(PROTOCOLS, "ours", replace(PROTOCOLS["ours"], maps=dies))
+    with pytest.raises(KeyboardInterrupt):
+        localization(sd, dataset, config, accelerator=accelerator, arm_dir=tmp_path)
+    part = tmp_path / "pairs.0.jsonl"
+    part.write_text("".join(part.read_text().splitlines(keepends=True)[:-1]), encoding="utf-8")
+    again = localization(sd, dataset, config, accelerator=accelerator, arm_dir=tmp_path)
+    assert [image for (image,) in calls] == [0, 1, 2, 1, 2]
+    assert_close(again, whole, 0)
+
+
+def test_means_and_intervals_are_over_images_and_findings(
+    sd: Model, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two samples of each of three images; edema in all, effusion in one image."""
+    findings = ("edema", None), ("pleural effusion", None)
+    dataset = Listed([sample(n, f"Edema and effusion, {n}.", *findings[: 1 + (n in "ab")]) for n in "abcdef"], WORDS)
+    monkeypatch.setattr(dataset, "image_key", lambda index: f"image {index // 2}", raising=False)
+    config = CONFIG.model_copy(update=dict(localization_images=6, bootstrap_samples=50))
+    averages: tuple[Literal["macro", "micro"], ...] = ("macro", "micro")
+    for average in averages:
+        monkeypatch.setitem(
+            PROTOCOLS, "ours", replace(PROTOCOLS["ours"], metrics=lambda _, a=average: {"auc": PixelAUROC(a)})
+        )
+        found = localization(sd, dataset, config, accelerator=accelerator, arm_dir=tmp_path / average)["word"]
+        lines = (tmp_path / average / "pairs.jsonl").read_text().splitlines()[1:]
+        rows = [json.loads(line) for line in lines]
+        values, groups, images = (
+            np.array([get(row) for row in rows])
+            for get in (lambda r: r["scores"]["word"]["auc"], lambda r: r["finding"], lambda r: r["cluster"])
+        )
+        assert set(images) == {"image 0", "image 1", "image 2"} and (found["images"], found["pairs"]) == (3, len(rows))
+        macro = np.mean([values[groups == finding].mean() for finding in set(groups)])
+        assert (found["micro"]["auc"], found["macro"]["auc"]) == pytest.approx((values.mean(), macro), abs=1e-6)
+        assert found["average"] == average and found["auc"] == pytest.approx(found[average]["auc"], abs=1e-6)
+        over = groups if average == "macro" else np.zeros_like(groups)
+        expected = macro_mean_interval(values, over, images, 50, config.seed)
+        assert found["auc_ci"] == pytest.approx(expected, abs=1e-6)
 
 
 def _rank(rank: int, port: int, base: str, folder: str) -> None:
