@@ -133,6 +133,7 @@ def forked(work: Callable[[], int], tree: Path, seconds: float) -> int | None:
                 *(path for path in sys.path if path not in (str(ROOT), str(Path(__file__).parent))),
             ]
             os.environ["PYTHONPATH"] = str(tree)
+            del sys.modules["__main__"].__file__  # processes that a test spawns would import this file
             status = work()
         finally:
             os._exit(status)
