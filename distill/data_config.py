@@ -50,7 +50,8 @@ class FileData(Data):
     train_split: Text = "train"
     """Value of the split column for training."""
     test_split: Text = "test"
-    """Value of the split column for evaluation; `all` evaluates every row and is refused where a model is trained."""
+    """Value of the split column for evaluation; `all` evaluates every row and is refused where a model is trained.
+    Rows of the validation split are called validation, val or valid."""
     findings: tuple[Text, ...] = ()
     """Findings to keep and evaluate. Empty keeps all that the files name."""
     query_words: dict[str, list[str]] = Field(default_factory=dict)
@@ -88,7 +89,8 @@ class FolderData(FileData):
     box_column: Text = "auto"
     """Box as `x,y,w,h` in pixels of the image file, or a list of such boxes. auto: `bbox` where there is one."""
     mask_column: Text = "auto"
-    """Path of a mask image (non-zero is inside), used in place of the box. auto: `mask` where there is one."""
+    """Path of a mask image (non-zero is inside), used in place of the box unless it is empty. auto: `mask`
+    where there is one."""
     label_column: Text = "auto"
     """Findings of the whole image, joined by `|`. auto: `labels` where there is one, else the findings of its boxes."""
     patient_column: Text = "auto"

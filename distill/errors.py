@@ -4,6 +4,11 @@
 class UserError(Exception):
     """Something a user can cause and mend: the message names the file, row or value, and what would be right."""
 
+    def __str__(self) -> str:
+        """The message alone: torch's data loader puts the traceback of a worker process before it."""
+        text = super().__str__()
+        return text.rpartition("UserError: ")[2].rstrip() if text.startswith("Caught UserError in ") else text
+
 
 MAX_LISTED = 20
 

@@ -239,7 +239,7 @@ def test_a_split_is_a_name_or_a_number(root: Path, split: str, options: dict[str
 def test_a_split_that_no_row_has(root: Path) -> None:
     message = refusal(mimic, root, "validation")
     assert (
-        "no row has split validation or val or valid; there are mscxr (2 rows), train (1 rows), test (1 rows)"
+        "no row of mimic.csv has split validation or val or valid; there are mscxr (2 rows), train (1 rows), test (1 rows)"
         in message
     )
     assert ids(mimic(root, "validation", [study("t1", "2")])) == ["files/p1/t1.jpg"]
@@ -323,7 +323,7 @@ def test_all_faults_of_the_metadata_are_listed_at_once(root: Path) -> None:
         ),
         (b"dicom_id,path,split,impression,Finding Labels\na,b,1,\xe9,d\n", "not UTF-8: byte 0xe9"),
         (b"dicom_id,path,split,impression,Finding Labels\na,b,1\n", "row 2 has 3 fields and the header 5"),
-        (b"dicom_id,path,split,impression,Finding Labels\n", "there are no rows"),
+        (b"dicom_id,path,split,impression,Finding Labels\n", "it has no rows"),
         (b"dicom_id,split,split,impression,Finding Labels\n", "column 'split' 2 times"),
     ],
 )

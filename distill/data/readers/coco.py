@@ -7,7 +7,6 @@ Crowd regions (`iscrowd`) belong to the union, as in the paper's code: a pixel o
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -29,6 +28,7 @@ from distill.data.readers.tables import (
     SPLIT_CODES,
     Box,
     Faults,
+    GivenTwice,
     Place,
     caption_of,
     csv_rows,
@@ -37,6 +37,7 @@ from distill.data.readers.tables import (
     key,
     numbers_of,
     quote,
+    read_json,
     read_text,
     split_of,
     text_of,
@@ -83,7 +84,17 @@ class CocoDataset(RecordDataset):
             truth, classes = _read_instances(root, instances_file, image_dir, faults)
         findings, general = choose_findings(config, dict.fromkeys(classes), classes, "category of data.instances_file")
         query_words = {finding: class_words(finding, config.query_words) for finding in findings}
-        samples = _samples(root.resolve(), captions, truth, query_words, everything=split == "train" or not classes)
+        everything = split == "train" or not classes
+        samples = _samples(root.resolve(), captions, truth, query_words, everything=everything)
+        if not everything and samples:
+            faults += [
+                (
+                    place,
+                    f"image '{quote(path)}' is none of the images of {instances_file}; right is the same file in both",
+                )
+                for path, place, _ in captions
+                if path not in truth
+            ]
         if not samples and not faults:
             paths = {path for path, _, _ in captions}
             general.append(
@@ -180,7 +191,7 @@ def _read_captions(
         try:
             path = path_under(text_of(row, "path"), "path")
             if path in seen:
-                raise ValueError(f"path '{path}' is also that of row {seen[path]}; right is one row an image")
+                raise ValueError(f"path '{quote(path)}' is also that of row {seen[path]}; right is one row an image")
             seen[path] = number
             captions = [
                 caption_of({"captions": part}, "captions", config.allow_empty_captions)
@@ -245,7 +256,7 @@ def _paths(file: CocoFile, name: str, image_dir: str, faults: Faults) -> dict[in
         try:
             path = path_under(text_of(image, "file_name"), "file_name", folder=image_dir)
             if path in seen:
-                raise ValueError(f"file_name '{path}' is also that of image {seen[path]}")
+                raise ValueError(f"file_name '{quote(path)}' is also that of image {seen[path]}")
         except ValueError as error:
             faults.append((Place(name, "image", identity), str(error)))
             continue
@@ -260,8 +271,10 @@ def read_coco(text: str, name: str, faults: Faults, *, categories: bool = False)
     Raises UserError if it is no JSON or has not the lists `images`, `annotations` and, if asked for, `categories`.
     """
     try:
-        document = json.loads(text)
-    except (ValueError, RecursionError) as error:
+        document = read_json(text)
+    except GivenTwice as error:
+        raise UserError(f"'{name}': {error}") from error
+    except ValueError as error:
         raise UserError(f"'{name}' is not JSON: {error} (is the file cut off?)") from error
     parts = ("images", "annotations", "categories") if categories else ("images", "annotations")
     missing = [p for p in parts if not isinstance(document, dict) or not isinstance(document.get(p), list)]

@@ -102,7 +102,10 @@ class FolderDataset(RecordDataset):
             )
         names, rows = _read_metadata(root, config.metadata_file)
         columns, problems = _choose_columns(config, names)
-        raise_all(f"columns of {config.metadata_file} do not fit the config; it has {', '.join(names)}", problems)
+        raise_all(
+            f"columns of {config.metadata_file} do not fit the config; it has {', '.join(map(quote, names[:50]))}",
+            problems,
+        )
         wanted = VALIDATION_SPLITS if split == "validation" else (getattr(config, f"{split}_split"),)
         findings, general = _findings(config, columns, rows)
         faults: Faults = []
@@ -262,7 +265,7 @@ def _entries(config: FolderData, columns: _Columns, root: Path, rows: list[Row],
             name = text_of(row, columns.image)
             path = _path_in(real_root, name, columns.image)
             caption = caption_of(row, columns.caption, config.allow_empty_captions)
-            split = text_of(row, columns.split, empty=True) if columns.split else ""
+            split = _split_of(config, row, columns.split)
             patient = text_of(row, columns.patient, empty=True).removesuffix(".0") if columns.patient else ""
             labels = [label for label in texts_of(row, columns.label) if label]
             annotations = _annotations(columns, real_root, place, row)
@@ -279,10 +282,18 @@ def _entries(config: FolderData, columns: _Columns, root: Path, rows: list[Row],
             if first != value and (path, what) not in conflicts:
                 conflicts.add((path, what))
                 both = f"'{quote(value)}' and '{quote(first)}' (row {entry.image.place.number})"
-                faults.append((place, f"'{name}' has two values of {what}: {both}; right is one an image"))
+                faults.append((place, f"'{quote(name)}' has two values of {what}: {both}; right is one an image"))
         entry.labels += labels
         entry.image.annotations += annotations
     return list(entries.values())
+
+
+def _split_of(config: FolderData, row: dict[str, Any], column: str | None) -> str:
+    value = text_of(row, column, empty=True) if column else ""
+    for name in (config.train_split, config.test_split, *VALIDATION_SPLITS):
+        if key(value) == key(name) and value != name and value not in VALIDATION_SPLITS:
+            raise ValueError(f"{column} is '{quote(value)}'; right is '{name}'")
+    return value
 
 
 def _annotations(columns: _Columns, root: Path, place: Place, row: dict[str, Any]) -> list[Annotation]:

@@ -17,6 +17,8 @@ from tqdm.auto import tqdm
 from distill.data.readers.pixels import FORMATS_SHOWN, SLACK_PX, check_range, mask_values, open_image
 from distill.data.readers.tables import Box, Faults, Place, quote
 
+_SMALLEST_PX = 8
+"""Side of a picture, of which a VAE makes one latent pixel."""
 _LARGEST_SHRINK = 64
 """How many times larger than its file the image may be that was annotated."""
 
@@ -54,6 +56,7 @@ class Inspection:
     sha256: str = ""
     low_range: bool = False
     empty: bool = False
+    is_jpeg: bool = False
     fault: str | None = None
 
 
@@ -76,7 +79,7 @@ def inspect_all(root: Path, records: list[ImageRecord], faults: Faults) -> dict[
                     faults.append((annotation.place, str(error)))
             if annotation.mask and annotation.mask not in told:
                 told.add(annotation.mask)
-                fault = _mask_fault(annotation.mask, inspected[annotation.mask], image)
+                fault = _mask_fault(inspected[annotation.mask], image)
                 if fault:
                     faults.append(
                         (annotation.place, f"mask '{quote(annotation.mask.relative_to(root).as_posix())}' {fault}")
@@ -143,10 +146,10 @@ def same_aspect(frame: tuple[int, int], size: tuple[int, int]) -> bool:
     return abs(size[0] * frame[1] - size[1] * frame[0]) <= max(frame)
 
 
-def _mask_fault(path: Path, mask: Inspection, image: Inspection) -> str | None:
+def _mask_fault(mask: Inspection, image: Inspection) -> str | None:
     if mask.fault:
         return mask.fault
-    if path.suffix.lower() in (".jpg", ".jpeg"):
+    if mask.is_jpeg:
         return "is a JPEG, whose noise is non-zero outside the region; save it as PNG"
     if not image.fault and (mask.width, mask.height) != (image.width, image.height):
         return f"has {mask.width} x {mask.height} px and its image {image.width} x {image.height}"
@@ -173,11 +176,16 @@ def _inspect(path: Path, size_bytes: int, mtime_ns: int) -> Inspection:
     data = path.read_bytes()
     try:
         image = open_image(data)
+        kind = image.format
         check_range(image)
     except UnidentifiedImageError:
         return Inspection(fault=f"is no image that can be read ({size_bytes} bytes); right are {FORMATS_SHOWN}")
     except Exception as error:  # Pillow raises many types on broken files
         return Inspection(fault=f"cannot be decoded: {quote(error)}")
+    if min(image.size) < _SMALLEST_PX:
+        return Inspection(fault=f"has {image.width} x {image.height} px; right are {_SMALLEST_PX} a side at least")
     low_range = image.mode.startswith("I") and int(np.asarray(image).max()) < 4096
     empty = not mask_values(image).any()
-    return Inspection(image.width, image.height, hashlib.sha256(data).hexdigest(), low_range, empty)
+    return Inspection(
+        image.width, image.height, hashlib.sha256(data).hexdigest(), low_range, empty, kind in ("JPEG", "MPO")
+    )

@@ -114,7 +114,9 @@ class MimicDataset(RecordDataset):
         general = []
         if not chosen and not faults:
             there = ", ".join(f"{name} ({n} rows)" for name, n in Counter(s.split for s in studies).items())
-            general.append(f"no row has split {' or '.join(wanted)}; there are {there or 'no rows'}")
+            general.append(
+                f"no row of {getattr(config, option)} has split {' or '.join(wanted)}; there are {there or 'no rows'}"
+            )
         if held_out:
             patients = {study.patient for study in studies if study.dicom_id in held_out and study.patient}
             kept = [s for s in chosen if s.dicom_id not in held_out and s.patient not in patients]
@@ -387,7 +389,7 @@ def _read_boxes(config: MsCxrData, root: Path, faults: Faults) -> tuple[list[_Ro
                     )
             else:
                 boxes = [box_of([row[column] for column in ("x", "y", "w", "h")], "box")]
-                texts = [text_of(row, "label_text", empty=True)]
+                texts = [caption_of(row, "label_text", True)]
             shared: dict[str, Any] = {
                 "place": place,
                 "dicom_id": text_of(row, "dicom_id"),
@@ -450,7 +452,7 @@ def _read_json(config: MsCxrData, text: str, faults: Faults) -> tuple[list[_Row]
                 place=place,
                 finding=file.categories[annotation["category_id"]],
                 box=box_of(annotation.get("bbox"), "bbox"),
-                text=text_of(annotation, "label_text", empty=True),
+                text=caption_of(annotation, "label_text", True),
                 split=split,
                 **shared,
             )
@@ -471,7 +473,7 @@ def _dashed(part: str) -> Box:
 
 def _texts(config: MsCxrData, row: dict[str, Any], boxes: int) -> list[str]:
     """The text of each box of a row of joined boxes: the impression, or a phrase."""
-    text = text_of(row, "label_text", empty=True)
+    text = caption_of(row, "label_text", True)
     if config.caption_source == "impression" and config.mimic_file is None:
         return [text] * boxes
     phrases = [phrase.strip() for phrase in text.split("|")]
@@ -499,7 +501,7 @@ def _by_image(rows: list[_Row], faults: Faults) -> dict[str, list[_Row]]:
         ):
             known = getattr(before, what)
             if value != known:
-                image = f"dicom_id '{row.dicom_id}'" if what == "path" else f"image '{row.path}'"
+                image = f"dicom_id '{row.dicom_id}'" if what == "path" else f"image '{quote(row.path)}'"
                 name = "image_width, image_height" if what == "frame" else what
                 faults.append(
                     (row.place, f"{image} has two values of {name}: {value} and {known} ({before.place}); right is one")

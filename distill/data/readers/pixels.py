@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -179,21 +179,41 @@ def polygon_mask(polygons: Sequence[Sequence[float]], width: int, height: int) -
     drawn enlarged, and shrunk. Many polygons, or large ones, are enlarged less.
     """
     mask = np.zeros((height, width), dtype=bool)
-    all_points = [np.asarray(polygon, dtype=np.float64).reshape(-1, 2).clip(0, (width, height)) for polygon in polygons]
-    area = sum(float(np.ptp(points, axis=0).prod()) for points in all_points)
+    outlines = [_Outline.of(polygon, width, height) for polygon in polygons]
+    area = sum(outline.width * outline.height for outline in outlines)
     finest = min(_OVERSAMPLING, math.isqrt(int(_DRAWN_PX / max(area, 1.0))))
-    for group in [all_points] if len(polygons) > _ONE_BY_ONE else [[points] for points in all_points]:
-        left, top = np.floor(np.min([points.min(axis=0) for points in group], axis=0)).astype(int)
-        right, bottom = np.ceil(np.max([points.max(axis=0) for points in group], axis=0)).astype(int)
+    for group in [outlines] if len(outlines) > _ONE_BY_ONE else [[outline] for outline in outlines]:
+        left, top = (math.floor(min(min(values) for values in axis)) for axis in _axes(group))
+        right, bottom = (math.ceil(max(max(values) for values in axis)) for axis in _axes(group))
         if right == left or bottom == top:
             continue
-        scale = max(1, min(finest, math.isqrt(_CANVAS_PX // int((right - left) * (bottom - top)))))
-        canvas = Image.new("L", (int(right - left) * scale, int(bottom - top) * scale))
+        scale = max(1, min(finest, math.isqrt(_CANVAS_PX // ((right - left) * (bottom - top)))))
+        canvas = Image.new("L", ((right - left) * scale, (bottom - top) * scale))
         draw = ImageDraw.Draw(canvas)
-        for points in group:
-            if np.ptp(points, axis=0).all():
+        for outline in group:
+            if outline.width and outline.height:
                 # The centre of Pillow's pixel 0 is at 0, and of an image's at 0.5.
-                corners = (points - (left, top)) * scale - 0.5
-                draw.polygon([(x, y) for x, y in corners.tolist()], fill=255)
+                across = [(x - left) * scale - 0.5 for x in outline.xs]
+                down = [(y - top) * scale - 0.5 for y in outline.ys]
+                draw.polygon(list(zip(across, down, strict=True)), fill=255)
         mask[top:bottom, left:right] |= np.asarray(canvas.reduce(scale)) >= 128
     return mask
+
+
+class _Outline(NamedTuple):
+    """A polygon, clipped to the image."""
+
+    xs: list[float]
+    ys: list[float]
+    width: float
+    height: float
+
+    @classmethod
+    def of(cls, polygon: Sequence[float], width: int, height: int) -> _Outline:
+        xs = [min(max(float(x), 0.0), float(width)) for x in polygon[::2]]
+        ys = [min(max(float(y), 0.0), float(height)) for y in polygon[1::2]]
+        return cls(xs, ys, max(xs) - min(xs), max(ys) - min(ys))
+
+
+def _axes(outlines: Sequence[_Outline]) -> tuple[list[list[float]], list[list[float]]]:
+    return [outline.xs for outline in outlines], [outline.ys for outline in outlines]

@@ -30,7 +30,9 @@ SPLIT_CODES = {"0": "test", "1": "train", "2": "val", "3": "p19", "4": "mscxr"}
 _QUOTED_CHARACTERS = 80
 _LARGEST_FRAME_PX = 2**28
 _INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
-_MISSING = ("nan", "none", "null", "<na>")
+_STAND_INS = ("nan", "none", "null", "<na>", "n/a", "#n/a", "true", "false")
+"""What programs write for a missing value, or for an answer, and no one for a caption or a name."""
+_BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"
 _NO_TEXT = re.compile("[\0\ud800-\udfff]")
 
 
@@ -99,7 +101,17 @@ def csv_rows(text: str, keep: Collection[str] | None = None) -> tuple[list[str],
                 faults.append(f"row {number} has {len(values)} fields and the header {len(header)}: {quote(values)}")
     except csv.Error as error:
         faults.append(f"line {reader.line_num}: {error} (is a quote left open?)")
+    if not rows and not faults:
+        faults.append("it has no rows")
     return header, rows, faults
+
+
+def read_json(text: str) -> Any:
+    """Raises ValueError for what is no JSON, or has a key twice in one object."""
+    try:
+        return json.loads(text, object_pairs_hook=_once)
+    except RecursionError as error:
+        raise ValueError(f"is nested too deeply: {error}") from error
 
 
 def jsonl_rows(text: str) -> tuple[list[str], list[Row], list[str]]:
@@ -111,32 +123,32 @@ def jsonl_rows(text: str) -> tuple[list[str], list[Row], list[str]]:
         if not line.strip():
             continue
         try:
-            value = json.loads(line, object_pairs_hook=_once)
-        except _GivenTwice as error:
+            value = read_json(line)
+        except GivenTwice as error:
             faults.append(f"row {number}: {error}")
             continue
-        except (ValueError, RecursionError) as error:
+        except ValueError as error:
             faults.append(f"row {number} is not JSON: {error}")
             continue
         if not isinstance(value, dict):
             faults.append(f"row {number} is not a JSON object: {quote(value)}")
             continue
-        row = {name.strip(): entry for name, entry in value.items()}
-        columns.update(dict.fromkeys(row))
-        rows.append((number, row))
+        columns.update(dict.fromkeys(value))
+        rows.append((number, value))
     return list(columns), rows, faults
 
 
-class _GivenTwice(ValueError):
-    pass
+class GivenTwice(ValueError):
+    """A key twice in one object."""
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object. Python's own reader keeps the last value of a key that is given twice."""
-    for name, count in Counter(name.strip() for name, _ in pairs).items():
-        if count > 1:
-            raise _GivenTwice(f"key '{quote(name)}' is given {count} times; right is once")
-    return dict(pairs)
+    """A JSON object, its keys without spaces around. Python's own reader keeps the last value of a key that is given twice."""
+    found = {name.strip(): value for name, value in pairs}
+    if len(found) < len(pairs):
+        name, count = Counter(name.strip() for name, _ in pairs).most_common(1)[0]
+        raise GivenTwice(f"key '{quote(name)}' is given {count} times; right is once")
+    return found
 
 
 # --- values -------------------------------------------------------------------------------------------------------
@@ -157,8 +169,12 @@ def text_of(row: dict[str, Any], column: str, empty: bool = False) -> str:
     if _NO_TEXT.search(value):
         raise ValueError(f"{column} has a character that is no text: {quote(ascii(value))}")
     value = value.strip()
-    if not any(unicodedata.category(letter) not in _INVISIBLE for letter in value):
+    if all(letter in _BLANK_LETTERS or unicodedata.category(letter) in _INVISIBLE for letter in value):
         value = ""
+    if value.casefold() in _STAND_INS:
+        raise ValueError(
+            f"{column} is '{value}', as programs write a missing value or an answer; write a text, or leave it empty"
+        )
     if not value and not empty:
         raise ValueError(f"{column} is empty")
     return value
@@ -172,7 +188,9 @@ def texts_of(row: dict[str, Any], column: str | None) -> list[str]:
     if isinstance(value, list):
         return [text_of({column: part}, column, empty=True) for part in value]
     text = text_of(row, column, empty=True)
-    return [part.strip() for part in text.split("|")] if text else []
+    if text[:1] in ("[", "{"):
+        raise ValueError(f"{column} '{quote(text)}' is a list as a program prints it; right are names joined by |")
+    return [text_of({column: part}, column, empty=True) for part in text.split("|")] if text else []
 
 
 def caption_of(row: dict[str, Any], column: str, allow_empty: bool) -> str:
@@ -180,10 +198,6 @@ def caption_of(row: dict[str, Any], column: str, allow_empty: bool) -> str:
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{column} must be text: {quote(value)}")
     caption = text_of(row, column, empty=True)
-    if caption.casefold() in _MISSING:
-        raise ValueError(
-            f"{column} is '{caption}', as programs write a missing value; write a caption, or leave it empty"
-        )
     if not caption and not allow_empty:
         raise ValueError(f"{column} is empty; set data.allow_empty_captions true to accept it")
     return caption
