@@ -10,15 +10,15 @@ import os
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import NoReturn, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
 from distill.configuration.faults import Faults, dotted, shown
 from distill.configuration.help import help_text, listed_options
-from distill.configuration.options import KIND, children, entry_type, is_optional, models_of, renamed, without_none
+from distill.configuration.options import children, entry_type, is_optional, models_of, renamed, without_none
 from distill.configuration.overlay import RawText, filled, is_none, merged, yaml_value
-from distill.configuration.yaml_text import Given, printable, read_file, write
+from distill.configuration.yaml_text import KIND, Given, printable, read_file, write
 from distill.errors import UserError, raise_all
 from distill.settings import Settings
 
@@ -36,9 +36,9 @@ NOT_USABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDI
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
-def _find(config_class: type[Settings], key: str) -> tuple[tuple[str, ...], list[Any]]:
+def _find(config_class: type[Settings], key: str) -> tuple[tuple[str, ...], list[object]]:
     """Path of a dotted key, and the types that it may have (one for each kind); no types if it is unknown."""
-    hints: list[Any] = [config_class]
+    hints: list[object] = [config_class]
     path: list[str] = []
     parts = key.split(".")
     while parts:
@@ -51,21 +51,12 @@ def _find(config_class: type[Settings], key: str) -> tuple[tuple[str, ...], list
     return tuple(path), hints
 
 
-def _insert(tree: dict[str, Given], path: Sequence[str], given: Given, hints: list[Any]) -> None:
-    for name in path[:-1]:
-        if name not in tree or not isinstance(tree[name].value, dict):
-            tree[name] = Given({}, COMMAND_LINE, partial=True)
-        tree = tree[name].value
-    # A group that is given as a mapping adds to what was given of it before; a value replaces.
-    tree[path[-1]] = merged(tree.get(path[-1]), given, hints[0] if hints else Any) or given
-
-
 def _arguments(
     argv: Sequence[str], config_class: type[Settings], faults: list[str]
 ) -> tuple[list[str], Given, set[str]]:
     """Config files, overrides and flags (`help`, `print_config`) of a command line."""
     files: list[str] = []
-    overrides: dict[str, Given] = {}
+    overrides = Given({}, COMMAND_LINE, partial=True)
     flags: set[str] = set()
     words = list(argv)
     while words:
@@ -101,15 +92,18 @@ def _arguments(
             note = f"; {old}" if (old := renamed(config_class, path)) else ""
             faults.append(f"{dotted(path)} is a group of options: set them one by one, such as {example}{note}")
         else:
-            _insert(overrides, path, _given(text, hints), hints)
-    return files, Given(overrides, COMMAND_LINE, partial=True), flags
+            given = _given(text, hints)
+            for name in reversed(path):
+                given = Given({name: given}, COMMAND_LINE, partial=True)
+            overrides = merged(overrides, given, config_class) or overrides
+    return files, overrides, flags
 
 
 def _is_text(text: str) -> bool:
     return not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
-def _given(text: str, hints: list[Any]) -> Given:
+def _given(text: str, hints: list[object]) -> Given:
     """A text of the command line; one that holds groups is read at once, because groups of all sources are merged."""
     if not hints or any(models_of(hint) or models_of(entry_type(hint)) for hint in hints):
         is_null = is_none(text) and any(map(is_optional, hints))
@@ -117,7 +111,7 @@ def _given(text: str, hints: list[Any]) -> Given:
     return Given(RawText(text), COMMAND_LINE)
 
 
-def _group_example(hints: list[Any], key: str, text: str) -> str:
+def _group_example(hints: list[object], key: str, text: str) -> str:
     """An option of a group, to be set instead of the group."""
     models = next(models for hint in hints if (models := models_of(hint)))
     if len(models) > 1:
@@ -125,9 +119,7 @@ def _group_example(hints: list[Any], key: str, text: str) -> str:
     return f"--{key}.{next(iter(next(iter(models.values())).model_fields))}"
 
 
-def _validated(
-    config_class: type[T], raw: dict[str, Any], given: Given, faults: list[str], *, is_complete: bool
-) -> T | None:
+def _validated(config_class: type[T], raw: object, given: Given, faults: list[str], *, is_complete: bool) -> T | None:
     """The configuration, or None where its faults were added to `faults`.
 
     Values with faults are taken out for a second look, so that a check of the whole configuration speaks up as well;
@@ -155,9 +147,9 @@ def _validated(
     return None
 
 
-def _remove(raw: dict[str, Any], path: tuple[str | int, ...]) -> None:
+def _remove(raw: object, path: tuple[str | int, ...]) -> None:
     names = [part for part in path if isinstance(part, str)]
-    node: Any = raw
+    node: object = raw
     for name in names[:-1]:
         node = node.get(name) if isinstance(node, dict) else None
     if names and isinstance(node, dict):
@@ -237,7 +229,7 @@ def _leave(message: str, status: int, *, every_process: bool = False) -> NoRetur
     raise SystemExit(status)
 
 
-def _exhausted(error: Exception, config: Any) -> str | None:
+def _exhausted(error: Exception, config: object) -> str | None:
     """Message for memory or disk that ran out or cannot be used, with what to do; None for anything else."""
     text = str(error).lower()
     code = error.errno if isinstance(error, OSError) else None
@@ -255,10 +247,10 @@ def _exhausted(error: Exception, config: Any) -> str | None:
     return None
 
 
-def _memory_advice(config: Any) -> str:
+def _memory_advice(config: object) -> str:
     """What of this configuration to lower or switch on, with the present values."""
 
-    def value(key: str) -> Any:
+    def value(key: str) -> object:
         return functools.reduce(lambda node, name: getattr(node, name, None), key.split("."), config)
 
     lower = [

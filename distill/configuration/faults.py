@@ -6,12 +6,12 @@ import dataclasses
 import difflib
 import re
 from collections.abc import Iterable
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 from pydantic_core import ErrorDetails
 
-from distill.configuration.options import KIND, children, expected, item_type, keys_of, models_of, renamed, without_none
-from distill.configuration.yaml_text import Given, printable
+from distill.configuration.options import children, expected, item_type, keys_of, models_of, renamed, without_none
+from distill.configuration.yaml_text import KIND, Given, printable
 from distill.settings import Settings
 
 _OF_VALIDATORS = ("value_error", "assertion_error")
@@ -22,7 +22,7 @@ _OF_TYPE_OR_RANGE = re.compile(
 """Errors of pydantic that are answered with what the option takes. Any other error keeps its own text."""
 
 
-def shown(value: Any) -> str:
+def shown(value: object) -> str:
     text = "none" if value is None else str(value).lower() if isinstance(value, bool) else repr(value)
     return text if len(text) <= 80 else f"{text[:77]}..."
 
@@ -32,9 +32,9 @@ class _Place:
     """Where an error of pydantic stands: its path in the user's mapping, without the tags that pydantic adds."""
 
     path: tuple[str | int, ...] = ()
-    hint: Any = None
+    hint: object = None
     """Type of the value; None where the key is unknown."""
-    parent: Any = None
+    parent: object = None
     """Type of the group that holds the value."""
     kind: str = ""
     """Chosen kind of that group."""
@@ -77,22 +77,23 @@ def _nearest(given: Given, path: tuple[str | int, ...]) -> tuple[Given | None, i
     """The innermost value on a path that the user gave, and how many parts of the path lead to it."""
     depth = 0
     for part in path:
-        value: Any = given.value
-        is_there = part in value if isinstance(value, dict) else isinstance(value, list) and isinstance(part, int)
-        if not is_there:
+        inner = given.keys.get(str(part))
+        if isinstance(given.value, list) and isinstance(part, int):
+            inner = given.value[part]
+        if inner is None:
             break
-        given, depth = value[part], depth + 1
+        given, depth = inner, depth + 1
     return (given, depth) if depth else (None, 0)
 
 
-def _guess(value: Any, names: Iterable[Any]) -> str:
+def _guess(value: object, names: Iterable[object]) -> str:
     """The nearest of the legal names, as the end of a sentence."""
     texts = [name for name in names if isinstance(name, str)]
     close = difflib.get_close_matches(value, texts, n=1) if isinstance(value, str) else []
     return f"; did you mean {close[0]}?" if close else ""
 
 
-def _literals(hint: Any) -> list[Any]:
+def _literals(hint: object) -> list[object]:
     return [value for member in without_none(hint) if get_origin(member) is Literal for value in get_args(member)]
 
 
@@ -140,7 +141,7 @@ class Faults:
         text = f"{place.key}: expected {wanted}, got {shown(value)}{_guess(value, _literals(place.hint))}{quotes}"
         return [f"{text}{self.origin(place.path)}{self._note(place.path)}"]
 
-    def _bad_kind(self, place: _Place, value: Any) -> str:
+    def _bad_kind(self, place: _Place, value: object) -> str:
         kinds = list(models_of(place.hint))
         path = (*place.path, KIND)
         if not isinstance(value, dict) or KIND not in value:

@@ -8,12 +8,12 @@ import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from typing import Literal, get_args, get_origin
 
 from pydantic_core import PydanticUndefined
 
-from distill.configuration.options import KIND, entry_type, field_types, is_optional, models_of, without_none
-from distill.configuration.yaml_text import Given
+from distill.configuration.options import entry_type, field_types, is_optional, models_of, without_none
+from distill.configuration.yaml_text import KIND, Given
 from distill.settings import Settings
 
 _COLUMN = 36
@@ -36,7 +36,7 @@ class _Group:
     note: str = ""
 
 
-def _metavar(hint: Any, default: Any = None) -> str:
+def _metavar(hint: object, default: object = None) -> str:
     found = without_none(hint)
     origins = {get_origin(member) for member in found}
     if origins == {Literal}:
@@ -47,10 +47,10 @@ def _metavar(hint: Any, default: Any = None) -> str:
         return "{NAME: ...}"
     if found == [bool]:
         return "" if default is False else "true|false"
-    return _METAVARS.get(found[0], "VALUE") if len(found) == 1 else "VALUE"
+    return next((name for member, name in _METAVARS.items() if found == [member]), "VALUE")
 
 
-def _default_text(value: Any) -> str:
+def _default_text(value: object) -> str:
     if value is PydanticUndefined:
         return "needed"
     if value is None or isinstance(value, bool):
@@ -88,7 +88,7 @@ def _of_model(
         field = model.model_fields[name]
         default = getattr(base, name) if base is not None else field.get_default(call_default_factory=True)
         key, text = f"{prefix}{name}", _first_paragraph(field.description)
-        node = given.value.get(name) if given is not None and isinstance(given.value, dict) else None
+        node = given.keys.get(name) if given is not None else None
         models, entries = models_of(hint), models_of(entry_type(hint))
         if models:
             inner += _of_group(hint, node, default, key, text)
@@ -99,7 +99,7 @@ def _of_model(
     yield from inner
 
 
-def _of_group(hint: Any, given: Given | None, default: Any, key: str, text: str) -> Iterator[_Group]:
+def _of_group(hint: object, given: Given | None, default: object, key: str, text: str) -> Iterator[_Group]:
     models = models_of(hint)
     base = default if isinstance(default, Settings) else None
     if len(models) == 1:
@@ -109,11 +109,8 @@ def _of_group(hint: Any, given: Given | None, default: Any, key: str, text: str)
         yield group
         yield from _of_model(model, given, base if type(base) is model else None, f"{key}.", group)
         return
-    value = (
-        given.value[KIND].value if given is not None and isinstance(given.value, dict) and KIND in given.value else None
-    )
-    own = getattr(base, KIND, None)
-    kind = str(value) if isinstance(value, str) and value in models else own
+    value, own = given.kind if given is not None else None, getattr(base, KIND, None)
+    kind = value if value in models else own
     others = [other for other in models if other != kind]
     text = text or _first_paragraph(next(iter(models.values())).model_fields[KIND].description)
     option = _Option(f"{key}.{KIND}", f"{{{','.join(models)}}}", text, _default_text(own if own else default))

@@ -5,14 +5,13 @@ from __future__ import annotations
 import functools
 import types
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
+from distill.configuration.yaml_text import KIND
 from distill.settings import Settings
 
-KIND = "kind"
-"""The key that chooses a member of a tagged union."""
 LIKE = "like"
 """The key by which an entry of a mapping names another, whose options it has."""
 HUGE = 10**6
@@ -20,16 +19,16 @@ HUGE = 10**6
 
 
 @functools.cache
-def field_types(model: type[Settings]) -> dict[str, Any]:
+def field_types(model: type[Settings]) -> dict[str, object]:
     """Type of each field, with its range as `Annotated`."""
     return {name: _annotated(field.annotation, field.metadata) for name, field in model.model_fields.items()}
 
 
-def _annotated(hint: Any, metadata: list[Any]) -> Any:
+def _annotated(hint: object, metadata: list[object]) -> object:
     return Annotated.__class_getitem__((hint, *metadata)) if metadata else hint  # type: ignore[attr-defined]
 
 
-def members(hint: Any) -> list[Any]:
+def members(hint: object) -> list[object]:
     """Members of a union, or the type alone, without `Annotated`."""
     if get_origin(hint) is Annotated:
         return members(get_args(hint)[0])
@@ -38,30 +37,31 @@ def members(hint: Any) -> list[Any]:
     return [hint]
 
 
-def is_optional(hint: Any) -> bool:
+def is_optional(hint: object) -> bool:
     return type(None) in members(hint)
 
 
-def without_none(hint: Any) -> list[Any]:
+def without_none(hint: object) -> list[object]:
     return [member for member in members(hint) if member is not type(None)]
 
 
-def models_of(hint: Any) -> dict[str, type[Settings]]:
+def models_of(hint: object) -> dict[str, type[Settings]]:
     """Settings classes that a field may hold, by kind; a class that stands alone has kind ''. Empty for a value."""
-    found = without_none(hint)
-    if not found or not all(isinstance(member, type) and issubclass(member, Settings) for member in found):
+    members = without_none(hint)
+    found = [member for member in members if isinstance(member, type) and issubclass(member, Settings)]
+    if not found or len(found) < len(members):
         return {}
     if len(found) == 1:
         return {"": found[0]}
     return {kind: member for member in found for kind in get_args(member.model_fields[KIND].annotation)}
 
 
-def entry_type(hint: Any) -> Any:
+def entry_type(hint: object) -> object:
     """Type of the entries of a mapping; None for any other type."""
     return next((get_args(member)[1] for member in members(hint) if get_origin(member) is dict), None)
 
 
-def item_type(hint: Any, index: int) -> Any:
+def item_type(hint: object, index: int) -> object:
     """Type of one item of a list; None for any other type."""
     found = without_none(hint)
     if len(found) != 1 or get_origin(found[0]) not in (list, tuple):
@@ -71,7 +71,7 @@ def item_type(hint: Any, index: int) -> Any:
     return arguments[min(index, len(arguments) - 1)] if is_fixed else arguments[0]
 
 
-def children(hint: Any, name: str, kind: Any = None) -> list[Any]:
+def children(hint: object, name: str, kind: object = None) -> list[object]:
     """Types that a key may have in a group or a mapping: of the chosen kind, else of every kind that has it."""
     entry = entry_type(hint)
     models = models_of(hint)
@@ -81,7 +81,7 @@ def children(hint: Any, name: str, kind: Any = None) -> list[Any]:
     return found if models else [] if entry is None else [entry]
 
 
-def keys_of(hint: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def keys_of(hint: object, prefix: str = "") -> Iterator[tuple[str, str]]:
     """Dotted key and kind of every option and group below a type; entries of a mapping are called NAME."""
     for kind, model in models_of(hint).items():
         for name, field in field_types(model).items():
@@ -95,7 +95,7 @@ def keys_of(hint: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
 def renamed(config_class: type[Settings], path: tuple[str | int, ...]) -> str | None:
     """What to write in place of an old key, by the innermost class on the path that knows it."""
     found = None
-    hints: list[Any] = [config_class]
+    hints: list[object] = [config_class]
     for index, part in enumerate(path):
         rest = ".".join(map(str, path[index:]))
         models = [model for hint in hints for model in models_of(hint).values()]
@@ -112,7 +112,7 @@ _PLAIN = {
 }
 
 
-def expected(hint: Any, *, plural: bool = False, is_above: bool = False) -> str:
+def expected(hint: object, *, plural: bool = False, is_above: bool = False) -> str:
     """A type in plain English, such as "a whole number of at least 1, or none".
 
     is_above: the value is above the limit, so that the limit is named however large it is.
@@ -141,12 +141,17 @@ def expected(hint: Any, *, plural: bool = False, is_above: bool = False) -> str:
     return _PLAIN[hint][plural] if hint in _PLAIN else getattr(hint, "__name__", str(hint))
 
 
-def _range(inner: list[Any], metadata: list[Any], *, plural: bool, is_above: bool) -> str:
+def _range(inner: list[object], metadata: list[object], *, plural: bool, is_above: bool) -> str:
     """Limits of a value, of a text or of a list, with a leading space."""
     parts = [part for item in metadata for part in (item.metadata if isinstance(item, FieldInfo) else [item])]
 
-    def limit(name: str) -> Any:
-        return next((getattr(part, name) for part in parts if getattr(part, name, None) is not None), None)
+    limits = {
+        name: value
+        for part in reversed(parts)
+        for name in ("ge", "gt", "le", "lt", "min_length", "max_length", "pattern")
+        if (value := getattr(part, name, None)) is not None
+    }
+    limit = limits.get
 
     least, above = limit("ge"), limit("gt")
     most, below = (

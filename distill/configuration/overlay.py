@@ -9,7 +9,6 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import TypeAdapter, ValidationError
 
 from distill.configuration.options import (
-    KIND,
     LIKE,
     children,
     entry_type,
@@ -18,7 +17,7 @@ from distill.configuration.options import (
     models_of,
     without_none,
 )
-from distill.configuration.yaml_text import Given, read_text
+from distill.configuration.yaml_text import KIND, Given, read_text
 from distill.settings import Settings
 
 _OF_RANGE = re.compile(r"(greater|less)_than\w*|\w*too_(short|long)|string_pattern_mismatch|multiple_of|value_error")
@@ -32,7 +31,7 @@ def is_none(text: str) -> bool:
     return text.lower() in ("none", "null")
 
 
-def merged(old: Given | None, new: Given, hint: Any) -> Given | None:
+def merged(old: Given | None, new: Given, hint: object) -> Given | None:
     """`new` over `old`: groups are merged key by key, values are replaced.
 
     A later kind drops the options that an earlier source gave together with another kind. Mappings of groups are
@@ -42,26 +41,24 @@ def merged(old: Given | None, new: Given, hint: Any) -> Given | None:
     is_group = bool(models or models_of(entry))
     if not isinstance(new.value, dict):
         return old if is_group and new.value is None and not is_optional(hint) else new
-    if not is_group and not (new.partial and (entry is not None or hint is Any)):
+    if not is_group and not (new.partial and (entry is not None or hint is object)):
         return new
-    if old is not None and not isinstance(old.value, dict):
-        if old.value is not None:
-            return old  # no mapping: a fault, which nothing later hides
-        old = None
-    before = {} if old is None else old.value
+    if old is not None and not isinstance(old.value, dict | None):
+        return old  # no mapping: a fault, which nothing later hides
+    before = {} if old is None else old.keys
     kinds = [side[KIND].value for side in (before, new.value) if len(models) > 1 and KIND in side]
     if len(kinds) == 2 and kinds[0] != kinds[1]:
         before = {}
     value = dict(before)
     for name, child in new.value.items():
-        found = children(hint, name, kinds[-1] if kinds else None)
-        result = merged(value.get(name), child, found[0] if found else Any)
+        found = children(hint, name, new.kind or (old.kind if old else None))
+        result = merged(value.get(name), child, found[0] if found else object)
         if result is not None:
             value[name] = result
-    return Given(value, new.origin, new.partial and (old is None or old.partial))
+    return Given(value, new.origin, new.partial and (old is None or old.value is None or old.partial))
 
 
-def filled(given: Given, hint: Any, default: Any = None) -> Any:
+def filled(given: Given, hint: object, default: object = None) -> object:
     """The value as JSON has it: texts of the command line interpreted, parts of a default group kept.
 
     default: what the recipe has where the user gives nothing. A group of which a part is given keeps the other parts
@@ -69,20 +66,17 @@ def filled(given: Given, hint: Any, default: Any = None) -> Any:
     """
     models, entry = models_of(hint), entry_type(hint)
     if isinstance(given.value, dict) and models:
-        kind = given.value[KIND].value if KIND in given.value else getattr(default, KIND, None)
-        model = models[""] if len(models) == 1 else models.get(kind) if isinstance(kind, str) else None
-        if model is None:
-            return given.plain()
-        return _group(given.value, model, kind if len(models) > 1 else None, default)
+        kind = "" if len(models) == 1 else given.kind if KIND in given.value else getattr(default, KIND, None)
+        return _group(given.value, models[kind], kind, default) if kind in models else given.plain()
     if isinstance(given.value, dict) and entry is not None:
         given = Given(_with_kinds(given.value, entry), given.origin, given.partial)
         base = default if given.partial and isinstance(default, dict) else {}
-        entries = {name: TypeAdapter(entry).dump_python(value, mode="json") for name, value in base.items()}
-        return entries | {name: filled(child, entry, base.get(name)) for name, child in given.value.items()}
+        entries: dict[str, object] = TypeAdapter(dict[str, entry]).dump_python(base, mode="json")  # type: ignore[valid-type]
+        return entries | {name: filled(child, entry, base.get(name)) for name, child in given.keys.items()}
     return _interpreted(given.value, hint) if isinstance(given.value, RawText) else given.plain()
 
 
-def _with_kinds(entries: dict[str, Given], entry: Any) -> dict[str, Given]:
+def _with_kinds(entries: dict[str, Given], entry: object) -> dict[str, Given]:
     """Entries that are like another and set a part of a group without its kind have the kind of the other's group."""
     model = models_of(entry).get("")
     if model is None or LIKE not in model.model_fields:
@@ -93,7 +87,7 @@ def _with_kinds(entries: dict[str, Given], entry: Any) -> dict[str, Given]:
 
 def _with_kinds_of_like(entries: dict[str, Given], name: str, unions: list[str]) -> Given:
     own = entries[name]
-    value = dict(own.value) if isinstance(own.value, dict) else {}
+    value = dict(own.keys)
     for union in unions:
         group = value.get(union)
         if group is None or not isinstance(group.value, dict) or KIND in group.value:
@@ -108,22 +102,21 @@ def _kind_of(entries: dict[str, Given], like: Given | None, union: str) -> Given
     seen: set[str] = set()
     while like is not None and isinstance(like.value, str) and like.value in entries and like.value not in seen:
         seen.add(like.value)
-        other = entries[like.value].value
-        group = other.get(union) if isinstance(other, dict) else None
-        if group is not None and isinstance(group.value, dict) and KIND in group.value:
-            return group.value[KIND]  # type: ignore[no-any-return]
-        like = other.get(LIKE) if isinstance(other, dict) else None
+        other = entries[like.value].keys
+        if union in other and KIND in other[union].keys:
+            return other[union].keys[KIND]
+        like = other.get(LIKE)
     return None
 
 
-def _group(given: dict[str, Given], model: type[Settings], kind: str | None, default: Any) -> dict[str, Any]:
+def _group(given: dict[str, Given], model: type[Settings], kind: str, default: object) -> dict[str, object]:
     base: Settings | None = default if type(default) is model else None
-    values: dict[str, Any] = {} if kind is None else {KIND: str(kind)}
+    values: dict[str, object] = {KIND: str(kind)} if kind else {}
     for name, child in given.items():
         own = getattr(base, name, None)
         if base is None and name in model.model_fields:
             own = model.model_fields[name].get_default(call_default_factory=True)
-        values[name] = filled(child, field_types(model).get(name, Any), own)
+        values[name] = filled(child, field_types(model).get(name, object), own)
     others = set() if base is None else base.model_fields_set - set(values)
     return values | (base.model_dump(mode="json", include=others) if base is not None and others else {})
 
@@ -136,14 +129,14 @@ def yaml_value(text: str, origin: str) -> Given:
         return Given(text, origin)
 
 
-def _interpreted(text: str, hint: Any) -> Any:
+def _interpreted(text: str, hint: object) -> object:
     """Value of a command-line text: strings need no quotes, `a,b` is a list, `none` is null where that is legal.
 
     The first reading that is legal is taken, else the first of the right type, so that its fault speaks of the range.
     """
     text = str(text)
     read = yaml_value(text, "").plain()
-    if hint is Any:
+    if hint is object:
         return read
     if is_none(text) and is_optional(hint):
         words = [word for part in without_none(hint) if get_origin(part) is Literal for word in get_args(part)]
@@ -162,7 +155,7 @@ def _interpreted(text: str, hint: Any) -> Any:
     return readings[[*legal, *of_type, 0][0]]
 
 
-def _errors(hint: Any, value: Any) -> list[str]:
+def _errors(hint: Any, value: object) -> list[str]:
     try:
         TypeAdapter(hint).validate_json(json.dumps(value), strict=True)
     except ValidationError as error:

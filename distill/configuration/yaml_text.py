@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import re
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import yaml
 
+KIND = "kind"
+"""The key that chooses a member of a tagged union."""
 MAX_DEPTH = 50
 MAX_VALUES = 100_000
 _TAG = "tag:yaml.org,2002:"
@@ -19,16 +21,30 @@ def printable(text: str) -> str:
     return text if text.isprintable() else repr(text)
 
 
+Value: TypeAlias = "dict[str, Given] | list[Given] | str | int | float | None"
+
+
 @dataclasses.dataclass(frozen=True)
 class Given:
     """A value that a user gave and where; mappings and lists hold further values that were given."""
 
-    value: Any
+    value: Value
     origin: str
     partial: bool = False
     """Whether this mapping was made from dotted keys, which add to a mapping where a file replaces it."""
 
-    def plain(self) -> Any:
+    @property
+    def keys(self) -> dict[str, Given]:
+        """What a mapping holds; empty for any other value."""
+        return self.value if isinstance(self.value, dict) else {}
+
+    @property
+    def kind(self) -> str | None:
+        """The kind that a group of options chooses."""
+        value = self.keys[KIND].value if KIND in self.keys else None
+        return value if isinstance(value, str) else None
+
+    def plain(self) -> object:
         if isinstance(self.value, dict):
             return {name: child.plain() for name, child in self.value.items()}
         return [child.plain() for child in self.value] if isinstance(self.value, list) else self.value
@@ -37,13 +53,13 @@ class Given:
 class _Loader(yaml.SafeLoader):
     """YAML without the surprises of 1.1: `1e-4` is a number, and `no` is a string."""
 
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers: dict[str, object] = {}
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes every string that `_Loader` would read as something else."""
 
-    def ignore_aliases(self, data: Any) -> bool:
+    def ignore_aliases(self, data: object) -> bool:
         return True
 
 
@@ -83,7 +99,7 @@ class _Reader:
         if depth > MAX_DEPTH or self._count > MAX_VALUES:
             problem = "nested too deeply" if depth > MAX_DEPTH else f"more than {MAX_VALUES} values"
             raise yaml.constructor.ConstructorError(None, None, problem, node.start_mark)
-        value: Any
+        value: Value
         if isinstance(node, yaml.MappingNode) and node.tag == f"{_TAG}map":
             value = self._mapping(node, place, depth)
         elif isinstance(node, yaml.SequenceNode) and node.tag == f"{_TAG}seq":
@@ -106,7 +122,7 @@ class _Reader:
                 parts = value_node.value if isinstance(value_node, yaml.SequenceNode) else [value_node]
                 if not all(isinstance(part, yaml.MappingNode) for part in parts):
                     raise yaml.constructor.ConstructorError(None, None, "<< needs a mapping", value_node.start_mark)
-                merged += [self._given(part, place, line, depth + 1).value for part in parts]
+                merged += [self._given(part, place, line, depth + 1).keys for part in parts]
                 continue
             key = self._loader.construct_object(key_node, deep=True)
             if not isinstance(key, str):
@@ -175,5 +191,5 @@ def read_text(text: str, origin: str) -> Given:
     return given or Given(None, origin)
 
 
-def write(value: Any) -> str:
+def write(value: object) -> str:
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
