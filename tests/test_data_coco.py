@@ -19,7 +19,7 @@ from hypothesis.extra.numpy import arrays
 from matplotlib.path import Path as Outline
 from PIL import Image
 
-from distill.data.loading import load_dataset
+from distill.data.loading import load_dataset, refuse_shared_pictures
 from distill.data.readers.coco import CocoDataset, class_words
 from distill.data.readers.folder import FolderDataset
 from distill.data.readers.pixels import check_segmentation, decode_counts, polygon_mask, rle_mask, segmentation_mask
@@ -318,6 +318,20 @@ def test_splits_are_files(root: Path) -> None:
         "data.captions_file could be: annotations/captions_train2017.json, annotations/captions_val2017.json" in message
     )
     assert ids(coco(root, captions_file="annotations/captions_val2017.json", image_dir="val2017"))
+
+
+def test_a_picture_in_two_splits_is_refused(root: Path) -> None:
+    for kind in ("captions", "instances"):
+        shutil.copy(root / f"annotations/{kind}_val2017.json", root / f"annotations/{kind}_train2017.json")
+    shutil.copytree(root / "val2017", root / "train2017")
+    splits = coco(root, "train", train_split="train"), coco(root, "test")
+    with pytest.raises(UserError, match="picture in two splits") as caught:
+        refuse_shared_pictures(*splits)
+    first = "split train, 'train2017/a.jpg' (annotations/instances_train2017.json image 11)"
+    assert first in str(caught.value) and "split test, 'val2017/a.jpg'" in str(caught.value)
+    for place, name in enumerate("abc"):
+        write_image(root / f"train2017/{name}.jpg", (80, 60 + place % 2))
+    refuse_shared_pictures(coco(root, "train", train_split="train"), splits[1], None)
 
 
 def test_masks_follow_an_image_that_was_made_smaller(root: Path) -> None:

@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 from data_options import data_options
-from hostile_rows import LAYOUTS, ROWS, Accepted, HostileRow, Refused, entries_of, picture, written
+from hostile_rows import LAYOUTS, ROWS, Accepted, HostileRow, Refused, entries_of, picture, saved, written
+from PIL import Image
 
 from distill.data.loading import load_dataset
 from distill.errors import UserError
@@ -93,6 +94,44 @@ def test_a_sample_of_the_hostile_rows(row: HostileRow, tmp_path: Path) -> None:
 @pytest.mark.parametrize("row", [pytest.param(row, id=row.id) for place, row in enumerate(ROWS) if place % 8])
 def test_the_other_hostile_rows(row: HostileRow, tmp_path: Path) -> None:
     check(row, tmp_path)
+
+
+def large(mode: str) -> HostileRow:
+    """As many pixels as a picture may have."""
+    data = saved(Image.effect_noise((64, 64), 50).resize((8192, 8192), Image.Resampling.NEAREST).convert(mode), "PNG")
+    return HostileRow("folder.csv", f"large {mode}", Accepted({"size": (8192, 8192)}), {"bbox": ""}, {"a.png": data})
+
+
+def of_a_larger_frame(layout: str) -> HostileRow:
+    """A picture of 64 x 80 px that is said to have been annotated at 12,800 x 16,000."""
+    part = "has 64 x 80 px and its boxes and masks are of 12800 x 16000, more than 64 times as large"
+    change: dict[str, Any] = {"images.width": 12_800, "images.height": 16_000}
+    if layout == "mscxr.csv":
+        change = {"image_width": "12800", "image_height": "16000"}
+    return HostileRow(
+        layout, "enormous frame", Refused(("image 'a.png'", part)), change, {"a.png": picture(size=(64, 80))}
+    )
+
+
+def many_boxes() -> HostileRow:
+    change = {"bbox": [[5, 5, 9, 9]] * 100_000}
+    return HostileRow("folder.jsonl", "many boxes", Accepted({"inside": 81, "boxes": 100_000}), change)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", ["L", "RGB", "RGBA"])
+def test_the_largest_picture_is_read_in_bounds(mode: str, tmp_path: Path) -> None:
+    check(large(mode), tmp_path)
+
+
+@pytest.mark.parametrize("layout", ["mscxr.csv", "mscxr.json", "coco.instances"])
+def test_a_frame_that_no_picture_has_is_refused(layout: str, tmp_path: Path) -> None:
+    check(of_a_larger_frame(layout), tmp_path)
+
+
+@pytest.mark.slow
+def test_many_boxes_are_read_in_bounds(tmp_path: Path) -> None:
+    check(many_boxes(), tmp_path)
 
 
 def test_the_table_is_large_and_every_reader_is_in_it() -> None:
