@@ -7,23 +7,28 @@ from __future__ import annotations
 
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from distill.configuration import renamed as old
 from distill.data_config import AnyData, PhantomData
 from distill.settings import (
     HARMLESS,
     MAY_GROW,
+    Batch,
     BelowOne,
     Count,
     Inside,
     Number,
     Positive,
     Probability,
+    Rate,
     Seed,
     Settings,
     Text,
-)
+    Texts,
+    Timesteps,
+    once,
+)  # fmt: skip
 
 NO_LABEL = "no finding"
 """Text of an image without a label."""
@@ -34,9 +39,9 @@ class BaseConfig(Settings):
 
     name: Text = "phantom"
     """`phantom` (the embedded base), a diffusers pipeline folder, or a hub id."""
-    revision: str | None = None
+    revision: Text | None = None
     """Hub revision: a branch, a tag or a commit."""
-    variant: str | None = None
+    variant: Text | None = None
     """File variant of the weights, such as `fp16`."""
     frozen_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of the weights that are not trained. Trained weights are always fp32."""
@@ -48,13 +53,13 @@ class LoraConfig(Settings):
     renamed: ClassVar[dict[str, str]] = old.LORA
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
     """Rank of the update."""
-    alpha: Positive = 8.0
+    alpha: Annotated[float, Field(gt=0, le=65536)] = 8.0
     """The update is scaled by alpha / rank. Set it equal to rank for a scale of 1."""
     dropout: BelowOne = 0.0
     """Dropout on the adapter's input."""
-    denoiser_targets: tuple[Text, ...] = ()
+    denoiser_targets: Texts = ()
     """Layers of the denoiser that get an adapter, by the end of their names. Empty: to_q, to_k, to_v, to_out.0 for U-Nets."""
-    text_encoder_targets: tuple[Text, ...] = ()
+    text_encoder_targets: Texts = ()
     """Layers of the text encoders that get an adapter, by the end of their names. Empty: q_proj, k_proj, v_proj, out_proj."""
 
 
@@ -62,15 +67,15 @@ class DenoisingConfig(Settings):
     """The diffusion loss, and the text that it is conditioned on."""
 
     renamed: ClassVar[dict[str, str]] = old.DENOISING
-    min_snr_gamma: Positive | None = None
+    min_snr_gamma: Annotated[float, Field(gt=0, le=1000)] | None = None
     """Min-SNR weighting (Hang et al. 2023); 5.0 is usual. None weighs all timesteps alike."""
     caption_dropout: Probability = 0.1
     """Probability that a caption is replaced by the empty one, for classifier-free guidance."""
-    caption_dropout_label: str | None = None
+    caption_dropout_label: Text | None = None
     """Drop only captions of images with this label; `no finding` means images without a label. None drops any caption."""
     training_text: Literal["caption", "labels", "paraphrases"] = "caption"
     """Training text of an image: its caption, its labels in random order, or a paraphrase of each label."""
-    paraphrases: dict[str, list[str]] = Field(default_factory=dict)
+    paraphrases: dict[Text, Annotated[list[Text], Field(min_length=1)]] = Field(default_factory=dict)
     """Label -> sentences that state it, for training_text paraphrases."""
     insert_labels: Literal["none", "first", "random"] = "none"
     """RaLI (Dombrowski et al.): insert the image's labels before word 0 (first), or before one of words 0 to 5 (random)."""
@@ -79,6 +84,8 @@ class DenoisingConfig(Settings):
     def _check(self) -> DenoisingConfig:
         if self.paraphrases and self.training_text != "paraphrases":
             raise ValueError("paraphrases are given, and training_text is not paraphrases; set it, or leave them out")
+        if self.training_text == "paraphrases" and not self.paraphrases:
+            raise ValueError("training_text is paraphrases, and none are given; set paraphrases")
         if self.caption_dropout_label is not None and self.caption_dropout == 0:
             raise ValueError("caption_dropout_label is set, and caption_dropout is 0; raise it, or leave the label out")
         return self
@@ -95,17 +102,17 @@ class TrainerConfig(Settings):
     renamed: ClassVar[dict[str, str]] = old.TRAINER
     max_steps: Annotated[Count, MAY_GROW] = 1000
     """Optimizer steps, of batch_size x gradient_accumulation_steps images on each device."""
-    batch_size: Count = 16
+    batch_size: Batch = 16
     """Images of a forward pass on each device. Lower it when memory runs out."""
-    gradient_accumulation_steps: Count = 1
+    gradient_accumulation_steps: Batch = 1
     """Batches for one optimizer step."""
-    learning_rate: Annotated[float, Field(gt=0, le=10)] = 1e-4
+    learning_rate: Rate = 1e-4
     """Learning rate of the denoiser, and of the text encoder unless it has its own."""
-    text_encoder_learning_rate: Annotated[float, Field(gt=0, le=10)] | None = None
+    text_encoder_learning_rate: Rate | None = None
     """Learning rate of the text encoder. None uses learning_rate."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
     """AdamW of torch, or with 8-bit state of bitsandbytes."""
-    weight_decay: Annotated[float, Field(ge=0, le=10)] = 1e-2
+    weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-2
     """Decoupled weight decay of AdamW."""
     adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
     """Decay of the first and the second moment."""
@@ -125,7 +132,7 @@ class TrainerConfig(Settings):
     """Encode each image by the VAE once, and keep the latents on disk."""
     cache_text_embeddings: bool = False
     """Encode each caption once, and keep the embeddings on disk; only with a frozen text encoder."""
-    num_workers: Annotated[int, Field(ge=0, le=1024), HARMLESS] = 0
+    num_workers: Annotated[int, Field(ge=0, le=256), HARMLESS] = 0
     """Data loader processes."""
     log_every_steps: Annotated[Count, HARMLESS] = 10
     """Steps between two lines of train_log.jsonl."""
@@ -142,6 +149,12 @@ class TrainerConfig(Settings):
     def _check(self) -> TrainerConfig:
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}, above max_steps, {self.max_steps}; lower it")
+        for name in ("checkpoint_every_steps", "sample_every_steps", "localize_every_steps"):
+            every = getattr(self, name)
+            if every is not None and every > self.max_steps:
+                raise ValueError(
+                    f"{name} is {every}, above max_steps, {self.max_steps}, so that none is made; lower it, or set it to null"
+                )
         return self
 
 
@@ -149,7 +162,9 @@ class EvaluationConfig(Settings):
     """Quality and localization, measured on held-out images."""
 
     renamed: ClassVar[dict[str, str]] = old.EVALUATION
-    parts: Annotated[tuple[Literal["localization", "quality"], ...], Field(min_length=1), HARMLESS] = (
+    parts: Annotated[
+        tuple[Literal["localization", "quality"], ...], Field(min_length=1), AfterValidator(once), HARMLESS
+    ] = (
         "localization", "quality",
     )  # fmt: skip
     """What to measure: attention maps (localization), generated images (quality). What was measured before is kept."""
@@ -157,9 +172,9 @@ class EvaluationConfig(Settings):
     """Held-out images whose attention maps are scored."""
     protocol: Literal["ours", "dombrowski", "vilouras"] = "ours"
     """How maps are made and compared. ours is fast; dombrowski and vilouras are as published, and much slower."""
-    timesteps: Annotated[tuple[Number, ...], Field(min_length=1)] | None = None
+    timesteps: Timesteps | None = None
     """ours: timesteps at which real latents are noised. None: those of localization.json, else 100, 250, 400, 550, 700."""
-    layers: tuple[Text, ...] = ()
+    layers: Texts = ()
     """ours: prefixes of the cross-attention layers to average. Empty takes the model's localization.json, or all."""
     localization_text: Literal["caption", "phrase"] = "caption"
     """Text that the maps are recorded for: the image's caption, or the region's phrase."""
@@ -169,27 +184,20 @@ class EvaluationConfig(Settings):
     """Captions of which several images are generated."""
     diversity_samples: Annotated[int, Field(ge=2, le=1000), HARMLESS] = 4
     """Images a caption for the diversity."""
-    num_inference_steps: Annotated[Count, HARMLESS] = 20
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000), HARMLESS] = 20
     """Denoising steps of an image."""
     guidance_scale: Annotated[float, Field(ge=0, le=1000), HARMLESS] = 4.0
     """Classifier-free guidance; at most 1 switches it off."""
-    batch_size: Annotated[Count, HARMLESS] = 16
+    batch_size: Annotated[Batch, HARMLESS] = 16
     """Images at a time. It changes the speed, not the images."""
     features: Annotated[Text, HARMLESS] = "auto"
     """Features of FID: `inception`, `xrv` (chest X-rays), `phantom`, `none`; `auto`: phantom on phantom data, else none."""
-    bootstrap_samples: Annotated[Count, HARMLESS] = 1000
+    bootstrap_samples: Annotated[int, Field(ge=1, le=10**6), HARMLESS] = 1000
     """Resamples behind each 95 % interval."""
     seed: Seed = 1234
     """Seed of evaluation noise; image k uses seed + k."""
-    examples: Annotated[Count, HARMLESS] = 6
+    examples: Annotated[int, Field(ge=1, le=1000), HARMLESS] = 6
     """Held-out images shown in the report."""
-
-    @field_validator("timesteps")
-    @classmethod
-    def _once(cls, value: tuple[int, ...] | None) -> tuple[int, ...] | None:
-        if value is not None and len(set(value)) < len(value):
-            raise ValueError("each timestep only once")
-        return value
 
     def full(self, **options: Any) -> FullEvaluation:
         """With the options that only evaluation of one model has."""
@@ -221,7 +229,15 @@ class FullEvaluation(EvaluationConfig):
     def _check(self) -> FullEvaluation:
         if self.scheduler == "lcm" and self.num_inference_steps > 50:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}; scheduler lcm takes at most 50")
+        check_parts(self)
         return self
+
+
+def check_parts(evaluation: FullEvaluation | MapEvaluation) -> None:
+    if evaluation.orphan_share and evaluation.map_threshold == "none":
+        raise ValueError(
+            f"orphan_share is {evaluation.orphan_share}, and map_threshold is none; set it to otsu or mixture"
+        )
 
 
 class MapEvaluation(Settings):
@@ -241,12 +257,17 @@ class MapEvaluation(Settings):
     """Set pixels of the map below this threshold to 0 before it is compared."""
     orphan_share: BelowOne = 0.0
     """With a map_threshold: drop parts smaller than this share of the largest. 0 keeps all."""
-    batch_size: Count = 16
+    batch_size: Batch = 16
     """Images at a time. It changes the speed, not the maps."""
-    bootstrap_samples: Count = 1000
+    bootstrap_samples: Annotated[int, Field(ge=1, le=10**6)] = 1000
     """Resamples behind each 95 % interval."""
     seed: Seed = 1234
     """Seed of evaluation noise; image k uses seed + k."""
+
+    @model_validator(mode="after")
+    def _check(self) -> MapEvaluation:
+        check_parts(self)
+        return self
 
     def full(self, **options: Any) -> FullEvaluation:
         """With defaults for all else that evaluation has."""
@@ -256,9 +277,9 @@ class MapEvaluation(Settings):
 class LayerEvaluation(MapEvaluation):
     """How attention maps are made and compared with regions, where no image is generated."""
 
-    timesteps: Annotated[tuple[Number, ...], Field(min_length=1)] | None = None
+    timesteps: Timesteps | None = None
     """ours: timesteps at which real latents are noised. None: those of localization.json, else 100, 250, 400, 550, 700."""
-    layers: tuple[Text, ...] = ()
+    layers: Texts = ()
     """ours: prefixes of the cross-attention layers to average. Empty takes the model's localization.json, or all."""
     self_attention_power: Annotated[int, Field(ge=0, le=100)] = 0
     """ours: how often the map is multiplied by the self-attention."""
@@ -293,6 +314,15 @@ class TrainingRunConfig(RunConfig):
     seed: Seed = 0
     """Seed of weights, order of data, noise and timesteps."""
 
+    @model_validator(mode="after")
+    def _check_rates(self) -> TrainingRunConfig:
+        rate = self.trainer.text_encoder_learning_rate
+        if rate is not None and getattr(self, "text_encoder", "frozen") == "frozen":
+            raise ValueError(
+                f"trainer.text_encoder_learning_rate is {rate}, and the text encoder is not trained; leave it out"
+            )
+        return self
+
     @property
     def training_seed(self) -> int:
         return self.seed
@@ -304,11 +334,11 @@ class BlocksConfig(Settings):
     BK-SDM-Base is layers_per_block 1; Small also has remove_mid_block; Tiny also has remove_stages 1.
     """
 
-    layers_per_block: Count | None = None
+    layers_per_block: Annotated[int, Field(ge=1, le=64)] | None = None
     """Pairs of a residual and an attention block that stay in each stage; the up stages keep one more. None keeps all."""
     remove_mid_block: bool = False
     """Take out the middle block."""
-    remove_stages: Number = 0
+    remove_stages: Annotated[int, Field(ge=0, le=16)] = 0
     """Innermost stages to take out, with the middle block, where the next one has as many channels (SD 1 and 2: 1)."""
-    transformer_layers: Count | None = None
+    transformer_layers: Annotated[int, Field(ge=1, le=1000)] | None = None
     """Transformer layers that stay in each attention block (SDXL has up to 10). None keeps all."""

@@ -7,15 +7,15 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from distill.configuration import renamed as old
-from distill.settings import HARMLESS, Count, Number, Probability, Seed, Settings, Text
+from distill.settings import HARMLESS, Count, Number, Probability, Seed, Settings, Text, Texts
 
 
 class Data(Settings):
     """What all kinds of data have."""
 
-    resolution: Annotated[int, Field(ge=1, le=65536)] = 128
+    resolution: Annotated[int, Field(ge=8, le=16384)] = 128
     """Side of the square training image, in pixels."""
-    cache_dir: Annotated[str | None, HARMLESS] = None
+    cache_dir: Annotated[Text | None, HARMLESS] = None
     """Where latents and text embeddings are cached. None uses checkpoints/.cache."""
 
 
@@ -52,9 +52,9 @@ class FileData(Data):
     test_split: Text = "test"
     """Value of the split column for evaluation; `all` evaluates every row and is refused where a model is trained.
     Rows of the validation split are called validation, val or valid."""
-    findings: tuple[Text, ...] = ()
+    findings: Texts = ()
     """Findings to keep and evaluate. Empty keeps all that the files name."""
-    query_words: dict[str, list[str]] = Field(default_factory=dict)
+    query_words: dict[Text, Annotated[list[Text], Field(min_length=1)]] = Field(default_factory=dict)
     """Finding -> the words that name it in a caption. Default: published lists for MS-CXR findings, else its own words."""
     allow_empty_captions: bool = False
     """Accept rows with an empty caption."""

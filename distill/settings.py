@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar
+from collections import Counter
+from typing import Annotated, ClassVar, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+Many = TypeVar("Many", bound="tuple[object, ...]")
 
 
 class Settings(BaseModel):
@@ -26,12 +29,35 @@ made anew. An option without such a mark must stay as it was."""
 MAY_GROW = Field(json_schema_extra={ON_RESUME: "may_grow"})
 """Of an option that may be larger when a run folder is continued."""
 
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
-Number = Annotated[int, Field(ge=0, le=2**31 - 1)]
-Seed = Annotated[int, Field(ge=0, lt=2**62)]
+
+def once(values: Many) -> Many:
+    """Raise ValueError, with the value, if one is there twice."""
+    twice = [value for value, count in Counter(values).items() if count > 1]
+    if twice:
+        raise ValueError(f"expected each only once, got {twice[0]!r} several times")
+    return values
+
+
+def without_nul(text: str) -> str:
+    """Raise ValueError for NUL, which no file's name can have."""
+    if "\0" in text:
+        raise ValueError(f"expected text without NUL, got {text[:60]!r}")
+    return text
+
+
+# Bounds that nobody crosses on purpose, so that a slip of the keyboard is answered at once.
+Count = Annotated[int, Field(ge=1, le=10**8)]
+Number = Annotated[int, Field(ge=0, le=10**8)]
+Batch = Annotated[int, Field(ge=1, le=65536)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+"""NumPy takes no larger one."""
+Timestep = Annotated[int, Field(ge=0, lt=10**5)]
+Rate = Annotated[float, Field(ge=1e-12, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1e6)]
 Positive = Annotated[float, Field(gt=0, le=1e6)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Inside = Annotated[float, Field(gt=0, lt=1)]
-Text = Annotated[str, Field(min_length=1, pattern=r"\S")]
+Text = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"\S"), AfterValidator(without_nul)]
+Texts = Annotated[tuple[Text, ...], AfterValidator(once)]
+Timesteps = Annotated[tuple[Timestep, ...], Field(min_length=1), AfterValidator(once)]

@@ -17,7 +17,7 @@ from pydantic import Field
 from distill.cli import main, to_yaml
 from distill.config import BaseConfig, MapEvaluation
 from distill.data_config import AnyData, PhantomData
-from distill.settings import Count, Number, Settings, Text
+from distill.settings import Count, Settings, Text, Texts, Timesteps
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -36,15 +36,15 @@ class AtlasConfig(Settings):
         "base.name", "runs", "data.kind", "data.root", "timesteps", "validation_images", "store", "output_dir",
     )  # fmt: skip
     base: BaseConfig = BaseConfig()
-    runs: tuple[Text, ...] = ()
+    runs: Texts = ()
     """Run folders on the base that are looked at in addition to the base."""
     data: AnyData = PhantomData()
     evaluation: MapEvaluation = MapEvaluation()
-    timesteps: Annotated[tuple[Number, ...], Field(min_length=1)] = (
+    timesteps: Timesteps = (
         25, 100, 175, 250, 325, 400, 475, 550, 625, 700, 775, 850, 925,
     )  # fmt: skip
     """Timesteps of the atlas; 100, 250, 400, 550 and 700 are added."""
-    max_timesteps: Count = 3
+    max_timesteps: Annotated[int, Field(ge=1, le=1000)] = 3
     """Most timesteps of the subset: the forward passes that it costs an image."""
     validation_images: Count = 100
     """Validation images that the subset is chosen on. evaluation.localization_images test images check it."""

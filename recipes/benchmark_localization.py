@@ -13,12 +13,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from distill.cli import main, to_yaml
 from distill.config import BaseConfig, LayerEvaluation
 from distill.data_config import AnyData, PhantomData
-from distill.settings import Count, Positive, Settings, Text
+from distill.settings import Count, Positive, Settings, Text, once
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -37,11 +37,11 @@ class BenchmarkLocalizationConfig(Settings):
 
     common: ClassVar[tuple[str, ...]] = ("base.name", "run", "data.kind", "data.root", "parts", "output_dir")
     base: BaseConfig = BaseConfig()
-    run: str | None = None
+    run: Text | None = None
     """Run folder whose adapters or full weights are put on the base. None takes the base itself."""
     data: AnyData = PhantomData()
     evaluation: LayerEvaluation = LayerEvaluation()
-    parts: Annotated[tuple[Part, ...], Field(min_length=1)] = get_args(Part)
+    parts: Annotated[tuple[Part, ...], Field(min_length=1), AfterValidator(once)] = get_args(Part)
     """What to measure. overhead, paper and protocols are of the model; scale is of the base in two processes; full_size is of
     a random denoiser as large as SD 1.5's."""
     repeats: Count = 40

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, cast
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from distill.cli import main, to_yaml
 from distill.configuration import renamed as old
-from distill.settings import HARMLESS, Seed, Settings, Text
+from distill.settings import HARMLESS, Seed, Settings, Text, Texts, once
 
 TRAINING_DATA = {
     "train_size", "validation_size", "train_split", "allow_empty_captions", "truncate_captions", "horizontal_flip",
@@ -43,9 +43,9 @@ class CompareConfig(Settings):
     renamed: ClassVar[dict[str, str]] = old.COMPARE
     arms: Annotated[dict[str, Text], Field(min_length=2)]
     """Name in the report -> an evaluated folder, RUN/ARM, or a run folder that holds one trained arm."""
-    seeds: tuple[Seed, ...] = ()
+    seeds: Annotated[tuple[Seed, ...], AfterValidator(once)] = ()
     """Training seeds, which {seed} in the folders of arms stands for. Empty where each arm is one run."""
-    compare_to: Annotated[tuple[str, ...], HARMLESS] = ()
+    compare_to: Annotated[Texts, HARMLESS] = ()
     """Arms that all others are compared with. Empty takes the first."""
     output_dir: Annotated[Text, HARMLESS] = "checkpoints/compare"
     """Where metrics.json and the report are written, with a copy of what they are made from, without weights."""

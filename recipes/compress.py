@@ -12,11 +12,13 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from pydantic import AfterValidator
+
 from distill.cli import main
 from distill.config import BlocksConfig, DenoisingConfig, TrainingRunConfig
 from distill.configuration import renamed as old
 from distill.methods.options import AttentionDistillationOptions
-from distill.settings import HARMLESS
+from distill.settings import HARMLESS, Text, once
 
 if TYPE_CHECKING:
     from distill.experiment.run import Run
@@ -35,7 +37,7 @@ class CompressConfig(TrainingRunConfig):
         "base.name", "run", "data.kind", "data.root", "trainer.max_steps", "bits", "output_dir",
     )  # fmt: skip
     renamed: ClassVar[dict[str, str]] = old.COMPRESS
-    run: str | None = None
+    run: Text | None = None
     """Run folder on the base that is compressed. None compresses the base itself."""
     blocks: BlocksConfig = BlocksConfig()
     """Blocks to take out."""
@@ -47,9 +49,9 @@ class CompressConfig(TrainingRunConfig):
         teacher=WHOLE, token_kl_weight=0.0, place_kl_weight=0.0, mass_weight=0.0, output_weight=1.0, feature_weight=1.0
     )
     """Distillation from the whole model. Attention terms are off: they cost maps here (recipes/results/)."""
-    bits: Annotated[tuple[Literal["int8", "nf4"], ...], HARMLESS] = ()
+    bits: Annotated[tuple[Literal["int8", "nf4"], ...], AfterValidator(once), HARMLESS] = ()
     """Evaluate the student also with its linear layers in these types."""
-    output_dir: str = "checkpoints/compress"
+    output_dir: Text = "checkpoints/compress"
     """Run folder. pruned_base in it is the smaller pipeline before the training, which the run folder is loaded on."""
 
 

@@ -16,6 +16,7 @@ from distill.config import TrainingRunConfig
 from distill.configuration import renamed as old
 from distill.methods.options import AttentionDistillationOptions
 from distill.methods.training import Trained, Training
+from distill.settings import Text
 
 
 class DistillAttentionConfig(TrainingRunConfig, Training):
@@ -35,7 +36,7 @@ class DistillAttentionConfig(TrainingRunConfig, Training):
     """How the text encoders are trained."""
     method: AttentionDistillationOptions = AttentionDistillationOptions()
     """Attention distillation."""
-    output_dir: str = "checkpoints/distill_attention"
+    output_dir: Text = "checkpoints/distill_attention"
     """Run folder."""
 
 

@@ -12,13 +12,13 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from distill.cli import main
 from distill.config import DenoisingConfig, LoraConfig, TrainingRunConfig
 from distill.configuration import renamed as old
 from distill.methods.options import ConsistencyOptions
-from distill.settings import HARMLESS
+from distill.settings import HARMLESS, Text
 
 WHOLE = "whole"
 
@@ -33,7 +33,7 @@ class DistillStepsConfig(TrainingRunConfig):
         "base.name", "run", "data.kind", "data.root", "denoiser", "student_steps", "trainer.max_steps", "output_dir",
     )  # fmt: skip
     renamed: ClassVar[dict[str, str]] = old.DISTILL_STEPS
-    run: str | None = None
+    run: Text | None = None
     """The teacher, and what the student starts from: a run folder on the base. None takes the base itself."""
     denoiser: Literal["lora", "full"] = "lora"
     """How the denoiser is trained; the text encoder stays the teacher's."""
@@ -45,8 +45,16 @@ class DistillStepsConfig(TrainingRunConfig):
     """Consistency distillation."""
     student_steps: Annotated[int, Field(ge=1, le=50), HARMLESS] = 4
     """Denoising steps of the student's images; the teacher's are evaluation.num_inference_steps."""
-    output_dir: str = "checkpoints/distill_steps"
+    output_dir: Text = "checkpoints/distill_steps"
     """Run folder. With a run, whole_base in it is the teacher as one pipeline, which the run folder is loaded on."""
+
+    @model_validator(mode="after")
+    def _check_lora(self) -> DistillStepsConfig:
+        if self.denoiser != "lora" and self.lora != LoraConfig():
+            raise ValueError("lora options are set, and denoiser is full; set denoiser to lora, or leave them out")
+        if self.lora.text_encoder_targets:
+            raise ValueError("lora.text_encoder_targets is set, and the text encoder is not trained; leave it out")
+        return self
 
 
 def distill_steps(config: DistillStepsConfig) -> None:

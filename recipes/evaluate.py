@@ -10,6 +10,7 @@ from typing import ClassVar
 
 from distill.cli import main
 from distill.config import FullEvaluation, RunConfig
+from distill.settings import Text
 
 
 class EvaluateConfig(RunConfig):
@@ -19,11 +20,11 @@ class EvaluateConfig(RunConfig):
     """
 
     common: ClassVar[tuple[str, ...]] = ("base.name", "run", "data.kind", "data.root", "output_dir")
-    run: str | None = None
+    run: Text | None = None
     """Run folder whose adapters or full weights are put on the base. None evaluates the base itself."""
     evaluation: FullEvaluation = FullEvaluation()
     """Quality and localization, measured on held-out images."""
-    output_dir: str = "checkpoints/evaluate"
+    output_dir: Text = "checkpoints/evaluate"
     """Where metrics.json, samples, maps and the report are written."""
 
 

@@ -13,6 +13,7 @@ from distill.cli import main
 from distill.config import TrainingRunConfig
 from distill.configuration import renamed as old
 from distill.methods.training import Trained, Training
+from distill.settings import Text
 
 
 class FinetuneConfig(TrainingRunConfig, Training):
@@ -28,7 +29,7 @@ class FinetuneConfig(TrainingRunConfig, Training):
     renamed: ClassVar[dict[str, str]] = old.FINETUNE
     denoiser: Trained = "lora"
     """How the denoiser, such as the U-Net, is trained."""
-    output_dir: str = "checkpoints/finetune"
+    output_dir: Text = "checkpoints/finetune"
     """Run folder."""
 
 

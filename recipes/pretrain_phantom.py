@@ -14,11 +14,11 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from distill.cli import main, to_yaml
 from distill.config import LayerEvaluation, TrainerConfig
-from distill.settings import Count, Positive, Probability, Seed, Settings, Text, Weight
+from distill.settings import Count, Positive, Probability, Seed, Settings, Text, Weight, once
 
 Stage = Literal[
     "pictures", "tokenizer", "text_encoder", "vae", "unet", "unet_longer", "unet_clear", "classifier",
@@ -31,7 +31,7 @@ TRAINED = ("text_encoder", "vae", "unet", "unet_longer", "unet_clear", "classifi
 class RecordEvaluation(LayerEvaluation):
     """How stage record measures the base, on held-out pictures."""
 
-    num_inference_steps: Count = 20
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 20
     """Denoising steps of an image."""
     guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 4.0
     """Classifier-free guidance; at most 1 switches it off."""
@@ -44,13 +44,13 @@ class PretrainConfig(Settings):
     """
 
     common: ClassVar[tuple[str, ...]] = ("stages", "work_dir", "output_dir", "classifier_dir", "seed")
-    stages: tuple[Stage, ...] = get_args(Stage)
+    stages: Annotated[tuple[Stage, ...], Field(min_length=1), AfterValidator(once)] = get_args(Stage)
     """What to run, in this order. A stage whose result exists is skipped; a stage that was cut off continues."""
     pictures: Count = 30000
     """Training pictures of all stages but unet_clear and the classifiers."""
-    resolution: Annotated[int, Field(ge=32, le=65536)] = 128
+    resolution: Annotated[int, Field(ge=32, le=16384, multiple_of=8)] = 128
     """Side of a picture, in pixels."""
-    vocabulary_size: Annotated[int, Field(ge=514, le=2**31 - 1)] = 2500
+    vocabulary_size: Annotated[int, Field(ge=514, le=10**6)] = 2500
     """Tokens of the byte-level BPE, with the 512 bytes and the two special ones."""
     text_encoder: TrainerConfig = TrainerConfig()
     """Contrastive training."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 from distill.cli import main, to_yaml
 from distill.config import BaseConfig, LayerEvaluation
 from distill.data_config import AnyData, PhantomData
-from distill.settings import Settings, Text
+from distill.settings import Settings, Text, Texts
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -33,7 +33,7 @@ class RobustnessConfig(Settings):
 
     common: ClassVar[tuple[str, ...]] = ("base.name", "runs", "data.kind", "data.root", "output_dir")
     base: BaseConfig = BaseConfig()
-    runs: tuple[Text, ...] = ()
+    runs: Texts = ()
     """Run folders on the base that are looked at in addition to the base."""
     data: AnyData = PhantomData()
     evaluation: LayerEvaluation = LayerEvaluation()

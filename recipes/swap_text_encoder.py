@@ -9,7 +9,9 @@ How the new encoder is fitted to the denoiser is in distill/models/text_encoder.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+
+from pydantic import Field
 
 from distill.cli import main
 from distill.config import BaseConfig
@@ -33,9 +35,9 @@ class SwapTextEncoderConfig(Settings):
     text_encoder: Text
     """Folder or hub id of a transformers encoder and its tokenizer, such as BERT, MiniLM or T5. Or `multi_label`: one token
     for each label of the training images, for captions that are lists of labels."""
-    model_type: str | None = None
+    model_type: Text | None = None
     """Kind of the encoder, where its own names a class outside transformers: `bert` for CXR-BERT."""
-    max_tokens: Count = 77
+    max_tokens: Annotated[int, Field(ge=3, le=10**5)] = 77
     """Positions of a caption, padding included."""
     data: AnyData = PhantomData()
     captions: Count = 2000

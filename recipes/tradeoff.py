@@ -21,7 +21,7 @@ from distill.cli import main
 from distill.config import RunConfig, TrainerConfig
 from distill.configuration import renamed as old
 from distill.methods.training import ArmConfig
-from distill.settings import HARMLESS, Seed
+from distill.settings import HARMLESS, Seed, Text, Texts
 
 if TYPE_CHECKING:
     from distill.experiment.arms import Arm
@@ -40,12 +40,12 @@ class TradeoffConfig(RunConfig):
     renamed: ClassVar[dict[str, str]] = old.TRADEOFF
     arms: dict[str, ArmConfig] = Field(default_factory=dict)
     """Name -> how the arm is trained: the options of finetune.py's model, `like` and learning rates of its own."""
-    compare_to: Annotated[tuple[str, ...], HARMLESS] = ()
+    compare_to: Annotated[Texts, HARMLESS] = ()
     """Arms that all others are compared with. Empty takes the first."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Training seeds. Several get a folder seed-N each, and one report of all."""
     trainer: TrainerConfig = TrainerConfig()
-    output_dir: str = "checkpoints/tradeoff"
+    output_dir: Text = "checkpoints/tradeoff"
     """Run folder. Each arm gets a folder of its own in it."""
 
     @property

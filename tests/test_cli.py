@@ -464,7 +464,7 @@ def test_all_faults_come_in_one_message_each_with_its_place(yaml_file: Callable[
         (["--seed", "true"], "seed: expected a whole number of at least 0, got true"),
         (["--seed", "9" * 4000], f"seed: expected a whole number of at least 0 and below {2**62}, got {'9' * 77}..."),
         (["--seed", "9" * 9000], f"seed: expected a whole number of at least 0, got '{'9' * 76}..."),
-        (["--trainer.max_steps", str(2**31)], "trainer.max_steps: expected a whole number from 1 to 2147483647, got"),
+        (["--trainer.max_steps", str(2**31)], "trainer.max_steps: expected a whole number from 1 to 100000000, got"),
         (["--trainer.learning_rate", ".inf"], "trainer.learning_rate: expected a number above 0 and at most 10, got"),
         (["--trainer.learning_rate", ".nan"], "trainer.learning_rate: expected a number above 0 and at most 10, got"),
         (

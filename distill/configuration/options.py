@@ -165,7 +165,8 @@ def _range(inner: list[object], metadata: list[object], *, plural: bool, is_abov
     words += [f"below {below}"] if below is not None else []
     shortest, longest, pattern, is_text = limit("min_length"), limit("max_length"), limit("pattern"), inner == [str]
     if is_text and pattern == r"\S":
-        return f" that {'are' if plural else 'is'} not blank"
+        length = f", of at most {longest} characters" if is_above and longest else ""
+        return f" that {'are' if plural else 'is'} not blank{length}"
     counts = [f"at least {shortest}"] if shortest is not None else []
     counts += [f"at most {longest}"] if longest is not None else []
     texts = [" and ".join(words)] if words else []

@@ -143,12 +143,10 @@ def _interpreted(text: str, hint: object) -> object:
         return text if text in words else None
     inner = text.strip().removeprefix("[").removesuffix("]")
     plain = [] if isinstance(read, str) or read is None else [read]
-    readings = [
-        *plain,
-        text,
-        yaml_value(f"[{text}]", "").plain(),
-        [item.strip() for item in inner.split(",") if item.strip()],
-    ]
+    as_list = yaml_value(f"[{text}]", "").plain()
+    readings = [*plain, text, *([as_list] if isinstance(as_list, list) else [])]
+    if not (isinstance(read, list) and all(isinstance(item, str) for item in read)):
+        readings.append([item.strip() for item in inner.split(",") if item.strip()])
     errors = [_errors(hint, reading) for reading in readings]
     legal = [index for index, names in enumerate(errors) if not names]
     of_type = [index for index, names in enumerate(errors) if all(map(_OF_RANGE.fullmatch, names))]

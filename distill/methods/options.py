@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from distill.settings import Count, Number, Positive, Settings, Text, Weight
+from distill.settings import Count, Positive, Settings, Text, Texts, Timestep, Weight
 
 Group = Literal["words", "eos", "padding"]
 """A group of tokens."""
@@ -75,11 +75,11 @@ class AttentionMatch(Options):
     """Tokens whose maps the KL over places compares."""
     words: Literal["all", "labels"] = "all"
     """labels compares only the words that name a label of the image; all other tokens count as one."""
-    layers: tuple[Text, ...] = ()
+    layers: Texts = ()
     """Prefixes of the cross-attention layers to compare. Empty compares all."""
-    min_timestep: Number = 0
+    min_timestep: Timestep = 0
     """Compare attention only at timesteps of at least this."""
-    max_timestep: Number = 999
+    max_timestep: Timestep = 999
     """Compare attention only at timesteps of at most this."""
 
     @model_validator(mode="after")

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, model_validator
+from pydantic import model_validator
 
 from distill.config import DenoisingConfig, LoraConfig
 from distill.methods import AnyOptions
 from distill.methods.options import DenoisingOptions
-from distill.settings import MAY_GROW, Count, Settings
+from distill.settings import MAY_GROW, Count, Rate, Settings, Text
 
 Trained = Literal["frozen", "lora", "full"]
-Rate = Annotated[float, Field(gt=0, le=10)]
 
 
 class Training(Settings):
@@ -35,6 +34,11 @@ class Training(Settings):
             raise ValueError(
                 "lora options are set, and nothing is trained by LoRA; set denoiser or text_encoder to lora"
             )
+        for part, how in (("denoiser", self.denoiser), ("text_encoder", self.text_encoder)):
+            if getattr(self.lora, f"{part}_targets") and how != "lora":
+                raise ValueError(
+                    f"lora.{part}_targets is set, and {part} is {how}; set it to lora, or leave the targets out"
+                )
         if self.denoiser == self.text_encoder == "frozen":
             raise ValueError("nothing is trained: denoiser and text_encoder are both frozen")
         return self
@@ -43,7 +47,7 @@ class Training(Settings):
 class ArmConfig(Training):
     """One way to train the base, beside others."""
 
-    like: str | None = None
+    like: Text | None = None
     """Another arm, whose options this one has unless it sets its own."""
     learning_rate: Rate | None = None
     """In place of trainer.learning_rate."""
