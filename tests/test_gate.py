@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any, cast
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from distill.errors import UserError
-from distill.methods.gate import GROUPS, TIMESTEPS, Taught, decide, localizing
+from distill.methods.gate import GROUPS, TIMESTEPS, Taught, choose_taught, decide, localizing
 from distill.methods.options import AttentionDistillationOptions
 
 AUC = st.floats(0, 1)
@@ -51,6 +54,37 @@ def test_timesteps_around_the_best_keep_two_thirds_of_its_lead(auc: list[float])
     assert max(auc) in auc[first : last + 1]
     assert all(value >= needed - 1e-9 for value in auc[first : last + 1])
     assert all(auc[k] < needed + 1e-9 for k in (first - 1, last + 1) if 0 <= k < len(auc))
+
+
+@pytest.mark.parametrize("layers", [("b", "a"), ("b",)])
+def test_the_gate_looks_at_the_timesteps_at_which_the_teacher_localizes(layers: tuple[str, ...]) -> None:
+    """Two layers; the teacher localizes at timesteps 2 to 4 in `b` and never in `a`, the reference is at chance."""
+    rng = np.random.default_rng(0)
+    tables = {name: rng.uniform(0.4, 0.5, (3, 2, len(TIMESTEPS))) for name in ("teacher", "reference")}
+    tables["teacher"][:, 1, 2:5] = 0.9
+    tables["teacher"][2, 1, 2:5] = 0.3
+    looked = []
+
+    def layer_auc(model: Any, images: int, timesteps: Sequence[int], label: str) -> tuple[Any, Sequence[str]]:
+        looked.append((model, images, tuple(timesteps)))
+        return tables[model], ("a", "b")
+
+    teacher, reference = cast(Any, "teacher"), cast(Any, "reference")
+    found = choose_taught(teacher, reference, layer_auc, images=7, layers=layers)
+    assert looked == [("teacher", 7, TIMESTEPS), ("reference", 7, TIMESTEPS)]
+    assert (found.timesteps, found.groups) == ((200, 499), ("words", "eos"))
+    expected = {
+        model: {name: {g: table[k, place, 2:5].mean() for k, g in enumerate(GROUPS)} for place, name in enumerate("ab")}
+        for model, table in tables.items()
+    }
+    for model, by_layer in expected.items():
+        for name, by_group in by_layer.items():
+            assert found.auc[model][name] == pytest.approx(by_group)
+    assert found.layers == tuple(
+        n for n in layers if expected["teacher"][n]["words"] >= expected["reference"][n]["words"]
+    )
+    places = ["ab".index(name) for name in layers]
+    assert found.auc_of_timesteps == pytest.approx(tables["teacher"][0, places].mean(axis=0))
 
 
 def test_the_gate_narrows_what_is_asked_for() -> None:

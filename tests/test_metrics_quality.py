@@ -68,6 +68,21 @@ def test_frechet_interval_holds_the_distance_and_is_deterministic(rows: int) -> 
     assert frechet_interval(real, generated, samples=0) is None
 
 
+def test_frechet_interval_is_of_resamples_less_their_mean_excess() -> None:
+    real, generated = features(0, 30), features(1, 20, shift=0.3)
+    generator = torch.Generator().manual_seed(5)
+    drawn = []
+    for _ in range(40):
+        sides = [side[torch.randint(len(side), (len(side),), generator=generator)] for side in (real, generated)]
+        drawn.append(frechet_distance(*sides))
+    excess = np.mean(drawn) - frechet_distance(real, generated)
+    assert excess > 0
+    expected = np.quantile(drawn - excess, [0.05, 0.95])
+    assert frechet_interval(real, generated, samples=40, seed=5, level=0.9) == pytest.approx(expected, rel=1e-4)
+    near = frechet_interval(real, real[:20], samples=40)
+    assert near is not None and near[0] >= 0
+
+
 def test_frechet_interval_is_as_wide_as_the_spread_of_new_draws() -> None:
     draws = [frechet_distance(features(2 * k, 200), features(2 * k + 1, 200, shift=0.7)) for k in range(60)]
     interval = frechet_interval(features(0, 200), features(1, 200, shift=0.7), samples=200)

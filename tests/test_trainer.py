@@ -25,7 +25,7 @@ from distill.data.rows import TrainingRows
 from distill.errors import UserError
 from distill.methods.options import DenoisingOptions, TailPenaltyOptions
 from distill.models import Model
-from distill.trainer import METHOD_FILE, FitResult, StepSampler, fit, generator_at, make_accelerator
+from distill.trainer import METHOD_FILE, FitResult, StepSampler, _optimizer, fit, generator_at, make_accelerator
 
 
 class LeastSquares(nn.Module):
@@ -202,6 +202,13 @@ def test_each_parameter_group_has_its_learning_rate(tmp_path: Path) -> None:
     torch.testing.assert_close((objective.linear.bias - bias).abs(), torch.full_like(bias, 1e-5), rtol=1e-2, atol=1e-7)
     with pytest.raises(ValueError, match="cover every trainable parameter"):
         fit(objective, points(), config, parameter_groups=groups[:1], **arguments)
+
+
+def test_the_optimizer_has_the_options_that_are_given() -> None:
+    config = settings_of(learning_rate=0.25, adam_betas=(0.5, 0.75), weight_decay=0.125)
+    optimizer = _optimizer([{"params": [nn.Parameter(torch.zeros(1))]}], config)
+    (group,) = optimizer.param_groups
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.25, (0.5, 0.75), 0.125)
 
 
 def test_clipping_bounds_the_update_and_the_norm_before_it_is_logged(tmp_path: Path) -> None:
