@@ -31,8 +31,10 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 COMMAND_LINE = "the command line"
 USAGE_STATUS = 2
 INTERRUPTED_STATUS = 130
-NOT_USABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR)
-"""A file or folder that cannot be written, and a folder where a file should be."""
+NOT_USABLE = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
+"""A file or folder that cannot be written, a folder where a file should be and the reverse, a name that no file can have."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 
 

@@ -115,5 +115,5 @@ def read_json(path: Path) -> Any:
     """JSON of a file written by this project; UserError names the file when it is damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"cannot read {path}: {error}") from error

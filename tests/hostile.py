@@ -598,4 +598,6 @@ def full_run_cases() -> Iterator[Case]:
             partial(written, name="localization.json", content=content),
             "localization.json",
         )
+    deep = partial(written, name="localization.json", content="[" * 100_000)
+    yield Case("run: localization.json deeply nested", deep, "localization.json")
     yield Case("run: as it was", lambda folder: None, None)

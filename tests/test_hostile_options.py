@@ -348,6 +348,19 @@ def test_a_hostile_command_line_is_one_clear_error(
     assert said in refusal_of(lambda config: None, CLASSES["finetune"], words, capsys)
 
 
+@pytest.mark.parametrize("place", ["file/below", "loop/below", "n" * 300])
+def test_an_output_folder_that_no_system_can_make_is_one_clear_error(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    Path("loop").symlink_to("loop")
+    message = refusal_of(
+        lambda config: Path(config.output_dir).mkdir(parents=True), CLASSES["finetune"], ["--output_dir", place], capsys
+    )
+    assert "choose another output_dir" in message and place[:20] in message
+
+
 def test_help_answers_whatever_else_is_given(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse(CLASSES["finetune"], ["--seed", "x", "--sed", "1", "--config", "nowhere.yaml", "--help"])
