@@ -19,7 +19,8 @@ from distill.configuration.help import help_text, listed_options
 from distill.configuration.options import children, entry_type, is_optional, models_of, renamed, without_none
 from distill.configuration.overlay import RawText, filled, is_none, merged, yaml_value
 from distill.configuration.yaml_text import KIND, Given, printable, read_file, write
-from distill.errors import UserError, raise_all
+from distill.errors import Interrupted, UserError, raise_all
+from distill.interrupts import terminable
 from distill.settings import Settings
 
 T = TypeVar("T", bound=Settings)
@@ -31,10 +32,13 @@ logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 COMMAND_LINE = "the command line"
 USAGE_STATUS = 2
 INTERRUPTED_STATUS = 130
+INTERRUPTED = "interrupted; the same command goes on with what is not done"
 NOT_USABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
 """A file or folder that cannot be written, a folder where a file should be and the reverse, a name that no file can have."""
+DISK_FULL = ("no space left on device", "disk quota exceeded", "file too large", "pytorchstreamwriter failed writing")
+"""In messages of libraries that write files by themselves, such as safetensors."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
 
 
@@ -205,17 +209,20 @@ def to_yaml(config: BaseModel) -> str:
 def main(recipe: Callable[[T], None], config_class: type[T], argv: Sequence[str] | None = None) -> None:
     """Parse, run the recipe, and turn what a user can cause into one line of stderr without a traceback.
 
-    Exits with 2 on a UserError, on memory or disk that ran out, and with 130 on an interrupt; any other exception is a
-    defect of the program and keeps its traceback.
+    Exits with 2 on a UserError, on memory or disk that ran out, with 130 on Ctrl-C and with 143 on SIGTERM; any other
+    exception is a defect of the program and keeps its traceback.
     """
     config: T | None = None
     try:
-        config = parse(config_class, argv)
-        recipe(config)
+        with terminable():
+            config = parse(config_class, argv)
+            recipe(config)
     except UserError as error:
         _leave(f"error: {error}", USAGE_STATUS)
+    except Interrupted as stop:
+        _leave(str(stop) or INTERRUPTED, stop.status)
     except KeyboardInterrupt:
-        _leave("interrupted", INTERRUPTED_STATUS)
+        _leave(INTERRUPTED, INTERRUPTED_STATUS)
     except Exception as error:
         message = _exhausted(error, config)
         if message is None:
@@ -235,7 +242,7 @@ def _exhausted(error: Exception, config: object) -> str | None:
     """Message for memory or disk that ran out or cannot be used, with what to do; None for anything else."""
     text = str(error).lower()
     code = error.errno if isinstance(error, OSError) else None
-    if code in (errno.ENOSPC, errno.EDQUOT) or "no space left on device" in text:
+    if code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) or any(sign in text for sign in DISK_FULL):
         name = getattr(error, "filename", None) or f"under {getattr(config, 'output_dir', '.')}"
         return f"disk full: could not write {name}; free some space, or choose another output_dir or data.cache_dir"
     if isinstance(error, OSError) and code in NOT_USABLE and error.filename:

@@ -101,7 +101,8 @@ class TrainerConfig(Settings):
 
     renamed: ClassVar[dict[str, str]] = old.TRAINER
     max_steps: Annotated[Count, MAY_GROW] = 1000
-    """Optimizer steps, of batch_size x gradient_accumulation_steps images on each device."""
+    """Optimizer steps, of batch_size x gradient_accumulation_steps images on each device. A finished run with lr_schedule
+    constant can be given more."""
     batch_size: Batch = 16
     """Images of a forward pass on each device. Lower it when memory runs out."""
     gradient_accumulation_steps: Batch = 1
@@ -139,7 +140,11 @@ class TrainerConfig(Settings):
     tracker: Annotated[Literal["none", "tensorboard", "wandb"], HARMLESS] = "tensorboard"
     """Where the log goes in addition to train_log.jsonl."""
     checkpoint_every_steps: Annotated[Count | None, HARMLESS] = None
-    """Steps between two checkpoints; the same command continues from the newest. None: a stopped training starts again."""
+    """Steps between two checkpoints; the same command continues from the newest. None writes one when Ctrl-C or SIGTERM stops
+    the training."""
+    keep_last_state_gb: Annotated[float, Field(ge=0, le=1e6), HARMLESS] = 1.0
+    """Keep the state after the last step if it takes at most this many GB, so that a larger max_steps continues from it. It
+    takes three times the size of the trained weights, four times with ema_decay. 0 keeps none."""
     sample_every_steps: Annotated[Count | None, HARMLESS] = None
     """Steps between two sets of sample images. None draws none."""
     localize_every_steps: Annotated[Count | None, HARMLESS] = None

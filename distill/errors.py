@@ -1,4 +1,4 @@
-"""The one exception that recipes turn into a message without a traceback."""
+"""The exceptions that recipes turn into a message without a traceback."""
 
 
 class UserError(Exception):
@@ -8,6 +8,14 @@ class UserError(Exception):
         """The message alone: torch's data loader puts the traceback of a worker process before it."""
         text = super().__str__()
         return text.rpartition("UserError: ")[2].rstrip() if text.startswith("Caught UserError in ") else text
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal asked the program to stop: the message says how to go on, and the exit status is 128 + its number."""
+
+    def __init__(self, message: str, number: int) -> None:
+        super().__init__(message)
+        self.status = 128 + number
 
 
 MAX_LISTED = 20

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 import json
 import os
-import resource
-import shutil
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -20,18 +17,22 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
+from distill import checkpoints
+from distill.agreement import Control, Finite
+from distill.checkpoints import Checkpoint
 from distill.config import TrainerConfig
-from distill.errors import UserError
+from distill.draws import shared_generator
+from distill.errors import Interrupted, UserError
+from distill.files import write_atomic
+from distill.interrupts import Stop, leave_signals_to_parent, noted
+from distill.memory import peak_memory_gb
 
-KEPT_CHECKPOINTS = 2
-"""Checkpoints kept, the newest."""
-METHOD_FILE = "method.safetensors"
-"""What a method keeps besides the trained parameters, in a checkpoint."""
+ENDLESS = ("constant",)
+"""Learning rate schedules of which a step does not depend on max_steps, so that a training can be made longer."""
 
 
 @runtime_checkable
@@ -45,28 +46,13 @@ class HasState(Protocol):
 
 @dataclass(frozen=True)
 class FitResult:
-    """What a training cost. seconds: wall clock of the steps, checkpoints included, and
-    without samples and looks at localization; peak_memory_gb: of this process
-    (resident on the CPU, allocated on a GPU), in units of 1e9 bytes."""
+    """What a training cost. seconds: wall clock of the steps, checkpoints included, and without samples and looks at
+    localization. peak_memory_gb: see `peak_memory_gb`."""
 
     steps: int
     seconds: float
     peak_memory_gb: float
     trainable_parameters: int
-
-
-def peak_memory_gb() -> float:
-    """Peak memory of this process so far, in units of 1e9 bytes: allocated on the GPU, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
-
-
-def generator_at(seed: int, step: int, rank: int) -> torch.Generator:
-    """CPU generator that depends on (seed, step, rank) only, so that a resumed run draws the same noise."""
-    state = np.random.SeedSequence([seed, step, rank]).generate_state(2, np.uint32)
-    return torch.Generator().manual_seed(int(state[0]) << 32 | int(state[1]))
 
 
 class StepSampler(Sampler[list[int]]):
@@ -96,7 +82,13 @@ class StepSampler(Sampler[list[int]]):
 
 
 def make_accelerator(config: TrainerConfig, output_dir: Path) -> Accelerator:
-    """One Accelerator a process, from the trainer's settings; devices and processes come from `accelerate launch`."""
+    """One Accelerator a process, from the trainer's settings; devices and processes come from `accelerate launch`.
+
+    Raises UserError for a launch that this loop does not support.
+    """
+    for plugin in ("DEEPSPEED", "FSDP", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{plugin}", "").lower() in ("1", "true", "yes", "on"):
+            raise UserError(_unsupported(plugin))
     tracker = None if config.tracker == "none" else config.tracker
     # accelerate keeps the precision of the first Accelerator of a process; recipes with several stages have several.
     AcceleratorState._reset_state()
@@ -107,6 +99,13 @@ def make_accelerator(config: TrainerConfig, output_dir: Path) -> Accelerator:
         project_dir=str(output_dir),
         # Caption dropout can leave the text encoder of one rank without a gradient.
         kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+    )
+
+
+def _unsupported(kind: str) -> str:
+    return (
+        f"accelerate is set to {kind}, which splits the weights between processes; here every process has all of them. "
+        "Use one process, or several with plain data parallelism: accelerate launch --multi_gpu --num_processes N"
     )
 
 
@@ -123,146 +122,358 @@ def fit(
     on_sample: Callable[[int], None] | None = None,
     on_localize: Callable[[int], None] | None = None,
     label: str = "train",
+    fingerprints: Mapping[str, str] | None = None,
 ) -> FitResult:
     """Train what requires a gradient in `objective` for config.max_steps optimizer steps.
 
     objective: forward(batch, generator) -> {"loss": scalar, every other term by name: scalar}.
     parameter_groups: lists of parameters with their own `lr`; default: all trainable ones at config.learning_rate.
-    on_sample, on_localize: called with the step every config.sample_every_steps, localize_every_steps, on every process.
-    Writes train_log.jsonl and, if asked, state/step-*; continues from the newest of them.
-    Raises UserError on a non-finite loss, a data set smaller than needed, or nothing to train.
+    on_sample, on_localize: called with the step every config.sample_every_steps, localize_every_steps, on every process,
+    with the averaged weights where config.ema_decay asks for them.
+    fingerprints: hashes of what the training depends on, by a name for the user; a checkpoint with others is refused.
+    Writes train_log.jsonl and state/step-*; continues from the newest whole checkpoint.
+    Raises UserError on a non-finite loss, a data set smaller than needed, nothing to train, a checkpoint of another
+    training, or files that cannot be written; Interrupted, with a checkpoint written, on SIGINT and SIGTERM.
     """
     if len(dataset) == 0:  # type: ignore[arg-type]
         raise UserError(f"{label}: the training split is empty")
     named = [(name, p) for name, p in objective.named_parameters() if p.requires_grad]
     if not named:
         raise UserError(f"{label}: no parameter is trainable; train the U-Net or the text encoder")
-    trainable = [p for _, p in named]
-    groups = list(parameter_groups or [{"params": trainable, "lr": config.learning_rate}])
-    if sum(len(g["params"]) for g in groups) != len(trainable):
+    if not (accelerator.distributed_type == "NO" or accelerator.distributed_type.startswith("MULTI_")):
+        raise UserError(_unsupported(accelerator.distributed_type.value))
+    groups = list(parameter_groups or [{"params": [p for _, p in named], "lr": config.learning_rate}])
+    if sum(len(g["params"]) for g in groups) != len(named):
         raise ValueError("parameter_groups must cover every trainable parameter once")
-    optimizer = _optimizer(groups, config)
-    scheduler = get_scheduler(
-        {"constant": "constant_with_warmup"}.get(config.lr_schedule, config.lr_schedule),
-        optimizer,
-        num_warmup_steps=config.warmup_steps,
-        num_training_steps=config.max_steps,
-    )
-    ema = None
-    if config.ema_decay is not None:
-        ema = EMAModel(trainable, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
-    model, optimizer = accelerator.prepare(objective, optimizer)
-    model.train()
+    loop = _Loop(objective, named, groups, config, accelerator, output_dir, seed, label, dict(fingerprints or {}))
+    looks = [(on_sample, config.sample_every_steps), (on_localize, config.localize_every_steps)]
+    try:
+        return loop.run(dataset, collate, [(call, every) for call, every in looks if call and every])
+    finally:
+        loop.close()
 
-    output_dir.mkdir(parents=True, exist_ok=True)
-    log_path = output_dir / "train_log.jsonl"
-    method = objective if isinstance(objective, HasState) else None
-    start, seconds_before = _resume(
-        output_dir, named, optimizer, scheduler, ema, seed, accelerator.num_processes, method
-    )
-    if ema is not None:
-        ema.to(accelerator.device)
-    if accelerator.is_main_process:
-        _truncate_log(log_path, start)
-    accumulation = config.gradient_accumulation_steps
-    sampler = StepSampler(
-        len(dataset),  # type: ignore[arg-type]
-        config.batch_size,
-        seed,
-        accelerator.process_index,
-        accelerator.num_processes,
-        start * accumulation,
-        config.max_steps * accumulation,
-    )
-    loader = DataLoader(
-        dataset,
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=config.num_workers,
-        pin_memory=accelerator.device.type == "cuda",
-    )
-    if accelerator.log_with:
-        accelerator.init_trackers(
-            label,
-            config={k: str(v) if isinstance(v, tuple) else v for k, v in config.model_dump(exclude_none=True).items()},
+
+Look = tuple[Callable[[int], None], int]
+"""A call with the step, and the steps between two of them."""
+
+
+class _Loop:
+    """A training: what changes from step to step, and how it is written and read back."""
+
+    def __init__(
+        self,
+        objective: nn.Module,
+        named: list[tuple[str, nn.Parameter]],
+        groups: list[dict[str, Any]],
+        config: TrainerConfig,
+        accelerator: Accelerator,
+        output_dir: Path,
+        seed: int,
+        label: str,
+        fingerprints: dict[str, str],
+    ) -> None:
+        self.named, self.trainable = named, [p for _, p in named]
+        self.config, self.accelerator, self.seed, self.label = config, accelerator, seed, label
+        self.folder, self.log_path = output_dir / "state", output_dir / checkpoints.LOG
+        self.method = objective if isinstance(objective, HasState) else None
+        self.fingerprints, self.control = fingerprints, Control(accelerator, output_dir)
+        optimizer = _optimizer(groups, config)
+        self.scheduler = get_scheduler(
+            {"constant": "constant_with_warmup"}.get(config.lr_schedule, config.lr_schedule),
+            optimizer,
+            num_warmup_steps=config.warmup_steps,
+            num_training_steps=config.max_steps,
         )
-    bar = tqdm(
-        total=config.max_steps, initial=start, desc=label, unit="step", disable=not accelerator.is_main_process,
-        dynamic_ncols=True, mininterval=1.0, smoothing=0.05,
-    )  # fmt: skip
-    began = time.perf_counter()
-    sums: dict[str, torch.Tensor] = {}
-    count, step = 0, start
-    grad_norm: torch.Tensor | float = float("nan")
-    for micro, batch in enumerate(loader, start=start * accumulation):
-        batch = _moved(batch, accelerator.device)
-        with accelerator.accumulate(model):
-            generator = generator_at(seed, micro, accelerator.process_index)
-            torch.manual_seed(generator.initial_seed())  # dropout draws from the global generators
-            terms = model(batch, generator)
-            if not torch.isfinite(terms["loss"]):
-                raise UserError(
-                    f"{label}: the loss is {float(terms['loss'])} at step {step + 1}; log: {log_path}. "
-                    "Lower trainer.learning_rate, or use trainer.mixed_precision bf16 or no"
-                )
+        self.ema: EMAModel | None = None
+        if config.ema_decay is not None:
+            self.ema = EMAModel(self.trainable, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+        self.model, self.optimizer = accelerator.prepare(objective, optimizer)
+        self.step, self.seconds_before = 0, 0.0
+        self.rows: list[str] = []
+        self.finite = Finite(accelerator)
+        self.sums: dict[str, torch.Tensor] = {}
+        self.count = 0
+        self.grad_norm: torch.Tensor | float = float("nan")
+
+    def run(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any] | None, looks: list[Look]) -> FitResult:
+        config, accelerator = self.config, self.accelerator
+        self.model.train()
+        self._resume()
+        if accelerator.log_with:
+            values = config.model_dump(exclude_none=True)
+            accelerator.init_trackers(
+                self.label, config={k: str(v) if isinstance(v, tuple) else v for k, v in values.items()}
+            )
+        bar = tqdm(
+            total=config.max_steps, initial=self.step, desc=self.label, unit="step", dynamic_ncols=True, mininterval=1.0,
+            disable=not accelerator.is_main_process, smoothing=0.05,
+        )  # fmt: skip
+        self.began = time.perf_counter()
+        if self.step:
+            self._look(looks)  # a run that was stopped may have written the checkpoint and not come to these
+        with bar, noted() as stop:
+            for micro, batch in self._batches(dataset, collate):
+                if not self._micro_step(micro, batch):
+                    continue
+                bar.update()
+                if self.step % config.log_every_steps == 0:
+                    bar.set_postfix(loss=f"{self._log()['loss']:.4f}")
+                self._stop_if_asked(stop)
+                if self._checkpoint_is_due():
+                    self._save()
+                self._look(looks)
+            self._stop_if_asked(stop)
+        if self.count:
+            self._log()
+        self.finite.check(self._fault)
+        if self.ema is not None:
+            self.ema.copy_to(self.trainable)
+        seconds = self._seconds()
+        accelerator.wait_for_everyone()
+        self.model.eval()
+        return FitResult(config.max_steps, seconds, peak_memory_gb(), sum(p.numel() for p in self.trainable))
+
+    def _stop_if_asked(self, stop: Stop) -> None:
+        """All processes at the same step, with a checkpoint."""
+        signal = self.control.largest(stop.signal)
+        if signal:
+            self._save()
+            raise Interrupted(
+                f"{self.label}: stopped after step {self.step} of {self.config.max_steps}; the same command goes on from "
+                f"{checkpoints.folder_of(self.folder, self.step)}",
+                signal,
+            )
+
+    def close(self) -> None:
+        # A later fit() has trackers of its own, and the accelerator would go on logging to these too.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        self.accelerator.trackers = []
+        self.accelerator.free_memory()
+        self.control.close()
+
+    def _batches(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any] | None) -> Iterator[tuple[int, Any]]:
+        """(micro step, batch on the device) from this step on."""
+        config, accelerator = self.config, self.accelerator
+        first, last = (step * config.gradient_accumulation_steps for step in (self.step, config.max_steps))
+        sampler = StepSampler(
+            len(dataset),  # type: ignore[arg-type]
+            config.batch_size,
+            self.seed,
+            accelerator.process_index,
+            accelerator.num_processes,
+            first,
+            last,
+        )
+        loader = DataLoader(
+            dataset,
+            batch_sampler=sampler,
+            collate_fn=collate,
+            num_workers=config.num_workers,
+            worker_init_fn=leave_signals_to_parent,
+            pin_memory=accelerator.device.type == "cuda",
+        )
+        for micro, batch in enumerate(loader, start=first):
+            yield micro, _moved(batch, accelerator.device)
+
+    def _micro_step(self, micro: int, batch: Any) -> bool:
+        """One forward and backward pass; whether it ended an optimizer step."""
+        accelerator = self.accelerator
+        with accelerator.accumulate(self.model):
+            generator = shared_generator(self.seed, micro, accelerator.process_index, accelerator.num_processes)
+            torch.manual_seed(generator.own_seed)  # dropout draws from the global generators
+            terms = self.model(batch, generator)
+            self.finite.see("loss", terms["loss"], self.step + 1)
             accelerator.backward(terms["loss"])
             if accelerator.sync_gradients:
-                grad_norm = accelerator.clip_grad_norm_(trainable, config.max_grad_norm)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                norm: torch.Tensor = accelerator.clip_grad_norm_(self.trainable, self.config.max_grad_norm)
+                self.grad_norm = norm
+                if accelerator.scaler is None:  # which else skips steps whose gradient is not finite
+                    self.finite.see("norm of the gradient", norm, self.step + 1)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
         for name, value in terms.items():
-            sums[name] = sums.get(name, torch.zeros((), device=accelerator.device)) + value.detach().float()
-        count += 1
+            before = self.sums.get(name, torch.zeros((), device=accelerator.device))
+            self.sums[name] = before + value.detach().float()
+        self.count += 1
         if not accelerator.sync_gradients:
-            continue
-        step += 1
-        scheduler.step()
-        if ema is not None:
-            ema.step(trainable)
-        bar.update()
-        if step % config.log_every_steps == 0 or step == config.max_steps:
-            means = {k: float(accelerator.reduce(v / count, reduction="mean")) for k, v in sums.items()}
-            sums, count = {}, 0
-            if accelerator.is_main_process:
-                row = {
-                    "step": step,
-                    **means,
-                    "grad_norm": float(grad_norm),
-                    "lr": scheduler.get_last_lr()[0],
-                    "seconds": seconds_before + time.perf_counter() - began,
-                }
-                with log_path.open("a", encoding="utf-8") as log:
-                    log.write(json.dumps(row) + "\n")
-                bar.set_postfix(loss=f"{means['loss']:.4f}")
-            if accelerator.log_with:
-                accelerator.log(means, step=step)
-        if config.checkpoint_every_steps and step % config.checkpoint_every_steps == 0 and step < config.max_steps:
-            if accelerator.is_main_process:
-                state = {
-                    "step": step, "seed": seed, "processes": accelerator.num_processes,
-                    "seconds": seconds_before + time.perf_counter() - began,
-                }  # fmt: skip
-                _save_state(output_dir, state, named, optimizer, scheduler, ema, method)
-            accelerator.wait_for_everyone()
-        for call, every in ((on_sample, config.sample_every_steps), (on_localize, config.localize_every_steps)):
-            if call and every and step % every == 0:
-                looked = time.perf_counter()
-                model.eval()
-                call(step)
-                model.train()
-                began += time.perf_counter() - looked
-    bar.close()
-    if ema is not None:
-        ema.copy_to(trainable)
-    # A later fit() has trackers of its own, and the accelerator would go on logging to these too.
-    for tracker in accelerator.trackers:
-        tracker.finish()
-    accelerator.trackers = []
-    accelerator.wait_for_everyone()
-    accelerator.free_memory()
-    model.eval()
-    seconds = seconds_before + time.perf_counter() - began
-    return FitResult(config.max_steps, seconds, peak_memory_gb(), sum(p.numel() for p in trainable))
+            return False
+        self.step += 1
+        if not self.optimizer.step_was_skipped:
+            self.scheduler.step()
+            if self.ema is not None:
+                self.ema.step(self.trainable)
+        return True
+
+    def _seconds(self) -> float:
+        return self.seconds_before + time.perf_counter() - self.began
+
+    def _fault(self, name: str, value: float, step: int) -> UserError:
+        return UserError(
+            f"{self.label}: the {name} is {value} at step {step}; log: {self.log_path}. "
+            "Lower trainer.learning_rate, or use trainer.mixed_precision bf16 or no"
+        )
+
+    def _log(self) -> dict[str, float]:
+        """Write a row with the means since the row before; returns them."""
+        self.finite.check(self._fault)
+        accelerator = self.accelerator
+        means = {k: float(accelerator.reduce(v / self.count, reduction="mean")) for k, v in self.sums.items()}
+        self.sums, self.count = {}, 0
+        norm = float(self.grad_norm)
+        row = {
+            "step": self.step,
+            **means,
+            "grad_norm": norm if np.isfinite(norm) else None,  # fp16: the step was skipped
+            "lr": self.scheduler.get_last_lr()[0],
+            "seconds": self._seconds(),
+        }
+        self.rows.append(json.dumps(row) + "\n")
+        self.control.on_main(self._append)
+        if accelerator.log_with:
+            accelerator.log(means, step=self.step)
+        return means
+
+    def _append(self) -> None:
+        with self.log_path.open("a", encoding="utf-8") as log:
+            log.write(self.rows[-1])
+
+    def _look(self, looks: list[Look]) -> None:
+        """Samples and measurements that are due, in eval mode and with the weights that would be exported."""
+        due = [call for call, every in looks if self.step % every == 0]
+        if not due:
+            return
+        self.finite.check(self._fault)
+        began = time.perf_counter()
+        self.model.eval()
+        if self.ema is not None:
+            self.ema.store(self.trainable)
+            self.ema.copy_to(self.trainable)
+        for call in due:
+            call(self.step)
+        if self.ema is not None:
+            self.ema.restore(self.trainable)
+        self.model.train()
+        self.began += time.perf_counter() - began
+
+    def _checkpoint_is_due(self) -> bool:
+        config = self.config
+        if self.step == config.max_steps:
+            return self._last_state_gb() <= config.keep_last_state_gb
+        return bool(config.checkpoint_every_steps) and self.step % (config.checkpoint_every_steps or 1) == 0
+
+    def _last_state_gb(self) -> float:
+        """About the size of a checkpoint: weights, two moments, and averages."""
+        copies = 3 + (self.ema is not None)
+        return copies * sum(p.numel() * p.element_size() for p in self.trainable) / 1e9
+
+    def _save(self) -> None:
+        self.finite.check(self._fault)
+        scaler = self.accelerator.scaler
+        parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "ema": self.ema, "scaler": scaler}
+        loop: dict[str, Any] = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        values = torch.stack(
+            [*self.sums.values(), torch.as_tensor(float(self.grad_norm), device=self.accelerator.device)]
+        )
+        gathered = self.accelerator.gather(values[None]).cpu()  # each process has sums of its own
+        loop["means"] = {
+            "names": list(self.sums),
+            "count": self.count,
+            "sums": gathered[:, :-1],
+            "norm": gathered[0, -1],
+        }
+        facts = {"seconds": self._seconds()} | self._identity()
+        method = self.method.state() if self.method is not None else {}
+
+        def write() -> None:
+            trained, own = (
+                {k: v.detach().cpu().contiguous() for k, v in part} for part in (self.named, method.items())
+            )
+            checkpoints.write(self.folder, Checkpoint(self.step, facts, trained, loop, "".join(self.rows), own))
+
+        self.control.on_main(write)
+
+    def _identity(self) -> dict[str, Any]:
+        """What a checkpoint says of its training, to be compared when it is read."""
+        return {
+            "seed": self.seed,
+            "processes": self.accelerator.num_processes,
+            "max_steps": self.config.max_steps,
+            "lr_schedule": self.config.lr_schedule,
+            "fingerprints": self.fingerprints,
+        }
+
+    def _resume(self) -> None:
+        """Take the newest whole checkpoint, and give train_log.jsonl the rows up to it."""
+        found: list[Checkpoint | None] = [None]
+
+        def look() -> None:
+            self.log_path.parent.mkdir(parents=True, exist_ok=True)
+            found[0] = checkpoints.newest(self.folder, lambda message: print(f"{self.label}: {message}", flush=True))
+            if found[0] is not None:
+                self._check(found[0])
+                write_atomic(self.log_path, found[0].log)
+            else:
+                self.log_path.unlink(missing_ok=True)
+
+        self.control.on_main(look)
+        step = self.control.largest(found[0].step if found[0] else 0)
+        if step:
+            self._load(found[0] or checkpoints.read(checkpoints.folder_of(self.folder, step)))
+        if self.ema is not None:
+            self.ema.to(self.accelerator.device)
+
+    def _check(self, checkpoint: Checkpoint) -> None:
+        """UserError unless this training would have written the checkpoint."""
+        there, here, config = checkpoint.facts, self._identity(), self.config
+        folder = checkpoints.folder_of(self.folder, checkpoint.step)
+        other = f"choose another output_dir, or delete {self.folder} to train from the beginning"
+        shapes = {name: p.shape for name, p in self.named}
+        if there["seed"] != self.seed or {name: t.shape for name, t in checkpoint.trained.items()} != shapes:
+            raise UserError(f"{folder} was written by a run with other settings; {other}")
+        if there["processes"] != here["processes"]:
+            raise UserError(
+                f"{folder} was written by a launch of {there['processes']} processes, and this one has {here['processes']}: "
+                f"each step would see other images; launch {there['processes']}, or {other}"
+            )
+        hashes = {**there["fingerprints"], **self.fingerprints}
+        changed = [name for name in hashes if there["fingerprints"].get(name) != self.fingerprints.get(name)]
+        if changed:
+            raise UserError(
+                f"{folder} was written with other files than there are now: {', '.join(changed)} changed. "
+                f"Put back what was there, or {other}"
+            )
+        if checkpoint.step > config.max_steps:
+            raise UserError(
+                f"trainer.max_steps is {config.max_steps}, and {folder} is after more steps; raise it, or {other}"
+            )
+        if there["max_steps"] != config.max_steps and config.lr_schedule not in ENDLESS:
+            raise UserError(
+                f"trainer.max_steps is {config.max_steps}, and {folder} is of a training of {there['max_steps']} steps, whose "
+                f"{config.lr_schedule} schedule ends there: it cannot go on as if it had been longer from the start. "
+                f"Give max_steps {there['max_steps']} again, or {other}; only lr_schedule constant has no end"
+            )
+
+    def _load(self, checkpoint: Checkpoint) -> None:
+        loop, means = checkpoint.loop, checkpoint.loop["means"]
+        for name, p in self.named:
+            p.data.copy_(checkpoint.trained[name])
+        parts = {
+            "optimizer": self.optimizer,
+            "scheduler": self.scheduler,
+            "ema": self.ema,
+            "scaler": self.accelerator.scaler,
+        }
+        for name, part in parts.items():
+            if part is not None:
+                part.load_state_dict(loop[name])
+        if self.method is not None and checkpoint.method:
+            self.method.load_state(checkpoint.method)
+        sums = means["sums"][self.accelerator.process_index].to(self.accelerator.device)
+        self.sums, self.count = dict(zip(means["names"], sums.unbind(), strict=True)), means["count"]
+        self.grad_norm = means["norm"]
+        self.step, self.seconds_before = checkpoint.step, float(checkpoint.facts["seconds"])
+        self.rows = checkpoint.log.splitlines(keepends=True)
 
 
 def _moved(batch: Any, device: torch.device) -> Any:
@@ -283,73 +494,3 @@ def _optimizer(groups: list[dict[str, Any]], config: TrainerConfig) -> torch.opt
     import bitsandbytes  # only on request: its import probes the GPU driver
 
     return bitsandbytes.optim.AdamW8bit(groups, **options)
-
-
-def _save_state(
-    output_dir: Path,
-    state: dict[str, Any],
-    named: list[tuple[str, nn.Parameter]],
-    optimizer: Any,
-    scheduler: Any,
-    ema: EMAModel | None,
-    method: HasState | None,
-) -> None:
-    """Write state/step-N in a temporary folder and rename it, so that a kill leaves the previous one whole."""
-    folder = output_dir / "state" / f"step-{state['step']:08d}"
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file({name: p.detach().cpu().contiguous() for name, p in named}, partial / "trainable.safetensors")
-    extra = {"optimizer": optimizer.state_dict(), "scheduler": scheduler.state_dict()}
-    if ema is not None:
-        extra["ema"] = ema.state_dict()
-    torch.save(extra, partial / "optimizer.pt")
-    own = method.state() if method is not None else {}
-    if own:
-        save_file({name: tensor.detach().cpu().contiguous() for name, tensor in own.items()}, partial / METHOD_FILE)
-    (partial / "state.json").write_text(json.dumps(state))
-    os.replace(partial, folder)
-    for old in sorted(folder.parent.glob("step-*[0-9]"))[:-KEPT_CHECKPOINTS]:
-        shutil.rmtree(old)
-
-
-def _resume(
-    output_dir: Path,
-    named: list[tuple[str, nn.Parameter]],
-    optimizer: Any,
-    scheduler: Any,
-    ema: EMAModel | None,
-    seed: int,
-    processes: int,
-    method: HasState | None,
-) -> tuple[int, float]:
-    folders = sorted((output_dir / "state").glob("step-*[0-9]"))
-    if not folders:
-        return 0, 0.0
-    folder = folders[-1]
-    state = json.loads((folder / "state.json").read_text())
-    tensors = load_file(folder / "trainable.safetensors")
-    if state["seed"] != seed or set(tensors) != {name for name, _ in named}:
-        raise UserError(f"{folder} was written by a run with other settings; choose another output_dir or delete it")
-    if state.get("processes", processes) != processes:
-        raise UserError(
-            f"{folder} was written by a launch of {state['processes']} processes, and this one has {processes}: each step "
-            f"would see other images; launch {state['processes']}, or choose another output_dir"
-        )
-    for name, p in named:
-        p.data.copy_(tensors[name])
-    extra = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-    optimizer.load_state_dict(extra["optimizer"])
-    scheduler.load_state_dict(extra["scheduler"])
-    if ema is not None:
-        ema.load_state_dict(extra["ema"])
-    if method is not None and (folder / METHOD_FILE).exists():
-        method.load_state(load_file(folder / METHOD_FILE))
-    return int(state["step"]), float(state["seconds"])
-
-
-def _truncate_log(path: Path, step: int) -> None:
-    """Drop a torn row, and rows after `step`: of a run killed after its last checkpoint, or of an earlier run."""
-    if path.exists():
-        whole = [line for line in path.read_text(encoding="utf-8").splitlines(keepends=True) if line.endswith("\n")]
-        path.write_text("".join(line for line in whole if json.loads(line)["step"] <= step), encoding="utf-8")

@@ -132,7 +132,7 @@ def dry_run(config: AtlasConfig, model: Model, validation: Any, accelerator: Acc
 
     from distill.evaluation.atlas import compute_cells
     from distill.evaluation.protocols import DEFAULT_TIMESTEPS
-    from distill.trainer import peak_memory_gb
+    from distill.memory import peak_memory_gb
 
     console.print(to_yaml(config))
     few = config.evaluation.full(localization_images=config.evaluation.batch_size)
@@ -182,7 +182,7 @@ def write_tables(
     """atlas.json, atlas.md, the table in the terminal, paths, and the next command."""
     from distill.experiment.atlas import answer, markdown, terminal_table
     from distill.files import provenance, write_atomic, write_json
-    from distill.trainer import peak_memory_gb
+    from distill.memory import peak_memory_gb
 
     folder = Path(config.output_dir)
     origin = provenance() | {

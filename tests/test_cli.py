@@ -852,7 +852,7 @@ def test_the_command_line_needs_no_heavy_package() -> None:
 
 def run_script(body: str, *argv: str, **environment: str) -> subprocess.CompletedProcess[str]:
     script = f"""
-import errno
+import errno, os, time
 from distill.cli import main
 from distill.errors import UserError
 from distill.settings import Settings
@@ -892,7 +892,13 @@ def test_a_recipe_runs_with_its_config() -> None:
             "  - seed: expected a whole number, got 'x' (from the command line)\n",
         ),
         ("raise UserError('no data in here')", [], 2, "error: no data in here\n"),
-        ("raise KeyboardInterrupt", [], 130, "interrupted\n"),
+        ("raise KeyboardInterrupt", [], 130, "interrupted; the same command goes on with what is not done\n"),
+        (
+            "os.kill(os.getpid(), 15); [time.sleep(1) for _ in range(50)]",
+            [],
+            143,
+            "interrupted; the same command goes on",
+        ),
         (
             "raise OSError(errno.ENOSPC, 'No space left on device', 'run/a.png')",
             [],

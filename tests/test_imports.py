@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 LAYERS = (
     ("errors", "processes", "settings"),
-    ("configuration", "files", "losses", "tokens"),
-    ("data_config",),
+    ("configuration", "draws", "files", "interrupts", "losses", "memory", "tokens"),
+    ("agreement", "checkpoints", "data_config"),
     ("config",),
     ("cli", "models"),
     ("attention", "data"),

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -16,15 +17,18 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from fitting import CHECKPOINT_FILES
 from PIL import Image
 from recipe import recipe_module, refusal_of
 from rich.console import Console
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_sd
 
+from distill import checkpoints
 from distill.cli import parse
 from distill.config import BaseConfig
+from distill.errors import UserError
 from distill.experiment import results, sharing, train
 from distill.experiment.run import Run
 from distill.methods import key_lock
@@ -76,6 +80,10 @@ RUN_FILES = {
 
 
 SPLITS = ("train", "train", "test", "test")
+
+
+TRAINED = ("train_log.jsonl", *(f"state/step-00000002/{name}" for name in CHECKPOINT_FILES))
+"""Files of an arm that was trained for two steps."""
 
 
 def arms_argv(*names: str, **more: dict[str, Any]) -> list[str]:
@@ -163,7 +171,7 @@ def make_folder(folder: Path, header: str, row: Callable[[int], str], count: int
 def test_finetune_leaves_exactly_these_files(finetuned: tuple[Path, list[str]]) -> None:
     folder, _ = finetuned
     assert files_of(folder) == (
-        RUN_FILES | {"README.md", "cost.json", LORA_FILE} | arm_files("base") | arm_files("model", "train_log.jsonl")
+        RUN_FILES | {"README.md", "cost.json", LORA_FILE} | arm_files("base") | arm_files("model", *TRAINED)
     )
     metrics = read_metrics(folder)
     assert list(metrics["arms"]) == ["base", "model"]
@@ -242,7 +250,7 @@ def test_distill_attention_learns_from_a_run_folder(finetuned: tuple[Path, list[
         | {"README.md", "cost.json", LORA_FILE}
         | arm_files("base")
         | arm_files("teacher")
-        | arm_files("model", "train_log.jsonl")
+        | arm_files("model", *TRAINED)
     )
     arms = read_metrics(out)["arms"]
     assert list(arms) == ["base", "teacher", "model"]
@@ -280,8 +288,8 @@ def test_tradeoff_under_accelerate_launch_ends_with_the_table_the_paths_and_the_
     assert files_of(folder) == (
         RUN_FILES
         | arm_files("base")
-        | arm_files("frozen", "train_log.jsonl", "cost.json", "README.md", *text_encoder_frozen)
-        | arm_files("lora", "train_log.jsonl", "cost.json", "README.md", LORA_FILE)
+        | arm_files("frozen", *TRAINED, "cost.json", "README.md", *text_encoder_frozen)
+        | arm_files("lora", *TRAINED, "cost.json", "README.md", LORA_FILE)
     )
     metrics = read_metrics(folder)
     assert list(metrics["arms"]) == ["base", "frozen", "lora"] and metrics["real"]["quality"]["images"] == 3
@@ -600,7 +608,7 @@ def test_every_trainer_option_at_once_on_sdxl(work: Path) -> None:
         RUN_FILES
         | {"README.md", "cost.json", "unet/config.json", "unet/diffusion_pytorch_model.safetensors"}
         | arm_files("base")
-        | arm_files("model", "train_log.jsonl", "progress/step-000002.png")
+        | arm_files("model", *TRAINED, "progress/step-000002.png")
     )
     assert Image.open(out / "model/progress/step-000002.png").size == (64, 64)
 
@@ -864,6 +872,70 @@ def test_a_mistake_found_late_does_not_claim_the_folder(
     assert not out.exists()
 
 
+@pytest.mark.slow
+def test_a_terminated_training_says_how_to_go_on(work: Path, tmp_path: Path) -> None:
+    argv = [
+        "--base.name",
+        str(work / "sd"),
+        "--data.cache_dir",
+        str(work / "cache"),
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
+    command = [sys.executable, str(ROOT / "recipes/finetune.py"), *argv, *TRAINING, "--trainer.max_steps", "100000"]
+    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "run/model/train_log.jsonl"
+    while not log.exists() and process.poll() is None:
+        time.sleep(0.1)
+    process.terminate()
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == 143 and "Traceback" not in errors
+    (step,) = checkpoints.steps_in(tmp_path / "run/model/state")
+    assert errors.splitlines()[-1].startswith(
+        f"model: stopped after step {step} of 100000; the same command goes on from "
+    )
+
+
+@pytest.mark.slow
+def test_a_finished_run_that_is_made_longer_is_the_longer_run(work: Path, tmp_path: Path) -> None:
+    """Weights bit for bit; results and log are those of the longer run. A changed base is refused by name."""
+    folders = {name: tmp_path / name for name in ("grown", "straight")}
+    base = shutil.copytree(work / "sd", tmp_path / "base")
+    argv = [
+        "--base.name",
+        str(base),
+        "--data.cache_dir",
+        str(work / "cache"),
+        *TRAINING,
+        "--trainer.learning_rate",
+        "1e-2",
+    ]
+    longer = ["--trainer.max_steps", "5"]
+    run("finetune", [*argv, "--output_dir", str(folders["grown"]), "--trainer.max_steps", "3"])
+    run("finetune", [*argv, "--output_dir", str(folders["grown"]), *longer])
+    run("finetune", [*argv, "--output_dir", str(folders["straight"]), *longer])
+    adapters, logs, measured = (
+        {name: read(folder) for name, folder in folders.items()}
+        for read in (
+            lambda folder: load_file(folder / LORA_FILE),
+            lambda folder: [row | {"seconds": 0} for row in log_rows(folder / "model/train_log.jsonl")],
+            lambda folder: read_metrics(folder)["arms"]["model"],
+        )
+    )
+    assert all(torch.equal(value, adapters["grown"][name]) for name, value in adapters["straight"].items())
+    assert logs["grown"] == logs["straight"] and [row["step"] for row in logs["grown"]] == [1, 2, 3, 4, 5]
+    for part in ("localization", "quality"):
+        assert measured["grown"][part] == measured["straight"][part]
+    assert measured["grown"]["cost"]["steps"] == 5
+    assert files_of(folders["grown"]) == files_of(folders["straight"])
+
+    unet = base / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(unet)
+    save_file({name: value * 1.01 for name, value in tensors.items()}, unet)
+    with pytest.raises(UserError, match="step-00000005 was written with other files .*: weights of base changed"):
+        run("finetune", [*argv, "--output_dir", str(folders["grown"]), "--trainer.max_steps", "6"])
+
+
 def test_a_disk_that_is_full_at_export_ends_in_one_message_and_the_run_continues(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -878,4 +950,4 @@ def test_a_disk_that_is_full_at_export_ends_in_one_message_and_the_run_continues
     assert not (tmp_path / "run" / "cost.json").exists()
     run("finetune", argv)
     assert [row["step"] for row in log_rows(tmp_path / "run/model/train_log.jsonl")] == [1, 2]
-    assert not (tmp_path / "run/model/state").exists() and (tmp_path / "run" / LORA_FILE).exists()
+    assert checkpoints.steps_in(tmp_path / "run/model/state") == [2] and (tmp_path / "run" / LORA_FILE).exists()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -10,77 +9,36 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import DistributedType
+from fitting import (
+    CHECKPOINT_FILES,
+    Killed,
+    LeastSquares,
+    edit_facts,
+    fresh_accelerator,
+    kill_at,
+    log_of,
+    points,
+    same,
+    settings_of,
+    state_of,
+    train,
+    without_time,
+)  # fmt: skip
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_sd
 from torch import nn
-from torch.utils.data import Dataset
-from training import batch_of, context_of, distilling, prepared, set_up
+from training import KINDS, batch_of, context_of, distilling, example, prepared, set_up
 
 from distill.config import DenoisingConfig, TrainerConfig
-from distill.data.batch import Batch
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows
+from distill.draws import generator_at
 from distill.errors import UserError
 from distill.methods.options import DenoisingOptions, TailPenaltyOptions
 from distill.models import Model
-from distill.trainer import METHOD_FILE, FitResult, StepSampler, _optimizer, fit, generator_at, make_accelerator
-
-
-class LeastSquares(nn.Module):
-    """A small objective with all that the loop knows of one: parameters, a batch, noise of the generator, terms."""
-
-    def __init__(self, noise: float = 0.1, width: int = 4, dropout: float = 0.0) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.noise, self.linear, self.dropout = noise, nn.Linear(width, width), nn.Dropout(dropout)
-
-    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
-        x = batch["x"] + self.noise * torch.randn(batch["x"].shape, generator=generator)
-        loss = (self.linear(self.dropout(x)) - batch["y"]).square().mean()
-        return {"loss": loss, "squares": loss, "constant": torch.tensor(2.0)}
-
-
-def points(count: int = 8, width: int = 4) -> Any:
-    x = torch.randn(count, width, generator=torch.Generator().manual_seed(1))
-    return [{"x": row, "y": row.flip(0) + 1} for row in x]
-
-
-def settings_of(**options: Any) -> TrainerConfig:
-    defaults = {"max_steps": 4, "batch_size": 2, "learning_rate": 1e-2, "log_every_steps": 1, "tracker": "none"}
-    return TrainerConfig(**(defaults | options))
-
-
-def fresh_accelerator(config: TrainerConfig, folder: Path) -> Accelerator:
-    """As a new process would have it: accelerate keeps its state in the process."""
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
-    return make_accelerator(config, folder)
-
-
-def train(
-    objective: nn.Module, folder: Path, dataset: Dataset[Any] | None = None, *, on: Any = None, **options: Any
-) -> FitResult:
-    config = settings_of(**options)
-    accelerator = fresh_accelerator(config, folder)
-    data = points() if dataset is None else dataset
-    collate = Batch.stack if isinstance(data, TrainingRows) else None
-    return fit(
-        objective, data, config, accelerator=accelerator, output_dir=folder, seed=5, on_sample=on, collate=collate
-    )
-
-
-def log_of(folder: Path) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / "train_log.jsonl").read_text().splitlines()]
-
-
-def state_of(*modules: nn.Module) -> list[torch.Tensor]:
-    return [v.clone() for module in modules for v in module.state_dict().values()]
-
-
-def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
-    return len(a) == len(b) and all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+from distill.trainer import StepSampler, _optimizer, fit, make_accelerator
 
 
 def tiny(denoiser: Any = "full", text_encoder: Any = "full", seed: int = 0) -> Model:
@@ -241,8 +199,9 @@ def test_learning_rate_warms_up_and_follows_the_schedule(tmp_path: Path, schedul
 def test_averaged_weights_are_what_is_left(tmp_path: Path) -> None:
     objective = LeastSquares()
     seen: list[list[torch.Tensor]] = []
-    on = lambda step: seen.append([p.detach().clone() for p in objective.parameters()])  # noqa: E731
-    train(objective, tmp_path, on=on, max_steps=6, sample_every_steps=1, ema_decay=0.5)
+    plain = LeastSquares()
+    train(plain, tmp_path / "plain", on=lambda step: seen.append(state_of(plain)), max_steps=6, sample_every_steps=1)
+    train(objective, tmp_path, max_steps=6, ema_decay=0.5)
     average = seen[0]
     for step, weights in enumerate(seen[1:], start=1):
         decay = min(0.5, 1 - (1 + step) ** -0.75)
@@ -250,6 +209,47 @@ def test_averaged_weights_are_what_is_left(tmp_path: Path) -> None:
     for parameter, expected, last in zip(objective.parameters(), average, seen[-1], strict=True):
         torch.testing.assert_close(parameter.detach(), expected)
         assert not torch.allclose(parameter, last)
+
+
+def test_looks_see_the_averaged_weights_that_are_exported_and_the_training_does_not(tmp_path: Path) -> None:
+    looking, plain = LeastSquares(dropout=0.5), LeastSquares(dropout=0.5)
+    seen: list[list[torch.Tensor]] = []
+    options = {"max_steps": 5, "ema_decay": 0.5}
+    train(looking, tmp_path / "a", on=lambda step: seen.append(state_of(looking)), sample_every_steps=1, **options)
+    train(plain, tmp_path / "b", **options)
+    assert same(seen[-1], state_of(looking)) and same(state_of(looking), state_of(plain))
+    for step, weights in enumerate(seen[:-1], start=1):
+        exported = LeastSquares(dropout=0.5)
+        train(exported, tmp_path / str(step), max_steps=step, ema_decay=0.5)
+        assert same(weights, state_of(exported))
+
+
+def scaler() -> torch.amp.GradScaler:
+    """The first gradients overflow float16; afterwards the scale doubles after every second step."""
+    return torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=2)
+
+
+def test_a_step_that_fp16_skips_does_not_move_the_schedule(tmp_path: Path) -> None:
+    train(LeastSquares(), tmp_path, scaler=scaler(), lr_schedule="linear", warmup_steps=4, max_steps=12, ema_decay=0.5)
+    rows = log_of(tmp_path)
+    skipped = [row["grad_norm"] is None for row in rows]
+    assert skipped[0] and not all(skipped)
+    taken = 0
+    for row, was_skipped in zip(rows, skipped, strict=True):
+        taken += not was_skipped
+        expected = taken / 4 if taken < 4 else (12 - taken) / 8
+        assert row["lr"] == pytest.approx(1e-2 * expected)
+
+
+def test_the_scale_of_fp16_outlives_a_kill(tmp_path: Path) -> None:
+    options = {"checkpoint_every_steps": 3, "sample_every_steps": 1, "max_steps": 12}
+    straight, resumed = LeastSquares(), LeastSquares()
+    train(straight, tmp_path / "straight", scaler=scaler(), **options)
+    with pytest.raises(Killed):
+        train(LeastSquares(), tmp_path / "killed", scaler=scaler(), on=kill_at(8), **options)
+    train(resumed, tmp_path / "killed", scaler=scaler(), **options)
+    assert same(state_of(resumed), state_of(straight))
+    assert without_time(log_of(tmp_path / "killed")) == without_time(log_of(tmp_path / "straight"))
 
 
 def test_adamw8bit_trains_on_the_cpu(tmp_path: Path) -> None:
@@ -299,23 +299,25 @@ def test_nothing_to_train_is_refused(tmp_path: Path) -> None:
         train(LeastSquares(), tmp_path, [])  # type: ignore[arg-type]
 
 
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED", "MEGATRON_LM", "XLA"])
+def test_a_launch_that_splits_the_weights_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(Accelerator, "distributed_type", DistributedType(kind))
+    with pytest.raises(UserError, match=f"accelerate is set to {kind}.*plain data parallelism"):
+        train(LeastSquares(), tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["FSDP", "DEEPSPEED"])
+def test_such_a_launch_is_refused_before_anything_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setenv(f"ACCELERATE_USE_{kind}", "true")
+    with pytest.raises(UserError, match=f"accelerate is set to {kind}.*plain data parallelism"):
+        make_accelerator(settings_of(), tmp_path)
+
+
 # Checkpoints
-
-
-class Killed(Exception):
-    pass
-
-
-def kill_at(last: int) -> Any:
-    def on_sample(step: int) -> None:
-        if step == last:
-            raise Killed
-
-    return on_sample
-
-
-def without_time(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 @pytest.mark.parametrize(
@@ -339,25 +341,28 @@ def test_four_steps_equal_two_and_two_after_a_kill(tmp_path: Path, options: dict
     assert [row["step"] for row in log_of(tmp_path / "killed")] == [1, 2, 3]
     steps: list[int] = []
     train(resumed, tmp_path / "killed", data, on=steps.append, **options)
-    assert steps == [3, 4]
+    assert steps == [2, 3, 4]  # 2 again: it may have been stopped between the checkpoint and what looks at it
     assert same(state_of(resumed), state_of(straight))
     rows = log_of(tmp_path / "killed")
     assert without_time(rows) == without_time(log_of(tmp_path / "straight"))
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
 
 
-@pytest.mark.parametrize("trained", ["full", "lora"])
-def test_distillation_continues_bit_for_bit(tmp_path: Path, trained: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_method_of_any_kind_continues_bit_for_bit(tmp_path: Path, kind: str) -> None:
+    """Set up anew each time, as a new process does; stopped in the middle of a step, by an exception."""
+
     def run(folder: Path, on: Any = None) -> list[torch.Tensor]:
-        model = tiny(trained, trained)
-        with distilling(model, tiny(seed=1)) as method:
-            options = {"checkpoint_every_steps": 2, "sample_every_steps": 1}
-            train(method, folder, rows_of(model), on=on, **options)
-        return state_of(method)
+        method, rows = example(kind, DenoisingConfig(caption_dropout=0.5))
+        train(method, folder, rows, on=on, max_steps=3, checkpoint_every_steps=1, sample_every_steps=1)
+        found = state_of(method)
+        method.finish()
+        return found
 
     straight = run(tmp_path / "straight")
     with pytest.raises(Killed):
-        run(tmp_path / "killed", kill_at(3))
+        run(tmp_path / "killed", kill_at(2))
+    (tmp_path / "killed/state/step-00000002").rename(tmp_path / "later")  # written before the look that was killed
     assert same(run(tmp_path / "killed"), straight)
     assert without_time(log_of(tmp_path / "killed")) == without_time(log_of(tmp_path / "straight"))
 
@@ -387,8 +392,8 @@ def test_the_state_of_an_objective_is_in_its_checkpoint(tmp_path: Path) -> None:
     train(straight, tmp_path / "straight", **options)
     with pytest.raises(Killed):
         train(killed, tmp_path / "killed", on=kill_at(3), **options)
-    names = {"optimizer.pt", "state.json", "trainable.safetensors", METHOD_FILE}
-    assert {p.name for p in (tmp_path / "killed/state/step-00000002").iterdir()} == names
+    written = {p.name for p in (tmp_path / "killed/state/step-00000002").iterdir()}
+    assert written == CHECKPOINT_FILES | {"method.safetensors"}
     train(resumed, tmp_path / "killed", **options)
     assert resumed.target.tolist() == straight.target.tolist() == [4.0] * 4
     assert same(state_of(resumed), state_of(straight))
@@ -423,10 +428,9 @@ def test_what_a_method_measured_before_the_training_outlives_a_kill(tmp_path: Pa
 
 
 def test_only_the_newest_checkpoints_stay(tmp_path: Path) -> None:
-    train(LeastSquares(), tmp_path, max_steps=7, checkpoint_every_steps=1)
+    train(LeastSquares(), tmp_path, max_steps=7, checkpoint_every_steps=1, keep_last_state_gb=0.0)
     assert sorted(p.name for p in (tmp_path / "state").iterdir()) == ["step-00000005", "step-00000006"]
-    names = {"optimizer.pt", "state.json", "trainable.safetensors"}
-    assert {p.name for p in (tmp_path / "state" / "step-00000006").iterdir()} == names
+    assert {p.name for p in (tmp_path / "state" / "step-00000006").iterdir()} == CHECKPOINT_FILES
 
 
 def test_a_half_written_checkpoint_and_a_torn_row_of_the_log_do_not_matter(tmp_path: Path) -> None:
@@ -447,10 +451,7 @@ def test_a_half_written_checkpoint_and_a_torn_row_of_the_log_do_not_matter(tmp_p
 
 def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path: Path) -> None:
     train(LeastSquares(), tmp_path, checkpoint_every_steps=2)
-    path = next(tmp_path.glob("state/step-*/state.json"))
-    state = json.loads(path.read_text())
-    assert state["processes"] == 1
-    path.write_text(json.dumps(state | {"processes": 4}))
+    edit_facts(tmp_path / "state" / "step-00000004", processes=4)
     with pytest.raises(UserError, match="a launch of 4 processes, and this one has 1"):
         train(LeastSquares(), tmp_path, checkpoint_every_steps=2)
 
@@ -462,7 +463,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="written by a run with other settings"):
         train(only_bias, tmp_path, checkpoint_every_steps=2)
     config = settings_of()
-    with pytest.raises(UserError, match="step-00000002 was written by a run with other settings"):
+    with pytest.raises(UserError, match="step-00000004 was written by a run with other settings"):
         fit(
             LeastSquares(),
             points(),
@@ -475,7 +476,7 @@ def test_checkpoints_of_another_run_are_refused(tmp_path: Path) -> None:
 
 def test_a_run_without_a_checkpoint_starts_its_log_again(tmp_path: Path) -> None:
     for _ in range(2):
-        train(LeastSquares(), tmp_path)
+        train(LeastSquares(), tmp_path, keep_last_state_gb=0.0)
     assert [row["step"] for row in log_of(tmp_path)] == [1, 2, 3, 4]
 
 

@@ -15,7 +15,7 @@ from distill.config import DenoisingConfig, LoraConfig
 from distill.data.batch import Batch, Tokens
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows
-from distill.methods import method_of
+from distill.methods import METHODS, method_of
 from distill.methods.attention_distillation import AttentionDistillation
 from distill.methods.base import Context, Method, Noised
 from distill.methods.options import AttentionDistillationOptions, Options
@@ -100,6 +100,27 @@ def ready(
 def distilling(student: Model, teacher: Model, **options: Any) -> Iterator[AttentionDistillation]:
     with ready(AttentionDistillationOptions(teacher=TEACHER, **options), student, {TEACHER: teacher}) as method:
         yield method
+
+
+KINDS: dict[str, type[Options]] = {options.model_fields["kind"].default: options for options in METHODS}
+NEEDED: dict[str, dict[str, Any]] = {
+    "attention_distillation": {"teacher": TEACHER},
+    "supervised_attention": {"arm_weight": 0.1, "region_token_weight": 0.1},
+    "tail_penalty": {"weight": 5.0},
+    "consistency": {"teacher": TEACHER},
+}
+"""Options without which a method of this kind cannot be set up, or does nothing."""
+
+
+def example(kind: str, denoising: DenoisingConfig = NO_DROPOUT) -> tuple[Method, TrainingRows]:
+    """A method of any kind, set up on a tiny student whose denoiser trains in full and whose text encoder by LoRA; its rows."""
+    options = KINDS[kind](**NEEDED.get(kind, {}))  # type: ignore[arg-type]
+    torch.manual_seed(0)
+    student = prepared(text_encoder="lora")
+    batches = [batch_of(student), batch_of(student, range(4, 8))]
+    context = context_of({TEACHER: model_of(tiny_sd(seed=1))}, batches=lambda images: iter(batches))
+    reads = {"label_tokens": options.reads_labels, "regions": options.reads_regions}
+    return set_up(options, student, context, denoising), TrainingRows(phantoms(), student, denoising, **reads)
 
 
 def has_gradient(module: nn.Module) -> bool:

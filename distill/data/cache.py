@@ -13,6 +13,7 @@ import os
 import time
 import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, NoReturn, cast
@@ -51,6 +52,18 @@ def model_fingerprint(module: nn.Module) -> str:
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(_bytes(tensor))
     return digest.hexdigest()
+
+
+def weights_fingerprint(modules: Iterable[nn.Module]) -> str:
+    """Hash of the bytes of all weights and buffers, tensor by tensor on all cores: about a second for 1 GB a core."""
+    named = [pair for module in modules for pair in sorted(module.state_dict().items())]
+    with ThreadPoolExecutor() as pool:
+        hashes = pool.map(lambda pair: hashlib.blake2b(_bytes(pair[1]), digest_size=16).hexdigest(), named)
+        lines = [
+            f"{name} {tensor.dtype} {tuple(tensor.shape)} {found}"
+            for (name, tensor), found in zip(named, hashes, strict=True)
+        ]
+    return hashlib.blake2b("\n".join(lines).encode(), digest_size=16).hexdigest()
 
 
 class LatentCache:

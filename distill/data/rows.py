@@ -12,7 +12,7 @@ from distill.config import NO_LABEL, DenoisingConfig
 from distill.data.batch import Batch, Pixels, Posterior, TextEmbeddings, Tokens
 from distill.data.cache import LatentCache, TextEmbeddingCache
 from distill.data.captions import insert_labels, names_side, text_of_labels
-from distill.data.sample import ImageCaptionDataset
+from distill.data.sample import ImageCaptionDataset, hash_of, region_fingerprint
 from distill.errors import UserError
 from distill.tokens import find_words, token_groups, token_spans
 
@@ -84,6 +84,19 @@ class TrainingRows(Dataset[Batch]):
 
     def caption(self, index: int) -> str:
         return training_caption(self.dataset, index, self.denoising)
+
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of all that decides the rows, by what it is; no image is decoded."""
+        data, every = self.dataset, range(len(self))
+        parts = {
+            "training images": (data.fingerprint(i) for i in every),
+            "training captions": (self.caption(i) for i in every),
+        }
+        if self.label_tokens or self.denoising.reads_labels:
+            parts["training labels"] = ("\n".join(data.labels(i)) for i in every)
+        if self.regions:
+            parts["regions of the training images"] = (region_fingerprint(data, i) for i in every)
+        return {name: hash_of(values) for name, values in parts.items()}
 
     def __getitem__(self, index: int) -> Batch:
         caption, labels = self.caption(index), self.dataset.labels(index)

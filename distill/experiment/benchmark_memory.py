@@ -17,8 +17,8 @@ from distill.attention.heat_maps import record_pipeline
 from distill.attention.recording import record_attention
 from distill.config import BaseConfig
 from distill.experiment.run import quiet_libraries
+from distill.memory import peak_memory_gb
 from distill.models import load_model
-from distill.trainer import peak_memory_gb
 
 Row = dict[str, Any]
 

@@ -23,6 +23,7 @@ from distill.data.phantom.dataset import PhantomDataset
 from distill.data.pictures import VOCABULARY, PicturesDataset
 from distill.data.rendered import RenderedPictures
 from distill.data.rows import TrainingRows
+from distill.draws import generator_at
 from distill.errors import UserError
 from distill.files import read_json, whole_folder, write_atomic, write_json
 from distill.methods.base import Context
@@ -39,7 +40,7 @@ from distill.models.embedded import (
     new_vae,
 )
 from distill.models.loading import SUBSET_FILE
-from distill.trainer import fit, generator_at, make_accelerator
+from distill.trainer import fit, make_accelerator
 
 Row = dict[str, Any]
 UNET_STAGES = ("unet", "unet_longer", "unet_clear")
@@ -56,6 +57,8 @@ def train(
 ) -> None:
     """Fit, and record what it took in cost.json."""
     accelerator = make_accelerator(trainer, work)
+    # A stage starts from the files of the one before, so that none is made longer once it is done.
+    trainer = trainer.model_copy(update={"keep_last_state_gb": 0.0})
     result = fit(
         objective, rows, trainer, accelerator=accelerator, output_dir=work, seed=seed, collate=collate, label=work.name
     )

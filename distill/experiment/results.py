@@ -22,6 +22,7 @@ from distill.evaluation.seeds import Resampled
 from distill.experiment.arms import settings_of
 from distill.experiment.run import Run
 from distill.files import provenance, read_json, write_json
+from distill.memory import peak_memory_gb, peak_of_process_gb, reset_peak_memory
 from distill.models import load_model
 from distill.models.adapters import parameter_counts
 from distill.models.bits import quantize
@@ -32,7 +33,6 @@ from distill.report import (
     write_model_card,
     write_report,
 )
-from distill.trainer import peak_memory_gb
 
 PARTS = ("localization", "quality")
 """Parts of an evaluation, as entries of metrics.json."""
@@ -70,6 +70,7 @@ def evaluate_arm(
     broadcast_object_list(plan)
     weights, made_of, before = plan[0]
     missing = [part for part in config.parts if part not in before["made_of"]]
+    reset_peak_memory()
     entry: dict[str, Any] = before["entry"]
     if missing:
         result = evaluate(
@@ -77,7 +78,8 @@ def evaluate_arm(
             parts=missing, weights=weights,
         )  # fmt: skip
         entry = _merged(entry, result, missing)
-    entry = entry | {"cost": entry["cost"] | (cost or {})}
+    measured = {"peak_memory_gb": peak_memory_gb()} if missing else {}
+    entry = entry | {"cost": entry["cost"] | (cost or measured)}
     if run.accelerator.is_main_process:
         known = {part: before["made_of"].get(part) or made_of[part] for part in PARTS if entry[part] or part in missing}
         settings = settings_of(run.config, arm) if arm else None
@@ -186,7 +188,7 @@ def finish(run: Run, arms: Mapping[str, dict[str, Any]], next_command: str) -> N
         "seeds": seeds,
         "counts": counts,
         "seconds": {k: round(v, 1) for k, v in run.seconds.items()},
-        "peak_memory_gb": round(peak_memory_gb(), 3),
+        "peak_memory_gb": round(peak_of_process_gb(), 3),
         "processes": run.accelerator.num_processes,
         "config": config.model_dump(mode="json"),
     }

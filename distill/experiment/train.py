@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shutil
+import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,24 +15,28 @@ from accelerate.utils import set_seed
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
+from distill import checkpoints
 from distill.cli import to_yaml
 from distill.data.batch import Batch
-from distill.data.cache import cache_latents, cache_text_embeddings, model_fingerprint
+from distill.data.cache import cache_latents, cache_text_embeddings, model_fingerprint, weights_fingerprint
 from distill.data.rows import TrainingRows, training_caption
+from distill.data.sample import hash_of, region_fingerprint
+from distill.draws import generator_at
 from distill.errors import UserError
 from distill.evaluation.atlas import compute_cells, gather_pairs, macro_mean
 from distill.evaluation.evaluate import generate, save_png
 from distill.evaluation.kept import digest
 from distill.evaluation.localization import localization
-from distill.experiment.arms import Arm
+from distill.experiment.arms import BASE, Arm
 from distill.experiment.run import Run
 from distill.files import read_json, write_atomic, write_json
+from distill.memory import reset_peak_memory
 from distill.methods import method_of
 from distill.methods.base import Context
 from distill.models import Model, load_model
 from distill.models.adapters import DTYPES, parameter_counts, prepare_training
 from distill.models.export import export, prove_parity
-from distill.trainer import FitResult, StepSampler, fit, generator_at
+from distill.trainer import FitResult, StepSampler, fit
 
 LOCALIZE_IMAGES = 100
 """Validation images of each measurement during the training."""
@@ -43,12 +47,13 @@ def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
 
     The loss is in the file of the arm's method, in distill/methods/.
     """
-    done = arm.folder / "cost.json"
-    if (earlier := _cost_of(run, arm.name, done)) is not None:
+    done, log_dir = arm.folder / "cost.json", run.folder / arm.name
+    earlier = _cost_of(run, arm.name, done)
+    if earlier is not None and not _is_longer(run, arm, int(earlier["steps"]), log_dir):
         run.say(f"{arm.name}: already trained, {arm.folder}; to train longer, raise max_steps")
         _tell_of_other_data(run, arm.name, earlier)
         return earlier
-    training, log_dir = arm.training, run.folder / arm.name
+    training = arm.training
     names = "".join(f", {name}" for name in training.method.references)
     run.say(
         f"{arm.name}: {training.method.kind}{names}; denoiser {training.denoiser}, text encoder {training.text_encoder}"
@@ -69,7 +74,7 @@ def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
             f"{arm.name}: exported {', '.join(written.values())} to {arm.folder}; loaded back, difference {difference:.1e}"
         )
         write_json(done, cost)
-        shutil.rmtree(log_dir / "state", ignore_errors=True)
+        checkpoints.keep_only(log_dir / "state", result.steps)
     run.accelerator.wait_for_everyone()
     return cost
 
@@ -106,20 +111,49 @@ def _cost_of(run: Run, name: str, path: Path) -> dict[str, Any] | None:
     return cast(dict[str, Any], cost)
 
 
+def _is_longer(run: Run, arm: Arm, steps: int, log_dir: Path) -> bool:
+    """Whether a finished arm is to be trained further, than `steps`. Raises UserError where it cannot."""
+    wanted, state = arm.trainer.max_steps, checkpoints.folder_of(log_dir / "state", steps)
+    if wanted == steps:
+        return False
+    again = f"give trainer.max_steps {steps}, or delete {arm.folder} to train {wanted} steps from the beginning"
+    if wanted < steps:
+        raise UserError(f"{arm.name}: trained for {steps} steps, and trainer.max_steps is {wanted}; {again}")
+    if not state.is_dir():
+        raise UserError(
+            f"{arm.name}: trained for {steps} steps, and trainer.max_steps is {wanted}. Its last state was not kept "
+            f"(trainer.keep_last_state_gb), so it cannot go on: {again}"
+        )
+    students = [
+        other for other in run.arms.values() if arm.name in other.needs and (other.folder / "cost.json").exists()
+    ]
+    if students:
+        raise UserError(
+            f"{arm.name} would be trained further, and {students[0].name} was trained with it as it was; delete "
+            f"{students[0].folder} to train that again afterwards"
+        )
+    run.say(f"{arm.name}: trained for {steps} steps; goes on to {wanted}")
+    return True
+
+
 def _fit(run: Run, arm: Arm, log_dir: Path) -> tuple[Model, FitResult, float]:
     """The trained model, what its steps cost, and the seconds of set-up and finish."""
     trainer, dry = arm.trainer, run.config.dry_run
     if dry:
         # One step needs few images; the caches would encode them all.
         few = {"max_steps": 1, "warmup_steps": 0, "cache_latents": False, "cache_text_embeddings": False}
-        trainer = trainer.model_copy(update=few)
+        trainer = trainer.model_copy(update=few | {"keep_last_state_gb": 0.0})
+    reset_peak_memory()
     set_seed(run.seed)  # the same fresh adapters on every process
-    model = _student(run, arm)
+    hashes: dict[str, str] = {}
+    model = _student(run, arm, hashes)
     model.to(run.accelerator.device)
     method = method_of(arm.training.method, arm.training.denoising)
     rows = training_rows(run, arm, model, cached=not dry)
     began = time.perf_counter()
-    method.setup(model, _context(run, arm, rows, log_dir))
+    method.setup(model, _context(run, arm, rows, log_dir, hashes))
+    if not dry:
+        hashes |= rows.fingerprints() | _validation_fingerprint(run, arm)
     besides = time.perf_counter() - began
     text_rate = trainer.text_encoder_learning_rate or trainer.learning_rate
     result = fit(
@@ -134,16 +168,33 @@ def _fit(run: Run, arm: Arm, log_dir: Path) -> tuple[Model, FitResult, float]:
         on_sample=lambda step: _sample(run, arm, model, log_dir / "progress" / f"step-{step:06d}.png"),
         on_localize=lambda step: _localize(run, model, log_dir, step),
         label=arm.name,
+        fingerprints=hashes,
     )
     began = time.perf_counter()
     method.finish()
     return model, result, besides + time.perf_counter() - began
 
 
-def _student(run: Run, arm: Arm) -> Model:
+def _hashed(name: str, model: Model, hashes: dict[str, str]) -> Model:
+    """The model; `hashes` gets the one of its weights and noise schedule."""
+    schedule = json.dumps(dict(model.noise_scheduler.config), sort_keys=True, default=str)
+    hashes[f"weights of {name}"] = hash_of([weights_fingerprint(model.modules()), schedule])
+    return model
+
+
+def _validation_fingerprint(run: Run, arm: Arm) -> dict[str, str]:
+    """Of the validation images that the method looks at before the first step."""
+    data = run.validation
+    if data is None or not arm.training.method.needs_validation:
+        return {}
+    of_row = (data.fingerprint, data.caption, lambda i: region_fingerprint(data, i))
+    return {"validation images": hash_of(part(i) for i in range(len(data)) for part in of_row)}
+
+
+def _student(run: Run, arm: Arm, hashes: dict[str, str]) -> Model:
     """The model that is trained, with the parameters chosen that train."""
     training, start = arm.training, arm.training.method.starts_from
-    model = load_model(run.base) if start is None else run.load(start)
+    model = _hashed(start or BASE, load_model(run.base) if start is None else run.load(start), hashes)
     if start is not None:
         adapted = any("lora_" in name for name, _ in model.denoiser.named_parameters())
         if adapted and training.denoiser != "lora":
@@ -228,7 +279,7 @@ def training_rows(run: Run, arm: Arm, model: Model, *, cached: bool) -> Training
     )
 
 
-def _context(run: Run, arm: Arm, rows: TrainingRows, log_dir: Path) -> Context:
+def _context(run: Run, arm: Arm, rows: TrainingRows, log_dir: Path, hashes: dict[str, str]) -> Context:
     """What the arm's method is handed at set-up."""
     dry = run.config.dry_run
     return Context(
@@ -238,7 +289,7 @@ def _context(run: Run, arm: Arm, rows: TrainingRows, log_dir: Path) -> Context:
         log_dir=log_dir,
         frozen_dtype=DTYPES[run.config.base.frozen_dtype],
         dry_run=dry,
-        load=run.load,
+        load=lambda name: _hashed(name, run.load(name), hashes),
         batches=lambda images: _first_batches(run, rows, arm.trainer.batch_size, 1 if dry else images),
         captions=lambda count: _spread_captions(rows, count),
         layer_auc=None if dry or run.validation is None else lambda *look: _layer_auc(run, *look),
@@ -305,9 +356,17 @@ def _localize(run: Run, model: Model, log_dir: Path, step: int) -> None:
     row |= {token: {key: found[token][key] for key in ("auc", "cnr", "top1")} for token in ("word", "eos", "padding")}
     path = log_dir / "localization_log.jsonl"
     # Not those of a run that was killed after this step and continues from a checkpoint before it.
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    lines = [line for line in lines if json.loads(line)["step"] < step] + [json.dumps(row | {"mass": found["mass"]})]
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
+    lines = [line for line in lines if _step_of(line) < step] + [json.dumps(row | {"mass": found["mass"]})]
     write_atomic(path, "\n".join(lines) + "\n")
+
+
+def _step_of(line: str) -> float:
+    """The step of a row of a log; infinite for a row that a power loss tore."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return math.inf
 
 
 def dry_run(run: Run) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import nn
 
+from distill import draws
 from distill.config import DenoisingConfig
 from distill.data.batch import Batch, Pixels, Tensors, TextEmbeddings, Tokens
 from distill.errors import UserError
@@ -142,10 +143,10 @@ class Method(nn.Module):
         student = self.student
         mean, std = self._posterior(batch, generator)
         device, count = mean.device, len(mean)
-        vae_noise = torch.randn(mean.shape, generator=generator).to(device)
-        noise = torch.randn(mean.shape, generator=generator).to(device)
-        timesteps = self.draw_timesteps(count, generator).to(device)
-        dropped = torch.rand(count, generator=generator) < self.denoising.caption_dropout
+        vae_noise = draws.normal(mean.shape, generator).to(device)
+        noise = draws.normal(mean.shape, generator).to(device)
+        timesteps = draws.rows(lambda n: self.draw_timesteps(n, generator), count, generator).to(device)
+        dropped = draws.uniform(count, generator) < self.denoising.caption_dropout
         drop = dropped.to(device) & batch.droppable
         latents = (mean + std * vae_noise) * student.vae.config.scaling_factor
         target = student.family.target(student, latents, noise, timesteps)
@@ -164,7 +165,7 @@ class Method(nn.Module):
         """Mean and standard deviation of the VAE's posterior, of the image or of its mirror image."""
         flip = torch.zeros_like(batch.droppable)
         if batch.flippable is not None:
-            coin = torch.rand(len(flip), generator=generator) < 0.5
+            coin = draws.uniform(len(flip), generator) < 0.5
             flip = coin.to(flip.device) & batch.flippable
         flip = flip[:, None, None, None]
         image = batch.image

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from distill import draws
 from distill.methods.base import Terms
 
 
@@ -49,7 +50,7 @@ class AutoencoderObjective(nn.Module):
         top, left = (int(v) for v in torch.randint(span, (2,), generator=generator))
         pixels = pixels[..., top : top + self.crop_px, left : left + self.crop_px]
         posterior = self.vae.encode(pixels).latent_dist
-        noise = torch.randn(posterior.mean.shape, generator=generator).to(pixels.device)
+        noise = draws.normal(posterior.mean.shape, generator).to(pixels.device)
         reconstruction = self.vae.decode(posterior.mean + posterior.std * noise).sample
         l1, mse = F.l1_loss(reconstruction, pixels), F.mse_loss(reconstruction, pixels)
         kl = posterior.kl().sum() / pixels.numel()

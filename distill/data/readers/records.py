@@ -7,6 +7,7 @@ memory that data loader processes share; several samples of one image share its 
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
 from collections import Counter
@@ -213,6 +214,16 @@ class RecordDataset:
         """Hash of the file's bytes as they were at the check, of the resolution and of the crop rule."""
         parts = (self._images[self._samples[index]["image"]]["sha256"], str(self.config.resolution), CROP_RULE)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
+
+    def region_fingerprint(self, index: int) -> str:
+        """Hash of the sample's boxes, phrases and outlines, and of the bytes of its mask files."""
+        sample = self._samples[index]
+        row = self._images[sample["image"]]
+        columns = ("findings", "boxes", "segmentations", "phrases")
+        parts = [[row[column][place] for column in columns] for place in sample["regions"]]
+        masks = [row["masks"][place] for place in sample["regions"]]
+        hashes = [hashlib.sha256(Path(name).read_bytes()).hexdigest() if name else None for name in masks]
+        return hashlib.sha256(json.dumps([self.fingerprint(index), row["frame"], parts, hashes]).encode()).hexdigest()
 
     def regions(self, index: int) -> tuple[Region, ...]:
         """Those of the sample; no image is decoded."""

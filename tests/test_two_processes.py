@@ -1,0 +1,112 @@
+"""Two processes do what one with the whole batch does, and stop together."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from fitting import fresh_accelerator, log_of, settings_of
+from recipe import ROOT
+from safetensors.torch import load_file
+from training import KINDS
+from two_processes import run
+
+STOPS = ("not finite", "signal", "full disk", "damage")
+
+
+def launch(folder: Path, *scenarios: str) -> None:
+    """Run scenarios of two_processes.py on two processes, as `accelerate launch --cpu --num_processes 2` does."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {
+        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+    }  # fmt: skip
+    command = [sys.executable, str(ROOT / "tests/two_processes.py"), str(folder), *scenarios]
+    started = [
+        subprocess.Popen(
+            command,
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    try:
+        for process in started:
+            _, errors = process.communicate(timeout=240)
+            assert process.returncode == 0, errors[-3000:]
+    finally:
+        for process in started:
+            process.kill()
+
+
+def assert_equal_to_one_process(folder: Path, alone: Path, kind: str) -> None:
+    """Losses and weights to 1e-5."""
+    assert all("error" not in process for process in found(folder, kind))
+    (alone / kind).mkdir(parents=True)
+    run(kind, alone / kind, fresh_accelerator(settings_of(), alone / kind))
+    ours, theirs = (log_of(path / kind) for path in (folder, alone))
+    assert len(ours) == len(theirs) == 3
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.keys() == b.keys()
+        for name in a.keys() - {"seconds"}:
+            assert a[name] == pytest.approx(b[name], rel=1e-5, abs=1e-5), (kind, name)
+    two, one = (load_file(path / kind / "weights.safetensors") for path in (folder, alone))
+    for name, weights in one.items():
+        torch.testing.assert_close(two[name], weights, rtol=0, atol=1e-5, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two processes left of trainings that one of them stops, and of a method."""
+    folder = tmp_path_factory.mktemp("two")
+    launch(folder, *STOPS, "denoising")
+    return folder
+
+
+def found(folder: Path, scenario: str) -> list[dict[str, Any]]:
+    return [json.loads((folder / scenario / f"{rank}.json").read_text()) for rank in range(2)]
+
+
+def test_two_processes_are_one_with_the_whole_batch(two: Path, tmp_path: Path) -> None:
+    assert_equal_to_one_process(two, tmp_path, "denoising")
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_with_the_whole_batch_by_every_method(tmp_path: Path) -> None:
+    kinds = [kind for kind in KINDS if kind != "denoising"]
+    launch(tmp_path / "two", *kinds)
+    for kind in kinds:
+        assert_equal_to_one_process(tmp_path / "two", tmp_path / "one", kind)
+
+
+def test_a_loss_that_is_not_finite_on_one_process_stops_all(two: Path) -> None:
+    for process in found(two, "not finite"):
+        assert "UserError: train: the loss is nan at step 3" in process["error"]
+        assert process["steps"] == [2]
+
+
+def test_a_signal_to_one_process_stops_all_at_the_same_step(two: Path) -> None:
+    for process in found(two, "signal"):
+        assert "Interrupted: train: stopped after step 3 of 8" in process["error"]
+        assert process["steps"] == [3, 2]
+
+
+def test_a_disk_that_is_full_for_one_process_stops_all(two: Path) -> None:
+    for process in found(two, "full disk"):
+        assert "UserError: the checkpoint" in process["error"] and "No space left on device" in process["error"]
+        assert process["steps"] == [2]
+
+
+def test_both_processes_skip_a_damaged_checkpoint(two: Path) -> None:
+    for process in found(two, "damage"):
+        assert "error" not in process and process["steps"] == [8, 6]
