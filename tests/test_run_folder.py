@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
-from recipe import ROOT, config_class_of, recipe_module
+from recipe import ROOT, config_class_of, recipe_module, refusal_of
 from rich.console import Console
 
 from distill.cli import parse, to_yaml
@@ -23,6 +23,7 @@ from distill.experiment import folder as folder_module
 from distill.experiment import sharing
 from distill.experiment.folder import held, remove_leftovers
 from distill.experiment.run import Run, claim
+from distill.experiment.train import _cost_of
 
 # --- options that may differ ----------------------------------------------------------------------------------------
 
@@ -215,12 +216,13 @@ def test_a_timeout_inside_a_job_is_no_other_process(tmp_path: Path) -> None:
 # --- folders in a strange state -------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("write", [False, True])
 @pytest.mark.parametrize("below", [False, True])
-def test_an_output_folder_that_is_a_file_or_below_one_is_refused(tmp_path: Path, below: bool) -> None:
+def test_an_output_folder_that_is_a_file_or_below_one_is_refused(tmp_path: Path, below: bool, write: bool) -> None:
     path = tmp_path / "file"
     path.touch()
     message = "output_dir: .*file is a file; choose another --output_dir"
-    with pytest.raises(UserError, match=message), held(path / "run" if below else path):
+    with pytest.raises(UserError, match=message), held(path / "run" if below else path, write=write):
         pass
 
 
@@ -229,3 +231,27 @@ def test_an_output_folder_that_cannot_be_written_is_refused(tmp_path: Path) -> N
     tmp_path.chmod(0o500)
     with pytest.raises(UserError, match="cannot write to .*Permission denied"), held(tmp_path / "run"):
         pass
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        PermissionError(13, "Permission denied", "run/a.json"),
+        IsADirectoryError(21, "Is a directory", "run/.a.json.7.tmp", None, "run/a.json"),
+        FileExistsError(17, "File exists", "run/a.json"),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_named_in_one_message(error: OSError, capsys: pytest.CaptureFixture[str]) -> None:
+    def recipe(config: Any) -> None:
+        raise error
+
+    message = refusal_of(recipe, config_class_of(recipe_module("finetune")), [], capsys)
+    assert message == (
+        f"error: cannot read or write run/a.json: {error.strerror}; mend or remove it, or choose another output_dir\n"
+    )
+
+
+def test_a_folder_in_the_place_of_cost_json_is_refused_before_the_training(tmp_path: Path) -> None:
+    (tmp_path / "cost.json").mkdir()
+    with pytest.raises(UserError, match=r"cost\.json is a folder, and a file is to be written there; remove it"):
+        _cost_of(run_in(tmp_path), "model", tmp_path / "cost.json")

@@ -27,6 +27,9 @@ def held(folder: Path, *, shared: bool = False, write: bool = True) -> Iterator[
     Removes what a killed launch left half-written. Raises UserError if another launch is at the folder, or if it cannot be
     written. A launch that fails before it wrote anything leaves nothing.
     """
+    in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
+    if in_the_way is not None:
+        raise UserError(f"output_dir: {in_the_way} is a file; choose another --output_dir")
     if not write or not process_state().is_main_process:
         yield
         return
@@ -37,7 +40,9 @@ def held(folder: Path, *, shared: bool = False, write: bool = True) -> Iterator[
         lock = os.open(folder / LOCKS / "run", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         _remove_empty(made)
-        raise UserError(f"output_dir: cannot write to {folder}: {_reason(folder, error)}") from None
+        raise UserError(
+            f"output_dir: cannot write to {folder}: {error.strerror}; choose another --output_dir, or make it writable"
+        ) from None
     try:
         _acquire(lock, folder, shared=shared)
         try:
@@ -71,14 +76,6 @@ def _locked(lock: int, kind: int) -> bool:
     except BlockingIOError:
         return False
     return True
-
-
-def _reason(folder: Path, error: OSError) -> str:
-    """What is in the way, in the words of a user."""
-    for path in (folder, *folder.parents):
-        if path.exists() and not path.is_dir():
-            return f"{path} is a file; choose another --output_dir"
-    return f"{error.strerror or error}; choose another --output_dir, or make it writable"
 
 
 def _remove_empty(folders: list[Path]) -> None:

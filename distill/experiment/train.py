@@ -101,6 +101,8 @@ def _cost_of(run: Run, name: str, path: Path) -> dict[str, Any] | None:
     """What an earlier training took; None where there was none, or its file is damaged."""
     if not path.exists():
         return None
+    if path.is_dir():  # found now, and not when the training has ended
+        raise UserError(f"{path} is a folder, and a file is to be written there; remove it")
     try:
         cost = read_json(path)
         if not all(isinstance(cost[key], (int, float)) for key in ("steps", "train_seconds")):
