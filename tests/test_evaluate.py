@@ -15,6 +15,7 @@ from accelerate import Accelerator
 from listed import WORDS, Listed, sample
 from PIL import Image
 from safetensors.torch import load_file
+from training import prepared
 
 from distill.config import FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
@@ -30,6 +31,7 @@ from distill.evaluation.evaluate import (
     held_out,
     quality,
 )
+from distill.evaluation.kept import weights_of
 from distill.metrics import frechet_distance
 from distill.metrics.features import Features
 from distill.models.family import Model
@@ -403,6 +405,19 @@ def test_images_of_another_caption_or_other_weights_are_made_anew(
     finally:
         weight.data -= 0.01
     assert calls.take() == (6, 4) and changed["quality"]["fid"] != first["quality"]["fid"]
+
+
+def test_the_scale_of_an_adapter_and_the_noise_schedule_are_part_of_the_weights() -> None:
+    model = prepared(denoiser="lora", text_encoder="frozen")
+    before = weights_of(model)
+    assert weights_of(model) == before
+    layer = next(part for part in model.denoiser.modules() if hasattr(part, "scaling"))
+    layer.scaling["default"] *= 2
+    assert weights_of(model) != before
+    layer.scaling["default"] /= 2
+    assert weights_of(model) == before
+    model.pipeline.scheduler.register_to_config(beta_end=0.5)
+    assert weights_of(model) != before
 
 
 @pytest.mark.parametrize("part", ["localization", "quality"])
