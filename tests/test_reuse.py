@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
 from distill.cli import parse
-from distill.data.phantom.dataset import PhantomDataset
 from distill.experiment import results, train
 from distill.models.loading import LORA_FILE
 
@@ -195,24 +194,6 @@ def test_a_model_card_that_a_kill_left_out_is_written(
     assert (out / "README.md").read_bytes() == (work / "run" / "README.md").read_bytes()
     assert not list(out.rglob("*.tmp"))
     assert "num_workers: 1" in (out / "config.yaml").read_text(encoding="utf-8")
-
-
-def test_a_run_whose_data_changed_says_so_and_counts_what_it_was_trained_on(
-    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The phantom draws other images here, as files may have changed."""
-    out = copied(work, tmp_path, "run")
-    length, caption = PhantomDataset.__len__, PhantomDataset.caption
-    monkeypatch.setattr(PhantomDataset, "__len__", lambda self: length(self) + 3)
-    monkeypatch.setattr(PhantomDataset, "caption", lambda self, i: caption(self, i) + " New." * (i == 1))
-    monkeypatch.setattr(train, "fit", never)
-    base = ["--base.name", str(work / "base"), "--data.cache_dir", str(work / "cache")]
-    run("finetune", [*base, *EVALUATION, *TRAINER, "--lora.rank", "2", "--output_dir", str(out)])
-    printed = capsys.readouterr().out
-    assert "model: it was trained on other data, 4 images; there are 7 now. It stays as it is" in printed
-    assert "model: quality is measured anew: the held-out images, their captions or regions, or the training" in printed
-    counts = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["provenance"]["counts"]
-    assert counts["training_images"] == 4 and counts["held_out_images"] == 9
 
 
 def test_a_torn_cost_is_trained_again(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
