@@ -36,8 +36,10 @@ from distill.report.tables import (
     cost_table,
     difference_table,
     finding_table,
+    flatten,
     format_estimate,
     format_seconds,
+    mass_table,
     results_table,
 )
 
@@ -400,6 +402,33 @@ def test_tables_hold_every_arm_and_the_colour_of_a_clear_difference() -> None:
     assert found is not None and [row[0] for row in found.rows] == list(FINDINGS)
     assert found.rows[0][1:3] == ["40", ".840"]
     assert cost_table(results).rows[3][2] == "41s" and "denoiser passes" not in cost_table(results).head
+
+
+def test_tables_of_findings_mass_and_cost_have_an_arm_a_line_or_a_column() -> None:
+    metrics = make_metrics(("a", "b"))
+    for entry, auc, pairs, bos in zip(metrics["arms"].values(), (0.6, None), (5, 1234), (0.25, None), strict=True):
+        one = {"auc": auc, "top1": None, "iou": None, "cnr": None, "pairs": pairs}
+        entry["localization"]["word"]["per_finding"] = {"edema": one} | ({"mass": one} if auc else {})
+        entry["localization"]["mass"] = {"bos": bos, "words": 0.125}
+        entry["cost"] = dict.fromkeys(entry["cost"]) | {"train_seconds": 3720.0, "peak_memory_gb": 1.256, "steps": 5000}
+    metrics["arms"]["b"]["cost"]["steps"] = None
+    results = parse_metrics(metrics)
+    found, mass, cost = finding_table(results), mass_table(results), cost_table(results)
+    assert found is not None and found.head == ["finding", "pairs", "a", "b"]
+    assert found.rows == [["edema", "1,234", ".600", UNKNOWN], ["mass", "5", ".600", UNKNOWN]]
+    assert mass is not None and mass.head == ["attention mass", "bos", "words"]
+    assert mass.rows == [["a", ".250", ".125"], ["b", UNKNOWN, ".125"]]
+    columns = dict(zip(cost.head, zip(*cost.rows, strict=True), strict=True))
+    assert columns["model"] == ("a", "b") and columns["train seconds"] == ("1h02m", "1h02m")
+    assert columns["steps"] == ("5,000", UNKNOWN) and columns["peak memory gb"] == ("1.26", "1.26")
+    assert "trainable parameters" not in columns and "evaluation seconds" not in columns, "no arm has them"
+
+
+def test_nested_settings_are_lines_of_dotted_keys() -> None:
+    value = {"a": {"b": 1, "c": [], "d": None, "e": {}}, "f": [1, 2], "g": [{"h": 3}, [4]], "i": (True,)}
+    assert dict(flatten(value)) == {
+        "a.b": "1", "a.c": "(none)", "a.d": UNKNOWN, "a.e": "(none)", "f": "1, 2", "g[0].h": "3", "g[1]": "4", "i": "True",
+    }  # fmt: skip
 
 
 def test_terminal_table_fits_eighty_columns_and_shows_brackets() -> None:

@@ -51,12 +51,13 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0, help="leave out the first so many of the sample")
     parser.add_argument("--only", default="", help="only modules whose path contains this")
     parser.add_argument("--seconds", type=float, default=60.0, help="tests of one mutant, by their recorded time")
+    parser.add_argument("--stale", action="store_true", help="test files that changed since are not recorded anew")
     parser.add_argument("--again", action="store_true", help="run the survivors of verdicts.jsonl again, nothing new")
     arguments = parser.parse_args()
     import_libraries()
     with tempfile.TemporaryDirectory(prefix="mutants-") as folder:
         tree = private_copy(Path(folder))
-        tests = Tests(record(tree))
+        tests = Tests(record(tree, arguments.stale))
         sources = {path: (tree / path).read_text(encoding="utf-8") for path in modules(tree)}
         survived = {entry["name"] for entry in verdicts() if entry["verdict"] == "survived"}
         done = {entry["name"] for entry in verdicts()} - (survived if arguments.again else set())
@@ -221,12 +222,12 @@ class NoDeadline:
         settings.load_profile("mutants")
 
 
-def record(tree: Path) -> list[dict[str, Any]]:
-    """The maps of all test files; a file that is not of its recorded content is run anew."""
+def record(tree: Path, stale: bool) -> list[dict[str, Any]]:
+    """The maps of all test files; one that has none, or unless `stale` one of other content, is run."""
     found = []
     for test in sorted((tree / "tests").glob("test_*.py")):
         content, path = digest(test.read_text(encoding="utf-8")), WORK / "map" / f"{test.stem}.json"
-        if not path.exists() or json.loads(path.read_text(encoding="utf-8"))["content"] != content:
+        if not path.exists() or (json.loads(path.read_text(encoding="utf-8"))["content"] != content and not stale):
             print(f"recording {test.name}", flush=True)
             path.parent.mkdir(parents=True, exist_ok=True)
             forked(lambda test=test, content=content, path=path: record_file(test, content, path, tree), tree, 1800)
