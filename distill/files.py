@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 
 from distill.errors import UserError
 
@@ -79,11 +79,14 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:
-    """The same for a safetensors file."""
+    """The same for a safetensors file. Equal tensors and metadata give equal bytes."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        save_file(dict(tensors), temporary, metadata=dict(metadata) if metadata else None)
+        if len(metadata or {}) > 1:
+            temporary.write_bytes(_with_metadata(save(dict(tensors)), metadata or {}))
+        else:
+            save_file(dict(tensors), temporary, metadata=dict(metadata) if metadata else None)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -104,6 +107,15 @@ def whole_folder(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _with_metadata(file: bytes, metadata: Mapping[str, str]) -> bytes:
+    """A safetensors file with sorted metadata: the library writes its entries in an order that changes from run to run."""
+    start = 8 + int.from_bytes(file[:8], "little")
+    header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(file[8:start])}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + file[start:]
 
 
 def write_json(path: Path, value: Any) -> Path:

@@ -48,16 +48,20 @@ class SwapTextEncoderConfig(Settings):
     """Check and fit, and write nothing."""
 
 
-def save_checked(pipeline: StableDiffusionPipeline, folder: Path) -> float:
-    """Write the pipeline whole or not at all; the largest difference of its outputs when it is loaded back."""
+def save_checked(pipeline: StableDiffusionPipeline, folder: Path, base: str) -> float:
+    """Write the pipeline whole or not at all; the largest difference of its outputs when it is loaded back.
+
+    base: what its configs say that its parts come from.
+    """
     import torch
 
     from distill.files import whole_folder
     from distill.models import load_model, model_of
-    from distill.models.export import prove_parity
+    from distill.models.export import name_base, prove_parity
 
     with whole_folder(folder) as partial:
         pipeline.save_pretrained(partial, safe_serialization=True)
+        name_base(partial, base)
         stock = load_model(BaseConfig(name=str(partial)))
         difference = prove_parity(model_of(pipeline), stock, torch.device("cpu"))
     return difference
@@ -79,6 +83,7 @@ def swap(config: SwapTextEncoderConfig) -> None:
     from distill.experiment.run import quiet_libraries
     from distill.models import load_model
     from distill.models.adapters import parameter_counts
+    from distill.models.export import base_of
     from distill.models.text_encoder import MULTI_LABEL, swap_text_encoder
     from distill.processes import process_state
 
@@ -109,7 +114,7 @@ def swap(config: SwapTextEncoderConfig) -> None:
     if config.dry_run:
         print("dry run: nothing was written")
         return
-    difference = save_checked(pipeline, folder)
+    difference = save_checked(pipeline, folder, base_of(model))
     print(
         f"{folder}: a stock pipeline; loaded back, difference {difference:.1e}\n"
         f"next: accelerate launch recipes/finetune.py --base.name {folder}, to train it: the projection alone draws poorly"

@@ -288,7 +288,7 @@ def test_the_toy_is_localized_counted_and_quantized_as_any_other(tmp_path: Path)
 # --- nobody else says unet ----------------------------------------------------------------------------------------
 
 UNET_FILES = {
-    *(f"distill/models/{name}.py" for name in ("stable_diffusion", "sdxl", "blocks", "embedded")),
+    *(f"distill/models/{name}.py" for name in ("stable_diffusion", "sdxl", "blocks", "embedded", "kohya")),
     "distill/models/stock.py",  # names of stock diffusers
     "distill/configuration/renamed.py",  # old names
     *(f"distill/experiment/{name}.py" for name in ("benchmark_localization", "benchmark_memory")),  # of U-Nets

@@ -34,6 +34,7 @@ from distill.experiment.run import Run
 from distill.methods import key_lock
 from distill.methods.key_lock import Merged
 from distill.models.adapters import parameter_counts
+from distill.models.kohya import KOHYA_FILE
 from distill.models.loading import LORA_FILE, load_model
 from distill.report import validate_metrics
 
@@ -171,7 +172,7 @@ def make_folder(folder: Path, header: str, row: Callable[[int], str], count: int
 def test_finetune_leaves_exactly_these_files(finetuned: tuple[Path, list[str]]) -> None:
     folder, _ = finetuned
     assert files_of(folder) == (
-        RUN_FILES | {"README.md", "cost.json", LORA_FILE} | arm_files("base") | arm_files("model", *TRAINED)
+        RUN_FILES | {"README.md", "cost.json", LORA_FILE, KOHYA_FILE} | arm_files("base") | arm_files("model", *TRAINED)
     )
     metrics = read_metrics(folder)
     assert list(metrics["arms"]) == ["base", "model"]
@@ -247,7 +248,7 @@ def test_distill_attention_learns_from_a_run_folder(finetuned: tuple[Path, list[
     run("distill_attention", argv)
     assert files_of(out) == (
         RUN_FILES
-        | {"README.md", "cost.json", LORA_FILE}
+        | {"README.md", "cost.json", LORA_FILE, KOHYA_FILE}
         | arm_files("base")
         | arm_files("teacher")
         | arm_files("model", *TRAINED)
@@ -289,7 +290,7 @@ def test_tradeoff_under_accelerate_launch_ends_with_the_table_the_paths_and_the_
         RUN_FILES
         | arm_files("base")
         | arm_files("frozen", *TRAINED, "cost.json", "README.md", *text_encoder_frozen)
-        | arm_files("lora", *TRAINED, "cost.json", "README.md", LORA_FILE)
+        | arm_files("lora", *TRAINED, "cost.json", "README.md", LORA_FILE, KOHYA_FILE)
     )
     metrics = read_metrics(folder)
     assert list(metrics["arms"]) == ["base", "frozen", "lora"] and metrics["real"]["quality"]["images"] == 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import copy
 import json
 import re
@@ -25,7 +26,7 @@ from tiny import save_tiny, tiny_sd
 import distill.report
 from distill.errors import UserError
 from distill.evaluation.results import Estimate, parse_metrics
-from distill.models.stock import exported, loading_code, public_base
+from distill.models.stock import exported, loading_code, plain_name, public_base
 from distill.report import terminal_table, validate_metrics, write_model_card, write_report
 from distill.report.document import UNKNOWN, escape_markdown
 from distill.report.summary import compare, difference, sample, summarize, terminal_summary
@@ -726,6 +727,42 @@ def test_card_of_users_data_has_their_caption_and_no_word_of_the_phantom(tmp_pat
     compile(code[1], "card", "exec")
 
 
+@pytest.mark.parametrize(
+    "caption", ["a cat", 'it\'s "quoted"', "```\n# Title\n<script>", "\u202e dlrow", "\\", "{x} %s", "a " * 300]
+)
+def test_the_prompt_is_the_shortest_caption_and_any_text_stays_a_string(tmp_path: Path, caption: str) -> None:
+    (tmp_path / "real").mkdir()
+    rows = [
+        {"id": "1", "caption": "a " * 400 + "long one"},
+        {"id": "2", "caption": caption},
+        {"id": "3", "caption": ""},
+    ]
+    (tmp_path / "real" / "examples.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    card = _card(tmp_path / "arm", {"unet": "unet"})
+    fences = [line for line in card.splitlines() if line.lstrip().startswith("```")]
+    assert fences == ["```python", "```"] and "\u202e" not in card
+    code = re.search(r"```python\n(.*?)\n```\n", card, re.DOTALL)
+    assert code is not None
+    drawing = ast.parse(code[1]).body[-1]
+    prompt = next(
+        node.value for node in ast.walk(drawing) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+    assert prompt == " ".join(caption.split())[:200]
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"),
+    [
+        ("stabilityai/sdxl", "stabilityai/sdxl"), ("phantom", "phantom"), ("/home/me/my base", "my base"),
+        ("runs/mine/", "mine"), (r"C:\Users\me\base", "base"), ("", ""), ("./base.safetensors", "base.safetensors"),
+        ("/home/me/.cache/huggingface/hub/models--org--name/snapshots/0123abc", "org/name"),
+        ("/c/models--org--a--b.c/snapshots/0123abc/unet", "org/a--b.c"),
+    ],
+)  # fmt: skip
+def test_a_base_is_named_without_a_path_of_this_machine(name: str, plain: str) -> None:
+    assert plain_name(name) == plain
+
+
 def test_front_matter_is_yaml_for_any_base(tmp_path: Path) -> None:
     for base in ("stabilityai/stable-diffusion-2-1", "phantom", 'a "b": {c}\n---\nd: e'):
         matter = yaml.safe_load(re.match(r"---\n(.*?)\n---\n", _card(tmp_path / "a", {"lora": "x"}, base), re.S)[1])  # type: ignore[index]
@@ -791,7 +828,7 @@ def test_the_report_shows_the_loading_code_of_the_choice(tmp_path: Path) -> None
     assert "does not hold the weights of gamma" in Page(write_report(run_dir)[0]).text
     (run_dir / "gamma" / "pytorch_lora_weights.safetensors").touch()
     html, markdown = write_report(run_dir)
-    assert "How to load gamma" in Page(html).text and CAPTIONS[0] in markdown.read_text()
+    assert "How to load gamma" in Page(html).text and min(CAPTIONS, key=len) in markdown.read_text()
     code = re.search(r"```python\n(.*?)```", markdown.read_text(), re.DOTALL)
     assert code is not None and "load_lora_weights" in code[1]
     compile(code[1], "report", "exec")

@@ -15,6 +15,7 @@ from distill.errors import UserError
 from distill.experiment.run import claim, quiet_libraries
 from distill.files import whole_folder, write_json
 from distill.models import Model, load_model
+from distill.models.export import base_of, name_base
 from distill.models.loading import SUBSET_FILE
 from distill.processes import process_state
 
@@ -70,5 +71,6 @@ def _write(base: BaseConfig, run: str | None, folder: Path, change: Change) -> N
     model = change(whole(base, run))
     with whole_folder(folder) as partial:
         model.pipeline.save_pretrained(partial, safe_serialization=True)
+        name_base(partial, base_of(model))
         if model.subset:
             write_json(partial / SUBSET_FILE, {"layers": model.subset.layers, "timesteps": model.subset.timesteps})

@@ -39,6 +39,7 @@ from distill.models.embedded import (
     new_text_encoder,
     new_vae,
 )
+from distill.models.export import name_base
 from distill.models.loading import SUBSET_FILE
 from distill.trainer import fit, make_accelerator
 
@@ -208,6 +209,7 @@ def save_base(pipeline: StableDiffusionPipeline, stage: str, work: Path, base: P
     shutil.rmtree(partial, ignore_errors=True)
     if stage == "unet":
         pipeline.save_pretrained(partial)
+        name_base(partial, base.name)
     else:
         # Only the weights change; saved configurations would name the folder that they were loaded from.
         measured = shutil.ignore_patterns("pretraining.json", SUBSET_FILE, "samples.png")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -11,11 +12,16 @@ from typing import Any
 import torch
 from diffusers.utils import convert_state_dict_to_diffusers
 from peft.utils import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 
 from distill.errors import UserError
+from distill.files import read_json, write_tensors
 from distill.models.family import Model
+from distill.models.kohya import KOHYA_FILE
 from distill.models.loading import LORA_FILE
+from distill.models.stock import plain_name
 
 PARITY_TOLERANCE = 1e-5
 
@@ -23,6 +29,7 @@ PARITY_TOLERANCE = 1e-5
 def export(model: Model, run: Path) -> dict[str, str]:
     """Write what is trainable: adapters to pytorch_lora_weights.safetensors (with alpha), full weights to diffusers folders.
 
+    The same adapters are written once more for ComfyUI, A1111 and kohya's scripts. No file has a path of this machine.
     Returns {"lora": file} and, for each part with full weights, {stock name: folder}, both relative to `run`. All is written
     to a temporary folder first, so that a kill or a full disk leaves no half-written file.
     """
@@ -37,13 +44,20 @@ def export(model: Model, run: Path) -> dict[str, str]:
     for name, module in zip(names, [model.denoiser, *model.text_encoders], strict=True):
         if _adapter(module) is not None:
             states[name] = {k: v.detach().cpu().contiguous() for k, v in adapter_state(name, module).items()}
-            configs[name] = _adapter(module).to_dict()
+            configs[name] = _portable(_adapter(module).to_dict(), base_of(model))
         elif any(p.requires_grad for p in module.parameters()):
             module.save_pretrained(partial / name)
             written[name] = name
+    name_base(partial, base_of(model))
     if states:
         model.family.save_adapters(model.pipeline, partial, states, configs)
+        with safe_open(partial / LORA_FILE, "pt") as file:
+            metadata = file.metadata()
+        write_tensors(partial / LORA_FILE, load_file(partial / LORA_FILE), metadata)
         written["lora"] = LORA_FILE
+        other = model.family.layout_of_other_tools(model)
+        if other is not None:
+            write_tensors(partial / KOHYA_FILE, *other)
     if not written:
         raise ValueError("nothing is trainable, so there is nothing to export")
     for entry in partial.iterdir():
@@ -53,6 +67,27 @@ def export(model: Model, run: Path) -> dict[str, str]:
         os.replace(entry, target)
     partial.rmdir()
     return written
+
+
+def base_of(model: Model) -> str:
+    """The base of a model without a path of this machine; empty if it was never loaded from anywhere."""
+    return plain_name(str(getattr(model.pipeline, "config", {}).get("_name_or_path") or ""))
+
+
+def name_base(folder: Path, base: str) -> None:
+    """Write `base` in place of the path that stock tools leave in each config below `folder`."""
+    for path in [*folder.rglob("config.json"), *folder.rglob("model_index.json")]:
+        config = read_json(path)
+        if config.get("_name_or_path", base) != base:
+            path.write_text(
+                json.dumps(config | {"_name_or_path": base}, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+            )
+
+
+def _portable(config: dict[str, Any], base: str) -> dict[str, Any]:
+    """The configuration of an adapter in a fixed order, on `base`."""
+    ordered = {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in config.items()}
+    return ordered | {"base_model_name_or_path": base}
 
 
 def _adapter(module: nn.Module) -> Any:

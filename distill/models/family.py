@@ -277,6 +277,10 @@ class Family(ABC):
         arguments |= {f"{name}_lora_adapter_metadata": config for name, config in configs.items()}
         type(pipeline).save_lora_weights(folder, **arguments)
 
+    def layout_of_other_tools(self, model: Model) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+        """The adapters as ComfyUI and A1111 read them, tensors and metadata; None where they know no such model."""
+        return None
+
     def load_adapters(self, pipeline: Any, folder: Path) -> None:
         """Attach the adapters of a folder under the name `default`, as a user would."""
         pipeline.load_lora_weights(folder, adapter_name="default")

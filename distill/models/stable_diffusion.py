@@ -13,6 +13,7 @@ from torch import nn
 
 from distill.models.blocks import name_in_teacher
 from distill.models.family import Conditions, Family, Kind, Model, ModuleName, TextStates, register
+from distill.models.kohya import kohya_layout
 
 COMPARED = ("cross_attention_dim", "attention_head_dim", "block_out_channels", "down_block_types", "in_channels")
 """Entries of a U-Net's config that decide whether its attention maps can be compared with another's."""
@@ -117,6 +118,21 @@ class UNetFamily(Family):
             for name, module in denoiser.named_modules()
             if name == "mid_block" or re.fullmatch(r"(down|up)_blocks\.\d+", name)
         }
+
+    def layout_of_other_tools(self, model: Model) -> tuple[dict[str, torch.Tensor], dict[str, str]] | None:
+        layers = model.denoiser.config.layers_per_block
+        counts = set(layers) if isinstance(layers, (list, tuple)) else {layers}
+        modules = {
+            self.denoiser_name: model.denoiser,
+            **dict(zip(self.text_encoder_names, model.text_encoders, strict=True)),
+        }
+        tensors = kohya_layout(
+            modules, sdxl=self.reads_size, layers_per_block=counts.pop() if len(counts) == 1 else None
+        )
+        second = model.denoiser.config.cross_attention_dim == 1024
+        version = "sdxl_base_v1-0" if self.reads_size else "sd_v2" if second else "sd_v1"
+        # A1111 lists an adapter only for the kind of base that these name.
+        return tensors, {"format": "pt", "ss_base_model_version": version, "ss_v2": str(second and not self.reads_size)}
 
     def name_in_teacher(self, student: Any, teacher: Any) -> ModuleName:
         return name_in_teacher(student.config, teacher.config)

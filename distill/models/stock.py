@@ -32,6 +32,17 @@ def public_base(name: str) -> str | None:
     return name if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not Path(name).exists() else None
 
 
+def plain_name(name: str) -> str:
+    """A base without a path of this machine: a hub id stays, also that of a folder of the hub's cache; of any other folder
+    or file its last name."""
+    cached = re.search(r"(?:^|[\\/])models--([\w.-]+?)--([\w.-]+)[\\/]snapshots(?:[\\/]|$)", name)
+    if cached:
+        return f"{cached[1]}/{cached[2]}"
+    if name == "" or public_base(name) == name:
+        return name
+    return re.split(r"[\\/]", name.rstrip("\\/"))[-1] if name.strip("./\\") else Path(name).resolve().name
+
+
 def _class_of(folder: Path, part: str) -> tuple[str, str]:
     path = folder / part / "config.json"
     config = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
@@ -87,10 +98,13 @@ def loading_code(
 
 
 def example_prompt(*run_folders: Path) -> str | None:
-    """The first held-out caption of a run."""
+    """The shortest caption of the held-out examples of a run, on one line of at most 200 characters."""
     for path in (folder / "real" / "examples.jsonl" for folder in run_folders):
-        if path.is_file() and (line := path.read_text(encoding="utf-8").partition("\n")[0]):
-            return str(json.loads(line)["caption"])
+        if path.is_file():
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+            captions = [" ".join(str(row["caption"]).split())[:200] for row in rows]
+            if any(captions):
+                return min(filter(None, captions), key=len)
     return None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from distill.evaluation.results import parse_metrics
 from distill.files import write_atomic
+from distill.models.kohya import KOHYA_FILE
 from distill.models.stock import PARTS, code_of, example_prompt, public_base
 from distill.report.document import UNKNOWN, Table, escape_markdown, markdown_table
 from distill.report.tables import METRICS, flatten, format_count, format_estimate, format_seconds
@@ -61,6 +62,7 @@ def write_model_card(
         f"# {escape_markdown(arm_dir.resolve().name)}",
         f"A text-to-image diffusion model, fine-tuned from {escape_markdown(base or 'a base of its owner')}.",
         f"```python\n{code}\n```",
+        f"ComfyUI, A1111 and kohya's scripts read `{KOHYA_FILE}`." if (arm_dir / KOHYA_FILE).exists() else "",
         escape_markdown("; ".join(made) + "." if export else "Nothing was trained: the numbers are the base's own."),
         markdown_table(measured),
         escape_markdown(f"Measured on {' and '.join(sizes)}." if sizes else "Not measured."),

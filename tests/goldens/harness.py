@@ -96,7 +96,8 @@ def environment_differences(recorded: dict[str, str]) -> list[str]:
 # All that is known of names and formats of files is here.
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-NOT_WEIGHTS = ("maps.safetensors", "features.safetensors")
+NOT_WEIGHTS = ("maps.safetensors", "features.safetensors", "lora_for_comfyui_and_a1111.safetensors")
+"""No weights, or those of LORA_FILE under other names."""
 WORD_MAPS = "word_maps.safetensors"
 """Pictures for the report, made apart from every number."""
 RUN_FILE = "config.yaml"
