@@ -118,7 +118,7 @@ def _with_metadata(file: bytes, metadata: Mapping[str, str]) -> bytes:
     return len(text).to_bytes(8, "little") + text + file[start:]
 
 
-def write_json(path: Path, value: Any) -> Path:
+def write_json(path: Path, value: object) -> Path:
     """The same for a JSON value. Raises ValueError for a number that is not finite, and then writes nothing."""
     return write_atomic(path, json.dumps(value, indent=1, allow_nan=False))
 

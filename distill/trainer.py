@@ -483,7 +483,7 @@ def _moved(batch: Any, device: torch.device) -> Any:
     return batch.to(device, non_blocking=True)
 
 
-def _optimizer(groups: list[dict[str, Any]], config: TrainerConfig) -> torch.optim.Optimizer:
+def _optimizer(groups: list[dict[str, object]], config: TrainerConfig) -> torch.optim.Optimizer:
     options: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": config.adam_betas,

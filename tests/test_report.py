@@ -461,7 +461,22 @@ def test_markdown_links_exactly_the_pictures_that_were_written(full_run: Path) -
     markdown = (full_run / "report.md").read_text(encoding="utf-8")
     assert markdown.startswith("# Take gamma") or markdown.startswith("## Take gamma")
     linked = set(re.findall(r"\]\((.*?)\)", markdown))
-    assert linked == {f"figures/{path.name}" for path in (full_run / "figures").iterdir()} and len(linked) == 5
+    figures = {link for link in linked if link.startswith("figures/")}
+    assert figures == {f"figures/{path.name}" for path in (full_run / "figures").iterdir()} and len(figures) == 5
+    examples = [*full_run.glob("real/*.png"), *full_run.glob("*/samples/*.png")]
+    assert linked - figures == {str(path.relative_to(full_run)) for path in examples} and len(examples) > 3
+
+
+def test_markdown_shows_the_pictures_of_the_first_seed_under_any_name(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run" / "seed-3", arms=("alpha (a) b",))
+    (run / "alpha (a) b/samples/0001.png").unlink()
+    metrics = make_metrics(("alpha (a) b",))
+    metrics["provenance"]["seeds"]["training"] = [3, 4]
+    (run.parent / "metrics.json").write_text(json.dumps(metrics))
+    markdown = write_report(run.parent)[1].read_text(encoding="utf-8")
+    assert "| real image | alpha (a) b |" in markdown
+    assert "![](seed-3/real/0001.png)" in markdown
+    assert "](seed-3/alpha%20%28a%29%20b/samples/0000.png)" in markdown and "samples/0001.png)" not in markdown
 
 
 def test_exactly_these_files_are_left(full_run: Path) -> None:

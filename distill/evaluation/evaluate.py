@@ -39,7 +39,7 @@ from distill.models.blocks import model_size
 from distill.models.family import Model
 
 
-def _batches(items: Sequence[Any], size: int) -> Iterator[Sequence[Any]]:
+def _batches(items: Sequence[object], size: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
 
 
@@ -421,7 +421,7 @@ def evaluate(
     return returned
 
 
-def finite(value: Any) -> Any:
+def finite(value: object) -> Any:
     """The same nested value with null for what is not a finite number: JSON has no NaN."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}

@@ -147,7 +147,7 @@ def _fail(path: str, reason: str) -> NoReturn:
     raise ValueError(f"{path}: {reason}")
 
 
-def _number(value: Any, path: str, low: float = -math.inf, high: float = math.inf) -> float:
+def _number(value: object, path: str, low: float = -math.inf, high: float = math.inf) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         _fail(path, f"must be a number, is {type(value).__name__}")
     if not math.isfinite(value):
@@ -157,7 +157,7 @@ def _number(value: Any, path: str, low: float = -math.inf, high: float = math.in
     return value
 
 
-def _interval(value: Any, path: str) -> tuple[float, float]:
+def _interval(value: object, path: str) -> tuple[float, float]:
     if not isinstance(value, (list, tuple)) or len(value) != 2:
         _fail(path, f"must be [low, high], is {value!r}")
     low, high = (_number(end, f"{path}[{place}]") for place, end in enumerate(value))
@@ -203,7 +203,7 @@ def _record(kind: Any, value: Mapping[str, Any], path: str) -> Any:
     return kind(**found)
 
 
-def parse_metrics(content: Mapping[str, Any]) -> Results:
+def parse_metrics(content: Mapping[str, object]) -> Results:
     """The content of metrics.json, checked and typed; its keys are the fields of `Results`.
 
     A key without a default is required. What cannot be computed is null. An estimate has its interval beside it as
@@ -225,6 +225,6 @@ def parse_metrics(content: Mapping[str, Any]) -> Results:
     return Results(arms, results.provenance, results.real, results.paired, results.compare_to or list(arms)[:1])
 
 
-def validate_metrics(metrics: Mapping[str, Any]) -> None:
+def validate_metrics(metrics: Mapping[str, object]) -> None:
     """Check the content of metrics.json. Raises ValueError with the path of the first wrong key, see `parse_metrics`."""
     parse_metrics(metrics)

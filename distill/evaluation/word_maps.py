@@ -86,7 +86,7 @@ def write_word_maps(
     write_tensors(arm_dir / WORD_MAPS_FILE, tensors, {"examples": json.dumps(about)})
 
 
-def _word_of(caption: str, query_words: Sequence[str], spans: Mapping[str, Any]) -> str | None:
+def _word_of(caption: str, query_words: Sequence[str], spans: Mapping[str, object]) -> str | None:
     """The last word of the first place where `caption` names a finding: "effusion" of "pleural effusion"."""
     places = find_words(caption, query_words)
     inside = [word for word in words_of(caption[slice(*places[0])]) if word in spans] if places else []

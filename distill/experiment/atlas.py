@@ -89,7 +89,7 @@ def summary_rows(entries: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ..
     return rows
 
 
-def terminal_table(entries: Mapping[str, Mapping[str, Any]]) -> RichTable:
+def terminal_table(entries: Mapping[str, Mapping[str, object]]) -> RichTable:
     table = RichTable(
         box=box.SIMPLE_HEAD,
         padding=0,

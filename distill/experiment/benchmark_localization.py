@@ -231,7 +231,7 @@ def scale(recipe: Path, options: Sequence[str], output_dir: Path) -> Row:
     }
 
 
-def _numbers(value: Any) -> Iterator[float]:
+def _numbers(value: object) -> Iterator[float]:
     if isinstance(value, dict):
         for key in sorted(value):
             yield from _numbers(value[key])

@@ -23,7 +23,7 @@ from distill.models import load_model
 Row = dict[str, Any]
 
 
-def seconds_of(call: Callable[[], Any], device: torch.device) -> tuple[Any, float]:
+def seconds_of(call: Callable[[], object], device: torch.device) -> tuple[Any, float]:
     """What `call` returns, and its wall-clock time."""
     began = time.perf_counter()
     result = call()
@@ -44,7 +44,7 @@ def forward_inputs(unet: Any, batch: int, size: int, device: torch.device) -> Ro
     }
 
 
-def in_fresh_process(function: Callable[..., Any], *arguments: Any) -> Any:
+def in_fresh_process(function: Callable[..., object], *arguments: Any) -> Any:
     """`function(*arguments)` in a process that has done nothing before."""
     pool = multiprocessing.get_context("spawn").Pool(1)
     try:

@@ -47,7 +47,7 @@ def evaluate_arm(
     run: Run,
     name: str,
     folder: Path | None,
-    cost: dict[str, Any] | None = None,
+    cost: dict[str, object] | None = None,
     *,
     base: BaseConfig | None = None,
     evaluation: FullEvaluation | None = None,

@@ -87,7 +87,7 @@ def _training_data(run: Run) -> dict[str, Any]:
     return {"training_images": len(train), "training_data": digest(rows)}
 
 
-def _tell_of_other_data(run: Run, name: str, cost: Mapping[str, Any]) -> None:
+def _tell_of_other_data(run: Run, name: str, cost: Mapping[str, object]) -> None:
     """Say so if the training images are no longer those that a trained arm has seen."""
     now = _training_data(run)
     if cost.get("training_data", now["training_data"]) != now["training_data"]:

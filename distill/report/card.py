@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from distill.evaluation.results import parse_metrics
 from distill.files import write_atomic
@@ -26,9 +25,9 @@ _LIMITS = (
 
 def write_model_card(
     arm_dir: Path,
-    metrics_for_arm: Mapping[str, Any],
-    config: Mapping[str, Any],
-    provenance: Mapping[str, Any],
+    metrics_for_arm: Mapping[str, object],
+    config: Mapping[str, object],
+    provenance: Mapping[str, object],
     *,
     base_name: str,
     export: Mapping[str, str],

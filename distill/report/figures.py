@@ -99,7 +99,7 @@ def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def curve_charts(logs: Mapping[str, Mapping[str, Any]], arms: Sequence[str], stem: str) -> list[Picture]:
+def curve_charts(logs: Mapping[str, Mapping[str, object]], arms: Sequence[str], stem: str) -> list[Picture]:
     """One chart a term, one line an arm with its running mean, from {arm: {term: [(step, value)]}}."""
     charts = []
     for number, term in enumerate(dict.fromkeys(term for log in logs.values() for term in log)):

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
@@ -20,7 +21,7 @@ from distill.evaluation.word_maps import WORD_MAPS_FILE, WordMaps, read_word_map
 from distill.files import read_json, write_atomic
 from distill.models.stock import code_of, example_prompt, exported
 from distill.report import figures, tables
-from distill.report.document import Picture, Section, Table, markdown_section
+from distill.report.document import Picture, Section, Table, escape_markdown, markdown_section
 from distill.report.summary import RULE, sample, summarize
 
 # Columns of train_log.jsonl and localization_log.jsonl that are no curve.
@@ -31,6 +32,7 @@ _NO_CURVE = ("step", "grad_norm", "lr", "seconds", "epoch", "images", "pairs")
 class Example:
     """One held-out image. boxes: (finding, left, top, width, height) in percent. arms: generated image and maps of each."""
 
+    number: int
     caption: str
     image: Image.Image
     boxes: list[tuple[Any, ...]]
@@ -94,7 +96,7 @@ def _read_examples(run_dir: Path, arms: Sequence[str], notes: list[str]) -> list
             scale = [100 / image.width, 100 / image.height] * 2
             found = [(region["finding"], box) for region in row.get("regions") or () for box in region["boxes"] or ()]
             boxes = [(name, *(s * float(side) for s, side in zip(scale, box, strict=True))) for name, box in found]
-            examples.append(Example(str(row.get("caption")), image, boxes, shown))
+            examples.append(Example(number, str(row.get("caption")), image, boxes, shown))
     return examples
 
 
@@ -117,10 +119,8 @@ def _sections(run_dir: Path, results: Results, charts: Sequence[Picture], notes:
     located = figures.curve_charts(_curves(run_dir, arms, "localization_log.jsonl", notes), arms, "localization")
     found = (tables.difference_table(results), tables.mass_table(results), tables.finding_table(results))
     paired, mass, findings = ([table] if table else [] for table in found)
-    directions = {1: "↑ higher", -1: "↓ lower", 0: "neither"}
-    meaning = Table(
-        ["metric", "better", "meaning"], [[m.name, directions[m.direction], m.meaning] for m in tables.METRICS]
-    )
+    better = {1: "↑ higher", -1: "↓ lower", 0: "neither"}
+    meaning = Table(["metric", "better", "meaning"], [[m.name, better[m.direction], m.meaning] for m in tables.METRICS])
     said = "Under each value stands its 95 % interval. Every model is measured on the same held-out images."
     shares = "Attention mass is the part of all cross-attention that a group of tokens receives."
     differs = "The difference of two models on the same images. It is green or red where its interval excludes 0."
@@ -138,6 +138,18 @@ def _sections(run_dir: Path, results: Results, charts: Sequence[Picture], notes:
     return [*shown, *missing, Section("Provenance", [], [], [origin], folded=True)]
 
 
+def _markdown_examples(examples: Sequence[Example], folder: Path) -> list[str]:
+    """A table for each example: the real image beside those that the models drew of its caption."""
+    parts = ["## Examples"] if examples else []
+    for example in examples:
+        folders = {"real image": "real"} | {arm: f"{arm}/samples" for arm, (drawn, _) in example.arms.items() if drawn}
+        paths = [quote(str(folder / name / f"{example.number:04d}.png")) for name in folders.values()]
+        columns = [[escape_markdown(name), "---", f"![]({path})"] for name, path in zip(folders, paths, strict=True)]
+        rows = "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
+        parts += [escape_markdown(example.caption), rows]
+    return parts
+
+
 def _loading(run_dir: Path, results: Results, arm: str | None) -> str:
     """The code that loads `arm`; empty where the run folder does not hold its weights."""
     config = results.provenance.get("config") or {}
@@ -153,11 +165,8 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     """Write report.html (one self-contained file) and report.md (with figures/*.png) from the files of a run folder.
 
     Reads metrics.json, and where they exist real/examples.jsonl with its images and each arm's word_maps.safetensors,
-    samples/, train_log.jsonl and localization_log.jsonl. What cannot be read is said in the report.
-
-    Raises:
-        UserError: metrics.json cannot be read.
-        ValueError: metrics.json is not of the documented form (see `parse_metrics`).
+    samples/, train_log.jsonl and localization_log.jsonl. What cannot be read is said in the report. Raises UserError where
+    metrics.json cannot be read, and ValueError where it is not of the documented form (see `parse_metrics`).
     """
     results, notes = parse_metrics(read_json(run_dir / "metrics.json")), list[str]()
     # Of several seeds the pictures are those of the first.
@@ -177,9 +186,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
         sections=sections, figures=figures, Markup=Markup, style=Markup(style), script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
-    parts = [
-        *map(markdown_section, [head, Section("The rule", [RULE])]),
-        *([f"```python\n{code}\n```"] if code else []),
-    ]
-    markdown = "\n\n".join([*parts, *map(markdown_section, sections)]) + "\n"
+    parts = [*map(markdown_section, [head, Section("The rule", [RULE])]), f"```python\n{code}\n```" if code else ""]
+    parts += [*_markdown_examples(examples, files.relative_to(run_dir)), *map(markdown_section, sections)]
+    markdown = "\n\n".join(filter(None, parts)) + "\n"
     return write_atomic(run_dir / "report.html", html), write_atomic(run_dir / "report.md", markdown)

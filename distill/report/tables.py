@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich import box
 from rich.table import Table as RichTable
@@ -82,7 +81,7 @@ def format_count(count: float | None, decimals: int = 0) -> str:
     return UNKNOWN if count is None else f"{count:,.{decimals}f}"
 
 
-def flatten(value: Any, prefix: str = "") -> Iterator[tuple[str, str]]:
+def flatten(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
     """(dotted key, text) of every leaf of nested objects; lists of plain values are one leaf."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
@@ -111,7 +110,7 @@ def results_table(results: Results, wanted: Sequence[Metric] = METRICS) -> Table
     return Table(["model", *(m.label for m in shown)], rows, "numbers", "results of all models")
 
 
-def terminal_table(metrics: Mapping[str, Any]) -> RichTable:
+def terminal_table(metrics: Mapping[str, object]) -> RichTable:
     """The main metrics for a terminal, `-` where a value is unknown. An interval stands under its value."""
     found = results_table(parse_metrics(metrics), (WORD_AUC, IMAGE_ADDS, FID, FINDING_AUC, DIVERSITY))
     caption = "95 % intervals under the values; ↑ higher is better, ↓ lower is better"
@@ -158,9 +157,7 @@ def mass_table(results: Results) -> Table | None:
     masses = {name: arm.localization.mass for name, arm in results.arms.items() if arm.localization}
     found = {name: mass for name, mass in masses.items() if mass}
     parts = list(next(iter(found.values()), ()))
-    rows = [
-        [name, *(UNKNOWN if v is None else format_number(v, 3) for v in mass.values())] for name, mass in found.items()
-    ]
+    rows = [[a, *(UNKNOWN if v is None else format_number(v, 3) for v in mass.values())] for a, mass in found.items()]
     return Table(["attention mass", *parts], rows, "numbers", "attention mass") if rows else None
 
 

@@ -240,7 +240,7 @@ def _read_instances(root: Path, name: str, image_dir: str, faults: Faults) -> tu
     return {image.name: image for image in images.values()}, list(file.categories.values())
 
 
-def _box(value: Any) -> Box | None:
+def _box(value: object) -> Box | None:
     """A box, None if it has no area: published instances have boxes of height 0."""
     box = numbers_of(value, "bbox")
     if box[2] < 0 or box[3] < 0:

@@ -288,7 +288,7 @@ def _entries(config: FolderData, columns: _Columns, root: Path, rows: list[Row],
     return list(entries.values())
 
 
-def _split_of(config: FolderData, row: dict[str, Any], column: str | None) -> str:
+def _split_of(config: FolderData, row: dict[str, object], column: str | None) -> str:
     value = text_of(row, column, empty=True) if column else ""
     for name in (config.train_split, config.test_split, *VALIDATION_SPLITS):
         if key(value) == key(name) and value != name and value not in VALIDATION_SPLITS:
@@ -296,7 +296,7 @@ def _split_of(config: FolderData, row: dict[str, Any], column: str | None) -> st
     return value
 
 
-def _annotations(columns: _Columns, root: Path, place: Place, row: dict[str, Any]) -> list[Annotation]:
+def _annotations(columns: _Columns, root: Path, place: Place, row: dict[str, object]) -> list[Annotation]:
     boxes = _boxes(row[columns.box], columns.box) if columns.box and columns.box in row else []
     lists: dict[str, list[Any]] = {
         "box": boxes,
@@ -321,7 +321,7 @@ def _annotations(columns: _Columns, root: Path, place: Place, row: dict[str, Any
     return annotations
 
 
-def _boxes(value: Any, column: str) -> list[Box]:
+def _boxes(value: object, column: str) -> list[Box]:
     """Boxes of a text `x,y,w,h|x,y,w,h`, of a list of four numbers, or of a list of boxes."""
     if value is None or value == [] or (isinstance(value, str) and not value.strip()):
         return []

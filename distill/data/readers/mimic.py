@@ -217,7 +217,7 @@ def _read_studies(
     return studies
 
 
-def _labels(row: dict[str, Any], label_columns: list[str]) -> list[str]:
+def _labels(row: dict[str, object], label_columns: list[str]) -> list[str]:
     if _LABELS in row:
         return [label for label in texts_of(row, _LABELS) if label]
     labels = []
@@ -236,7 +236,7 @@ def _patient(path: str) -> str:
     return found[1] if found else ""
 
 
-def _image_path(row: dict[str, Any], column: str) -> str:
+def _image_path(row: dict[str, object], column: str) -> str:
     path = path_under(text_of(row, column), column)
     return path.removesuffix(".dcm") + ".jpg" if path.endswith(".dcm") else path
 
@@ -471,7 +471,7 @@ def _dashed(part: str) -> Box:
     return box_of(pieces, "bboxxywh")
 
 
-def _texts(config: MsCxrData, row: dict[str, Any], boxes: int) -> list[str]:
+def _texts(config: MsCxrData, row: dict[str, object], boxes: int) -> list[str]:
     """The text of each box of a row of joined boxes: the impression, or a phrase."""
     text = caption_of(row, "label_text", True)
     if config.caption_source == "impression" and config.mimic_file is None:

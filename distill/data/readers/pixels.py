@@ -8,7 +8,7 @@ import math
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,7 +90,7 @@ def mask_values(image: Image.Image) -> NDArray[np.generic]:
 # --- segmentations of COCO ----------------------------------------------------------------------------------------
 
 
-def check_segmentation(value: Any, width: int, height: int) -> str | None:
+def check_segmentation(value: object, width: int, height: int) -> str | None:
     """The `segmentation` of a COCO annotation as JSON text, None if it is empty.
 
     Polygons are lists of x and y in turn, in pixels; a run-length code holds `size` [height, width] and `counts`, a

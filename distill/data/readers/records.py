@@ -307,7 +307,7 @@ class RecordDataset:
 class _Rows:
     """Rows of an Arrow table."""
 
-    def __init__(self, columns: dict[str, list[Any]], schema: pyarrow.Schema) -> None:
+    def __init__(self, columns: dict[str, list[object]], schema: pyarrow.Schema) -> None:
         self.table = pyarrow.Table.from_pydict(columns, schema=schema)
 
     def __len__(self) -> int:

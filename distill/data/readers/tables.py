@@ -142,7 +142,7 @@ class GivenTwice(ValueError):
     """A key twice in one object."""
 
 
-def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _once(pairs: list[tuple[str, object]]) -> dict[str, Any]:
     """A JSON object, its keys without spaces around. Python's own reader keeps the last value of a key that is given twice."""
     found = {name.strip(): value for name, value in pairs}
     if len(found) < len(pairs):
@@ -154,7 +154,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 # --- values -------------------------------------------------------------------------------------------------------
 
 
-def text_of(row: dict[str, Any], column: str, empty: bool = False) -> str:
+def text_of(row: dict[str, object], column: str, empty: bool = False) -> str:
     """The text in a column, without white space around it; numbers become text, a missing value is empty.
 
     A text of nothing but invisible characters, such as zero-width spaces, is empty too.
@@ -180,7 +180,7 @@ def text_of(row: dict[str, Any], column: str, empty: bool = False) -> str:
     return value
 
 
-def texts_of(row: dict[str, Any], column: str | None) -> list[str]:
+def texts_of(row: dict[str, object], column: str | None) -> list[str]:
     """A list of texts: JSON list, or one text whose parts are joined by `|`; empty parts in the middle are kept."""
     if column is None:
         return []
@@ -193,7 +193,7 @@ def texts_of(row: dict[str, Any], column: str | None) -> list[str]:
     return [text_of({column: part}, column, empty=True) for part in text.split("|")] if text else []
 
 
-def caption_of(row: dict[str, Any], column: str, allow_empty: bool) -> str:
+def caption_of(row: dict[str, object], column: str, allow_empty: bool) -> str:
     value = row.get(column)
     if value is not None and not isinstance(value, str):
         raise ValueError(f"{column} must be text: {quote(value)}")
@@ -203,7 +203,7 @@ def caption_of(row: dict[str, Any], column: str, allow_empty: bool) -> str:
     return caption
 
 
-def numbers_of(parts: Any, column: str) -> Box:
+def numbers_of(parts: object, column: str) -> Box:
     """Four finite numbers of a list of numbers or texts."""
     shown = ",".join(map(str, parts)) if isinstance(parts, list) else parts
     try:
@@ -218,7 +218,7 @@ def numbers_of(parts: Any, column: str) -> Box:
     return x, y, width, height
 
 
-def _is_plain_number(part: Any) -> bool:
+def _is_plain_number(part: object) -> bool:
     """Python's float() also takes true, 1_0 and digits of other scripts."""
     return not isinstance(part, bool) and not (isinstance(part, str) and ("_" in part or not part.isascii()))
 
@@ -232,7 +232,7 @@ def box_of(parts: Any, column: str) -> Box:
     return box
 
 
-def frame_of(row: dict[str, Any], width_column: str, height_column: str) -> tuple[int, int]:
+def frame_of(row: dict[str, object], width_column: str, height_column: str) -> tuple[int, int]:
     """(width, height) in pixels of the image that boxes and masks were drawn on."""
     sides = []
     for column in (width_column, height_column):
@@ -249,7 +249,7 @@ def frame_of(row: dict[str, Any], width_column: str, height_column: str) -> tupl
     return sides[0], sides[1]
 
 
-def split_of(row: dict[str, Any], column: str) -> str:
+def split_of(row: dict[str, object], column: str) -> str:
     """The name of a split code; a number may have been written as a float."""
     text = text_of(row, column)
     code = text.removesuffix(".0")
@@ -265,7 +265,7 @@ def key(name: str) -> str:
     return " ".join(name.split()).casefold()
 
 
-def quote(value: Any) -> str:
+def quote(value: object) -> str:
     """Its first characters on one line; those that a terminal would obey or hide are escaped."""
     text = " ".join(str(value).split())
     text = text if len(text) <= _QUOTED_CHARACTERS else text[: _QUOTED_CHARACTERS - 1] + "…"
