@@ -100,6 +100,8 @@ NOT_WEIGHTS = ("maps.safetensors", "features.safetensors", "lora_for_comfyui_and
 """No weights, or those of LORA_FILE under other names."""
 WORD_MAPS = "word_maps.safetensors"
 """Pictures for the report, made apart from every number."""
+STATE = "state"
+"""Folder of checkpoints, whose weights are those of the export or of an earlier step."""
 RUN_FILE = "config.yaml"
 """Is in each run folder, and in no folder of an arm."""
 BESIDES = {
@@ -146,6 +148,8 @@ def losses(root: Path) -> Values:
     """Each row of each training log."""
     found: Values = {}
     for path in root.rglob("train_log.jsonl"):
+        if STATE in path.relative_to(root).parts:
+            continue
         for row in rows_of(path):
             step = row.pop("step")
             found |= {f"{label_of(path.parent, root)}/losses/{step}/{k}": v for k, v in flat(row)}
@@ -156,7 +160,7 @@ def tensors(root: Path) -> Values:
     """Each tensor of each exported model: adapters, full weights, pipelines."""
     found: Values = {}
     for path in root.rglob("*.safetensors"):
-        if path.name in (*NOT_WEIGHTS, WORD_MAPS) or "latents" in path.relative_to(root).parts:
+        if path.name in (*NOT_WEIGHTS, WORD_MAPS) or {"latents", STATE} & set(path.relative_to(root).parts):
             continue
         if path.name == LORA_FILE:
             label, part = label_of(path.parent, root), "lora"
