@@ -111,7 +111,7 @@ BESIDES = {
     "pretraining.json": "pretraining",
 }
 """Small files in an arm's folder -> what their values are called among its metrics."""
-DROPPED = ("provenance", "config", "settings", "model")
+DROPPED = ("provenance", "config", "settings", "model", "training_data", "training_images")
 """Of metrics: where they come from, and `model`, a path."""
 
 
