@@ -118,7 +118,8 @@ def example(kind: str, denoising: DenoisingConfig = NO_DROPOUT) -> tuple[Method,
     torch.manual_seed(0)
     student = prepared(text_encoder="lora")
     batches = [batch_of(student), batch_of(student, range(4, 8))]
-    context = context_of({TEACHER: model_of(tiny_sd(seed=1))}, batches=lambda images: iter(batches))
+    teachers = {TEACHER: model_of(tiny_sd(seed=1))}
+    context = context_of(teachers, batches=lambda images: iter(batches), is_main=False)  # writes no file
     reads = {"label_tokens": options.reads_labels, "regions": options.reads_regions}
     return set_up(options, student, context, denoising), TrainingRows(phantoms(), student, denoising, **reads)
 
