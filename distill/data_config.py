@@ -138,4 +138,3 @@ class CocoData(FileData):
 
 DataConfig = PhantomData | FolderData | MimicData | MsCxrData | CocoData
 AnyData = Annotated[DataConfig, Field(discriminator="kind")]
-FILE_KINDS = (FolderData, MimicData, MsCxrData, CocoData)

@@ -27,7 +27,6 @@ from distill.config import FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.sample import Region
 from distill.evaluation import priors as priors_module
-from distill.evaluation.atlas import cell_image_adds, compute_cells
 from distill.evaluation.image_adds import (
     MAP_TOKENS,
     OTHER_IMAGES,
@@ -361,26 +360,6 @@ def test_post_processing_is_that_of_the_scored_map() -> None:
     plain, cut = (finish_rows(packed_rows(4, c), NAMES, c, device) for c in (CONFIG, config))
     assert all(a["image_adds"]["word"] != b["image_adds"]["word"] for a, b in zip(plain, cut, strict=True))
     assert summary(plain, CONFIG)["word"]["image_adds_pairs"] == 4
-
-
-# --- cells ------------------------------------------------------------------------------------------------------------
-
-
-def test_cells_have_what_the_image_adds_to_each(sd: Model, accelerator: Accelerator) -> None:
-    dataset = rectangles("a", 5)
-    cells = compute_cells(sd, dataset, CONFIG, (100, 700), accelerator=accelerator)
-    found = cell_image_adds(cells, dataset, CONFIG)
-    assert found is not None and found.shape == (len(cells.layers), 2)
-    layer, step = 1, 1
-    maps = normalize(cells.maps[:, layer, step])
-    full = F.interpolate(maps[None], (64, 64), mode="bilinear", align_corners=False)[0]
-    added = []
-    for own, (finding, mask) in enumerate(zip(cells.findings, cells.masks, strict=True)):
-        rest = [roc(mask, full[k]) for k, f in enumerate(cells.findings) if f == finding and k != own]
-        added.append(roc(mask, full[own]) - float(np.mean(rest)))
-    assert found[layer, step] == pytest.approx(mean_of_findings(added, cells.findings.tolist()), abs=1e-5)
-    one = rectangles("a", 1)
-    assert cell_image_adds(compute_cells(sd, one, CONFIG, (100,), accelerator=accelerator), one, CONFIG) is None
 
 
 # --- priors -----------------------------------------------------------------------------------------------------------

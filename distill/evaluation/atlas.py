@@ -29,7 +29,6 @@ from distill.attention.recording import attention_layers, record_attention
 from distill.config import FullEvaluation
 from distill.data.sample import ImageCaptionDataset, Sample, image_key
 from distill.errors import UserError
-from distill.evaluation.image_adds import choose_others, differences
 from distill.evaluation.localization import TOKEN_MAPS, localization
 from distill.evaluation.protocols import (
     DEFAULT_TIMESTEPS,
@@ -196,34 +195,6 @@ def gather_pairs(cells: Cells, values: NDArray[np.float64]) -> tuple[NDArray[np.
     numbers, gathered, findings = (np.concatenate(part) for part in zip(*parts, strict=True))
     order = np.argsort(numbers)
     return gathered[order], findings[order]
-
-
-def cell_image_adds(cells: Cells, dataset: ImageCaptionDataset, config: FullEvaluation) -> NDArray[np.float64] | None:
-    """(layers, timesteps): what the image adds to the AUC of each cell's word maps (see image_adds.py), macro over findings.
-
-    None where no finding has two images. All processes must call this; each gathers the maps of one timestep at a time.
-    """
-    clusters = [image_key(dataset, i) for i in cells.images.tolist()]
-    columns = []
-    for step in range(len(cells.timesteps)):
-        parts = (
-            cells.numbers.tolist(),
-            cells.findings.tolist(),
-            clusters,
-            cells.maps[:, :, step].numpy(),
-            cells.masks.numpy(),
-        )
-        gathered = sorted(gather_object(list(zip(*parts, strict=True))), key=lambda pair: pair[0])
-        numbers, findings, images, maps, masks = zip(*gathered, strict=True)
-        others = choose_others([dataset.findings[f] for f in findings], images, numbers)
-        bits = [np.packbits(mask) for mask in masks]
-        tensors = [torch.from_numpy(own) for own in maps]
-        added = differences(tensors, bits, masks[0].shape, others, config, torch.device("cpu"))
-        known = ~np.isnan(added).any(axis=1)
-        if not known.any():
-            return None
-        columns.append(macro_mean(added[known], np.array(findings)[known]))
-    return np.stack(columns, axis=1)
 
 
 def choose_subset(
