@@ -351,7 +351,7 @@ def judge(mutant: Mutant, source: str, tree: Path, tests: Tests, seconds: float)
     failure.unlink(missing_ok=True)
     write(tree / mutant.module, mutant.apply(source))
     try:
-        limit = 60 + 6 * sum(cost for _, cost in chosen)
+        limit = 30 + 4 * sum(cost for _, cost in chosen)
         status = forked(lambda: run_tests(chosen, tree, failure), tree, limit) if chosen else 0
     finally:
         write(tree / mutant.module, source)

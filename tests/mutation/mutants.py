@@ -25,10 +25,20 @@ UNWRAPPED = {
 KEPT_DECORATORS = {
     "abstractmethod", "classmethod", "contextmanager", "dataclass", "overload", "property", "staticmethod",
 }  # fmt: skip
-KEPT_KEYWORDS = {"encoding", "desc", "unit", "disable", "leave", "stacklevel", "strict"}
-"""Texts of progress bars; the encoding, which is UTF-8 on Linux anyhow; zip's `strict`, which only asserts."""
+KEPT_KEYWORDS = {
+    "encoding",
+    "desc",
+    "unit",
+    "disable",
+    "leave",
+    "dynamic_ncols",
+    "show_progress",
+    "stacklevel",
+    "strict",
+}
+"""Looks of progress bars; the encoding, which is UTF-8 on Linux anyhow; zip's `strict`, which only asserts."""
 TALK = {"print", "say", "info", "debug"}
-"""Calls that tell a person something: neither dropped nor changed."""
+"""Calls that tell a person something: neither dropped nor changed. Nor are those of a progress `bar`."""
 TYPING = {
     "Annotated",
     "Callable",
@@ -92,11 +102,13 @@ def _walk(module: str, node: ast.AST) -> Iterator[Mutant]:
             module, (target.lineno, left), (target.end_lineno or 0, target.end_col_offset or 0),
             kind, ast.unparse(target), after,
         )  # fmt: skip
-    if isinstance(node, ast.JoinedStr | ast.Raise) or (isinstance(node, ast.Call) and _called(node) in TALK):
+    if isinstance(node, ast.JoinedStr | ast.Raise) or (isinstance(node, ast.Call) and _is_talk(node)):
         return
     if isinstance(node, ast.Subscript) and _last_name(node.value) in TYPING:
         return
     if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING":
+        return
+    if isinstance(node, ast.keyword) and node.arg in KEPT_KEYWORDS:
         return
     for name, value in ast.iter_fields(node):
         if name in ("annotation", "returns") or (isinstance(node, ast.Call) and _called(node).endswith("Error")):
@@ -132,7 +144,7 @@ def _changes(node: ast.AST) -> Iterator[Change]:
 def _of_statement(node: ast.stmt) -> Iterator[Change]:
     if isinstance(node, ast.Return) and node.value is not None and ast.unparse(node.value) != "None":
         yield "returned None", node, "return None"
-    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and _called(node.value) not in TALK:
+    elif isinstance(node, ast.Expr) and isinstance(node.value, ast.Call) and not _is_talk(node.value):
         yield "dropped call", node, "pass"
     elif isinstance(node, ast.Raise | ast.Assert | ast.Delete | ast.AugAssign) or (
         isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Attribute | ast.Subscript)
@@ -193,6 +205,10 @@ def _without(values: list[ast.keyword], place: int) -> list[ast.keyword]:
 
 def _last_name(node: ast.AST) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
+
+
+def _is_talk(node: ast.Call) -> bool:
+    return _called(node) in TALK or (isinstance(node.func, ast.Attribute) and _last_name(node.func.value) == "bar")
 
 
 def _called(node: ast.AST) -> str:
