@@ -18,7 +18,7 @@ LIMIT: int = 3
 def scaled(x: list[int] | None, by: float = 0.5) -> float | None:
     """Scale x."""
     if x is None or not x:
-        raise UserError(f"no {1 + 1} values", 7)
+        raise UserError(f"no {1}", 7)
     with torch.no_grad():
         y = f(x, by, weight=2)
     say(f"{len(x) + 1} values")
@@ -42,7 +42,7 @@ def test_faults_are_of_code_and_not_of_types_or_texts() -> None:
     dropped = [mutant.before for mutant in mutants if mutant.after in ("pass", "")]
     assert dropped == [
         "no_grad()",
-        "raise UserError(f'no {1 + 1} values', 7)",
+        "raise UserError(f'no {1}', 7)",
         "cache[1] = y.detach()",
         "check(zip(y, strict=True))",
     ]
