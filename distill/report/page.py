@@ -24,8 +24,7 @@ from distill.report import figures, tables
 from distill.report.document import Picture, Section, Table, escape_markdown, markdown_section
 from distill.report.summary import RULE, sample, summarize
 
-# Columns of train_log.jsonl and localization_log.jsonl that are no curve.
-_NO_CURVE = ("step", "grad_norm", "lr", "seconds", "epoch", "images", "pairs")
+_NO_CURVE = ("step", "grad_norm", "lr", "seconds", "epoch", "images", "pairs")  # columns of the logs
 
 
 @dataclass(frozen=True)
