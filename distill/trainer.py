@@ -18,6 +18,7 @@ from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from torch import nn
+from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset, Sampler
 from tqdm.auto import tqdm
 
@@ -217,7 +218,9 @@ class _Loop:
                     continue
                 bar.update()
                 if self.step % config.log_every_steps == 0:
-                    bar.set_postfix(loss=f"{self._log()['loss']:.4f}")
+                    with record_function("log"):
+                        loss = self._log()["loss"]
+                    bar.set_postfix(loss=f"{loss:.4f}")
                 self._stop_if_asked(stop)
                 if self._checkpoint_is_due():
                     self._save()
@@ -273,8 +276,11 @@ class _Loop:
             worker_init_fn=leave_signals_to_parent,
             pin_memory=accelerator.device.type == "cuda",
         )
-        for micro, batch in enumerate(loader, start=first):
-            yield micro, _moved(batch, accelerator.device)
+        rows = iter(loader)
+        for micro in range(first, last):
+            with record_function("data"):
+                batch = _moved(next(rows), accelerator.device)
+            yield micro, batch
 
     def _micro_step(self, micro: int, batch: Any) -> bool:
         """One forward and backward pass; whether it ended an optimizer step."""
@@ -282,16 +288,19 @@ class _Loop:
         with accelerator.accumulate(self.model):
             generator = shared_generator(self.seed, micro, accelerator.process_index, accelerator.num_processes)
             torch.manual_seed(generator.own_seed)  # dropout draws from the global generators
-            terms = self.model(batch, generator)
+            with record_function("forward"):
+                terms = self.model(batch, generator)
             self.finite.see("loss", terms["loss"], self.step + 1)
-            accelerator.backward(terms["loss"])
-            if accelerator.sync_gradients:
-                norm: torch.Tensor = accelerator.clip_grad_norm_(self.trainable, self.config.max_grad_norm)
-                self.grad_norm = norm
-                if accelerator.scaler is None:  # which else skips steps whose gradient is not finite
-                    self.finite.see("norm of the gradient", norm, self.step + 1)
-            self.optimizer.step()
-            self.optimizer.zero_grad(set_to_none=True)
+            with record_function("backward"):
+                accelerator.backward(terms["loss"])
+            with record_function("optimizer"):
+                if accelerator.sync_gradients:
+                    norm: torch.Tensor = accelerator.clip_grad_norm_(self.trainable, self.config.max_grad_norm)
+                    self.grad_norm = norm
+                    if accelerator.scaler is None:  # which else skips steps whose gradient is not finite
+                        self.finite.see("norm of the gradient", norm, self.step + 1)
+                self.optimizer.step()
+                self.optimizer.zero_grad(set_to_none=True)
         for name, value in terms.items():
             before = self.sums.get(name, torch.zeros((), device=accelerator.device))
             self.sums[name] = before + value.detach().float()

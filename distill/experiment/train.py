@@ -58,7 +58,7 @@ def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
     run.say(
         f"{arm.name}: {training.method.kind}{names}; denoiser {training.denoiser}, text encoder {training.text_encoder}"
     )
-    model, result, besides = _fit(run, arm, log_dir)
+    model, result, besides = fit_arm(run, arm, log_dir)
     cost = {
         "train_seconds": result.seconds + besides,
         "steps": result.steps,
@@ -138,7 +138,7 @@ def _is_longer(run: Run, arm: Arm, steps: int, log_dir: Path) -> bool:
     return True
 
 
-def _fit(run: Run, arm: Arm, log_dir: Path) -> tuple[Model, FitResult, float]:
+def fit_arm(run: Run, arm: Arm, log_dir: Path) -> tuple[Model, FitResult, float]:
     """The trained model, what its steps cost, and the seconds of set-up and finish."""
     trainer, dry = arm.trainer, run.config.dry_run
     if dry:
@@ -376,7 +376,7 @@ def dry_run(run: Run) -> None:
     run.say(to_yaml(run.config))
     for arm in run.arms.values():
         with tempfile.TemporaryDirectory() as scratch:
-            model, one, _ = _fit(run, arm, Path(scratch))
+            model, one, _ = fit_arm(run, arm, Path(scratch))
         total, trainable = parameter_counts(model.denoiser)
         counts = [parameter_counts(encoder) for encoder in model.text_encoders]
         steps = arm.trainer.max_steps

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import nn
+from torch.profiler import record_function
 
 from distill import draws
 from distill.config import DenoisingConfig
@@ -210,7 +211,8 @@ class Method(nn.Module):
         """What the denoiser of `model` reads of the text."""
         if isinstance(x.text, TextEmbeddings):
             return x.text
-        return TextEmbeddings(*model.family.encode_text(text_encoders, x.text.input_ids))
+        with record_function("text"):
+            return TextEmbeddings(*model.family.encode_text(text_encoders, x.text.input_ids))
 
     def predict(self, model: Model, text_encoders: Sequence[nn.Module], x: Noised) -> torch.Tensor:
         """The denoiser's output, (batch, channels, height, width)."""

@@ -1,0 +1,121 @@
+"""What a training step costs, beside the loops of diffusers' example scripts.
+
+    accelerate launch recipes/benchmark_training.py --config recipes/configs/phantom/benchmark_training.yaml
+
+Our steps and theirs take turns in one process, at equal model, batch, precision and data. Theirs encode images and captions at
+each step, as those scripts do; ours read them from the caches, as our recipes do. The last line is one JSON object. The
+measurements are in distill/experiment/benchmark_training.py, diffusers' loops in distill/experiment/peers.py.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
+
+from pydantic import Field
+
+from distill.cli import main
+from distill.config import EvaluationConfig, LoraConfig, RunConfig, TrainerConfig
+from distill.methods.options import AttentionDistillationOptions, KeyLockOptions
+from distill.methods.training import Training
+from distill.settings import Count, Text
+
+if TYPE_CHECKING:
+    from distill.experiment.benchmark_training import Results
+
+Part = Literal["speed", "shares", "memory", "start"]
+
+
+class BenchmarkTrainingConfig(RunConfig):
+    """Time our training steps beside those of diffusers' example scripts.
+
+    accelerate launch recipes/benchmark_training.py --config recipes/configs/phantom/benchmark_training.yaml
+    """
+
+    common: ClassVar[tuple[str, ...]] = ("base.name", "architecture", "data.kind", "data.root", "parts", "turns")
+    architecture: Literal["base", "sd15"] = "base"
+    """base: the model of base.name. sd15: Stable Diffusion 1.5 with random weights, where its weights cannot be had."""
+    parts: Annotated[tuple[Part, ...], Field(min_length=1)] = get_args(Part)
+    """speed: seconds a step. shares: where a step's time goes. memory: peak of each kind in a process of its own.
+    start: seconds from the command to the first step."""
+    turns: Count = 3
+    """Turns of each kind of step."""
+    steps: Count = 10
+    """Timed steps of a turn."""
+    warm_up_steps: Count = 3
+    """Steps of a turn before the timed ones."""
+    lora: LoraConfig = LoraConfig()
+    """The adapters; diffusers' script gets the same rank."""
+    trainer: TrainerConfig = TrainerConfig(tracker="none")
+    evaluation: EvaluationConfig = EvaluationConfig(
+        features="none",
+        generated_images=1,
+        localization_images=1,
+        diversity_captions=1,
+        diversity_samples=2,
+        examples=1,
+    )
+    output_dir: Text = "checkpoints/benchmark_training"
+    """Where benchmark.json is written."""
+
+
+def kinds(lora: LoraConfig) -> dict[str, Training]:
+    """Our kinds of step, by name."""
+    teach = AttentionDistillationOptions(teacher="base")
+    return {
+        "lora": Training(denoiser="lora", text_encoder="frozen", lora=lora),
+        "lora_both": Training(denoiser="lora", text_encoder="lora", lora=lora),
+        "distilled": Training(denoiser="lora", text_encoder="lora", lora=lora, method=teach),
+        "full": Training(denoiser="full", text_encoder="frozen"),
+        "full_both": Training(denoiser="full", text_encoder="full"),
+        "key_locked": Training(denoiser="full", text_encoder="full", method=KeyLockOptions()),
+    }
+
+
+def kinds_of_smaller() -> dict[str, Training]:
+    """Kinds of step of a U-Net without its middle block: alone, and taught by the whole one's outputs and features."""
+    teach = AttentionDistillationOptions(
+        teacher="whole", token_kl_weight=0.0, place_kl_weight=0.0, mass_weight=0.0, output_weight=1.0, feature_weight=1.0
+    )  # fmt: skip
+    return {
+        "pruned": Training(denoiser="full", text_encoder="frozen"),
+        "compressed": Training(denoiser="full", text_encoder="frozen", method=teach),
+    }
+
+
+RATIOS = {
+    "lora_ratio": ("diffusers_lora", "lora"),
+    "full_ratio": ("diffusers_full", "full"),
+    "distill_step_ratio": ("distilled", "lora_both"),
+    "key_lock_step_ratio": ("key_locked", "full_both"),
+    "compress_step_ratio": ("compressed", "pruned"),
+}
+"""Name -> the two kinds of step whose seconds are divided."""
+
+
+def summary(results: Results, device: str) -> dict[str, float | str | None]:
+    """The last line; null for what was not measured."""
+    seconds = {name: entry.get("seconds_a_step") for name, entry in results["kinds"].items()}
+    found: dict[str, float | str | None] = {}
+    for name, (one, other) in RATIOS.items():
+        both = seconds.get(one), seconds.get(other)
+        found[name] = both[0] / both[1] if both[0] and both[1] else None
+    return found | {"first_step_seconds": results.get("first_step_seconds"), "device": device}
+
+
+def benchmark(config: BenchmarkTrainingConfig) -> None:
+    from distill.experiment.benchmark_training import measure
+    from distill.files import provenance, write_json
+
+    results = measure(config, kinds(config.lora), kinds_of_smaller())
+    path, origin = Path(config.output_dir) / "benchmark.json", provenance()
+    write_json(path, {**results, "config": config.model_dump(mode="json"), "provenance": origin})
+    for kind, entry in results["kinds"].items():
+        print(f"{kind}: " + ", ".join(f"{key} {value:.4g}" for key, value in entry.items() if isinstance(value, float)))
+    print(f"all numbers: {path}")
+    print(json.dumps(summary(results, str(origin["device"]))))
+
+
+if __name__ == "__main__":
+    main(benchmark, BenchmarkTrainingConfig)
