@@ -31,7 +31,7 @@ from distill.evaluation.evaluate import (
     held_out,
     quality,
 )
-from distill.evaluation.kept import weights_of
+from distill.evaluation.kept import Batches, weights_of
 from distill.metrics import frechet_distance
 from distill.metrics.features import Features
 from distill.models.family import Model
@@ -378,10 +378,12 @@ def test_lines_that_are_torn_or_changed_are_made_anew(
     sd: Model, phantoms: PhantomDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     before = measured(sd, phantoms, tmp_path)
-    for name in ("scored", "drawn"):
+    for name, old, new in (("scored", '"auc": 0.', '"auc": 0.0'), ("drawn", '"values": ["<f4", [4], "', None)):
         path = tmp_path / "model" / f"{name}.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines()
-        lines[1] = lines[1].replace("0.", "1.", 1).replace('"full": true', '"full": false')
+        place = next(k for k, line in enumerate(lines) if k > 2 and old in line)  # of no example: those are made anew
+        at = lines[place].index(old) + len(old)
+        lines[place] = lines[place].replace(old, new) if new else f"{lines[place][:at]}AAAA{lines[place][at + 4 :]}"
         path.write_text("\n".join(lines)[:-20], encoding="utf-8")
     (tmp_path / "model" / "maps.safetensors").write_bytes(b"no tensors")
     (tmp_path / "model" / "samples" / "0000.png").write_bytes(b"no image")
@@ -418,6 +420,17 @@ def test_the_scale_of_an_adapter_and_the_noise_schedule_are_part_of_the_weights(
     assert weights_of(model) == before
     model.pipeline.scheduler.register_to_config(beta_end=0.5)
     assert weights_of(model) != before
+
+
+def test_a_batch_is_there_if_it_was_full_or_is_the_same_batch() -> None:
+    whole = Batches("abcde", 2)
+    entries = {place: whole.mark(places) for places in ((0, 1), (2, 3), (4,)) for place in places}
+    assert whole.missing({}) == [range(0, 2), range(2, 4), range(4, 5)] and whole.missing(entries) == []
+    assert Batches("abcd", 4).missing(entries) == [], "of full batches"
+    assert Batches("abcdef", 3).missing(entries | {5: entries[0]}) == [range(3, 6)], "one was cut short"
+    assert Batches("abcde", 2, rank=1, world=2).missing({1: entries[1]}) == [range(1, 5, 2)]
+    assert whole.mark((2, 3), end=3)["full"] is False, "half of it is of another kind"
+    assert whole.names_with(range(3, 5)) == [entries[3]["batch"], entries[4]["batch"]]
 
 
 @pytest.mark.parametrize("part", ["localization", "quality"])

@@ -184,11 +184,6 @@ def test_min_snr_weighs_each_image(kind: str) -> None:
     assert terms["denoising"] is terms["loss"]
 
 
-def test_another_prediction_type_is_refused() -> None:
-    with pytest.raises(UserError, match="'sample'; epsilon and v_prediction"):
-        denoising_of(model_of(tiny_sd("sample")))
-
-
 # --- what trains ----------------------------------------------------------------------------------------------------
 
 

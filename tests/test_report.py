@@ -275,6 +275,10 @@ def test_maps_no_better_than_blind_ones_are_called_so() -> None:
     table = results_table(results)
     assert [row[0] for row in table.rows] == ["a", "blind map: centre", "blind map: mean mask"]
     assert table.rows[2][1].text == ".710" and "image adds ↑" in table.head  # type: ignore[union-attr]
+    one["localization"]["word"] |= {"auc": 0.7, "auc_ci": [0.68, 0.72]}
+    for blind, is_said in (([0.6, 0.69], True), ([0.6, 0.67], False), (None, False)):
+        one["localization"]["priors"] = {"centre": {"auc": 0.65, "auc_ci": blind}}
+        assert any("(centre)" in text for text in choose({"a": one}).reasons) is is_said
 
 
 def test_what_was_not_measured_is_not_claimed() -> None:

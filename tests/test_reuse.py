@@ -15,6 +15,7 @@ from tiny import save_tiny
 
 from distill.cli import parse
 from distill.experiment import results, train
+from distill.experiment import run as run_module
 from distill.models.loading import LORA_FILE
 
 EVALUATION = [
@@ -194,6 +195,27 @@ def test_a_model_card_that_a_kill_left_out_is_written(
     assert (out / "README.md").read_bytes() == (work / "run" / "README.md").read_bytes()
     assert not list(out.rglob("*.tmp"))
     assert "num_workers: 1" in (out / "config.yaml").read_text(encoding="utf-8")
+
+
+def test_a_run_whose_data_changed_says_so_and_counts_what_it_was_trained_on(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Phantoms with other sizes, under the same configuration: as when files were added."""
+    out = copied(work, tmp_path, "run")
+    load = run_module.load_dataset
+
+    def more(data: Any, split: Any) -> Any:
+        return load(data.model_copy(update={"train_size": 7, "test_size": 9, "seed": 1}), split)
+
+    monkeypatch.setattr(run_module, "load_dataset", more)
+    monkeypatch.setattr(train, "fit", never)
+    base = ["--base.name", str(work / "base"), "--data.cache_dir", str(work / "cache")]
+    run("finetune", [*base, *EVALUATION, *TRAINER, "--lora.rank", "2", "--output_dir", str(out)])
+    printed = capsys.readouterr().out
+    assert "model: it was trained on other data, 4 images; there are 7 now. It stays as it is" in printed
+    assert "model: quality is measured anew: the held-out images, their captions or regions, or the training" in printed
+    counts = json.loads((out / "metrics.json").read_text(encoding="utf-8"))["provenance"]["counts"]
+    assert counts["training_images"] == 4 and counts["held_out_images"] == 9
 
 
 def test_a_torn_cost_is_trained_again(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
