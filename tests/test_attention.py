@@ -781,7 +781,7 @@ def img2img(**call: Any) -> Callable[[Any, dict[str, Any]], tuple[Any, dict[str,
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any], bool | list[bool]]] = {
     "guided": ("sd sdxl", {"prompt": LONG}, {}, True),
     "not guided": ("sd sdxl", {"prompt": LONG, "guidance_scale": 1.0}, {}, False),
-    "several": ("sd sdxl", {"prompt": PROMPTS, "num_images_per_prompt": 2}, {"images_per_prompt": 2}, True),
+    "several": ("sd sdxl", {"prompt": PROMPTS, "num_images_per_prompt": 2}, {}, True),
     "several not guided": ("sd", {"prompt": PROMPTS, "guidance_scale": 1.0}, {"words": ["effusion", "dog"]}, False),
     "heads": ("sd sdxl", {"prompt": PROMPTS}, {"heads": "each", "layers": ["down_blocks", "up_blocks"]}, True),
     "steps": ("sd sdxl", {"prompt": LONG}, {"timesteps": (200, 700)}, True),
@@ -826,7 +826,7 @@ def test_heat_maps_of_generated_images_are_those_of_the_stock_processor(kind: st
     found = maps.heat_maps()
     assert len(found) == len(without)
     for image, heat in enumerate(found):
-        prompt = prompts[image // recording.get("images_per_prompt", 1)]
+        prompt = prompts[image // call.get("num_images_per_prompt", 1)]
         length = len(pipe.tokenizer(prompt)["input_ids"])
         places = {"[BOS]": [0], "[EOS]": [length - 1], "[PAD]": list(range(length, 77))}
         asked = [w for w in recording.get("words", words_of(prompt)) if w in words_of(prompt)]
@@ -862,24 +862,37 @@ def test_a_second_call_adds_to_the_mean() -> None:
     torch.testing.assert_close(found[2], (found[0] + found[1]) / 2)
 
 
+EMBEDDINGS = {"prompt_embeds": torch.zeros(3, 77, 16), "negative_prompt_embeds": torch.ones(3, 77, 16)}
+LONGER = {"prompt_embeds": torch.zeros(1, 80, 16), "negative_prompt_embeds": torch.ones(1, 80, 16)}
+
+
 @pytest.mark.parametrize("scale", [1.0, 7.5])
 @pytest.mark.parametrize(
-    "other",
+    ("kind", "other", "message"),
     [
-        {"prompt": ["a cat", "a dog"]},
-        {"prompt": "a cat", "num_images_per_prompt": 2},
-        {"prompt_embeds": torch.zeros(3, 77, 16), "negative_prompt_embeds": torch.ones(3, 77, 16)},
-        {"prompt_embeds": torch.zeros(1, 80, 16), "negative_prompt_embeds": torch.ones(1, 80, 16)},
+        ("sd", {"prompt": "a dog"}, r"given the prompts \['a cat'\], and the pipeline prompt 'a dog'"),
+        ("sd", {"prompt": ["a cat", "a dog"]}, r"and the pipeline prompt \['a cat', 'a dog'\]"),
+        ("sdxl", {"prompt": "a cat", "prompt_2": "a dog"}, "and the pipeline prompt_2 'a dog'"),
+        ("sd", EMBEDDINGS, "texts of 77 tokens reach the denoiser"),
+        ("sd", LONGER, "texts of 80 tokens reach the denoiser"),
     ],
 )
-def test_a_call_with_other_texts_is_refused(other: dict[str, Any], scale: float) -> None:
-    pipe = tiny_sd()
+def test_a_call_with_other_texts_is_refused(kind: str, other: dict[str, Any], message: str, scale: float) -> None:
+    pipe = PIPELINES[kind]()
     pipe.set_progress_bar_config(disable=True)
     originals = pipe.unet.attn_processors
-    with pytest.raises(ValueError, match="texts of .* tokens reach the denoiser"), record_pipeline(pipe, "a cat"):
+    with pytest.raises((UserError, ValueError), match=message), record_pipeline(pipe, "a cat"):
         draw(pipe, guidance_scale=scale, **other)
-    assert pipe.unet.attn_processors == originals
+    assert pipe.unet.attn_processors == originals and "encode_prompt" not in vars(pipe)
     draw(pipe, guidance_scale=scale, **other)
+
+
+def test_calls_with_other_numbers_of_images_are_not_added_up() -> None:
+    pipe = tiny_sd()
+    pipe.set_progress_bar_config(disable=True)
+    with pytest.raises(UserError, match="num_images_per_prompt 2 follows one with 1"), record_pipeline(pipe, "a cat"):
+        draw(pipe, prompt="a cat")
+        draw(pipe, prompt="a cat", num_images_per_prompt=2)
 
 
 def test_what_a_pipeline_cannot_give_is_said() -> None:

@@ -530,3 +530,32 @@ def test_autoencoder_loss_falls_and_crops_come_from_the_generator() -> None:
         objective(batch, generator(0))["loss"].backward()
         optimizer.step()
     assert float(objective(batch, generator(0))["loss"].detach()) < 0.8 * float(first["loss"].detach())
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["tokens", "embeddings"])
+@pytest.mark.parametrize("zeros", [None, True, False], ids=["sd", "sdxl with zeros", "sdxl with the empty caption"])
+def test_a_dropped_caption_is_what_the_stock_pipeline_guides_away_from(zeros: bool | None, cached: bool) -> None:
+    model = prepared(tiny_sd if zeros is None else tiny_sdxl, text_encoder="frozen")
+    if zeros is not None:
+        model.pipeline.register_to_config(force_zeros_for_empty_prompt=zeros)
+    stock = model.pipeline.encode_prompt("a", device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=True)
+    stated, expected = stock[:2]
+    batch = batch_of(model)
+    if cached:
+        encoded = model.encode(model.tokenize([phantoms().caption(i) for i in range(4)]))
+        batch = replace(batch, text=TextEmbeddings(*encoded))
+    method = denoising_of(model, DenoisingConfig(caption_dropout=0.5))
+    x = method.noised(batch, generator(1))
+    assert x.dropped is not None and 0 < int(x.dropped.sum()) < 4
+    found = method.embeddings(model, list(method.text_encoders), x)
+    given = method.embeddings(
+        model,
+        list(method.text_encoders),
+        method.noised(batch, generator(1)).on(*model.encode(model.tokenize([phantoms().caption(i) for i in range(4)]))),
+    )
+    for i, dropped in enumerate(x.dropped.tolist()):
+        torch.testing.assert_close(found.embeds[i], expected[0] if dropped else given.embeds[i])
+        if zeros is not None:
+            assert found.pooled is not None and given.pooled is not None
+            torch.testing.assert_close(found.pooled[i], stock[3][0] if dropped else given.pooled[i])
+    assert bool((expected == 0).all()) == bool(zeros) and not (stated == 0).all()

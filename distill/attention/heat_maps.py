@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import inspect
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
+from diffusers import DiffusionPipeline
 from transformers import PreTrainedTokenizerBase
 
 from distill.attention.recording import ALWAYS, AttentionMaps, Reduce, attention_layers, record_attention
 from distill.errors import UserError
-from distill.models.family import denoiser_of, unwrapped
+from distill.models.family import denoiser_of, family_of_denoiser, unwrapped
 from distill.tokens import BOS, EOS, PADDING, find_words, token_groups, token_spans, words_of
 
 
@@ -29,16 +31,21 @@ class TokenSelection:
     names: tuple[tuple[str, ...], ...]
     matrix: torch.Tensor
 
-    def reduce(self, *, heads: Literal["mean", "each"] = "mean", images_per_prompt: int = 1) -> Reduce:
-        """For `record_attention`: (batch, places, columns), or (batch, heads, places, columns) with heads "each"."""
-        matrix = self.matrix.repeat_interleave(images_per_prompt, dim=0)
+    def reduce(
+        self, *, heads: Literal["mean", "each"] = "mean", images_per_prompt: Callable[[], int] = lambda: 1
+    ) -> Reduce:
+        """For `record_attention`: (batch, places, columns), or (batch, heads, places, columns) with heads "each".
+
+        images_per_prompt: asked at each layer.
+        """
 
         def reduce(probabilities: torch.Tensor) -> torch.Tensor:
+            matrix = self.matrix.repeat_interleave(images_per_prompt(), dim=0)
             batch, tokens = probabilities.shape[0], probabilities.shape[-1]
             if (batch, tokens) != matrix.shape[:2]:
                 raise ValueError(
                     f"{batch} texts of {tokens} tokens reach the denoiser, where {len(matrix)} of {matrix.shape[1]} were "
-                    "selected from; give both the same prompts and number of images per prompt"
+                    "selected from; give both the same prompts"
                 )
             chosen = matrix.to(probabilities.device)
             return probabilities.mean(dim=1) @ chosen if heads == "mean" else probabilities @ chosen[:, None]
@@ -54,9 +61,11 @@ def select_tokens(
 ) -> TokenSelection:
     """BOS, each of `words` (by default every distinct word of the prompt), EOS and padding of each prompt.
 
-    Words are found by the tokenizer's offsets, whole and without regard to case; a word that occurs several times counts
-    with all of its occurrences. With several tokenizers (SDXL) the mean of their selections, which agree unless one
-    splits a word otherwise. Raises UserError if a word is in no prompt, or truncation cuts it off.
+    Words are found by the tokenizer's offsets, whole and without regard to case. A word's column is the mean over its
+    tokens, and over all places where it occurs: "a red cat and a red dog" has one column "red". The column of the padding
+    is the sum over its tokens, which may be dozens, so that its values are not comparable with a word's.
+    With several tokenizers (SDXL) the mean of their selections, which agree unless one splits a word otherwise.
+    Raises UserError if a word is in no prompt, or truncation cuts it off.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     words = [words] if isinstance(words, str) else words
@@ -93,12 +102,14 @@ class PromptMaps:
 
     recorded: AttentionMaps
     names: tuple[tuple[str, ...], ...]
-    images_per_prompt: int
+    images_per_prompt: int = 1
+    """Of the pipeline call."""
 
     def heat_maps(self, size: tuple[int, int] | None = None) -> list[dict[str, torch.Tensor]]:
         """One dictionary an image: word -> (height, width) float32 on the CPU, the mean attention probability over
         layers, heads and steps; at the largest recorded size unless `size` is given. See `normalize` for display.
 
+        The map of a word is the mean over its tokens and over all of its occurrences; "[PAD]" is the sum over the padding.
         With heads "each" the maps are (heads, height, width). Raises ValueError if nothing was recorded.
         """
         if not self.recorded.by_layer:
@@ -121,17 +132,16 @@ def record_pipeline(
     layers: str | Sequence[str] = (),
     heads: Literal["mean", "each"] = "mean",
     timesteps: tuple[int, int] = ALWAYS,
-    images_per_prompt: int = 1,
 ) -> Iterator[PromptMaps]:
     """Record what a stock text-to-image pipeline (SD 1.x, 2.x, SDXL) attends to while it draws `prompts`.
 
-    Call `pipe(prompts, ...)` once inside the context, with the same prompts and num_images_per_prompt; the mean of a
-    second call's passes and the first's would be taken. Under classifier-free guidance the conditional half is kept: the
-    pipeline says itself whether it guides. Memory does not grow with the number of steps. Image-to-image and inpainting
-    pipelines do as well. Other arguments as in `record_attention` and `select_tokens`.
+    Call `pipe(prompts, ...)` once inside the context, with the same prompts; the mean of a second call's passes and the
+    first's would be taken. Under classifier-free guidance the conditional half is kept: the pipeline says itself whether it
+    guides. Memory does not grow with the number of steps. Image-to-image and inpainting pipelines do as well. Other
+    arguments as in `record_attention` and `select_tokens`.
 
-    Raises UserError for a pipeline of another kind, and with heads "each" for layers of unequal numbers of heads; the
-    pipeline call raises ValueError for another number of prompts, images or tokens than was said.
+    Raises UserError for a pipeline of another kind, and with heads "each" for layers of unequal numbers of heads. The
+    pipeline call raises UserError for other prompts than these, and ValueError for text embeddings of another number.
     """
     tokenizers = [t for t in (getattr(pipe, name, None) for name in ("tokenizer", "tokenizer_2")) if t is not None]
     denoiser = denoiser_of(pipe)
@@ -144,15 +154,46 @@ def record_pipeline(
         raise UserError(f"with heads 'each', give layers that have equally many; they have: {listed}")
     chosen = select_tokens(tokenizers, prompts, words, max_length=tokenizers[0].model_max_length)
 
+    found = PromptMaps(AttentionMaps(family_of_denoiser(inner), lambda m: m), chosen.names)
+
     def conditional_rows() -> slice:
-        count = len(chosen.names) * images_per_prompt
+        count = len(chosen.names) * found.images_per_prompt
         return slice(count if pipe.do_classifier_free_guidance else 0, None)
 
-    reduce = chosen.reduce(heads=heads, images_per_prompt=images_per_prompt)
-    with record_attention(
-        denoiser, layers, reduce, accumulate=True, timesteps=timesteps, rows=conditional_rows
-    ) as maps:
-        yield PromptMaps(maps, chosen.names, images_per_prompt)
+    reduce = chosen.reduce(heads=heads, images_per_prompt=lambda: found.images_per_prompt)
+    with (
+        _watched(pipe, [prompts] if isinstance(prompts, str) else list(prompts), found),
+        record_attention(denoiser, layers, reduce, accumulate=True, timesteps=timesteps, rows=conditional_rows) as maps,
+    ):
+        found.recorded = maps
+        yield found
+
+
+@contextmanager
+def _watched(pipe: DiffusionPipeline, prompts: list[str], maps: PromptMaps) -> Iterator[None]:
+    """Take the number of images from each call of a pipeline, and raise UserError for a call with other prompts."""
+    original, drawn = pipe.encode_prompt, 0
+
+    def encode_prompt(*args: object, **kwargs: object) -> object:
+        nonlocal drawn
+        call = inspect.signature(original).bind(*args, **kwargs).arguments
+        for name in ("prompt", "prompt_2"):
+            given = call.get(name)
+            if given is not None and ([given] if isinstance(given, str) else list(given)) != prompts:
+                raise UserError(f"record_pipeline was given the prompts {prompts}, and the pipeline {name} {given!r}")
+        images = int(call.get("num_images_per_prompt") or 1)
+        if drawn not in (0, images):
+            raise UserError(
+                f"a call with num_images_per_prompt {images} follows one with {drawn}; record each by itself"
+            )
+        drawn = maps.images_per_prompt = images
+        return original(*args, **kwargs)
+
+    pipe.encode_prompt = encode_prompt
+    try:
+        yield
+    finally:
+        del pipe.encode_prompt
 
 
 def to_image(

@@ -62,7 +62,7 @@ class Noised(Tensors):
     """One noised batch, the same for student and teacher.
 
     noisy_latents, target: (batch, channels, height, width). timesteps: (batch,). text, groups, size_ids, label_tokens and
-    regions as in Batch, those of a dropped caption emptied.
+    regions as in Batch, those of a dropped caption emptied. dropped: (batch,) bool, whose caption was dropped.
     """
 
     noisy_latents: torch.Tensor
@@ -73,6 +73,7 @@ class Noised(Tensors):
     size_ids: torch.Tensor | None = None
     label_tokens: torch.Tensor | None = None
     regions: torch.Tensor | None = None
+    dropped: torch.Tensor | None = None
 
     def on(self, embeds: torch.Tensor, pooled: torch.Tensor | None) -> Noised:
         """The same images on other text embeddings."""
@@ -160,6 +161,7 @@ class Method(nn.Module):
             batch.size_ids,
             None if batch.label_tokens is None else batch.label_tokens & ~drop[:, None],
             None if batch.regions is None else batch.regions * ~drop[:, None, None, None],
+            drop,
         )
 
     def _posterior(self, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
@@ -196,13 +198,17 @@ class Method(nn.Module):
     def with_empty(
         self, embeds: torch.Tensor, pooled: torch.Tensor | None, drop: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The embeddings with those of the empty caption where `drop` is true."""
+        """The embeddings, where `drop` is true those that the stock pipeline guides away from."""
+        from distill.models import Conditions
+
         if self._empty_embeds is None:
             with torch.no_grad():
                 ids = [ids.to(embeds.device) for ids in self._empty_ids]
-                self._empty_embeds = self.student.family.encode_text(list(self.text_encoders), ids)
-        empty, empty_pooled = self._empty_embeds
-        embeds = torch.where(drop[:, None, None], empty.float(), embeds)
+                empty = Conditions(*self.student.family.encode_text(list(self.text_encoders), ids))
+                empty = self.student.family.negative_conditions(self.student, empty)
+                self._empty_embeds = empty.embeds, empty.pooled
+        empty_embeds, empty_pooled = self._empty_embeds
+        embeds = torch.where(drop[:, None, None], empty_embeds.float(), embeds)
         if pooled is not None and empty_pooled is not None:
             pooled = torch.where(drop[:, None], empty_pooled.float(), pooled.float())
         return embeds, pooled
@@ -211,8 +217,18 @@ class Method(nn.Module):
         """What the denoiser of `model` reads of the text."""
         if isinstance(x.text, TextEmbeddings):
             return x.text
+        from distill.models import Conditions
+
         with record_function("text"):
-            return TextEmbeddings(*model.family.encode_text(text_encoders, x.text.input_ids))
+            encoded = Conditions(*model.family.encode_text(text_encoders, x.text.input_ids))
+        # SDXL's pipeline guides away from zeros, and not from the empty caption, whose tokens a dropped caption has here.
+        negative = model.family.negative_conditions(model, encoded)
+        if x.dropped is None or negative is encoded:
+            return TextEmbeddings(encoded.embeds, encoded.pooled)
+        embeds = torch.where(x.dropped[:, None, None], negative.embeds, encoded.embeds)
+        if encoded.pooled is None or negative.pooled is None:
+            return TextEmbeddings(embeds, encoded.pooled)
+        return TextEmbeddings(embeds, torch.where(x.dropped[:, None], negative.pooled, encoded.pooled))
 
     def predict(self, model: Model, text_encoders: Sequence[nn.Module], x: Noised) -> torch.Tensor:
         """The denoiser's output, (batch, channels, height, width)."""

@@ -39,7 +39,7 @@ def export(model: Model, run: Path) -> dict[str, str]:
     partial.mkdir()
     written: dict[str, str] = {}
     states: dict[str, dict[str, torch.Tensor]] = {}
-    configs: dict[str, dict[str, Any]] = {}
+    configs: dict[str, dict[str, object]] = {}
     names = (model.family.denoiser_name, *model.family.text_encoder_names)
     for name, module in zip(names, [model.denoiser, *model.text_encoders], strict=True):
         if _adapter(module) is not None:
@@ -84,7 +84,7 @@ def name_base(folder: Path, base: str) -> None:
             )
 
 
-def _portable(config: dict[str, Any], base: str) -> dict[str, Any]:
+def _portable(config: dict[str, object], base: str) -> dict[str, object]:
     """The configuration of an adapter in a fixed order, on `base`."""
     ordered = {key: sorted(value) if isinstance(value, (set, frozenset)) else value for key, value in config.items()}
     return ordered | {"base_model_name_or_path": base}
