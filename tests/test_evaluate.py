@@ -386,7 +386,7 @@ def test_lines_that_are_torn_or_changed_are_made_anew(
         lines[place] = lines[place].replace(old, new) if new else f"{lines[place][:at]}AAAA{lines[place][at + 4 :]}"
         path.write_text("\n".join(lines)[:-20], encoding="utf-8")
     (tmp_path / "model" / "maps.safetensors").write_bytes(b"no tensors")
-    (tmp_path / "model" / "samples" / "0000.png").write_bytes(b"no image")
+    (tmp_path / "model" / "samples" / "0001.png").write_bytes(b"no image")
     assert measured(sd, phantoms, tmp_path) == before
 
 

@@ -204,7 +204,12 @@ def run_in(folder: Path) -> Run:
     return Run(nothing, folder, Accelerator(), BaseConfig(), {}, nothing, None, nothing, console=quiet)
 
 
-def test_a_timeout_inside_a_job_is_no_other_process(tmp_path: Path) -> None:
+def test_a_timeout_inside_a_job_is_no_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def waits(seconds: float) -> None:
+        raise AssertionError("it waits for another process")
+
+    monkeypatch.setattr(sharing.time, "sleep", waits)
+
     def call() -> None:
         with FileLock(tmp_path / "other"), FileLock(tmp_path / "other", blocking=False, is_singleton=False):
             pass
