@@ -38,13 +38,21 @@ class BaseConfig(Settings):
     """The model that is fine-tuned or evaluated."""
 
     name: Text = "phantom"
-    """`phantom` (the embedded base), a diffusers pipeline folder, or a hub id."""
+    """`phantom` (the embedded base), a diffusers pipeline folder, a hub id, or a whole checkpoint (.safetensors)."""
+    single_file_config: Text | None = None
+    """Folder or hub id of a pipeline with the configs of a whole checkpoint. None takes the original model's, from the hub."""
     revision: Text | None = None
     """Hub revision: a branch, a tag or a commit."""
     variant: Text | None = None
     """File variant of the weights, such as `fp16`."""
     frozen_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of the weights that are not trained. Trained weights are always fp32."""
+
+    @model_validator(mode="after")
+    def _check(self) -> BaseConfig:
+        if self.single_file_config is not None and not self.name.lower().endswith(".safetensors"):
+            raise ValueError(f"single_file_config is of a .safetensors file, and name is {self.name}; leave it out")
+        return self
 
 
 class LoraConfig(Settings):

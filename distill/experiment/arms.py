@@ -104,7 +104,7 @@ def _reference_fault(reference: str, configs: Mapping[str, ArmConfig], name: str
     """Why a method's reference can be neither an arm nor a model."""
     if reference == name:
         return f"it refers to itself as {reference!r}"
-    if reference in configs or reference == BASE or "/" in reference or Path(reference).is_dir():
+    if reference in configs or reference == BASE or "/" in reference or Path(reference).exists():
         return None
     close = difflib.get_close_matches(reference, [*configs, BASE], n=1)
     hint = f"; did you mean {close[0]!r}?" if close else f"; the arms are {', '.join(configs)}"

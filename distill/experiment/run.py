@@ -37,6 +37,7 @@ from distill.metrics.features import load_features
 from distill.models import Model, load_model
 from distill.models.adapters import check_lora_targets, lora_targets, parameter_counts
 from distill.models.loading import LORA_FILE
+from distill.models.single_file import is_adapter
 from distill.processes import thread_advice
 from distill.settings import Settings
 from distill.trainer import make_accelerator
@@ -78,7 +79,8 @@ class Run:
             self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def load(self, reference: str) -> Model:
-        """A model by the name of an arm, `base`, one of `references`, a run folder, a pipeline folder or a hub id."""
+        """A model by the name of an arm, `base`, one of `references`, a run folder, an adapter file, a pipeline folder, a whole
+        checkpoint or a hub id."""
         if reference in self.references:
             return self.references[reference]()
         if reference in self.arms:
@@ -87,9 +89,14 @@ class Run:
         if reference in (BASE, self.config.base.name):
             return load_model(self.config.base)
         folder = Path(reference)
-        if folder.is_dir() and not (folder / "model_index.json").exists():
+        if (folder.is_file() and is_adapter(folder)) or (
+            folder.is_dir() and not (folder / "model_index.json").exists()
+        ):
             return load_model(self.config.base, folder)
-        return load_model(self.config.base.model_copy(update={"name": reference, "revision": None}))
+        base = self.config.base
+        # A teacher has the shape of its student, so that the configs of the base are right for its file.
+        changed = {"name": reference, "revision": None, "single_file_config": base.single_file_config or base.name}
+        return load_model(base.model_copy(update=changed))
 
 
 def open_run(
@@ -233,7 +240,10 @@ def _start_faults(arm: Arm, arms: Mapping[str, Arm]) -> list[str]:
     if start is None or "lora" not in (training.denoiser, training.text_encoder):
         return []
     other = arms[start].training if start in arms else None
-    adapted = other.denoiser == "lora" if other else (Path(start) / LORA_FILE).exists()
+    path = Path(start)
+    adapted = (
+        other.denoiser == "lora" if other else (path / LORA_FILE).exists() or (path.is_file() and is_adapter(path))
+    )
     if training.denoiser != "lora" or not adapted:
         return [f"it trains adapters of the base, and can start only from adapters of the denoiser; {start} has none"]
     if other and other.lora != training.lora:

@@ -281,9 +281,9 @@ class Family(ABC):
         """The adapters as ComfyUI and A1111 read them, tensors and metadata; None where they know no such model."""
         return None
 
-    def load_adapters(self, pipeline: Any, folder: Path) -> None:
-        """Attach the adapters of a folder under the name `default`, as a user would."""
-        pipeline.load_lora_weights(folder, adapter_name="default")
+    def load_adapters(self, pipeline: Any, place: Path) -> None:
+        """Attach the adapters of a folder or file under the name `default`, as a user would."""
+        pipeline.load_lora_weights(place, adapter_name="default", use_safetensors=True)
 
 
 def text_faults(model: Model) -> list[str]:

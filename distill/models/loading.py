@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
-from safetensors import safe_open
 from torch import nn
 
 from distill.config import BaseConfig
@@ -16,6 +15,7 @@ from distill.errors import UserError
 from distill.files import read_json
 from distill.models.family import AttentionSubset, Model, family_of_pipeline
 from distill.models.parts import check_adapter, load_module, load_pipeline, refusing
+from distill.models.single_file import PICKLES, is_adapter, keys_of, load_single_file, refuse_pickle
 
 PHANTOM_BASE = Path(__file__).parents[2] / "checkpoints" / "phantom-base"
 SUBSET_FILE = "localization.json"
@@ -42,7 +42,7 @@ def read_subset(folder: Path, denoiser: nn.Module) -> AttentionSubset | None:
 
 
 def load_model(base: BaseConfig, run: str | Path | None = None) -> Model:
-    """Load a base by hub id, folder or the word `phantom`, and put a trained run folder's weights or adapters on it.
+    """Load a base by hub id, folder, file or the word `phantom`, and put a trained run folder's weights or adapters on it.
 
     All in float32. Raises UserError for what is missing, of another kind, or does not fit.
     """
@@ -54,7 +54,9 @@ def load_model(base: BaseConfig, run: str | Path | None = None) -> Model:
         )
     path = Path(name) if os.path.exists(name) else _downloaded(name, base)
     try:
-        pipeline = load_pipeline(path, base.variant)
+        refuse_pickle(path)
+        one = path.is_file()
+        pipeline = load_single_file(path, base.single_file_config) if one else load_pipeline(path, base.variant)
         model = model_of(pipeline)
         model.family.check_loaded(model)
     except UserError as error:
@@ -71,7 +73,7 @@ def load_model(base: BaseConfig, run: str | Path | None = None) -> Model:
 
 def _downloaded(name: str, base: BaseConfig) -> Path:
     """The folder of a hub id in the local cache, downloaded where it is not there."""
-    if name.startswith((".", "/", "~")) or name.count("/") > 1:
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith((".safetensors", *PICKLES)):
         raise UserError(f"base.name: no folder {name}; give a diffusers pipeline folder, a hub id, or `phantom`")
     options: dict[str, Any] = {"use_safetensors": True, "safety_checker": None, "revision": base.revision}
     if base.variant:
@@ -92,9 +94,17 @@ def model_of(pipeline: Any) -> Model:
 def load_run(model: Model, run: Path) -> None:
     """Put a run folder on its base as a user would: stock loaders of diffusers and transformers, and a count of keys.
 
+    run: a folder, or an adapter file in the layout of diffusers or kohya's scripts.
     Raises UserError for a folder that holds nothing, is damaged, or was trained on another base.
     """
     folders = (model.family.denoiser_name, *model.family.text_encoder_names)
+    if os.path.isfile(run):
+        refuse_pickle(run)
+        if run.suffix.lower() != ".safetensors":
+            raise UserError(f"{run} is a file; expected a run folder, or an adapter in a .safetensors file")
+        if not is_adapter(run):
+            raise UserError(f"{run} is no adapter file; give a run folder, or give a whole checkpoint as base.name")
+        return _load_adapter(model, run, run)
     if not os.path.isdir(run):
         raise UserError(f"no run folder {run}")
     found = False
@@ -112,18 +122,20 @@ def load_run(model: Model, run: Path) -> None:
         old.load_state_dict(new.state_dict())
     if os.path.lexists(run / LORA_FILE):
         found = True
-        check_adapter(run / LORA_FILE)
-        with refusing(f"{run / LORA_FILE} does not fit the base, or is damaged"):
-            model.family.load_adapters(model.pipeline, run)
-        _check_adapter_keys(model, run / LORA_FILE)
+        _load_adapter(model, run, run / LORA_FILE)
     if not found:
         raise UserError(f"{run} holds neither {LORA_FILE} nor a folder {' or '.join(folders)}")
 
 
-def _check_adapter_keys(model: Model, path: Path) -> None:
-    """Stock loading only warns about keys that match nothing; refuse the file then."""
-    with safe_open(path, "pt") as file:
-        wanted = len(file.keys())
+def _load_adapter(model: Model, place: Path, path: Path) -> None:
+    """Attach the adapter of a file. place: the file, or the folder that holds it.
+
+    Stock loading only warns about keys that match nothing; the file is refused then.
+    """
+    check_adapter(path)
+    with refusing(f"{path} does not fit the base, or is damaged"):
+        model.family.load_adapters(model.pipeline, place)
+    wanted = sum(not key.endswith(".alpha") for key in keys_of(path))
     loaded = sum("lora_" in name for module in model.modules() for name in module.state_dict())
     if loaded != wanted:
         raise UserError(

@@ -115,6 +115,9 @@ def check_adapter(path: Path) -> None:
         metadata = (file.metadata() or {}).get("lora_adapter_metadata", "{}")
         weights = nn.ParameterDict({key.replace(".", "/"): file.get_tensor(key).float() for key in list(file.keys())})
     check_weights(weights, path)
+    for key, value in weights.items():
+        if key.endswith("/alpha") and not (value.numel() == 1 and float(value.detach()) > 0):
+            raise UserError(f"{path}: {key.replace('/', '.')} is {value.tolist()}; expected a number above 0")
     try:
         alphas = {key: value for key, value in json.loads(metadata).items() if key.endswith("lora_alpha")}
     except (ValueError, AttributeError, RecursionError) as error:
