@@ -105,6 +105,18 @@ def adapter_state(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @torch.no_grad()
+def fixed_output(model: Model, device: torch.device | str) -> torch.Tensor:
+    """The denoiser's output on two latents, timesteps and texts that are always the same."""
+    generator = torch.Generator().manual_seed(0)
+    zeros, _, conditions = model.family.example_inputs(model, 2, int(model.denoiser.config.sample_size), device)
+    latents = torch.randn(zeros.shape, generator=generator).to(device)
+    ids = [x.to(device) for x in model.tokenize(["pleural effusion in the left lower zone", ""])]
+    embeds, pooled = model.encode(ids)
+    conditions = replace(conditions, embeds=embeds, pooled=pooled)
+    return model.family.predict(model.denoiser, latents, torch.tensor([10, 700], device=device), conditions)
+
+
+@torch.no_grad()
 def prove_parity(trained: Model, loaded: Model, device: torch.device | str) -> float:
     """Largest difference of the denoiser's output on fixed inputs between what was trained and what the files give.
 
@@ -121,14 +133,7 @@ def prove_parity(trained: Model, loaded: Model, device: torch.device | str) -> f
     for model, modules in ((trained, ours), (loaded, theirs)):
         for module in modules:
             module.float().eval().to(device)
-        generator = torch.Generator().manual_seed(0)
-        zeros, _, conditions = model.family.example_inputs(model, 2, int(model.denoiser.config.sample_size), device)
-        latents = torch.randn(zeros.shape, generator=generator).to(device)
-        ids = [x.to(device) for x in model.tokenize(["pleural effusion in the left lower zone", ""])]
-        embeds, pooled = model.encode(ids)
-        conditions = replace(conditions, embeds=embeds, pooled=pooled)
-        timesteps = torch.tensor([10, 700], device=device)
-        outputs.append(model.family.predict(model.denoiser, latents, timesteps, conditions))
+        outputs.append(fixed_output(model, device))
     difference = float((outputs[0] - outputs[1]).abs().max())
     if not difference <= PARITY_TOLERANCE * max(1.0, float(outputs[0].abs().max())):
         raise UserError(f"the exported files do not give the trained model's outputs (difference {difference:.2e})")
