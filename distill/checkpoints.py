@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from distill.errors import UserError
+from distill.files import JsonObject
 
 KEPT = 2
 """Checkpoints kept, the newest."""
@@ -37,7 +38,7 @@ class Checkpoint:
     """
 
     step: int
-    facts: dict[str, Any]
+    facts: JsonObject
     trained: dict[str, torch.Tensor]
     loop: dict[str, Any]
     log: str

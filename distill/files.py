@@ -21,6 +21,8 @@ from safetensors.torch import save, save_file
 
 from distill.errors import UserError
 
+JsonObject = dict[str, Any]
+"""An object of a JSON file, or one that is to be written: a row of a log, an entry of metrics.json."""
 PACKAGES = (
     "torch", "diffusers", "transformers", "peft", "accelerate", "bitsandbytes", "torchmetrics", "safetensors", "pyarrow",
 )  # fmt: skip
@@ -43,7 +45,7 @@ def code_version() -> tuple[str | None, bool | None]:
     return _git("rev-parse", "HEAD"), None if status is None else bool(status)
 
 
-def provenance() -> dict[str, Any]:
+def provenance() -> JsonObject:
     """Commit, whether files differ from it, versions, device, threads, time in UTC."""
     commit, changed = code_version()
     cuda = torch.cuda.is_available()

@@ -28,12 +28,22 @@ from distill.checkpoints import Checkpoint
 from distill.config import TrainerConfig
 from distill.draws import shared_generator
 from distill.errors import Interrupted, UserError
-from distill.files import write_atomic
+from distill.files import JsonObject, write_atomic
 from distill.interrupts import Stop, leave_signals_to_parent, noted
 from distill.memory import peak_memory_gb
 
 ENDLESS = ("constant",)
 """Learning rate schedules of which a step does not depend on max_steps, so that a training can be made longer."""
+
+
+class Record(Protocol):
+    """A batch that moves itself."""
+
+    def to(self, device: torch.device, non_blocking: bool = False) -> Record: ...
+
+
+AnyBatch = dict[str, torch.Tensor] | Record
+Collate = Callable[[list[Any]], AnyBatch]
 
 
 @runtime_checkable
@@ -112,13 +122,13 @@ def _unsupported(kind: str) -> str:
 
 def fit(
     objective: nn.Module,
-    dataset: Dataset[Any],
+    dataset: Dataset[object],
     config: TrainerConfig,
     *,
     accelerator: Accelerator,
     output_dir: Path,
     seed: int,
-    collate: Callable[[list[Any]], Any] | None = None,
+    collate: Collate | None = None,
     parameter_groups: Sequence[dict[str, Any]] | None = None,
     on_sample: Callable[[int], None] | None = None,
     on_localize: Callable[[int], None] | None = None,
@@ -143,7 +153,9 @@ def fit(
         raise UserError(f"{label}: no parameter is trainable; train the U-Net or the text encoder")
     if not (accelerator.distributed_type == "NO" or accelerator.distributed_type.startswith("MULTI_")):
         raise UserError(_unsupported(accelerator.distributed_type.value))
-    groups = list(parameter_groups or [{"params": [p for _, p in named], "lr": config.learning_rate}])
+    groups: list[dict[str, Any]] = list(
+        parameter_groups or [{"params": [p for _, p in named], "lr": config.learning_rate}]
+    )
     if sum(len(g["params"]) for g in groups) != len(named):
         raise ValueError("parameter_groups must cover every trainable parameter once")
     loop = _Loop(objective, named, groups, config, accelerator, output_dir, seed, label, dict(fingerprints or {}))
@@ -165,7 +177,7 @@ class _Loop:
         self,
         objective: nn.Module,
         named: list[tuple[str, nn.Parameter]],
-        groups: list[dict[str, Any]],
+        groups: list[dict[str, object]],
         config: TrainerConfig,
         accelerator: Accelerator,
         output_dir: Path,
@@ -196,7 +208,7 @@ class _Loop:
         self.count = 0
         self.grad_norm: torch.Tensor | float = float("nan")
 
-    def run(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any] | None, looks: list[Look]) -> FitResult:
+    def run(self, dataset: Dataset[object], collate: Collate | None, looks: list[Look]) -> FitResult:
         config, accelerator = self.config, self.accelerator
         self.model.train()
         self._resume()
@@ -255,7 +267,7 @@ class _Loop:
         self.accelerator.free_memory()
         self.control.close()
 
-    def _batches(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any] | None) -> Iterator[tuple[int, Any]]:
+    def _batches(self, dataset: Dataset[object], collate: Collate | None) -> Iterator[tuple[int, AnyBatch]]:
         """(micro step, batch on the device) from this step on."""
         config, accelerator = self.config, self.accelerator
         first, last = (step * config.gradient_accumulation_steps for step in (self.step, config.max_steps))
@@ -282,7 +294,7 @@ class _Loop:
                 batch = _moved(next(rows), accelerator.device)
             yield micro, batch
 
-    def _micro_step(self, micro: int, batch: Any) -> bool:
+    def _micro_step(self, micro: int, batch: AnyBatch) -> bool:
         """One forward and backward pass; whether it ended an optimizer step."""
         accelerator = self.accelerator
         with accelerator.accumulate(self.model):
@@ -380,7 +392,7 @@ class _Loop:
         self.finite.check(self._fault)
         scaler = self.accelerator.scaler
         parts = {"optimizer": self.optimizer, "scheduler": self.scheduler, "ema": self.ema, "scaler": scaler}
-        loop: dict[str, Any] = {name: part.state_dict() for name, part in parts.items() if part is not None}
+        loop: dict[str, object] = {name: part.state_dict() for name, part in parts.items() if part is not None}
         values = torch.stack(
             [*self.sums.values(), torch.as_tensor(float(self.grad_norm), device=self.accelerator.device)]
         )
@@ -402,7 +414,7 @@ class _Loop:
 
         self.control.on_main(write)
 
-    def _identity(self) -> dict[str, Any]:
+    def _identity(self) -> JsonObject:
         """What a checkpoint says of its training, to be compared when it is read."""
         return {
             "seed": self.seed,
@@ -485,7 +497,7 @@ class _Loop:
         self.rows = checkpoint.log.splitlines(keepends=True)
 
 
-def _moved(batch: Any, device: torch.device) -> Any:
+def _moved(batch: AnyBatch, device: torch.device) -> AnyBatch:
     """A batch on the device: a record that moves itself, or a dictionary of tensors."""
     if isinstance(batch, dict):
         return {key: value.to(device, non_blocking=True) for key, value in batch.items()}

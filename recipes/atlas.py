@@ -10,7 +10,7 @@ takes the run's layers and timesteps. The search is `choose_subset` in distill/e
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
@@ -23,6 +23,8 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
     from rich.console import Console
 
+    from distill.data.sample import ImageCaptionDataset
+    from distill.files import JsonObject
     from distill.models import Model
 
 
@@ -78,7 +80,7 @@ def base_folder(config: AtlasConfig) -> Path:
     return PHANTOM_BASE if config.base.name == "phantom" else Path(config.base.name)
 
 
-def load_splits(config: AtlasConfig) -> tuple[Any, Any]:
+def load_splits(config: AtlasConfig) -> tuple[ImageCaptionDataset, ImageCaptionDataset]:
     """Validation and test images. Raises UserError unless they are different images."""
     from distill.data.loading import load_dataset
     from distill.errors import UserError
@@ -96,7 +98,7 @@ def load_splits(config: AtlasConfig) -> tuple[Any, Any]:
     return validation, test
 
 
-def check(config: AtlasConfig, model: Model, validation: Any, test: Any) -> None:
+def check(config: AtlasConfig, model: Model, validation: ImageCaptionDataset, test: ImageCaptionDataset) -> None:
     """Raise UserError, before anything is computed, for what does not fit the base or the data."""
     from distill.data.readers.records import RecordDataset
     from distill.errors import UserError, raise_all
@@ -124,7 +126,9 @@ def check(config: AtlasConfig, model: Model, validation: Any, test: Any) -> None
             raise UserError(f"none of the {len(dataset):,} {which} images has a box or mask of a finding{why}")
 
 
-def dry_run(config: AtlasConfig, model: Model, validation: Any, accelerator: Accelerator, console: Console) -> None:
+def dry_run(
+    config: AtlasConfig, model: Model, validation: ImageCaptionDataset, accelerator: Accelerator, console: Console
+) -> None:
     """Resolved configuration, and estimates from one batch. Writes nothing."""
     import time
 
@@ -152,7 +156,7 @@ def dry_run(config: AtlasConfig, model: Model, validation: Any, accelerator: Acc
     )
 
 
-def write_model(config: AtlasConfig, name: str, run: Path | None, entry: dict[str, Any]) -> Path | None:
+def write_model(config: AtlasConfig, name: str, run: Path | None, entry: JsonObject) -> Path | None:
     """The heat map and the subset of one model; where the subset was stored for evaluation to find."""
     import numpy as np
 
@@ -177,7 +181,7 @@ def write_model(config: AtlasConfig, name: str, run: Path | None, entry: dict[st
 
 
 def write_tables(
-    config: AtlasConfig, entries: dict[str, Any], stored: list[Path], processes: int, console: Console
+    config: AtlasConfig, entries: JsonObject, stored: list[Path], processes: int, console: Console
 ) -> None:
     """atlas.json, atlas.md, the table in the terminal, paths, and the next command."""
     from distill.experiment.atlas import answer, markdown, terminal_table
@@ -231,7 +235,7 @@ def measure_all(config: AtlasConfig) -> None:
     check(config, model, validation, test)
     if config.dry_run:
         return dry_run(config, model, validation, accelerator, console)
-    entries: dict[str, Any] = {}
+    entries: JsonObject = {}
     stored = []
     for name, run in models.items():
         model = load_model(config.base, run).to(accelerator.device).freeze()

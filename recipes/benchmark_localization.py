@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
     from distill.data.sample import ImageCaptionDataset
+    from distill.files import JsonObject
     from distill.models import Model
 
 Part = Literal["overhead", "paper", "memory", "protocols", "scale", "full_size"]
@@ -67,7 +68,7 @@ def scale_options(config: BenchmarkLocalizationConfig) -> list[str]:
 
 def measure(
     config: BenchmarkLocalizationConfig, model: Model, dataset: ImageCaptionDataset, accelerator: Accelerator
-) -> dict[str, Any]:
+) -> JsonObject:
     """Part -> its numbers."""
     import torch
 
@@ -76,7 +77,7 @@ def measure(
     from distill.experiment.benchmark_memory import full_size, in_fresh_process, memory_of_steps
 
     device, evaluation, folder = accelerator.device, config.evaluation.full(), Path(config.output_dir)
-    results: dict[str, Any] = {}
+    results: JsonObject = {}
     if "overhead" in config.parts:
         results["overhead"] = overheads(model, config.evaluation.batch_size, config.repeats, device)
     if "paper" in config.parts:
@@ -93,11 +94,11 @@ def measure(
         results["full_size"] = full_size(config.memory_budget_gb, torch.float32)
         if device.type == "cuda":
             results["full_size_bf16"] = full_size(config.memory_budget_gb, torch.bfloat16)
-    found: dict[str, Any] = finite(results)
+    found: JsonObject = finite(results)
     return found
 
 
-def print_results(results: dict[str, Any], path: Path) -> None:
+def print_results(results: JsonObject, path: Path) -> None:
     """A line of each protocol and part, and one JSON object at the end."""
     for name, entry in results.get("protocols", {}).items():
         word = entry["word"] if entry else {}

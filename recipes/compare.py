@@ -12,13 +12,16 @@ from __future__ import annotations
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, cast
+from typing import TYPE_CHECKING, Annotated, ClassVar, cast
 
 from pydantic import AfterValidator, Field
 
 from distill.cli import main, to_yaml
 from distill.configuration import renamed as old
 from distill.settings import HARMLESS, Seed, Settings, Text, Texts, once
+
+if TYPE_CHECKING:
+    from distill.files import JsonObject
 
 TRAINING_DATA = {
     "train_size", "validation_size", "train_split", "allow_empty_captions", "truncate_captions", "horizontal_flip",
@@ -61,10 +64,10 @@ class Evaluated:
     """
 
     folder: Path
-    entry: dict[str, Any]
+    entry: JsonObject
     commit: str | None
-    config: dict[str, Any]
-    settings: dict[str, Any]
+    config: JsonObject
+    settings: JsonObject
 
     @property
     def seed(self) -> int:
@@ -93,7 +96,7 @@ def read_evaluated(path: Path) -> Evaluated:
         raise UserError(f"{path}: no evaluated arm; expected {path / 'metrics.json'} and {run}, as recipes write them")
     found = read_json(path / "metrics.json")
     try:
-        config = cast(dict[str, Any], yaml.safe_load(run.read_text(encoding="utf-8")))
+        config = cast(JsonObject, yaml.safe_load(run.read_text(encoding="utf-8")))
         parse_metrics(found)
         if config["data"]["kind"] is None or config["evaluation"] is None:
             raise ValueError("it is of no evaluation")
@@ -107,7 +110,7 @@ def read_evaluated(path: Path) -> Evaluated:
     return Evaluated(path, found["arms"][path.name], found["provenance"].get("commit"), config, settings)
 
 
-def measured_on(found: Evaluated) -> dict[str, Any]:
+def measured_on(found: Evaluated) -> JsonObject:
     """Dotted key -> value of all that decides what an evaluation measures; keys that an older run lacks, by default."""
     from pydantic import TypeAdapter
 
@@ -119,7 +122,7 @@ def measured_on(found: Evaluated) -> dict[str, Any]:
         "data": kind.validate_python({"kind": found.config["data"]["kind"]}).model_dump(mode="json"),
         "evaluation": FullEvaluation().model_dump(mode="json"),
     }
-    result: dict[str, Any] = {}
+    result: JsonObject = {}
     for group, besides in (("data", TRAINING_DATA), ("evaluation", SPEED)):
         known = defaults[group] | found.config[group]
         result |= {f"{group}.{key}": value for key, value in known.items() if key not in besides}
@@ -128,7 +131,7 @@ def measured_on(found: Evaluated) -> dict[str, Any]:
     return result | {f"localization.{key}": located.get(key) for key in ("protocol", "layers", "timesteps")}
 
 
-def differing(one: Evaluated, first: Evaluated) -> dict[str, Any]:
+def differing(one: Evaluated, first: Evaluated) -> JsonObject:
     """Dotted key -> value in `one`, where `first` is configured otherwise."""
     from distill.report.tables import flatten
 

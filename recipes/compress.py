@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator
 
@@ -22,6 +22,7 @@ from distill.settings import HARMLESS, Text, once
 
 if TYPE_CHECKING:
     from distill.experiment.run import Run
+    from distill.files import JsonObject
 
 PRUNED = "pruned_base"
 WHOLE = "whole"
@@ -83,7 +84,7 @@ def compress(config: CompressConfig) -> None:
             return dry_run(run)
         cost = train_arm(run, arm)
         teacher = Path(config.run) if config.run else None
-        results: dict[str, Any] = {
+        results: JsonObject = {
             "teacher": evaluate_arm(run, "teacher", teacher, base=config.base),
             "pruned": evaluate_arm(run, "pruned", None),
             "model": evaluate_arm(run, "model", folder, cost),

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -19,6 +19,9 @@ from distill.config import DenoisingConfig, LoraConfig, TrainingRunConfig
 from distill.configuration import renamed as old
 from distill.methods.options import ConsistencyOptions
 from distill.settings import HARMLESS, Text
+
+if TYPE_CHECKING:
+    from distill.files import JsonObject
 
 WHOLE = "whole"
 
@@ -82,7 +85,7 @@ def distill_steps(config: DistillStepsConfig) -> None:
         if config.dry_run:
             return dry_run(run)
         cost = train_arm(run, arm)
-        results: dict[str, Any] = {
+        results: JsonObject = {
             "teacher": evaluate_arm(run, "teacher", None),
             hurried: evaluate_arm(run, hurried, None, evaluation=few),
             "model": evaluate_arm(run, "model", folder, cost),

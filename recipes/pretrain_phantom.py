@@ -12,13 +12,16 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
 from pydantic import AfterValidator, Field
 
 from distill.cli import main, to_yaml
 from distill.config import LayerEvaluation, TrainerConfig
 from distill.settings import Count, Positive, Probability, Seed, Settings, Text, Weight, once
+
+if TYPE_CHECKING:
+    from distill.files import JsonObject
 
 Stage = Literal[
     "pictures", "tokenizer", "text_encoder", "vae", "unet", "unet_longer", "unet_clear", "classifier",
@@ -188,7 +191,7 @@ def write_measurements(config: PretrainConfig, work: Path, base: Path) -> None:
 
     evaluation, classifier = config.evaluation.full(), Path(config.classifier_dir)
     result = record(base, classifier, work, evaluation, resolution=config.resolution, seed=config.seed)
-    stages: dict[str, Any] = stages_of(base)
+    stages: JsonObject = stages_of(base)
     for name in TRAINED:
         if name not in UNET_STAGES and (work / name / "cost.json").exists():
             stages[name] = cost_of(work / name)

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from distill.config import FullEvaluation
     from distill.data.sample import ImageCaptionDataset
+    from distill.files import JsonObject
     from distill.models import Model
 
 
@@ -53,7 +54,7 @@ def interval(value: float | None, ends: Any, decimals: int = 3) -> str:
     return f"{shown} [{format_number(ends[0], decimals)}, {format_number(ends[1], decimals)}]" if ends else shown
 
 
-def tables(models: dict[str, Any]) -> str:
+def tables(models: JsonObject) -> str:
     """robustness.md: AUC of the words by shift, and negations."""
     from distill.report.document import Table, markdown_table
 
@@ -91,7 +92,7 @@ def measure(
     *,
     accelerator: Accelerator,
     label: str,
-) -> dict[str, Any]:
+) -> JsonObject:
     """A model's entry of robustness.json."""
     from distill.evaluation.localization import localization
     from distill.evaluation.robustness import SHIFTS, ShiftedDataset, negations, two_places
@@ -153,7 +154,7 @@ def measure_all(config: RobustnessConfig) -> None:
     if config.dry_run:
         console.print(to_yaml(config) + "dry run: the data and the models are fine; nothing was written")
         return
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     for name, run in models.items():
         model = load_model(config.base, run).to(accelerator.device).freeze()
         entry = measure(model, test, evaluation, folder / name, accelerator=accelerator, label=name)

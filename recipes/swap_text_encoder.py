@@ -9,7 +9,7 @@ How the new encoder is fitted to the denoiser is in distill/models/text_encoder.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field
 
@@ -20,6 +20,9 @@ from distill.settings import Count, Settings, Text
 
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from distill.data.sample import ImageCaptionDataset
 
 
 class SwapTextEncoderConfig(Settings):
@@ -67,7 +70,9 @@ def save_checked(pipeline: StableDiffusionPipeline, folder: Path, base: str) -> 
     return difference
 
 
-def load_encoder(config: SwapTextEncoderConfig, train: Any, width: int) -> tuple[Any, Any]:
+def load_encoder(
+    config: SwapTextEncoderConfig, train: ImageCaptionDataset, width: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The encoder and its tokenizer. train: whose labels `multi_label` has a token for. width: of its hidden states."""
     from distill.models.text_encoder import MULTI_LABEL, load_text_encoder, multi_label_encoder
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 from pydantic import Field, model_validator
 
@@ -25,6 +25,7 @@ from distill.settings import HARMLESS, Seed, Text, Texts
 
 if TYPE_CHECKING:
     from distill.experiment.arms import Arm
+    from distill.files import JsonObject
 
 
 class TradeoffConfig(RunConfig):
@@ -93,7 +94,7 @@ def one_seed(config: TradeoffConfig, seed: int, folder: Path) -> None:
         return dry_run(run)
     steps = ", ".join(f"{arm.name} ({arm.trainer.max_steps:,} steps)" for arm in arms.values())
     run.say(f"plan: evaluate the base; train and evaluate {steps}; then write {folder / 'report.html'}")
-    results: dict[str, Any] = {}
+    results: JsonObject = {}
 
     def base() -> None:
         results["base"] = evaluate_arm(run, "base", None)

@@ -674,11 +674,6 @@ def test_a_word_shows_its_map_by_keyboard_pointer_and_tap(tab: Browser, full_run
     assert tab.evaluate("document.activeElement.textContent") == "left"
     assert _bright_row(tab) == 2 and tab.evaluate("document.querySelector('.shown').textContent") == "left"
     assert tab.evaluate("getComputedStyle(document.activeElement).outlineStyle") == "solid"
-    tab.press("ArrowRight")
-    assert _bright_row(tab) == 3
-    for _ in range(2):
-        tab.press("ArrowLeft")
-    assert tab.evaluate("document.activeElement.textContent") == "Small" and _bright_row(tab) == 1
     tab.click(".example button[data-map='5']", "hover")
     assert _bright_row(tab) == 5
     tab.click(".example button[data-map='6']")

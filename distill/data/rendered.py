@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import numpy as np
 import torch
@@ -21,7 +21,14 @@ from distill.files import write_json
 SPLIT = r"""'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"""  # CLIP's
 
 
-class RenderedPictures(Dataset[dict[str, Any]]):
+class PictureRow(TypedDict):
+    """pixel_values: (3, height, width) in [-1, 1]."""
+
+    pixel_values: torch.Tensor
+    caption: str
+
+
+class RenderedPictures(Dataset[PictureRow]):
     """Pictures drawn once: uint8 (count, height, width) on disk, and their captions."""
 
     def __init__(self, folder: Path) -> None:
@@ -31,7 +38,7 @@ class RenderedPictures(Dataset[dict[str, Any]]):
     def __len__(self) -> int:
         return len(self.captions)
 
-    def __getitem__(self, index: int) -> dict[str, Any]:
+    def __getitem__(self, index: int) -> PictureRow:
         pixels = torch.from_numpy(self.pixels[index].astype(np.float32) / 127.5 - 1)
         return {"pixel_values": pixels.expand(3, -1, -1), "caption": self.captions[index]}
 

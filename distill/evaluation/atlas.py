@@ -38,7 +38,7 @@ from distill.evaluation.protocols import (
     prepare_inputs,
     queries,
 )
-from distill.files import provenance
+from distill.files import JsonObject, provenance
 from distill.metrics import PixelAUROC, macro_mean_interval
 from distill.models.family import AttentionSubset, Model
 
@@ -265,7 +265,7 @@ def paired_difference(
     key: str,
     cluster: Callable[[int], str],
     config: FullEvaluation,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Chosen minus default of one metric of the word maps: macro mean over the pairs that both have, and its interval.
 
     default, chosen: lines of pairs.jsonl (see `distill.localization.Scores`). cluster: index of an image -> what the
@@ -292,13 +292,13 @@ def compare_on_test(
     accelerator: Accelerator,
     folder: Path,
     label: str = "",
-) -> dict[str, Any] | None:
+) -> JsonObject | None:
     """`localization` by all layers at DEFAULT_TIMESTEPS and by the subset, on the same pairs; None without regions.
 
     -> {"default": entry, "chosen": entry, "difference": {metric: see `paired_difference`}}. The scores of each pair are
     in <folder>/default and <folder>/chosen, from which the same call continues after a kill.
     """
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     rows = {}
     for name, layers, timesteps in (
         ("default", (), DEFAULT_TIMESTEPS),
@@ -331,7 +331,7 @@ def analyse(
     accelerator: Accelerator,
     folder: Path,
     label: str,
-) -> dict[str, Any]:
+) -> JsonObject:
     """A model's entry of atlas.json: AUC of all cells, the subset chosen from them, and what it does on test images.
 
     timesteps: those of the cells, in addition to DEFAULT_TIMESTEPS. max_timesteps: most timesteps of the subset.
@@ -382,7 +382,7 @@ def analyse(
     }
 
 
-def subset_file(entry: Mapping[str, Any], config: Mapping[str, Any]) -> dict[str, Any]:
+def subset_file(entry: Mapping[str, Any], config: Mapping[str, Any]) -> JsonObject:
     """Content of localization.json (see `distill.models.loading.read_subset`), with where the subset comes from."""
     chosen, test = entry["chosen"], entry["test"]
     return {

@@ -31,7 +31,7 @@ from distill.evaluation.localization import localization, query_key
 from distill.evaluation.priors import priors_key
 from distill.evaluation.protocols import Query, queries, with_subset
 from distill.evaluation.word_maps import write_word_maps
-from distill.files import write_atomic, write_tensors
+from distill.files import JsonObject, write_atomic, write_tensors
 from distill.metrics import Diversity, finding_auroc, frechet_distance, frechet_interval
 from distill.metrics.features import Features
 from distill.models.bits import megabytes, quantize
@@ -111,7 +111,7 @@ def quality(
     examples: Sequence[int] = (),
     label: str = "",
     weights: str | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """The `quality` entry of metrics.json; writes the images of the examples' captions to samples/.
 
     FID against `real`, the real images of the same captions. Image of caption i has seed config.seed + i, so that it is
@@ -130,7 +130,7 @@ def quality(
     if diversity_of in kept.entries:
         usable |= {place: {"full": True} for place in several}
     accelerator.wait_for_everyone()  # all have read the files that are written from here on
-    made: dict[int, dict[str, Any]] = {}
+    made: dict[int, JsonObject] = {}
     varied: list[tuple[int, np.ndarray]] = []
     missing = batches.missing(usable)
     count = sum(map(len, missing))
@@ -175,7 +175,7 @@ def _jobs(order: Sequence[int], config: FullEvaluation) -> list[tuple[int, int]]
     return [*((i, config.seed + i) for i in order), *several]
 
 
-def _usable(kept: Kept, hashes: Sequence[str], examples: int, samples_dir: Path) -> dict[int, dict[str, Any]]:
+def _usable(kept: Kept, hashes: Sequence[str], examples: int, samples_dir: Path) -> dict[int, JsonObject]:
     """Place -> what was drawn before. Of an example the image must be there too, at its place."""
     usable = {place: kept.entries[name] for place, name in enumerate(hashes) if name in kept.entries}
     for place in range(examples):
@@ -256,9 +256,9 @@ def compare(
     dataset: ImageCaptionDataset,
     config: FullEvaluation,
     features: Features | None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """FID of two sets of features, and the finding AUC of the first against the labels of its captions; null where none."""
-    result: dict[str, Any] = {"fid": None, "fid_ci": None, "finding_auc": None, "finding_auc_ci": None}
+    result: JsonObject = {"fid": None, "fid_ci": None, "finding_auc": None, "finding_auc_ci": None}
     ours, theirs = generated.features, real.features
     if features is not None and ours is not None and theirs is not None and min(len(ours), len(theirs)) >= 2:
         result["fid"] = frechet_distance(theirs, ours)
@@ -303,12 +303,12 @@ class HeldOut:
     examples: list[int]
     features: Features | None
     real: Generated
-    quality: dict[str, Any]
+    quality: JsonObject
     training: ImageCaptionDataset | None = None
     priors_dir: Path | None = None
     asked: Sequence[Query] = ()
 
-    def made_of(self, model: Model, weights: str, config: FullEvaluation, resolution: int) -> dict[str, dict[str, Any]]:
+    def made_of(self, model: Model, weights: str, config: FullEvaluation, resolution: int) -> dict[str, JsonObject]:
         """Part of the evaluation -> the hashes and options that decide it. features: None where they were not loaded."""
         located = with_subset(config, model).model_dump(mode="json", exclude={"parts", "batch_size", *OF_QUALITY})
         drawn = config.model_dump(mode="json", include={*OF_QUALITY, *OF_BOTH})
@@ -379,7 +379,7 @@ def evaluate(
     label: str,
     parts: Sequence[str] | None = None,
     weights: str | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """{"localization", "quality", "size", "seconds": {"localization_seconds", "evaluation_seconds"}} of one model.
 
     parts: those to measure, by default config.parts; the others are None. weights: kept.weights_of the model.
@@ -417,7 +417,7 @@ def evaluate(
     scheduler.set_timesteps(config.num_inference_steps)
     passes = len(scheduler.timesteps) * (2 if config.guidance_scale > 1 else 1)
     size = model_size(model, resolution) | {"denoiser_passes_an_image": passes, "megabytes": stored}
-    returned: dict[str, Any] = finite({"localization": located, "quality": drawn, "size": size, "seconds": seconds})
+    returned: JsonObject = finite({"localization": located, "quality": drawn, "size": size, "seconds": seconds})
     return returned
 
 

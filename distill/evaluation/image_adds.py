@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from distill.attention.heat_maps import normalize
 from distill.config import FullEvaluation
 from distill.evaluation.protocols import PROTOCOLS, Query, at_size
+from distill.files import JsonObject
 from distill.metrics import macro_mean_interval
 
 OTHER_IMAGES = 5
@@ -33,7 +34,7 @@ Row = Mapping[str, Any]
 # --- maps of the pairs, kept beside their scores until all are there -------------------------------------------------
 
 
-def packed_pairs(query: Query, maps: torch.Tensor, masks: torch.Tensor, config: FullEvaluation) -> list[dict[str, Any]]:
+def packed_pairs(query: Query, maps: torch.Tensor, masks: torch.Tensor, config: FullEvaluation) -> list[JsonObject]:
     """For each pair of a query {"maps", "mask"} as text, so that a killed evaluation keeps them with the pair's scores.
 
     maps: (4 + pairs, height, width), as the protocol made them. masks: (pairs, side, side) bool.
@@ -152,7 +153,7 @@ def differences(
 
 def finish_rows(
     rows: Sequence[Row], names: Sequence[str], config: FullEvaluation, device: torch.device
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """The lines of all pairs, with row["image_adds"] = {token: number or None} in the place of the maps.
 
     Lines that already have it stay as they are. names: of the findings.
@@ -174,7 +175,7 @@ def finish_rows(
     return finished
 
 
-def summary(rows: Sequence[Row], config: FullEvaluation) -> dict[str, dict[str, Any]]:
+def summary(rows: Sequence[Row], config: FullEvaluation) -> dict[str, JsonObject]:
     """token -> {"image_adds", "image_adds_ci", "other_image_auc", "image_adds_pairs"}, averaged as the protocol's AUC.
 
     rows: see `finish_rows`. The interval is a 95 % bootstrap over images of the pairs' differences.

@@ -18,10 +18,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distill.data.cache import model_fingerprint
-from distill.files import write_atomic
+from distill.files import JsonObject, write_atomic
 from distill.models.family import Model
 
-Entry = dict[str, Any]
+Entry = JsonObject
 
 
 def digest(*parts: object) -> str:
@@ -151,7 +151,7 @@ class Batches:
         self._all = [[own[start : start + batch_size] for start in range(0, len(own), batch_size)] for own in shares]
         self._own = self._all[rank]
 
-    def mark(self, places: Sequence[int], *, end: int | None = None) -> dict[str, Any]:
+    def mark(self, places: Sequence[int], *, end: int | None = None) -> JsonObject:
         """What an entry says of its batch. end: items from here on are of another kind and do not fill a batch."""
         is_full = len(places) == self._size and (end is None or max(places) < end)
         return {"batch": self._name(places), "full": is_full}

@@ -37,7 +37,7 @@ from distill.evaluation.protocols import (
     queries,
     with_subset,
 )
-from distill.files import write_atomic, write_tensors
+from distill.files import JsonObject, write_atomic, write_tensors
 from distill.metrics import AttentionMass, LocalizationMetric, MixtureMetric, macro_mean_interval
 from distill.metrics.maps import mixture_masks
 from distill.models.family import Model
@@ -60,7 +60,7 @@ class Scores:
         }
         self.mass = AttentionMass().to(device)
 
-    def restore(self, rows: Sequence[dict[str, Any]]) -> None:
+    def restore(self, rows: Sequence[JsonObject]) -> None:
         if not rows:
             return
         findings, images = [row["finding"] for row in rows], [row["image"] for row in rows]
@@ -81,14 +81,14 @@ def score_rows(
     metrics: dict[str, dict[str, LocalizationMetric]],
     names: Sequence[str],
     config: FullEvaluation,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """The lines of one query; maps: (4 + pairs, height, width)."""
     protocol = PROTOCOLS[config.protocol]
     masks, boxes = ground_truths(query, sample, names, config)
     masks = masks.to(maps.device)
     pairs = len(query.findings)
     word = maps[4 : 4 + pairs] if protocol.words == "finding" else maps[1:2]
-    rows: list[dict[str, Any]] = [
+    rows: list[JsonObject] = [
         {"query": number, "image": query.image, "finding": f, "scores": {}, "mass": mass.tolist()} | packed
         for f, packed in zip(query.findings, packed_pairs(query, maps, masks, config), strict=True)
     ]
@@ -135,7 +135,7 @@ def localization(
     training: ImageCaptionDataset | None = None,
     priors_dir: Path | None = None,
     weights: str | None = None,
-) -> dict[str, Any] | None:
+) -> JsonObject | None:
     """The `localization` entry of metrics.json, None without regions.
 
     Writes the examples' maps to maps.safetensors, and the scores of each pair to pairs.jsonl. Scores of an earlier call in
@@ -157,7 +157,7 @@ def localization(
     if accelerator.is_main_process:
         for start in range(0, len(asked), config.batch_size):
             scores.restore([row for row in rows if start <= row["query"] < start + config.batch_size])
-    result: dict[str, Any] = {token: _summary(metrics, dataset, config) for token, metrics in scores.metrics.items()}
+    result: JsonObject = {token: _summary(metrics, dataset, config) for token, metrics in scores.metrics.items()}
     result["mass"] = {name: float(value) for name, value in scores.mass.compute().items()}
     result["protocol"] = config.protocol
     if config.protocol == "ours":
@@ -188,7 +188,7 @@ def _scored_rows(
     arm_dir: Path,
     examples: Sequence[int],
     label: str,
-) -> list[dict[str, Any]]:
+) -> list[JsonObject]:
     """The lines of all pairs with their maps, in order, on the main process; also writes the examples' maps."""
     key, hashes = rows_key(config, weights), [query_key(dataset, query) for query in asked]
     shown = [n for n, query in enumerate(asked) if query.image in examples]
@@ -258,10 +258,10 @@ def _read_maps(path: Path, key: str) -> dict[str, torch.Tensor]:
 
 def _summary(
     metrics: dict[str, LocalizationMetric], dataset: ImageCaptionDataset, config: FullEvaluation
-) -> dict[str, Any]:
-    result: dict[str, Any] = {"top1": None, "top1_ci": None, "iou": None, "iou_ci": None}
-    micro: dict[str, Any] = {}
-    macro: dict[str, Any] = {}
+) -> JsonObject:
+    result: JsonObject = {"top1": None, "top1_ci": None, "iou": None, "iou_ci": None}
+    micro: JsonObject = {}
+    macro: JsonObject = {}
     for key, metric in metrics.items():
         values, findings, images = metric.values()
         clusters = np.array([image_key(dataset, i) for i in images.tolist()])

@@ -24,7 +24,7 @@ from distill.data.sample import ImageCaptionDataset, Region, image_key
 from distill.errors import UserError
 from distill.evaluation.image_adds import mean_over
 from distill.evaluation.protocols import PROTOCOLS, Query, ground_truth, ground_truths
-from distill.files import read_json, write_json
+from distill.files import JsonObject, read_json, write_json
 from distill.metrics import macro_mean_interval
 
 PRIOR_TRAINING_IMAGES = 600
@@ -41,7 +41,7 @@ def priors(
     *,
     accelerator: Accelerator,
     folder: Path | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """{"centre": {"auc", "auc_ci"}, "mean_mask": {"auc", "auc_ci", "training_images"} or None without training regions}.
 
     The pairs, masks, metric and average are those of the protocol's "auc"; smoothing and thresholds of the model's maps
@@ -58,7 +58,7 @@ def priors(
         return dict(known[0])
     means, images = ({}, 0) if training is None else mean_masks(training, held_out, asked, config, accelerator)
     values, findings, clusters = _scores(held_out, asked, means, config, accelerator)
-    result: dict[str, Any] = {"centre": _entry(values[:, 0], findings, clusters, config), "mean_mask": None}
+    result: JsonObject = {"centre": _entry(values[:, 0], findings, clusters, config), "mean_mask": None}
     if images:
         result["mean_mask"] = _entry(values[:, 1], findings, clusters, config) | {"training_images": images}
     if accelerator.is_main_process and path is not None:
@@ -66,7 +66,7 @@ def priors(
     return result
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> JsonObject:
     """What the file keeps; nothing where it is missing or damaged, because it can be made anew."""
     try:
         found = read_json(path)
@@ -202,7 +202,7 @@ def _scores(
 
 def _entry(
     values: NDArray[np.float64], findings: NDArray[np.int64], clusters: Sequence[str], config: FullEvaluation
-) -> dict[str, Any]:
+) -> JsonObject:
     macro = PROTOCOLS[config.protocol].metrics(config)["auc"].average == "macro"
     defined = ~np.isnan(values)
     values, groups = values[defined], findings[defined] if macro else np.zeros_like(findings[defined])

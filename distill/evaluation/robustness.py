@@ -13,7 +13,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,6 +25,7 @@ from distill.attention.recording import attention_layers
 from distill.config import FullEvaluation
 from distill.data.sample import ImageCaptionDataset, Sample
 from distill.evaluation.protocols import PROTOCOLS, Query, open_recorder, prepare_inputs, queries, with_subset
+from distill.files import JsonObject
 from distill.metrics import PixelAUROC, bootstrap_interval
 from distill.models.family import Model
 from distill.tokens import find_words, token_groups, token_spans
@@ -203,9 +203,9 @@ def maps_of(
                 yield query, sample, own[4 : 4 + len(query.findings)]
 
 
-def means(columns: Mapping[str, Sequence[float]], images: Sequence[int], config: FullEvaluation) -> dict[str, Any]:
+def means(columns: Mapping[str, Sequence[float]], images: Sequence[int], config: FullEvaluation) -> JsonObject:
     """Mean of each column over its rows, and its interval by images drawn with replacement."""
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     for name, values in columns.items():
         row = np.asarray(values, dtype=np.float64)
         found[name] = float(row.mean())
@@ -222,7 +222,7 @@ def negations(
     *,
     accelerator: Accelerator,
     label: str,
-) -> dict[str, Any] | None:
+) -> JsonObject | None:
     """How much a negated finding lights up, in images that also have a stated one; None if there is none.
 
     {"peak_ratio": mean over images of the largest attention on negated words over that on stated words (1: a negated
@@ -251,7 +251,7 @@ def two_places(
     *,
     accelerator: Accelerator,
     label: str,
-) -> dict[str, Any] | None:
+) -> JsonObject | None:
     """Two findings of one kind: is each found, where one word names both? None if no finding has two boxes in an image.
 
     {"auc": of all places of the finding, "lesser_auc": of the place that the map shows least, against all that is outside

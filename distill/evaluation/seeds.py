@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tqdm.auto import tqdm
 from distill.config import TrainerConfig
 from distill.configuration.changes import without_harmless
 from distill.errors import UserError, raise_all
-from distill.files import read_json
+from distill.files import JsonObject, read_json
 from distill.metrics.bootstrap import divide_or_nan, mean_of_defined, percentile_interval, resample_counts
 from distill.metrics.quality import frechet_by_factors, weighted_auroc
 
@@ -40,7 +41,7 @@ def run_folders(folder: Path) -> dict[int, Path]:
     return {seed: found[seed] for seed in sorted(found) if (found[seed] / "metrics.json").exists()}
 
 
-def combine(folder: Path, samples: int | None = None, compare_to: Sequence[str] = ()) -> dict[str, Any]:
+def combine(folder: Path, samples: int | None = None, compare_to: Sequence[str] = ()) -> JsonObject:
     """metrics.json of `folder`: each arm's means over the seeds, `per_seed` values, and `paired` differences.
 
     samples: resamples of the bootstrap, by default as many as the runs had. compare_to: the arms that all others but the
@@ -63,7 +64,7 @@ def combine(folder: Path, samples: int | None = None, compare_to: Sequence[str] 
         samples = int(first["provenance"]["config"].get("evaluation", {}).get("bootstrap_samples", 1000))
     found = Resampled(runs, first["arms"], samples)
 
-    arms: dict[str, Any] = {}
+    arms: JsonObject = {}
     for arm in first["arms"]:
         entries = [one["arms"][arm] for one in metrics.values()]
         arms[arm] = _mean(entries)
@@ -88,6 +89,14 @@ def combine(folder: Path, samples: int | None = None, compare_to: Sequence[str] 
     return {"arms": arms, "real": first["real"], "paired": paired, "compare_to": list(compare_to), "provenance": origin}
 
 
+@dataclass(frozen=True)
+class PairScores:
+    """Scores of every (sample, finding) pair of an arm. keys: (cluster, image, finding). scores: "word.auc" -> (pairs,), ..."""
+
+    keys: Sequence[tuple[str, int, int]] = ()
+    scores: Mapping[str, Array] = field(default_factory=dict)
+
+
 class Resampled:
     """The scores and drawn images of arms, over one or several runs, resampled alike for every arm.
 
@@ -98,7 +107,7 @@ class Resampled:
         self.seeds, self.samples = list(runs), samples
         # Files of a part that was not measured may be those of an earlier evaluation.
         self.scores = {
-            arm: [_pairs(path / arm) if entry["localization"] else {"keys": []} for path in runs.values()]
+            arm: [_pairs(path / arm) if entry["localization"] else PairScores() for path in runs.values()]
             for arm, entry in arms.items()
         }
         drawn = {
@@ -128,9 +137,9 @@ class Resampled:
             if labels is not None and mixed and all("scores" in one for one in images):
                 self.areas[arm] = auc_resamples([one["scores"] for one in images], labels, samples)
 
-    def paired(self, arms: Sequence[str], compare_to: Sequence[str]) -> dict[str, Any]:
+    def paired(self, arms: Sequence[str], compare_to: Sequence[str]) -> JsonObject:
         """ "arm - baseline" -> metric -> {"value", "ci", "per_seed"} of the paired difference."""
-        found: dict[str, Any] = {}
+        found: JsonObject = {}
         for other in compare_to:
             for arm in arms if other in self.scores else ():
                 if arm == other or f"{other} - {arm}" in found:
@@ -151,7 +160,7 @@ class Resampled:
         return _estimates(self.scores, self.distances, self.areas, arms, self.samples, self.micro)
 
 
-def _comparable(metrics: dict[str, Any]) -> dict[str, Any]:
+def _comparable(metrics: JsonObject) -> JsonObject:
     config = metrics["provenance"]["config"]
     found = {key: value for key, value in config.items() if key not in ("seed", "seeds", "output_dir", "compare_to")}
     if "trainer" in found:
@@ -162,7 +171,7 @@ def _comparable(metrics: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _values(entry: dict[str, Any]) -> dict[str, float | None]:
+def _values(entry: JsonObject) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for token in TOKENS if entry["localization"] else ():
         found |= {f"{token}.{name}": entry["localization"][token][name] for name in LOCALIZATION}
@@ -188,11 +197,10 @@ def _mean(entries: Sequence[Any]) -> Any:
     return first
 
 
-def _pairs(arm_dir: Path) -> dict[str, Any]:
-    """Scores of every (sample, finding) pair of an arm: {"keys": [(image, sample, finding)], "word.auc": (pairs,), ...}."""
+def _pairs(arm_dir: Path) -> PairScores:
     path = arm_dir / "pairs.jsonl"
     if not path.exists():
-        return {"keys": []}
+        return PairScores()
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[1:]]
         return _scores_of(rows)
@@ -204,18 +212,17 @@ def damaged(path: Path, error: Exception) -> UserError:
     return UserError(f"{path} is damaged ({error!r}); start the recipe of its run again, which makes it anew")
 
 
-def _scores_of(rows: list[dict[str, Any]]) -> dict[str, Any]:
+def _scores_of(rows: list[JsonObject]) -> PairScores:
     rows.sort(key=lambda row: (row["query"], row["finding"]))
-    found: dict[str, Any] = {
-        "keys": [(row.get("cluster", str(row["image"])), row["image"], row["finding"]) for row in rows]
-    }
+    keys = [(row.get("cluster", str(row["image"])), row["image"], row["finding"]) for row in rows]
+    found: dict[str, Array] = {}
     for token in TOKENS:
         for name in LOCALIZATION:
             values = [row["scores"][token].get(name) for row in rows]
             found[f"{token}.{name}"] = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
         values = [row.get(IMAGE_ADDS, {}).get(token) for row in rows]
         found[f"{token}.{IMAGE_ADDS}"] = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
-    return found
+    return PairScores(keys, found)
 
 
 def _images(folder: Path) -> dict[str, NDArray[Any]] | None:
@@ -229,7 +236,7 @@ def _images(folder: Path) -> dict[str, NDArray[Any]] | None:
 
 
 def _estimates(
-    scores: dict[str, list[dict[str, Any]]],
+    scores: Mapping[str, Sequence[PairScores]],
     distances: dict[str, tuple[Array, Array]],
     areas: dict[str, tuple[Array, Array]],
     arms: Sequence[str],
@@ -239,11 +246,11 @@ def _estimates(
     """ "word.auc", ..., "quality.fid", "quality.finding_auc" -> mean over seeds, interval, value of each seed; of one arm, or
     of the difference of the first of two from the second. micro: means over pairs, not over findings."""
     found: dict[str, tuple[float | None, list[float] | None, list[float]]] = {}
-    keys = scores[arms[0]][0]["keys"]
-    if any(entry["keys"] != keys for arm in arms for entry in scores[arm]):
+    keys = scores[arms[0]][0].keys
+    if any(entry.keys != keys for arm in arms for entry in scores[arm]):
         raise UserError("the arms were scored on different images")
     for key in (f"{token}.{name}" for token in TOKENS for name in (*LOCALIZATION, IMAGE_ADDS)) if keys else ():
-        tables = [np.stack([entry[key] for entry in scores[arm]]) for arm in arms]
+        tables = [np.stack([entry.scores[key] for entry in scores[arm]]) for arm in arms]
         table = tables[0] - tables[1] if len(tables) == 2 else tables[0]
         usable = ~np.isnan(table).any(axis=0)  # a contrast may be infinite
         if usable.any():

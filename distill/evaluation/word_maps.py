@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from distill.attention.recording import attention_layers
 from distill.config import FullEvaluation
 from distill.data.sample import ImageCaptionDataset
 from distill.evaluation.protocols import Query, open_recorder, ours, prepare_inputs, with_subset
-from distill.files import write_tensors
+from distill.files import JsonObject, write_tensors
 from distill.models.family import Model
 from distill.tokens import find_words, token_groups, words_of
 
@@ -53,7 +52,7 @@ def write_word_maps(
         return
     config = with_subset(config.model_copy(update={"protocol": "ours", "self_attention_power": 0}), model)
     tensors: dict[str, torch.Tensor] = {}
-    about: dict[str, Any] = {}
+    about: JsonObject = {}
     with ExitStack() as stack:
         recorder = open_recorder(stack, model, attention_layers(model.denoiser, config.layers), config)
         for start in range(0, len(examples), config.batch_size):

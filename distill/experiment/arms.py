@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from distill.config import FullEvaluation, TrainerConfig
 from distill.errors import raise_all
+from distill.files import JsonObject
 from distill.methods.training import ArmConfig, Training
 
 BASE = "base"
@@ -125,10 +126,10 @@ def _cycles(arms: Mapping[str, Arm]) -> list[str]:
     return [f"{name} needs {', '.join(arms[name].needs)}" for name in waiting]
 
 
-def settings_of(config: Any, arm: Arm) -> dict[str, Any]:
+def settings_of(config: Any, arm: Arm) -> JsonObject:
     """All options that decide how this arm was trained and evaluated, as nested dictionaries."""
     shared = config.model_dump(mode="json", exclude={"arms", "compare_to", "seeds", *Training.model_fields})
-    returned: dict[str, Any] = shared | {
+    returned: JsonObject = shared | {
         "trainer": arm.trainer.model_dump(mode="json"),
         "evaluation": arm.evaluation.model_dump(mode="json"),
         **_training_settings(arm.training),
@@ -136,7 +137,7 @@ def settings_of(config: Any, arm: Arm) -> dict[str, Any]:
     return returned
 
 
-def _training_settings(training: Training) -> dict[str, Any]:
+def _training_settings(training: Training) -> JsonObject:
     found = training.model_dump(mode="json")
     if "lora" not in (training.denoiser, training.text_encoder):
         del found["lora"]

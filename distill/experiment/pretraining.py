@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,11 +21,11 @@ from distill.data.batch import Batch
 from distill.data.cache import cache_latents
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.pictures import VOCABULARY, PicturesDataset
-from distill.data.rendered import RenderedPictures
+from distill.data.rendered import PictureRow, RenderedPictures
 from distill.data.rows import TrainingRows
 from distill.draws import generator_at
 from distill.errors import UserError
-from distill.files import read_json, whole_folder, write_atomic, write_json
+from distill.files import JsonObject, read_json, whole_folder, write_atomic, write_json
 from distill.methods.base import Context
 from distill.methods.denoising import Denoising
 from distill.methods.options import DenoisingOptions
@@ -41,9 +41,8 @@ from distill.models.embedded import (
 )
 from distill.models.export import name_base
 from distill.models.loading import SUBSET_FILE
-from distill.trainer import fit, make_accelerator
+from distill.trainer import Collate, fit, make_accelerator
 
-Row = dict[str, Any]
 UNET_STAGES = ("unet", "unet_longer", "unet_clear")
 """Each trains the same U-Net further; the last on clear pictures."""
 
@@ -54,7 +53,7 @@ def train(
     trainer: TrainerConfig,
     work: Path,
     seed: int,
-    collate: Callable[[list[Any]], Any] | None = None,
+    collate: Collate | None = None,
 ) -> None:
     """Fit, and record what it took in cost.json."""
     accelerator = make_accelerator(trainer, work)
@@ -72,7 +71,7 @@ def train(
     write_json(work / "cost.json", cost | {"processes": accelerator.num_processes})
 
 
-def stack_pixels(rows: list[Row]) -> Row:
+def stack_pixels(rows: list[PictureRow]) -> dict[str, torch.Tensor]:
     """{"pixel_values": (batch, 3, height, width)} of rows with pixels."""
     return {"pixel_values": torch.stack([row["pixel_values"] for row in rows])}
 
@@ -81,7 +80,7 @@ def train_text_encoder(pictures: RenderedPictures, trainer: TrainerConfig, work:
     """Contrastive training beside a small image tower, with the tokenizer of work/../tokenizer."""
     tokenizer = CLIPTokenizer.from_pretrained(work.parent / "tokenizer")
 
-    def collate(rows: list[Row]) -> Row:
+    def collate(rows: list[PictureRow]) -> dict[str, torch.Tensor]:
         captions = [row["caption"] for row in rows]
         # One batch in eight has unrelated words before the captions, so that all 77 positions are trained; the others
         # stay short, which is three times as fast.
@@ -191,9 +190,9 @@ def _context(accelerator: Accelerator, work: Path, seed: int) -> Context:
     )
 
 
-def stages_of(base: Path) -> dict[str, Any]:
+def stages_of(base: Path) -> JsonObject:
     """What each stage took that `base` has had, by name; empty if there is no base."""
-    found: dict[str, Any] = {}
+    found: JsonObject = {}
     if (base / "pretraining.json").exists():
         found = read_json(base / "pretraining.json")["stages"]
     return found
@@ -255,7 +254,7 @@ def train_classifier(
         labels = torch.tensor([name in sample.labels for name in dataset.findings], dtype=torch.float32)
         rows.append({"pixel_values": sample.pixel_values.half(), "labels": labels})
 
-    def collate(batch: list[Row]) -> Row:
+    def collate(batch: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
         return {key: torch.stack([row[key] for row in batch]).float() for key in batch[0]}
 
     torch.manual_seed(seed)
@@ -266,9 +265,9 @@ def train_classifier(
         declare_float32(folder)
 
 
-def cost_of(work: Path) -> Row:
+def cost_of(work: Path) -> JsonObject:
     """Steps, seconds and parameters of a stage, and its last logged losses."""
     lines = (work / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
     last = {k: v for k, v in json.loads(lines[-1]).items() if k not in ("lr", "seconds")}
-    cost: Row = read_json(work / "cost.json")
+    cost: JsonObject = read_json(work / "cost.json")
     return cost | {"last": last}

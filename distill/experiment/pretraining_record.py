@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from distill.data.phantom.dataset import PhantomDataset
 from distill.data.pictures import PicturesDataset
 from distill.evaluation.evaluate import generate, save_png
 from distill.evaluation.localization import localization
-from distill.files import provenance, write_json
+from distill.files import JsonObject, provenance, write_json
 from distill.metrics import bootstrap_interval, finding_auroc
 from distill.metrics.features import PhantomFeatures
 from distill.models import Model, load_model
@@ -31,7 +30,7 @@ at most this many, some of which are among the first."""
 @torch.no_grad()
 def record(
     base: Path, classifier_dir: Path, work: Path, evaluation: FullEvaluation, *, resolution: int, seed: int
-) -> dict[str, Any]:
+) -> JsonObject:
     """Measure the base and the classifiers, write samples.png beside the base, and return what pretraining.json holds."""
     accelerator = Accelerator()
     model = load_model(BaseConfig(name=str(base))).to(accelerator.device).freeze()
@@ -43,7 +42,7 @@ def record(
     captions = [domains["clear_pictures"].caption(i) for i in range(16)]
     images = generate(model, captions, list(range(16)), resolution, evaluation)
     save_png(torch.cat([torch.cat(list(row), dim=-1) for row in images.split(8)], dim=-2), base / "samples.png")
-    result: dict[str, Any] = {
+    result: JsonObject = {
         "vae_psnr_db": {
             name: vae_psnr_db(model, dataset) for name, dataset in (domains | {"phantoms": phantoms}).items()
         },
@@ -70,7 +69,7 @@ def record(
     return result
 
 
-def write_record(base: Path, result: dict[str, Any], stages: dict[str, Any]) -> None:
+def write_record(base: Path, result: JsonObject, stages: JsonObject) -> None:
     """pretraining.json. stages: what each stage took."""
     path = write_json(base / "pretraining.json", {"stages": stages} | result)
     print(
@@ -86,7 +85,7 @@ def vae_psnr_db(model: Model, dataset: PhantomDataset | PicturesDataset) -> floa
     return float((10 * torch.log10(4 / (drawn.clamp(-1, 1) - pixels).square().mean(dim=(1, 2, 3)))).mean())
 
 
-def classifier_auc(phantoms: PhantomDataset, classifier_dir: Path) -> dict[str, Any]:
+def classifier_auc(phantoms: PhantomDataset, classifier_dir: Path) -> JsonObject:
     """AUC of the phantoms' classifier on real held-out phantoms."""
     features = PhantomFeatures(classifier_dir)
     scores = torch.cat([features(phantoms[i].pixel_values[None])[1] for i in range(len(phantoms))])
@@ -97,7 +96,7 @@ def classifier_auc(phantoms: PhantomDataset, classifier_dir: Path) -> dict[str, 
 @torch.no_grad()
 def recognition(
     model: Model, pictures: PicturesDataset, evaluation: FullEvaluation, classifier_dir: Path
-) -> dict[str, Any]:
+) -> JsonObject:
     """Whether the object classifier finds what captions name, in the base's drawings and in the real pictures.
 
     For any number of objects: AUC, per object. For captions of one object: top-1, the share of images whose object has the
@@ -116,7 +115,7 @@ def recognition(
         real = torch.stack([pictures[i].pixel_values for i in some])
         scores["real"] |= zip(some, classifier(real).logits, strict=True)
     labels = torch.tensor([[kind in pictures.labels(i) for kind in kinds] for i in range(RECOGNISED_PICTURES)])
-    found: dict[str, Any] = {"images": RECOGNISED_PICTURES, "one_object_images": len(single)}
+    found: JsonObject = {"images": RECOGNISED_PICTURES, "one_object_images": len(single)}
     for key, of in scores.items():
         areas = finding_auroc(torch.stack([of[i] for i in range(RECOGNISED_PICTURES)]), labels)
         hits = [float(kinds[int(of[i].argmax())] == pictures.labels(i)[0]) for i in single]
@@ -128,7 +127,7 @@ def recognition(
     return found
 
 
-def _print_recognition(name: str, found: dict[str, Any]) -> None:
+def _print_recognition(name: str, found: JsonObject) -> None:
     for key in ("generated", "real"):
         of = found[key]
         print(

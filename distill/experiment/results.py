@@ -21,7 +21,7 @@ from distill.evaluation.results import parse_metrics
 from distill.evaluation.seeds import Resampled
 from distill.experiment.arms import settings_of
 from distill.experiment.run import Run
-from distill.files import provenance, read_json, write_json
+from distill.files import JsonObject, provenance, read_json, write_json
 from distill.memory import peak_memory_gb, peak_of_process_gb, reset_peak_memory
 from distill.models import load_model
 from distill.models.adapters import parameter_counts
@@ -51,7 +51,7 @@ def evaluate_arm(
     *,
     base: BaseConfig | None = None,
     evaluation: FullEvaluation | None = None,
-) -> dict[str, Any]:
+) -> JsonObject:
     """Load base and run folder as a user would, evaluate, and write <run>/<arm>/metrics.json; returns its entry.
 
     A part that was measured before is kept if its weights, data, options and files are still the same.
@@ -71,7 +71,7 @@ def evaluate_arm(
     weights, made_of, before = plan[0]
     missing = [part for part in config.parts if part not in before["made_of"]]
     reset_peak_memory()
-    entry: dict[str, Any] = before["entry"]
+    entry: JsonObject = before["entry"]
     if missing:
         result = evaluate(
             model, run.against, config, resolution=resolution, accelerator=run.accelerator, arm_dir=arm_dir, label=name,
@@ -98,12 +98,12 @@ def evaluate_arm(
     return entry
 
 
-def _measured_before(run: Run, name: str, made_of: Mapping[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+def _measured_before(run: Run, name: str, made_of: Mapping[str, Any], parts: Sequence[str]) -> JsonObject:
     """What an earlier launch measured and still holds: {"entry", "made_of", "provenance", "written"}. Says what does not."""
     path = run.folder / name / "metrics.json"
     empty = {"train_seconds": None, "steps": None, "peak_memory_gb": peak_memory_gb(), "trainable_parameters": None}
-    nothing: dict[str, Any] = {"localization": None, "quality": None, "cost": empty}
-    found: dict[str, Any] = {"entry": nothing, "made_of": {}, "provenance": None, "written": None}
+    nothing: JsonObject = {"localization": None, "quality": None, "cost": empty}
+    found: JsonObject = {"entry": nothing, "made_of": {}, "provenance": None, "written": None}
     if not path.exists():
         return found
     try:
@@ -153,7 +153,7 @@ def _files(arm_dir: Path, part: str) -> dict[str, str]:
     return {str(path.relative_to(arm_dir)): hashlib.sha256(path.read_bytes()).hexdigest() for path in found}
 
 
-def _merged(before: Mapping[str, Any], result: Mapping[str, Any], missing: Sequence[str]) -> dict[str, Any]:
+def _merged(before: Mapping[str, Any], result: Mapping[str, Any], missing: Sequence[str]) -> JsonObject:
     """An entry of metrics.json: the parts that were missing, and what was kept. Seconds are those of all that is in it."""
     parts = {part: result[part] if part in missing else before[part] for part in PARTS}
     seconds = dict(result["seconds"])
@@ -164,7 +164,7 @@ def _merged(before: Mapping[str, Any], result: Mapping[str, Any], missing: Seque
     return parts | {"size": result["size"], "cost": before["cost"] | seconds}
 
 
-def finish(run: Run, arms: Mapping[str, dict[str, Any]], next_command: str) -> None:
+def finish(run: Run, arms: Mapping[str, JsonObject], next_command: str) -> None:
     """metrics.json of all arms, the report, the table in the terminal, paths, and the next command."""
     assert run.against is not None
     if not run.accelerator.is_main_process:
@@ -213,14 +213,14 @@ def finish(run: Run, arms: Mapping[str, dict[str, Any]], next_command: str) -> N
     run.say(f"report: {html}\n        {markdown}\nnumbers: {run.folder / 'metrics.json'}\nnext: {next_command}")
 
 
-def _real_quality(run: Run) -> dict[str, Any] | None:
+def _real_quality(run: Run) -> JsonObject | None:
     """Quality of the real images: measured now, or by an earlier launch where this one measures maps only."""
     assert run.against is not None
     path = run.folder / "metrics.json"
     if "quality" in run.evaluation.parts or not path.is_file():
         return run.against.quality
     try:
-        found: dict[str, Any] | None = read_json(path)["real"]["quality"]
+        found: JsonObject | None = read_json(path)["real"]["quality"]
     except (UserError, KeyError, TypeError):
         return run.against.quality
     return found

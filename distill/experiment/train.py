@@ -8,10 +8,12 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
+import numpy as np
 import torch
 from accelerate.utils import set_seed
+from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -29,7 +31,7 @@ from distill.evaluation.kept import digest
 from distill.evaluation.localization import localization
 from distill.experiment.arms import BASE, Arm
 from distill.experiment.run import Run
-from distill.files import read_json, write_atomic, write_json
+from distill.files import JsonObject, read_json, write_atomic, write_json
 from distill.memory import reset_peak_memory
 from distill.methods import method_of
 from distill.methods.base import Context
@@ -42,7 +44,7 @@ LOCALIZE_IMAGES = 100
 """Validation images of each measurement during the training."""
 
 
-def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
+def train_arm(run: Run, arm: Arm) -> JsonObject:
     """Train, export to arm.folder, and prove that the files give the trained model's outputs; returns `cost`.
 
     The loss is in the file of the arm's method, in distill/methods/.
@@ -79,7 +81,7 @@ def train_arm(run: Run, arm: Arm) -> dict[str, Any]:
     return cost
 
 
-def _training_data(run: Run) -> dict[str, Any]:
+def _training_data(run: Run) -> JsonObject:
     """How many images an arm is trained on, and a hash of their pixels, captions and labels."""
     train = run.train
     assert train is not None
@@ -97,7 +99,7 @@ def _tell_of_other_data(run: Run, name: str, cost: Mapping[str, object]) -> None
         )
 
 
-def _cost_of(run: Run, name: str, path: Path) -> dict[str, Any] | None:
+def _cost_of(run: Run, name: str, path: Path) -> JsonObject | None:
     """What an earlier training took; None where there was none, or its file is damaged."""
     if not path.exists():
         return None
@@ -110,7 +112,7 @@ def _cost_of(run: Run, name: str, path: Path) -> dict[str, Any] | None:
     except (UserError, KeyError, TypeError) as error:
         run.say(f"{name}: trained again, because {path} cannot be used: {error}")
         return None
-    return cast(dict[str, Any], cost)
+    return cast(JsonObject, cost)
 
 
 def _is_longer(run: Run, arm: Arm, steps: int, log_dir: Path) -> bool:
@@ -314,7 +316,9 @@ def _spread_captions(rows: TrainingRows, count: int) -> list[str]:
     return [rows.caption(i) for i in sorted({round(i * last / (count - 1)) for i in range(count)})]
 
 
-def _layer_auc(run: Run, model: Model, images: int, timesteps: Sequence[int], label: str) -> tuple[Any, Sequence[str]]:
+def _layer_auc(
+    run: Run, model: Model, images: int, timesteps: Sequence[int], label: str
+) -> tuple[NDArray[np.float64], Sequence[str]]:
     """(token groups, layers, timesteps) AUC on validation images, and the names of the layers."""
     assert run.validation is not None
     few = run.evaluation.model_copy(update={"localization_images": images})
@@ -354,7 +358,7 @@ def _localize(run: Run, model: Model, log_dir: Path, step: int) -> None:
         )
     if found is None or not run.accelerator.is_main_process:
         return
-    row: dict[str, Any] = {"step": step, "images": found["word"]["images"], "pairs": found["word"]["pairs"]}
+    row: JsonObject = {"step": step, "images": found["word"]["images"], "pairs": found["word"]["pairs"]}
     row |= {token: {key: found[token][key] for key in ("auc", "cnr", "top1")} for token in ("word", "eos", "padding")}
     path = log_dir / "localization_log.jsonl"
     # Not those of a run that was killed after this step and continues from a checkpoint before it.

@@ -23,6 +23,7 @@ from torch import nn
 
 from distill.data.batch import Batch
 from distill.errors import UserError
+from distill.files import JsonObject
 from distill.losses import (
     attention_mass_loss,
     feature_loss,
@@ -180,7 +181,7 @@ class AttentionDistillation(Method):
             terms["loss"] = terms["loss"] + weight * terms[name]
         return terms
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> JsonObject:
         self._open.close()
         return {}
 

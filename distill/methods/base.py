@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 from torch.profiler import record_function
 
@@ -15,6 +17,7 @@ from distill import draws
 from distill.config import DenoisingConfig
 from distill.data.batch import Batch, Pixels, Tensors, TextEmbeddings, Tokens
 from distill.errors import UserError
+from distill.files import JsonObject
 from distill.losses import denoising_loss, min_snr_weights
 from distill.methods.options import Options
 from distill.tokens import token_groups
@@ -32,7 +35,7 @@ class LayerAuc(Protocol):
 
     def __call__(
         self, model: Model, images: int, timesteps: Sequence[int], label: str
-    ) -> tuple[Any, Sequence[str]]: ...
+    ) -> tuple[NDArray[np.float64], Sequence[str]]: ...
 
 
 @dataclass(frozen=True)
@@ -110,7 +113,7 @@ class Method(nn.Module):
     def forward(self, batch: Batch, generator: torch.Generator) -> Terms:
         raise NotImplementedError
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> JsonObject:
         """After the last step: give the student back as stock modules, close recorders; returns what is worth logging."""
         return {}
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from distill.errors import UserError
+from distill.files import JsonObject
 from distill.methods.base import LayerAuc
 from distill.methods.options import AttentionMatch, Group
 
@@ -97,7 +98,7 @@ def localizing(auc: NDArray[np.float64]) -> tuple[int, int]:
     return first, last
 
 
-def decide(table: dict[str, Any], layers: Sequence[str]) -> tuple[tuple[str, ...], tuple[Group, ...]]:
+def decide(table: JsonObject, layers: Sequence[str]) -> tuple[tuple[str, ...], tuple[Group, ...]]:
     """Layers and groups by the rule of `choose_taught`, on its table."""
     teacher, reference = table["teacher"], table["reference"]
     kept = tuple(name for name in layers if teacher[name]["words"] >= reference[name]["words"])

@@ -20,6 +20,7 @@ from torch import nn
 
 from distill.data.batch import Batch
 from distill.errors import raise_all
+from distill.files import JsonObject
 from distill.methods.base import Context, Method, Terms
 from distill.methods.options import KeyLockOptions
 from distill.tokens import EOS, PADDING, WORD, token_groups
@@ -130,8 +131,8 @@ class KeyLock:
         self._place(self.trained)
 
 
-def _select(columns: torch.Tensor) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
-    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _select(columns: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor, ...]], tuple[torch.Tensor, ...]]:
+    def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
         nonlocal columns
         if columns.device != inputs[0].device:  # once: a copy at every call would wait for the device
             columns = columns.to(inputs[0].device)
@@ -261,7 +262,7 @@ class KeyLocked(Method):
         loss = self.denoising_loss(self.predict_student(x), x)
         return {"loss": loss, "denoising": loss}
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> JsonObject:
         """Merge the keys; key_lock.json says how well that went."""
         from distill.files import write_json
 

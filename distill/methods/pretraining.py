@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
+from diffusers import AutoencoderKL
 from torch import nn
 
 from distill import draws
@@ -24,7 +23,7 @@ class ContrastiveObjective(nn.Module):
         self.text_encoder, self.image_encoder = text_encoder, image_encoder
         self.logit_scale = nn.Parameter(torch.tensor(2.66))
 
-    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Terms:
+    def forward(self, batch: dict[str, torch.Tensor], generator: torch.Generator) -> Terms:
         text = F.normalize(self.text_encoder(batch["input_ids"]).text_embeds, dim=-1)
         image = F.normalize(self.image_encoder(batch["pixel_values"]), dim=-1)
         logits = self.logit_scale.clamp(max=4.6).exp() * text @ image.T
@@ -40,11 +39,11 @@ class AutoencoderObjective(nn.Module):
     L = mean |x - y| + mean (x - y)^2 + kl_weight * KL(q(z|x) || N(0, 1)) / number of pixels, on random square crops.
     """
 
-    def __init__(self, vae: Any, kl_weight: float, crop_px: int) -> None:
+    def __init__(self, vae: AutoencoderKL, kl_weight: float, crop_px: int) -> None:
         super().__init__()
         self.vae, self.kl_weight, self.crop_px = vae, kl_weight, crop_px
 
-    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Terms:
+    def forward(self, batch: dict[str, torch.Tensor], generator: torch.Generator) -> Terms:
         pixels = batch["pixel_values"]
         span = pixels.shape[-1] - self.crop_px + 1
         top, left = (int(v) for v in torch.randint(span, (2,), generator=generator))
@@ -65,7 +64,7 @@ class ClassificationObjective(nn.Module):
         super().__init__()
         self.classifier = classifier
 
-    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> Terms:
+    def forward(self, batch: dict[str, torch.Tensor], generator: torch.Generator) -> Terms:
         logits = self.classifier(batch["pixel_values"]).logits
         loss = F.binary_cross_entropy_with_logits(logits, batch["labels"])
         return {"loss": loss, "accuracy": ((logits > 0) == batch["labels"].bool()).float().mean()}

@@ -9,12 +9,13 @@ Source: Dombrowski et al., AAAI 2024; TokenCompose, Wang et al. 2024 (arXiv 2312
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 
 from distill.data.batch import Batch
+from distill.files import JsonObject
 from distill.losses import attention_regularization, region_pixel_loss, region_token_loss
 from distill.methods.base import Context, Method, Terms
 from distill.methods.options import SupervisedAttentionOptions
@@ -56,7 +57,7 @@ class SupervisedAttention(Method):
                 terms["loss"] = terms["loss"] + weight * terms[name]
         return terms
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> JsonObject:
         self._open.close()
         return {}
 

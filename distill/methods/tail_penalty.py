@@ -6,11 +6,12 @@ L = L_denoising + weight * mean over layers of max(0, mass of EOS and padding - 
 from __future__ import annotations
 
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from distill.data.batch import Batch
+from distill.files import JsonObject
 from distill.losses import tail_leak, tail_mass
 from distill.methods.base import Context, Method, Noised, Terms
 from distill.methods.options import TailPenaltyOptions
@@ -78,6 +79,6 @@ class TailPenalty(Method):
     def load_state(self, state: dict[str, torch.Tensor]) -> None:
         self._allowed = {name.removeprefix("allowed."): values for name, values in state.items()}
 
-    def finish(self) -> dict[str, Any]:
+    def finish(self) -> JsonObject:
         self._open.close()
         return {}

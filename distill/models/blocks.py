@@ -32,6 +32,8 @@ PER_STAGE = (
 """Entries of a U-Net's config that may be lists of one value a stage, outermost first."""
 
 TIMED_PASSES = 20
+Counts = int | list["Counts"]
+"""A number of blocks, or one for each stage, which may be lists in their turn."""
 
 
 def pruned_config(config: Mapping[str, Any], blocks: BlocksConfig) -> dict[str, Any]:
@@ -76,11 +78,11 @@ def pruned_config(config: Mapping[str, Any], blocks: BlocksConfig) -> dict[str, 
     return new
 
 
-def _largest(value: Any) -> int:
+def _largest(value: Counts) -> int:
     return max(map(_largest, value)) if isinstance(value, (list, tuple)) else int(value)
 
 
-def _at_most(value: Any, most: int) -> Any:
+def _at_most(value: Counts, most: int) -> Counts:
     return [_at_most(v, most) for v in value] if isinstance(value, (list, tuple)) else min(int(value), most)
 
 
@@ -105,7 +107,7 @@ def name_in_teacher(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> M
     return name_there
 
 
-def _per_stage(value: Any, config: Mapping[str, Any]) -> list[int]:
+def _per_stage(value: int | list[int], config: Mapping[str, Any]) -> list[int]:
     return list(value) if isinstance(value, (list, tuple)) else [int(value)] * len(config["block_out_channels"])
 
 

@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, ModelMixin, SchedulerMixin
 from diffusers.models.attention_processor import Attention
 from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.errors import UserError, raise_all
 
@@ -52,13 +54,13 @@ class Model:
     """A text-to-image diffusion model of any family."""
 
     family: Family
-    denoiser: Any
+    denoiser: ModelMixin
     """The network that predicts from noisy latents: a U-Net or a transformer."""
-    vae: Any
-    text_encoders: list[Any]
-    tokenizers: list[Any]
-    noise_scheduler: Any
-    pipeline: Any
+    vae: AutoencoderKL
+    text_encoders: list[PreTrainedModel]
+    tokenizers: list[PreTrainedTokenizerBase]
+    noise_scheduler: SchedulerMixin
+    pipeline: DiffusionPipeline
     """Stock pipeline around the same modules."""
     subset: AttentionSubset | None = None
     """Of the run folder, else of the base."""
@@ -134,7 +136,7 @@ class Family(ABC):
         return tuple(name.replace("text_encoder", "tokenizer") for name in self.text_encoder_names)
 
     @abstractmethod
-    def model_of(self, pipeline: Any) -> Model:
+    def model_of(self, pipeline: DiffusionPipeline) -> Model:
         """The parts of a stock pipeline."""
 
     def owns(self, denoiser: nn.Module) -> bool:
@@ -171,7 +173,7 @@ class Family(ABC):
 
     @abstractmethod
     def predict(
-        self, denoiser: Any, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
+        self, denoiser: ModelMixin, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
     ) -> torch.Tensor:
         """The denoiser's output, (batch, channels, height, width), in the denoiser's dtype; inputs are cast to it."""
 
@@ -246,11 +248,11 @@ class Family(ABC):
 
     # --- teacher and student ---------------------------------------------------------------------------------------
 
-    def name_in_teacher(self, student: Any, teacher: Any) -> ModuleName:
+    def name_in_teacher(self, student: ModelMixin, teacher: ModelMixin) -> ModuleName:
         """Name of a module of a student denoiser -> its name in the teacher's."""
         return lambda name: name
 
-    def shape_faults(self, student: Any, teacher: Any) -> list[str]:
+    def shape_faults(self, student: ModelMixin, teacher: ModelMixin) -> list[str]:
         """Why the attention of two denoisers of this class cannot be compared; empty if it can."""
         return []
 
@@ -264,16 +266,16 @@ class Family(ABC):
 
     def save_adapters(
         self,
-        pipeline: Any,
+        pipeline: DiffusionPipeline,
         folder: Path,
         states: Mapping[str, Mapping[str, torch.Tensor]],
-        configs: Mapping[str, Mapping[str, Any]],
+        configs: Mapping[str, Mapping[str, object]],
     ) -> None:
         """Write the adapters to a file that stock tools load.
 
         states, configs: of each adapted module by its stock name. Without the configs as metadata, diffusers forgets alpha.
         """
-        arguments: dict[str, Any] = {f"{name}_lora_layers": state for name, state in states.items()}
+        arguments: dict[str, Mapping[str, object]] = {f"{name}_lora_layers": state for name, state in states.items()}
         arguments |= {f"{name}_lora_adapter_metadata": config for name, config in configs.items()}
         type(pipeline).save_lora_weights(folder, **arguments)
 
@@ -281,7 +283,7 @@ class Family(ABC):
         """The adapters as ComfyUI and A1111 read them, tensors and metadata; None where they know no such model."""
         return None
 
-    def load_adapters(self, pipeline: Any, place: Path) -> None:
+    def load_adapters(self, pipeline: DiffusionPipeline, place: Path) -> None:
         """Attach the adapters of a folder or file under the name `default`, as a user would."""
         pipeline.load_lora_weights(place, adapter_name="default", use_safetensors=True)
 
@@ -324,7 +326,7 @@ def families() -> tuple[Family, ...]:
     return tuple(reversed(_families.values()))
 
 
-def family_of_pipeline(pipeline: Any) -> Family:
+def family_of_pipeline(pipeline: DiffusionPipeline) -> Family:
     """Raises UserError for a pipeline of no registered family."""
     for family in families():
         if isinstance(pipeline, family.pipeline_class):
@@ -348,7 +350,7 @@ def family_of_denoiser(denoiser: nn.Module) -> Family:
     raise UserError(f"{type(inner).__name__} is the denoiser of no known model family; supported: {known}")
 
 
-def denoiser_of(pipeline: Any) -> Any:
+def denoiser_of(pipeline: DiffusionPipeline) -> ModelMixin | None:
     """The denoiser of any pipeline that has one of a known family, such as an image-to-image pipeline; else None."""
     for family in families():
         denoiser = getattr(pipeline, family.denoiser_name, None)

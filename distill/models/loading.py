@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DiffusionPipeline
@@ -75,7 +74,7 @@ def _downloaded(name: str, base: BaseConfig) -> Path:
     """The folder of a hub id in the local cache, downloaded where it is not there."""
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or name.lower().endswith((".safetensors", *PICKLES)):
         raise UserError(f"base.name: no folder {name}; give a diffusers pipeline folder, a hub id, or `phantom`")
-    options: dict[str, Any] = {"use_safetensors": True, "safety_checker": None, "revision": base.revision}
+    options: dict[str, object] = {"use_safetensors": True, "safety_checker": None, "revision": base.revision}
     if base.variant:
         options["variant"] = base.variant
     advice = (
@@ -86,7 +85,7 @@ def _downloaded(name: str, base: BaseConfig) -> Path:
         return Path(DiffusionPipeline.download(name, **options))
 
 
-def model_of(pipeline: Any) -> Model:
+def model_of(pipeline: DiffusionPipeline) -> Model:
     """The parts of a stock pipeline. Raises UserError for a pipeline of no known family."""
     return family_of_pipeline(pipeline).model_of(pipeline)
 

@@ -12,12 +12,12 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TypeAlias
 
 import diffusers
 import torch
 import transformers
-from diffusers import ModelMixin, SchedulerMixin
+from diffusers import DiffusionPipeline, ModelMixin, SchedulerMixin
 from safetensors import SafetensorError, safe_open
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -25,6 +25,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from distill.errors import UserError
 from distill.models.family import Family, families
 
+Part: TypeAlias = "ModelMixin | PreTrainedModel | PreTrainedTokenizerBase | SchedulerMixin"
 INDEX = "model_index.json"
 LIBRARIES = {"diffusers": diffusers, "transformers": transformers}
 CONFIGS = {SchedulerMixin: "scheduler_config.json", ModelMixin: "config.json", PreTrainedModel: "config.json"}
@@ -49,7 +50,7 @@ def refusing(what: str, advice: str = "") -> Iterator[None]:
         raise UserError(f"{what}: {first_line(error)}{advice}") from error
 
 
-def read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, object]:
     """The JSON object of a file of a model. Raises UserError for anything else."""
     check_file(path)
     try:
@@ -127,7 +128,7 @@ def check_adapter(path: Path) -> None:
             raise UserError(f"{path}: {key} is {alpha!r} in its lora_adapter_metadata; expected a number above 0")
 
 
-def read_index(folder: Path) -> tuple[Family, dict[str, Any]]:
+def read_index(folder: Path) -> tuple[Family, dict[str, object]]:
     """The family of a pipeline folder, and its index. Raises UserError for no known family, or a part of no known library."""
     path = folder / INDEX
     if not path.exists() and not path.is_symlink():
@@ -151,9 +152,9 @@ def read_index(folder: Path) -> tuple[Family, dict[str, Any]]:
     return known[name], index
 
 
-def _class_of(part: str, family: Family, index: dict[str, Any], path: Path) -> type[Any]:
+def _class_of(part: str, family: Family, index: dict[str, object], path: Path) -> type[Part]:
     """The stock class of a part. Raises UserError unless it is one that can be this part."""
-    base: type[Any] = ModelMixin
+    base: type[Part] = ModelMixin
     if part == family.denoiser_name:
         base = family.denoiser_class
     elif part in family.text_encoder_names:
@@ -173,11 +174,11 @@ def _class_of(part: str, family: Family, index: dict[str, Any], path: Path) -> t
     return found
 
 
-def load_module(cls: type[Any], folder: Path, variant: str | None = None) -> Any:
+def load_module(cls: type[Part], folder: Path, variant: str | None = None) -> ModelMixin | PreTrainedModel:
     """A model of a folder, in float32. Raises UserError, with the file, for one that is damaged or lacks weights."""
     check_folder(folder, "config.json")
     read_object(folder / "config.json")
-    options: dict[str, Any] = {"use_safetensors": True, "output_loading_info": True}
+    options: dict[str, object] = {"use_safetensors": True, "output_loading_info": True}
     options["torch_dtype" if issubclass(cls, ModelMixin) else "dtype"] = torch.float32
     if variant and any(folder.glob(f"*.{variant}*.safetensors*")):
         options["variant"] = variant
@@ -199,7 +200,7 @@ def check_folder(folder: Path, config: str) -> None:
         )
 
 
-def _load_tokenizer(cls: type[Any], folder: Path) -> Any:
+def _load_tokenizer(cls: type[Part], folder: Path) -> PreTrainedTokenizerBase:
     check_folder(folder, "the files of a tokenizer")
     for path in folder.iterdir():
         check_file(path) if not path.is_dir() else None
@@ -209,7 +210,7 @@ def _load_tokenizer(cls: type[Any], folder: Path) -> Any:
         return cls.from_pretrained(folder)
 
 
-def _load_scheduler(cls: type[Any], folder: Path) -> Any:
+def _load_scheduler(cls: type[Part], folder: Path) -> SchedulerMixin:
     check_folder(folder, "scheduler_config.json")
     path = folder / "scheduler_config.json"
     if "_class_name" not in read_object(path):
@@ -218,7 +219,7 @@ def _load_scheduler(cls: type[Any], folder: Path) -> Any:
         return cls.from_pretrained(folder)
 
 
-def load_pipeline(folder: Path, variant: str | None = None) -> Any:
+def load_pipeline(folder: Path, variant: str | None = None) -> DiffusionPipeline:
     """The stock pipeline of a folder, in float32, without a safety checker.
 
     Raises UserError, with the file, for what is missing, damaged, of no known class, or not finite.

@@ -27,7 +27,7 @@ class UNetFamily(Family):
     latents_input = ("sample", 0)
     timestep_input = ("timestep", 1)
 
-    def model_of(self, pipeline: Any) -> Model:
+    def model_of(self, pipeline: StableDiffusionPipeline) -> Model:
         return Model(
             family=self,
             denoiser=pipeline.unet,
@@ -74,7 +74,11 @@ class UNetFamily(Family):
         return None
 
     def predict(
-        self, denoiser: Any, noisy_latents: torch.Tensor, timesteps: torch.Tensor, conditions: Conditions
+        self,
+        denoiser: UNet2DConditionModel,
+        noisy_latents: torch.Tensor,
+        timesteps: torch.Tensor,
+        conditions: Conditions,
     ) -> torch.Tensor:
         dtype = denoiser.dtype
         added = self.added_conditions(conditions, dtype)
@@ -134,10 +138,10 @@ class UNetFamily(Family):
         # A1111 lists an adapter only for the kind of base that these name.
         return tensors, {"format": "pt", "ss_base_model_version": version, "ss_v2": str(second and not self.reads_size)}
 
-    def name_in_teacher(self, student: Any, teacher: Any) -> ModuleName:
+    def name_in_teacher(self, student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> ModuleName:
         return name_in_teacher(student.config, teacher.config)
 
-    def shape_faults(self, student: Any, teacher: Any) -> list[str]:
+    def shape_faults(self, student: UNet2DConditionModel, teacher: UNet2DConditionModel) -> list[str]:
         """A student of fewer stages is compared with as many of the teacher's, the outermost."""
         faults, stages = [], len(student.config.block_out_channels)
         for name in COMPARED:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from diffusers import StableDiffusionPipeline
@@ -21,6 +20,8 @@ from transformers import (
     AutoModelForTextEncoding,
     AutoTokenizer,
     PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
     PreTrainedTokenizerFast,
     T5Config,
     T5EncoderModel,
@@ -37,7 +38,9 @@ RIDGE = 1e-3
 """Of the mean square of the features: enough against collinear ones, too little to shrink the fit."""
 
 
-def load_text_encoder(name: str, model_type: str | None = None, *, max_tokens: int) -> tuple[Any, Any]:
+def load_text_encoder(
+    name: str, model_type: str | None = None, *, max_tokens: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(encoder in float32, tokenizer of `max_tokens` positions) of a folder or hub id.
 
     model_type: in place of the one in its config.json, for a checkpoint whose class lives outside transformers but whose
@@ -92,7 +95,9 @@ MULTI_LABEL = "multi_label"
 """In place of an encoder's name: multi_label_encoder."""
 
 
-def multi_label_encoder(labels: Sequence[str], *, width: int, max_tokens: int) -> tuple[Any, Any]:
+def multi_label_encoder(
+    labels: Sequence[str], *, width: int, max_tokens: int
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(encoder, tokenizer) of one token for each label, for captions that are lists of labels.
 
     The multi-label tokens of Dombrowski et al. (AAAI 2024): no word pieces, no positions, and no token sees another, which
@@ -136,7 +141,12 @@ def multi_label_encoder(labels: Sequence[str], *, width: int, max_tokens: int) -
 
 
 def swap_text_encoder(
-    model: Model, encoder: nn.Module, tokenizer: Any, captions: Sequence[str], *, batch_size: int = 32
+    model: Model,
+    encoder: nn.Module,
+    tokenizer: PreTrainedTokenizerBase,
+    captions: Sequence[str],
+    *,
+    batch_size: int = 32,
 ) -> tuple[StableDiffusionPipeline, float]:
     """A stock pipeline with `encoder` in place of the text encoder, and how well it stands in: R^2 on held-out captions.
 

@@ -25,6 +25,7 @@ _INK = "#24303f"
 # Middle tones, after Okabe and Ito: told apart by colour-blind readers, on white and on black.
 _COLOURS = ("#8a8f98", "#3f86d9", "#e0862b", "#2fa36b", "#b069c4", "#d1495b", "#2aa5b0", "#b59a1d", "#7a6ff0")
 _MARKERS = "osD^vPX<>"
+Curves = dict[str, dict[str, list[tuple[int, float]]]]  # {arm: {term: [(step, value)]}}
 _STYLE: Any = {
     "font.family": "sans-serif", "font.size": 10, "axes.titlesize": 10.5, "axes.titleweight": "bold",
     "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True, "axes.edgecolor": _INK,
@@ -99,8 +100,8 @@ def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:
         axes.yaxis.set_minor_formatter(NullFormatter())
 
 
-def curve_charts(logs: Mapping[str, Mapping[str, object]], arms: Sequence[str], stem: str) -> list[Picture]:
-    """One chart a term, one line an arm with its running mean, from {arm: {term: [(step, value)]}}."""
+def curve_charts(logs: Curves, arms: Sequence[str], stem: str) -> list[Picture]:
+    """One chart a term, one line an arm with its running mean."""
     charts = []
     for number, term in enumerate(dict.fromkeys(term for log in logs.values() for term in log)):
         found = {arm: np.array(log[term], dtype=float).T for arm, log in logs.items() if term in log}

@@ -5,9 +5,6 @@ for (const example of document.querySelectorAll(".example")) {
     example.querySelector(".shown").textContent = word.textContent;
     words.forEach((other) => other.setAttribute("aria-pressed", other.dataset.map === word.dataset.map));
   };
-  words.forEach((word, place) => {
+  for (const word of words)
     for (const event of ["mouseenter", "focus", "click"]) word.addEventListener(event, () => show(word));
-    const step = { ArrowRight: 1, ArrowLeft: words.length - 1 };
-    word.addEventListener("keydown", ({ key }) => step[key] && words[(place + step[key]) % words.length].focus());
-  });
 }

@@ -18,7 +18,7 @@ from PIL import Image
 
 from distill.evaluation.results import Results, parse_metrics
 from distill.evaluation.word_maps import WORD_MAPS_FILE, WordMaps, read_word_maps
-from distill.files import read_json, write_atomic
+from distill.files import JsonObject, read_json, write_atomic
 from distill.models.stock import code_of, example_prompt, exported
 from distill.report import figures, tables
 from distill.report.document import Picture, Section, Table, escape_markdown, markdown_section
@@ -68,7 +68,7 @@ def _read_image(run_dir: Path, name: str, notes: list[str]) -> Image.Image | Non
         return None
 
 
-def _read_jsonl(path: Path, notes: list[str]) -> list[dict[str, Any]]:
+def _read_jsonl(path: Path, notes: list[str]) -> list[JsonObject]:
     """Objects of a JSON Lines file, without the lines that are none (the last line of a stopped run is often half)."""
     rows = []
     for number, line in enumerate(path.read_text("utf-8", "replace").splitlines() if path.is_file() else (), 1):
@@ -99,9 +99,9 @@ def _read_examples(run_dir: Path, arms: Sequence[str], notes: list[str]) -> list
     return examples
 
 
-def _curves(run_dir: Path, arms: Sequence[str], name: str, notes: list[str]) -> dict[str, Any]:
-    """{arm: {term: [(step, value)]}} of each arm's log."""
-    curves: dict[str, dict[str, list[tuple[int, float]]]] = {}
+def _curves(run_dir: Path, arms: Sequence[str], name: str, notes: list[str]) -> figures.Curves:
+    """What the log of each arm says."""
+    curves: figures.Curves = {}
     for arm in arms:
         for row in _read_jsonl(run_dir / arm / name, notes):
             flat = row | {f"{key} AUC": value.get("auc") for key, value in row.items() if isinstance(value, dict)}
