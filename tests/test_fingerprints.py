@@ -17,8 +17,7 @@ from distill.config import DenoisingConfig
 from distill.data.cache import weights_fingerprint
 from distill.data.loading import load_dataset
 from distill.data.phantom.dataset import PhantomDataset
-from distill.data.rows import TrainingRows
-from distill.models import Model
+from distill.data.rows import row_fingerprints
 
 
 class Changed(PhantomDataset):
@@ -51,21 +50,21 @@ CHANGES = {
 
 @pytest.mark.parametrize("row", [0, 7])
 @pytest.mark.parametrize("what", CHANGES)
-def test_a_change_in_any_row_is_told_by_its_name(sd: Model, what: str, row: int) -> None:
+def test_a_change_in_any_row_is_told_by_its_name(what: str, row: int) -> None:
     options: dict[str, Any] = {"label_tokens": True, "regions": True}
-    before = TrainingRows(Changed("nothing", 0), sd, **options).fingerprints()
-    after = TrainingRows(Changed(what, row), sd, **options).fingerprints()
+    before = row_fingerprints(Changed("nothing", 0), DenoisingConfig(), **options)
+    after = row_fingerprints(Changed(what, row), DenoisingConfig(), **options)
     assert set(before) == set(CHANGES.values())
     assert {name for name in before if before[name] != after[name]} == {CHANGES[what]}
 
 
-def test_what_a_training_does_not_read_does_not_count(sd: Model) -> None:
-    assert set(TrainingRows(Changed("nothing", 0), sd).fingerprints()) == {"training images", "training captions"}
+def test_what_a_training_does_not_read_does_not_count() -> None:
+    assert set(row_fingerprints(Changed("nothing", 0), DenoisingConfig())) == {"training images", "training captions"}
     denoising = DenoisingConfig(caption_dropout_label="edema")
-    assert "training labels" in TrainingRows(Changed("nothing", 0), sd, denoising).fingerprints()
+    assert "training labels" in row_fingerprints(Changed("nothing", 0), denoising)
 
 
-def test_rows_in_another_order_or_cut_elsewhere_are_other_rows(sd: Model) -> None:
+def test_rows_in_another_order_or_cut_elsewhere_are_other_rows() -> None:
     class Captions(PhantomDataset):
         def __init__(self, *captions: str) -> None:
             super().__init__("train", len(captions), 0, 64)
@@ -75,7 +74,7 @@ def test_rows_in_another_order_or_cut_elsewhere_are_other_rows(sd: Model) -> Non
             return self.captions_of_rows[index]
 
     hashes = [
-        TrainingRows(Captions(*captions), sd).fingerprints()["training captions"]
+        row_fingerprints(Captions(*captions), DenoisingConfig())["training captions"]
         for captions in (("a", "b"), ("b", "a"), ("ab", ""), ("a", "b", ""))
     ]
     assert len(set(hashes)) == 4
@@ -121,10 +120,10 @@ def test_regions_of_files_count_with_their_masks(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_fingerprints_cost_about_a_second(sd: Model) -> None:
+def test_fingerprints_cost_about_a_second() -> None:
     """6,000 phantoms, and 0.4 GB of weights: less than a second each on one core that is free."""
     began = time.perf_counter()
-    TrainingRows(PhantomDataset("train", 6000, 0, 128), sd).fingerprints()
+    row_fingerprints(PhantomDataset("train", 6000, 0, 128), DenoisingConfig())
     rows = time.perf_counter() - began
     began = time.perf_counter()
     weights_fingerprint([nn.Linear(10_000, 10_000, bias=False)])

@@ -81,6 +81,26 @@ def test_an_export_that_gives_another_model_is_no_result(
     assert not (tmp_path / "cost.json").exists(), "the same command must not take it for trained"
 
 
+def test_the_data_of_an_arm_are_hashed_once_for_its_cost_and_its_checkpoints(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed, given, fingerprints, fit = [], {}, train.row_fingerprints, train.fit
+
+    def counted(data: Any, *options: Any, **more: Any) -> dict[str, str]:
+        hashed.append(data)
+        return fingerprints(data, *options, **more)
+
+    def seen(*arguments: Any, **options: Any) -> Any:
+        given.update(options["fingerprints"])
+        return fit(*arguments, **options)
+
+    monkeypatch.setattr(train, "row_fingerprints", counted)
+    monkeypatch.setattr(train, "fit", seen)
+    run, arm = opened(base, tmp_path, "--denoiser", "lora", "--trainer.max_steps", "1")
+    data = train.train_arm(run, arm)["training_data"]
+    assert len(hashed) == 1 and set(data) == {"training images", "training captions"} and data.items() <= given.items()
+
+
 @pytest.mark.parametrize("flip", [False, True])
 def test_rows_have_what_data_method_and_denoising_ask_for(sd: Model, tmp_path: Path, flip: bool) -> None:
     argv = """--denoiser full --text_encoder full --denoising.caption_dropout_label edema --method.images 5

@@ -53,6 +53,22 @@ def check_training_text(dataset: ImageCaptionDataset, model: Model, config: Deno
             )
 
 
+def row_fingerprints(
+    data: ImageCaptionDataset, denoising: DenoisingConfig, *, label_tokens: bool = False, regions: bool = False
+) -> dict[str, str]:
+    """Hashes of all that decides the training rows, by what it is; no image is decoded. Options: see TrainingRows."""
+    every = range(len(data))
+    parts = {
+        "training images": (data.fingerprint(i) for i in every),
+        "training captions": (training_caption(data, i, denoising) for i in every),
+    }
+    if label_tokens or denoising.reads_labels:
+        parts["training labels"] = ("\n".join(data.labels(i)) for i in every)
+    if regions:
+        parts["regions of the training images"] = (region_fingerprint(data, i) for i in every)
+    return {name: hash_of(values) for name, values in parts.items()}
+
+
 class TrainingRows(Dataset[Batch]):
     """Row i of a data set, as a Batch without its first dimension.
 
@@ -84,19 +100,6 @@ class TrainingRows(Dataset[Batch]):
 
     def caption(self, index: int) -> str:
         return training_caption(self.dataset, index, self.denoising)
-
-    def fingerprints(self) -> dict[str, str]:
-        """Hashes of all that decides the rows, by what it is; no image is decoded."""
-        data, every = self.dataset, range(len(self))
-        parts = {
-            "training images": (data.fingerprint(i) for i in every),
-            "training captions": (self.caption(i) for i in every),
-        }
-        if self.label_tokens or self.denoising.reads_labels:
-            parts["training labels"] = ("\n".join(data.labels(i)) for i in every)
-        if self.regions:
-            parts["regions of the training images"] = (region_fingerprint(data, i) for i in every)
-        return {name: hash_of(values) for name, values in parts.items()}
 
     def __getitem__(self, index: int) -> Batch:
         caption, labels = self.caption(index), self.dataset.labels(index)

@@ -51,7 +51,7 @@ class Run:
     """An open run folder with its data, all checked.
 
     base: what the arms are trained from. evaluation: of every model, unless an arm has its own. references: further models
-    that methods may name, such as the model that a smaller one is made of.
+    that methods may name, such as the model that a smaller one is made of. data_hashes: of the training rows of each arm.
     """
 
     config: RunConfig
@@ -67,6 +67,7 @@ class Run:
     compare_to: tuple[str, ...] = ()
     console: Console = field(default_factory=Console)
     seconds: dict[str, float] = field(default_factory=dict)
+    data_hashes: dict[str, dict[str, str]] = field(default_factory=dict)
     against: HeldOut | None = None
 
     @property

@@ -21,13 +21,12 @@ from distill import checkpoints
 from distill.cli import to_yaml
 from distill.data.batch import Batch
 from distill.data.cache import cache_latents, cache_text_embeddings, model_fingerprint, weights_fingerprint
-from distill.data.rows import TrainingRows, training_caption
+from distill.data.rows import TrainingRows, row_fingerprints, training_caption
 from distill.data.sample import hash_of, region_fingerprint
 from distill.draws import generator_at
 from distill.errors import UserError
 from distill.evaluation.atlas import compute_cells, gather_pairs, macro_mean
 from distill.evaluation.evaluate import generate, save_png
-from distill.evaluation.kept import digest
 from distill.evaluation.localization import localization
 from distill.experiment.arms import BASE, Arm
 from distill.experiment.run import Run
@@ -53,7 +52,7 @@ def train_arm(run: Run, arm: Arm) -> JsonObject:
     earlier = _cost_of(run, arm.name, done)
     if earlier is not None and not _is_longer(run, arm, int(earlier["steps"]), log_dir):
         run.say(f"{arm.name}: already trained, {arm.folder}; to train longer, raise max_steps")
-        _tell_of_other_data(run, arm.name, earlier)
+        _tell_of_other_data(run, arm, earlier)
         return earlier
     training = arm.training
     names = "".join(f", {name}" for name in training.method.references)
@@ -61,12 +60,14 @@ def train_arm(run: Run, arm: Arm) -> JsonObject:
         f"{arm.name}: {training.method.kind}{names}; denoiser {training.denoiser}, text encoder {training.text_encoder}"
     )
     model, result, besides = fit_arm(run, arm, log_dir)
+    assert run.train is not None
     cost = {
         "train_seconds": result.seconds + besides,
         "steps": result.steps,
         "peak_memory_gb": result.peak_memory_gb,
         "trainable_parameters": result.trainable_parameters,
-        **_training_data(run),
+        "training_images": len(run.train),
+        "training_data": _training_data(run, arm),
     }
     if run.accelerator.is_main_process:
         written = export(model, arm.folder)
@@ -81,21 +82,25 @@ def train_arm(run: Run, arm: Arm) -> JsonObject:
     return cost
 
 
-def _training_data(run: Run) -> JsonObject:
-    """How many images an arm is trained on, and a hash of their pixels, captions and labels."""
-    train = run.train
-    assert train is not None
-    rows = [[train.fingerprint(i), train.caption(i), train.labels(i)] for i in range(len(train))]
-    return {"training_images": len(train), "training_data": digest(rows)}
+def _training_data(run: Run, arm: Arm) -> dict[str, str]:
+    """Hashes of the training rows of an arm, for cost.json and the checkpoints; made once a run."""
+    if arm.name not in run.data_hashes:
+        assert run.train is not None
+        training, method = arm.training, arm.training.method
+        run.data_hashes[arm.name] = row_fingerprints(
+            run.train, training.denoising, label_tokens=method.reads_labels, regions=method.reads_regions
+        )
+    return run.data_hashes[arm.name]
 
 
-def _tell_of_other_data(run: Run, name: str, cost: Mapping[str, object]) -> None:
-    """Say so if the training images are no longer those that a trained arm has seen."""
-    now = _training_data(run)
-    if cost.get("training_data", now["training_data"]) != now["training_data"]:
+def _tell_of_other_data(run: Run, arm: Arm, cost: Mapping[str, object]) -> None:
+    """Say so if the training rows are no longer those that a trained arm has seen."""
+    assert run.train is not None
+    then = cost.get("training_data")
+    if isinstance(then, dict) and then != _training_data(run, arm):  # earlier versions wrote one hash of another kind
         run.say(
-            f"{name}: it was trained on other data, {cost['training_images']:,} images; there are "
-            f"{now['training_images']:,} now. It stays as it is; to train on these, choose another --output_dir"
+            f"{arm.name}: it was trained on other data, {cost['training_images']:,} images; there are "
+            f"{len(run.train):,} now. It stays as it is; to train on these, choose another --output_dir"
         )
 
 
@@ -157,7 +162,7 @@ def fit_arm(run: Run, arm: Arm, log_dir: Path) -> tuple[Model, FitResult, float]
     began = time.perf_counter()
     method.setup(model, _context(run, arm, rows, log_dir, hashes))
     if not dry:
-        hashes |= rows.fingerprints() | _validation_fingerprint(run, arm)
+        hashes |= _training_data(run, arm) | _validation_fingerprint(run, arm)
     besides = time.perf_counter() - began
     text_rate = trainer.text_encoder_learning_rate or trainer.learning_rate
     result = fit(
