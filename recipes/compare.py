@@ -96,7 +96,7 @@ def read_evaluated(path: Path) -> Evaluated:
         raise UserError(f"{path}: no evaluated arm; expected {path / 'metrics.json'} and {run}, as recipes write them")
     found = read_json(path / "metrics.json")
     try:
-        config = cast(JsonObject, yaml.safe_load(run.read_text(encoding="utf-8")))
+        config = cast("JsonObject", yaml.safe_load(run.read_text(encoding="utf-8")))
         parse_metrics(found)
         if config["data"]["kind"] is None or config["evaluation"] is None:
             raise ValueError("it is of no evaluation")
