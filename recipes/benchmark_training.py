@@ -13,13 +13,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from distill.cli import main
 from distill.config import EvaluationConfig, LoraConfig, RunConfig, TrainerConfig
 from distill.methods.options import AttentionDistillationOptions, KeyLockOptions
 from distill.methods.training import Training
-from distill.settings import Count, Text
+from distill.settings import Count, Text, once
 
 if TYPE_CHECKING:
     from distill.experiment.benchmark_training import Results
@@ -36,7 +36,7 @@ class BenchmarkTrainingConfig(RunConfig):
     common: ClassVar[tuple[str, ...]] = ("base.name", "architecture", "data.kind", "data.root", "parts", "turns")
     architecture: Literal["base", "sd15"] = "base"
     """base: the model of base.name. sd15: Stable Diffusion 1.5 with random weights, where its weights cannot be had."""
-    parts: Annotated[tuple[Part, ...], Field(min_length=1)] = get_args(Part)
+    parts: Annotated[tuple[Part, ...], Field(min_length=1), AfterValidator(once)] = get_args(Part)
     """speed: seconds a step. shares: where a step's time goes. memory: peak of each kind in a process of its own.
     start: seconds from the command to the first step."""
     turns: Count = 3

@@ -452,7 +452,7 @@ def test_dry_run_writes_nothing(work: tuple[Path, list[str]], capsys: pytest.Cap
         (["--evaluation.timesteps", "300"], "evaluation.timesteps"),
         (["--data.root", "x"], "data.root"),
         (["--runs", "/nowhere/run"], "no run folder /nowhere/run"),
-        (["--max_timesteps", "0"], "max_timesteps: expected a whole number of at least 1, got 0"),
+        (["--max_timesteps", "0"], "max_timesteps: expected a whole number from 1 to 1000, got 0"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_anything_is_written(

@@ -7,7 +7,7 @@ import os
 import resource
 import shutil
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -381,6 +381,15 @@ def signal_at(step: int, *numbers: int) -> Callable[[int], None]:
     return on_sample
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Signals as a terminal's process gets them; a shell has its background processes ignore SIGINT."""
+    kept = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, kept)
+
+
+@pytest.mark.usefixtures("heard")
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_the_step_and_writes_a_checkpoint(
     tmp_path: Path, unbroken: Any, number: int, status: int
@@ -408,6 +417,7 @@ def test_a_signal_during_the_last_look_is_not_lost(tmp_path: Path, unbroken: Any
     assert same(state_of(resumed), unbroken[0]) and without_time(log_of(tmp_path)) == unbroken[1]
 
 
+@pytest.mark.usefixtures("heard")
 def test_a_second_interrupt_stops_at_once(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt) as stopped:
         train(LeastSquares(), tmp_path, on=signal_at(3, signal.SIGINT, signal.SIGINT), **EVERY_TWO)

@@ -620,7 +620,6 @@ def test_what_the_config_gets_wrong(root: Path) -> None:
     assert "'edem' is not a finding; did you mean 'edema'" in fault(
         root, [row(finding="edema", box="1,1,9,9")], query_words={"edem": ["oedema"]}
     )
-    assert "has no words" in fault(root, query_words={"edema": [" "]})
     assert "data.metadata_file could be: metadata.csv" in fault(root, metadata_file="meta.csv")
     assert "must end in .csv or .jsonl" in fault(root, metadata_file="metadata.parquet")
     assert "is not a folder" in fault(root / "elsewhere")

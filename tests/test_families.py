@@ -291,7 +291,10 @@ UNET_FILES = {
     *(f"distill/models/{name}.py" for name in ("stable_diffusion", "sdxl", "blocks", "embedded", "kohya")),
     "distill/models/stock.py",  # names of stock diffusers
     "distill/configuration/renamed.py",  # old names
-    *(f"distill/experiment/{name}.py" for name in ("benchmark_localization", "benchmark_memory")),  # of U-Nets
+    *(
+        f"distill/experiment/{name}.py"
+        for name in ("benchmark_localization", "benchmark_memory", "benchmark_training", "peers")
+    ),
     *(f"distill/experiment/{name}.py" for name in ("pretraining", "pretraining_record")),  # of the embedded U-Net
 }
 ALLOWED: dict[str, str] = {}

@@ -470,7 +470,7 @@ def test_a_caption_of_which_a_kill_left_one_finding_is_scored_again(
     monkeypatch.setitem(PROTOCOLS, "ours", replace(PROTOCOLS["ours"], maps=dies))
     with pytest.raises(KeyboardInterrupt):
         localization(sd, dataset, config, accelerator=accelerator, arm_dir=tmp_path)
-    part = tmp_path / "pairs.0.jsonl"
+    part = tmp_path / "scored.0.jsonl"
     part.write_text("".join(part.read_text().splitlines(keepends=True)[:-1]), encoding="utf-8")
     again = localization(sd, dataset, config, accelerator=accelerator, arm_dir=tmp_path)
     assert [image for (image,) in calls] == [0, 1, 2, 1, 2]

@@ -46,8 +46,8 @@ def merged(old: Given | None, new: Given, hint: object) -> Given | None:
     if old is not None and not isinstance(old.value, dict | None):
         return old  # no mapping: a fault, which nothing later hides
     before = {} if old is None else old.keys
-    kinds = [side[KIND].value for side in (before, new.value) if len(models) > 1 and KIND in side]
-    if len(kinds) == 2 and kinds[0] != kinds[1]:
+    kinds = [side[KIND] for side in (before, new.value) if len(models) > 1 and KIND in side]
+    if len(kinds) == 2 and kinds[0].value != kinds[1].value and kinds[0].origin != kinds[1].origin:
         before = {}
     value = dict(before)
     for name, child in new.value.items():

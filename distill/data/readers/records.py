@@ -344,11 +344,9 @@ def choose_findings(
     ]
     findings = config.findings or tuple(default)
     possible = {**there, **{key(name): name for name in findings}}
-    for name, words in config.query_words.items():
+    for name in config.query_words:
         if key(name) not in possible:
             faults.append(f"data.query_words '{name}' is not a finding{did_you_mean(name, possible.values())}")
-        elif not any(word.strip() for word in words):
-            faults.append(f"data.query_words '{name}' has no words")
     return findings, faults
 
 
