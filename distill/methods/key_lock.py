@@ -161,6 +161,37 @@ def merge_keys(
     so that the adapter `default` of to_k takes it in exactly, by as many ranks more. Not for other layers.
     """
     model = lock.model
+    gram, cross, held = _moments(lock, captions, batch_size, progress)
+    eye = torch.eye(len(gram), dtype=torch.float64)
+    gram += RIDGE * gram.diagonal().mean() * eye
+    change = torch.linalg.solve(gram, cross).T
+    if rank is not None:
+        basis = torch.linalg.eigh(change @ gram @ change.T).eigenvectors[:, -rank:]
+        factors = (basis, basis.T @ change)
+        change = factors[0] @ factors[1]
+    merge = eye + change
+    r2, unmerged = _explained(held, merge)
+    for name in _cross_attention(model.denoiser):
+        projection = model.denoiser.get_submodule(name).to_k
+        if rank is None:
+            projection.weight.copy_(projection.weight.cpu().double() @ merge)
+        else:
+            ranks = {"attn2.to_k": _widen(projection, *factors)}
+            adapter = model.denoiser.peft_config["default"]
+            adapter.rank_pattern, adapter.alpha_pattern = adapter.rank_pattern | ranks, adapter.alpha_pattern | ranks
+    lock.release()
+    return Merged(r2, unmerged)
+
+
+Held = dict[int, list[tuple[torch.Tensor, torch.Tensor]]]
+"""Token group -> hidden states of the trained and of the frozen encoder, of the captions that are held out."""
+
+
+def _moments(
+    lock: KeyLock, captions: Sequence[str], batch_size: int, progress: bool
+) -> tuple[torch.Tensor, torch.Tensor, Held]:
+    """Sums of x'x and of x'(y - x), in which each token group counts alike, and the states of every tenth caption."""
+    model = lock.model
     key_columns, value_columns = lock.columns
     texts = [*captions, *[""] * max(1, len(captions) // 50)]
     width = len(key_columns)
@@ -168,7 +199,7 @@ def merge_keys(
     codes = torch.stack(groups)
     share = {int(code): float((codes == code).double().mean()) for code in codes.unique()}
     gram, cross = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
-    held: dict[int, list[tuple[torch.Tensor, torch.Tensor]]] = {code: [] for code in share}
+    held: Held = {code: [] for code in share}
     device = model.denoiser.device
     from tqdm.auto import tqdm
 
@@ -186,14 +217,11 @@ def merge_keys(
             gram += a.T @ a / amount
             cross += a.T @ b / amount
             held[code].append((x[kept], y[kept]))
-    eye = torch.eye(width, dtype=torch.float64)
-    gram += RIDGE * gram.diagonal().mean() * eye
-    change = torch.linalg.solve(gram, cross).T
-    if rank is not None:
-        basis = torch.linalg.eigh(change @ gram @ change.T).eigenvectors[:, -rank:]
-        factors = (basis, basis.T @ change)
-        change = factors[0] @ factors[1]
-    merge = eye + change
+    return gram, cross, held
+
+
+def _explained(held: Held, merge: torch.Tensor) -> tuple[dict[str, float], dict[str, float]]:
+    """R^2 of y on held-out captions by token group: of x merge', and of x as it is."""
     r2: dict[str, float] = {}
     unmerged: dict[str, float] = {}
     for name, code in (("words", WORD), ("eos", EOS), ("padding", PADDING)):
@@ -203,16 +231,7 @@ def merge_keys(
             if spread > 0:  # one token alone has none
                 r2[name] = float(1 - (y - x @ merge.T).pow(2).sum() / spread)
                 unmerged[name] = float(1 - (y - x).pow(2).sum() / spread)
-    for name in _cross_attention(model.denoiser):
-        projection = model.denoiser.get_submodule(name).to_k
-        if rank is None:
-            projection.weight.copy_(projection.weight.cpu().double() @ merge)
-        else:
-            ranks = {"attn2.to_k": _widen(projection, *factors)}
-            adapter = model.denoiser.peft_config["default"]
-            adapter.rank_pattern, adapter.alpha_pattern = adapter.rank_pattern | ranks, adapter.alpha_pattern | ranks
-    lock.release()
-    return Merged(r2, unmerged)
+    return r2, unmerged
 
 
 def _widen(layer: Any, left: torch.Tensor, right: torch.Tensor) -> int:

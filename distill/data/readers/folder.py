@@ -8,7 +8,7 @@ which cannot express a row a box, guesses types ("None" becomes a missing captio
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -126,19 +126,9 @@ class FolderDataset(RecordDataset):
             chosen = [every_image or entry.split in wanted for entry in entries]
             general += [] if every_image else _split_faults(columns.split, wanted, rows)
         canonical = {key(name): name for name in findings}
-        samples = []
-        for entry in (entry for entry, is_chosen in zip(entries, chosen, strict=True) if is_chosen):
-            annotations = entry.image.annotations
-            kept = [n for n, a in enumerate(annotations) if key(a.finding) in canonical]
-            samples.append(
-                SampleRecord(
-                    id=entry.image.name,
-                    image=entry.image,
-                    caption=entry.caption,
-                    labels=entry.labels if columns.label else [canonical[key(annotations[n].finding)] for n in kept],
-                    regions=[n for n in kept if annotations[n].box or annotations[n].mask],
-                )
-            )
+        samples = [
+            _sample(entry, canonical, columns) for entry, is_chosen in zip(entries, chosen, strict=True) if is_chosen
+        ]
         super().__init__(
             config,
             findings=findings,
@@ -152,21 +142,39 @@ class FolderDataset(RecordDataset):
             no_regions=_no_regions(config, columns),
         )
         if columns.split is not None and not every_image:
-            refuse_shared(
-                [
-                    Member(member.place, member.name, role, member.patient, member.sha256)
-                    for member, role in zip(members, splits, strict=True)
-                    if role
-                ],
-                f"the data in '{config.root}' has a patient or a picture in two splits: a test would see what was trained on",
-                f"Give all rows of a patient or a picture one value of {columns.split}, or set data.split_column {NONE} to "
-                "have the images split by patient and file"
-                + (
-                    f"; if {columns.patient} names no patients, set data.patient_column {NONE}"
-                    if columns.patient
-                    else ""
-                ),
-            )
+            _refuse_shared(config, columns, members, splits)
+
+
+def _sample(entry: _Entry, canonical: Mapping[str, str], columns: _Columns) -> SampleRecord:
+    """canonical: key -> name of the findings that count. Without a column of labels, the findings are the labels."""
+    annotations = entry.image.annotations
+    kept = [n for n, a in enumerate(annotations) if key(a.finding) in canonical]
+    return SampleRecord(
+        id=entry.image.name,
+        image=entry.image,
+        caption=entry.caption,
+        labels=entry.labels if columns.label else [canonical[key(annotations[n].finding)] for n in kept],
+        regions=[n for n in kept if annotations[n].box or annotations[n].mask],
+    )
+
+
+def _refuse_shared(config: FolderData, columns: _Columns, members: Sequence[Member], splits: Sequence[str]) -> None:
+    """UserError if a patient or a picture is in two splits of the split column."""
+    advice = (
+        f"Give all rows of a patient or a picture one value of {columns.split}, or set data.split_column {NONE} to have the "
+        "images split by patient and file"
+    )
+    if columns.patient:
+        advice += f"; if {columns.patient} names no patients, set data.patient_column {NONE}"
+    refuse_shared(
+        [
+            Member(member.place, member.name, role, member.patient, member.sha256)
+            for member, role in zip(members, splits, strict=True)
+            if role
+        ],
+        f"the data in '{config.root}' has a patient or a picture in two splits: a test would see what was trained on",
+        advice,
+    )
 
 
 def _role(config: FolderData, value: str) -> str:
