@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save, save_file
+from safetensors.torch import save
 
 from distill.errors import UserError
 
@@ -81,14 +81,15 @@ def write_atomic(path: Path, content: str | bytes) -> Path:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> Path:
-    """The same for a safetensors file. Equal tensors and metadata give equal bytes."""
+    """The same for a safetensors file. Equal tensors and metadata give equal bytes.
+
+    The library's own `save_file` writes to a file `.tmpXXXXXX` first, which a kill would leave for good.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.{threading.get_ident()}.tmp")
     try:
-        if len(metadata or {}) > 1:
-            temporary.write_bytes(_with_metadata(save(dict(tensors)), metadata or {}))
-        else:
-            save_file(dict(tensors), temporary, metadata=dict(metadata) if metadata else None)
+        content = save(dict(tensors))
+        temporary.write_bytes(_with_metadata(content, metadata) if metadata else content)
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -88,12 +88,12 @@ def evaluate_arm(
             "provenance": provenance() if missing else before["provenance"],
             "made_of": {part: hashes | {"files": _files(arm_dir, part)} for part, hashes in known.items()},
         } | ({"settings": settings} if settings else {})
-        if written != before["written"]:
-            write_json(arm_dir / "metrics.json", written)
-        # A kill may have come between the numbers and the card.
+        # The card first: after a kill between the two, the numbers are not there yet, and both are written again.
         if folder and cost and settings and (missing or not (folder / "README.md").is_file()):
             origin = written["provenance"]
             write_model_card(folder, entry, settings, origin, base_name=run.base.name, export=exported(folder))
+        if written != before["written"]:
+            write_json(arm_dir / "metrics.json", written)
     run.accelerator.wait_for_everyone()
     return entry
 

@@ -53,6 +53,8 @@ def train_arm(run: Run, arm: Arm) -> JsonObject:
     if earlier is not None and not _is_longer(run, arm, int(earlier["steps"]), log_dir):
         run.say(f"{arm.name}: already trained, {arm.folder}; to train longer, raise max_steps")
         _tell_of_other_data(run, arm, earlier)
+        if run.accelerator.is_main_process:  # a kill may have come before the last launch did this
+            checkpoints.keep_only(log_dir / "state", int(earlier["steps"]))
         return earlier
     training = arm.training
     names = "".join(f", {name}" for name in training.method.references)
