@@ -352,6 +352,13 @@ def test_arms_like_others_have_options_of_their_own(
     assert taught["lora"] == pytest.approx(0.1 * everything, abs=1e-6)
     assert taught["tail.2"] == pytest.approx(2 * terms["tail.2"]["tail"], abs=1e-6)
     assert terms["fast"]["lr"] == 1e-2
+    passes = {
+        name: json.loads((out / name / "cost.json").read_text()) for name in ("frozen", "lora", "rank_3", "tail.2")
+    }
+    own, whole = ({n: c[f"image_passes{k}"] for n, c in passes.items()} for k in ("", "_with_teachers"))
+    assert own == {"frozen": 12, "lora": 16, "rank_3": 8, "tail.2": 12 + 8}, "two steps of two images, or one"
+    assert whole == own | {"lora": 16 + 12, "rank_3": 8 + 12}
+    assert read_metrics(out)["arms"]["lora"]["cost"]["image_passes_with_teachers"] == 28
     costs = {name: json.loads((out / name / "cost.json").read_text()) for name in ("lora", "rank_3", "mass")}
     assert [costs[name]["steps"] for name in costs] == [2, 1, 2]
     assert costs["rank_3"]["trainable_parameters"] == costs["lora"]["trainable_parameters"] * 3 // 2

@@ -41,6 +41,7 @@ from distill.report.tables import (
     format_estimate,
     format_seconds,
     mass_table,
+    relative_costs,
     results_table,
 )
 
@@ -303,9 +304,9 @@ def test_the_baselines_are_those_of_compare_to() -> None:
 def test_unequal_compute_and_sample_sizes_are_said() -> None:
     arms = {"a": arm(0.7, 30, 0.7), "b": arm(0.7, 30, 0.7), "c": arm(0.5, 300, 0.5, trained=False)}
     assert not any("Compute" in text for text in choose(arms).reasons)
-    arms["b"]["cost"] |= {"steps": 1000, "denoiser_passes": 3000}
-    arms["a"]["cost"]["denoiser_passes"] = 1000
-    expected = "Compute differs between the trained models: 500 steps to 1,000 steps and 1,000 denoiser passes to 3,000"
+    arms["b"]["cost"] |= {"steps": 1000, "image_passes_with_teachers": 3000}
+    arms["a"]["cost"]["image_passes_with_teachers"] = 1000
+    expected = "Compute differs between the trained models: 500 steps to 1,000 steps and 1,000 image-passes to 3,000"
     assert any(text.startswith(expected) for text in choose(arms).reasons)
     arms["c"] = arm(0.95, 3, 0.95, trained=False)
     assert choose(arms).title == "Take c (not trained here)"
@@ -406,7 +407,21 @@ def test_tables_hold_every_arm_and_the_colour_of_a_clear_difference() -> None:
     found = finding_table(results)
     assert found is not None and [row[0] for row in found.rows] == list(FINDINGS)
     assert found.rows[0][1:3] == ["40", ".840"]
-    assert cost_table(results).rows[3][2] == "41s" and "denoiser passes" not in cost_table(results).head
+    assert cost_table(results).rows[3][2] == "41s" and "image passes" not in cost_table(results).head
+
+
+def test_the_cost_of_an_arm_is_relative_to_the_first_baseline() -> None:
+    metrics = make_metrics(("a", "b", "start"), compare_to=["b", "a"])
+    assert relative_costs(parse_metrics(metrics)) == {} and "cost" not in results_table(parse_metrics(metrics)).head
+    metrics["arms"]["a"]["cost"] |= {"image_passes": 50, "image_passes_with_teachers": 350}
+    assert relative_costs(parse_metrics(metrics)) == {}
+    metrics["arms"]["b"]["cost"] |= {"image_passes": 150, "image_passes_with_teachers": 150}
+    results = parse_metrics(metrics)
+    table, cost = results_table(results), cost_table(results)
+    assert table.head[-1] == "cost" and [row[-1] for row in table.rows] == ["2.33", "1.00", UNKNOWN, UNKNOWN]
+    columns = dict(zip(cost.head, zip(*cost.rows, strict=True), strict=True))
+    assert columns["image passes"] == ("50", "150", UNKNOWN)
+    assert columns["image passes with teachers"] == ("350", "150", UNKNOWN)
 
 
 def test_tables_of_findings_mass_and_cost_have_an_arm_a_line_or_a_column() -> None:

@@ -82,7 +82,8 @@ class Cost:
     peak_memory_gb: Positive | None
     evaluation_seconds: Positive | None
     trainable_parameters: int | None
-    denoiser_passes: int | None = None
+    image_passes: int | None = None
+    image_passes_with_teachers: int | None = None
 
 
 @dataclass(frozen=True)

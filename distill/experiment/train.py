@@ -6,7 +6,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -29,6 +29,7 @@ from distill.evaluation.atlas import compute_cells, gather_pairs, macro_mean
 from distill.evaluation.evaluate import generate, save_png
 from distill.evaluation.localization import localization
 from distill.experiment.arms import BASE, Arm
+from distill.experiment.cost import ForwardPasses, training_passes, with_teachers
 from distill.experiment.run import Run
 from distill.files import JsonObject, read_json, write_atomic, write_json
 from distill.memory import reset_peak_memory
@@ -61,11 +62,13 @@ def train_arm(run: Run, arm: Arm) -> JsonObject:
     run.say(
         f"{arm.name}: {training.method.kind}{names}; denoiser {training.denoiser}, text encoder {training.text_encoder}"
     )
-    model, result, besides = fit_arm(run, arm, log_dir)
+    model, result, besides, passes = fit_arm(run, arm, log_dir)
     assert run.train is not None
     cost = {
         "train_seconds": result.seconds + besides,
         "steps": result.steps,
+        "image_passes": passes,
+        "image_passes_with_teachers": with_teachers(run, arm, passes),
         "peak_memory_gb": result.peak_memory_gb,
         "trainable_parameters": result.trainable_parameters,
         "training_images": len(run.train),
@@ -147,8 +150,8 @@ def _is_longer(run: Run, arm: Arm, steps: int, log_dir: Path) -> bool:
     return True
 
 
-def fit_arm(run: Run, arm: Arm, log_dir: Path) -> tuple[Model, FitResult, float]:
-    """The trained model, what its steps cost, and the seconds of set-up and finish."""
+def fit_arm(run: Run, arm: Arm, log_dir: Path) -> tuple[Model, FitResult, float, int]:
+    """The trained model, what its steps cost, the seconds of set-up and finish, and the image-passes of all."""
     trainer, dry = arm.trainer, run.config.dry_run
     if dry:
         # One step needs few images; the caches would encode them all.
@@ -159,10 +162,15 @@ def fit_arm(run: Run, arm: Arm, log_dir: Path) -> tuple[Model, FitResult, float]
     hashes: dict[str, str] = {}
     model = _student(run, arm, hashes)
     model.to(run.accelerator.device)
+    before = ForwardPasses()
+    before.watch(model)
     method = method_of(arm.training.method, arm.training.denoising)
     rows = training_rows(run, arm, model, cached=not dry)
     began = time.perf_counter()
-    method.setup(model, _context(run, arm, rows, log_dir, hashes))
+    method.setup(
+        model, _context(run, arm, rows, log_dir, lambda name: before.watch(_hashed(name, run.load(name), hashes)))
+    )
+    passes = before.stop() + training_passes(method, trainer, run.accelerator.num_processes)
     if not dry:
         hashes |= _training_data(run, arm) | _validation_fingerprint(run, arm)
     besides = time.perf_counter() - began
@@ -183,7 +191,7 @@ def fit_arm(run: Run, arm: Arm, log_dir: Path) -> tuple[Model, FitResult, float]
     )
     began = time.perf_counter()
     method.finish()
-    return model, result, besides + time.perf_counter() - began
+    return model, result, besides + time.perf_counter() - began, passes
 
 
 def _hashed(name: str, model: Model, hashes: dict[str, str]) -> Model:
@@ -290,8 +298,8 @@ def training_rows(run: Run, arm: Arm, model: Model, *, cached: bool) -> Training
     )
 
 
-def _context(run: Run, arm: Arm, rows: TrainingRows, log_dir: Path, hashes: dict[str, str]) -> Context:
-    """What the arm's method is handed at set-up."""
+def _context(run: Run, arm: Arm, rows: TrainingRows, log_dir: Path, load: Callable[[str], Model]) -> Context:
+    """What the arm's method is handed at set-up. load: see Context."""
     dry = run.config.dry_run
     return Context(
         generator=generator_at(run.seed, 0, 0),
@@ -300,7 +308,7 @@ def _context(run: Run, arm: Arm, rows: TrainingRows, log_dir: Path, hashes: dict
         log_dir=log_dir,
         frozen_dtype=DTYPES[run.config.base.frozen_dtype],
         dry_run=dry,
-        load=lambda name: _hashed(name, run.load(name), hashes),
+        load=load,
         batches=lambda images: _first_batches(run, rows, arm.trainer.batch_size, 1 if dry else images),
         captions=lambda count: _spread_captions(rows, count),
         layer_auc=None if dry or run.validation is None else lambda *look: _layer_auc(run, *look),
@@ -387,7 +395,7 @@ def dry_run(run: Run) -> None:
     run.say(to_yaml(run.config))
     for arm in run.arms.values():
         with tempfile.TemporaryDirectory() as scratch:
-            model, one, _ = fit_arm(run, arm, Path(scratch))
+            model, one, _, _ = fit_arm(run, arm, Path(scratch))
         total, trainable = parameter_counts(model.denoiser)
         counts = [parameter_counts(encoder) for encoder in model.text_encoders]
         steps = arm.trainer.max_steps

@@ -119,13 +119,20 @@ class AttentionDistillation(Method):
         )
         return taught.narrow(self.options)
 
+    def passes(self, step: int, images: int) -> int:
+        return 3 * images + self.taught(images)
+
+    def taught(self, images: int) -> int:
+        """How many of a batch of this size the teacher sees."""
+        return max(1, round(self.options.batch_share * images))
+
     def forward(self, batch: Batch, generator: torch.Generator) -> Terms:
         x, options = self.noised(batch, generator), self.options
         self._student_maps.start()
         with self._outputs[0] as outputs:
             prediction = self.predict_student(x)
         denoising = self.denoising_loss(prediction, x)
-        count = max(1, round(options.batch_share * len(x.timesteps)))
+        count = self.taught(len(x.timesteps))
         student = {name: maps[:count] for name, maps in self._student_maps.take().items()}
 
         part = x.first(count)

@@ -113,6 +113,11 @@ class Method(nn.Module):
     def forward(self, batch: Batch, generator: torch.Generator) -> Terms:
         raise NotImplementedError
 
+    def passes(self, step: int, images: int) -> int:
+        """Image-passes through denoisers, forward 1 and backward 2, of `images` images in optimizer step `step`, the first
+        being 1. A method that runs more than the student's own training pass says so."""
+        return 3 * images
+
     def finish(self) -> JsonObject:
         """After the last step: give the student back as stock modules, close recorders; returns what is worth logging."""
         return {}

@@ -52,6 +52,9 @@ class Consistency(AttentionDistillation):
         self._stride = student.family.num_timesteps(student) // self.options.solver_steps
         self.compare_with(self.load_teacher(context))
 
+    def passes(self, step: int, images: int) -> int:
+        return (3 + 1 + 2) * images  # the student, its target, and the teacher with the caption and without
+
     def draw_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
         return torch.randint(1, self.options.solver_steps + 1, (count,), generator=generator) * self._stride - 1
 

@@ -119,7 +119,8 @@ def _sections(run_dir: Path, results: Results, charts: Sequence[Picture], notes:
     found = (tables.difference_table(results), tables.mass_table(results), tables.finding_table(results))
     paired, mass, findings = ([table] if table else [] for table in found)
     better = {1: "↑ higher", -1: "↓ lower", 0: "neither"}
-    meaning = Table(["metric", "better", "meaning"], [[m.name, better[m.direction], m.meaning] for m in tables.METRICS])
+    rows = [[m.name, better[m.direction], m.meaning] for m in tables.METRICS]
+    meaning = Table(["metric", "better", "meaning"], [*rows, ["cost", better[-1], tables.COST]])
     said = "Under each value stands its 95 % interval. Every model is measured on the same held-out images."
     shares = "Attention mass is the part of all cross-attention that a group of tokens receives."
     differs = "The difference of two models on the same images. It is green or red where its interval excludes 0."

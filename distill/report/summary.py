@@ -154,7 +154,7 @@ def _blind(results: Results, arm: str) -> list[str]:
 def _compute(results: Results) -> list[str]:
     """A sentence where the trained arms did not cost the same."""
     costs, spans = [arm.cost for arm in results.arms.values() if arm.cost.train_seconds is not None], []
-    forms = {"steps": "{:,} steps", "denoiser_passes": "{:,} denoiser passes", "train_seconds": "{:,.0f} s"}
+    forms = {"steps": "{:,} steps", "image_passes_with_teachers": "{:,} image-passes", "train_seconds": "{:,.0f} s"}
     for key, write in forms.items():
         known = [value for cost in costs if (value := getattr(cost, key)) is not None]
         if known and max(known) > 1.1 * min(known):

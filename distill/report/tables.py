@@ -43,6 +43,7 @@ PADDING_AUC = Metric("padding.auc", "padding AUC", 0, "The same AUC for the map 
 FID = Metric("quality.fid", "FID", -1, _FID, unit=False)
 FINDING_AUC = Metric("quality.finding_auc", "finding AUC", 1, _FINDING)
 DIVERSITY = Metric("quality.diversity", "diversity", 0, "How much images of one caption differ, 1 - MS-SSIM.")
+COST = "Images through a denoiser, forward 1 and backward 2, teachers and their training included, over the baseline's."
 METRICS = (WORD_AUC, IMAGE_ADDS, OTHER, CNR, TOP1, IOU, EOS_AUC, PADDING_AUC, FID, FINDING_AUC, DIVERSITY)
 
 
@@ -96,7 +97,8 @@ def flatten(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def results_table(results: Results, wanted: Sequence[Metric] = METRICS) -> Table:
-    """One row an arm, the real images, and each map that does not look at the image; the `wanted` metrics if measured."""
+    """One row an arm, the real images, and each map that does not look at the image; the `wanted` metrics if measured, and the
+    cost if it is known."""
     shown = [m for m in wanted if any(arm.estimate(m.key).value is not None for arm in results.arms.values())]
     rows: list[list[str | Cell]] = []
     real = Arm(None, (results.real or {}).get("quality"), Cost(*[None] * 5))
@@ -107,7 +109,20 @@ def results_table(results: Results, wanted: Sequence[Metric] = METRICS) -> Table
         if prior is not None:
             cells = [Cell(*format_estimate(prior.auc if m is WORD_AUC else Estimate(), m)) for m in shown]
             rows.append([f"blind map: {name.replace('_', ' ')}", *cells])
-    return Table(["model", *(m.label for m in shown)], rows, "numbers", "results of all models")
+    head, costs = ["model", *(m.label for m in shown)], relative_costs(results)
+    if costs:
+        head.append("cost")
+        for row in rows:
+            row.append(costs.get(str(row[0]), UNKNOWN))
+    return Table(head, rows, "numbers", "results of all models")
+
+
+def relative_costs(results: Results) -> dict[str, str]:
+    """Arm -> its image-passes, teachers included, over those of the first baseline, such as `1.33`; empty where the
+    baseline's are unknown."""
+    passes = {name: arm.cost.image_passes_with_teachers for name, arm in results.arms.items()}
+    unit = passes[results.compare_to[0]]
+    return {name: f"{value / unit:.2f}" for name, value in passes.items() if value} if unit else {}
 
 
 def terminal_table(metrics: Mapping[str, object]) -> RichTable:
@@ -164,8 +179,15 @@ def mass_table(results: Results) -> Table | None:
 def cost_table(results: Results) -> Table:
     """Training, time, memory and size of each arm; columns that no arm has are left out."""
     columns: dict[str, list[str]] = {"model": list(results.arms)}
-    names = {"trainable_parameters": 0, "steps": 0, "denoiser_passes": 0, "peak_memory_gb": 2, "denoiser_parameters": 0}
-    names |= {"text_encoder_parameters": 0, "denoiser_gflops": 2, "denoiser_passes_an_image": 0, "megabytes": 1}
+    names = {"trainable_parameters": 0, "steps": 0, "image_passes": 0, "image_passes_with_teachers": 0}
+    names |= {
+        "peak_memory_gb": 2,
+        "denoiser_parameters": 0,
+        "text_encoder_parameters": 0,
+        "denoiser_gflops": 2,
+        "denoiser_passes_an_image": 0,
+        "megabytes": 1,
+    }
     for key in ("train_seconds", "evaluation_seconds"):
         columns[key] = [format_seconds(getattr(arm.cost, key)) for arm in results.arms.values()]
     for key, decimals in names.items():
