@@ -9,11 +9,13 @@ import torch
 
 
 class SharedGenerator(torch.Generator):
-    """The same generator on every process; `rows` gives each its own rows. seed: of the process, for dropout."""
+    """The same generator on every process; `rows` gives each its own rows. own_seed: of the process, for dropout. step: the
+    optimizer step that it draws for, the first being 1."""
 
     process: int
     processes: int
     own_seed: int
+    step: int
 
 
 def generator_at(seed: int, step: int, rank: int) -> torch.Generator:
@@ -21,12 +23,18 @@ def generator_at(seed: int, step: int, rank: int) -> torch.Generator:
     return torch.Generator().manual_seed(_seed_at(seed, step, rank))
 
 
-def shared_generator(seed: int, step: int, process: int, processes: int) -> SharedGenerator:
-    """What `generator_at(seed, step, 0)` gives, with the part of this process."""
+def shared_generator(seed: int, micro: int, process: int, processes: int, *, step: int) -> SharedGenerator:
+    """What `generator_at(seed, micro, 0)` gives, with the part of this process. micro: micro steps before, of all steps."""
     generator = SharedGenerator()
-    generator.manual_seed(_seed_at(seed, step, 0))
-    generator.process, generator.processes, generator.own_seed = process, processes, _seed_at(seed, step, process)
+    generator.manual_seed(_seed_at(seed, micro, 0))
+    generator.process, generator.processes, generator.own_seed = process, processes, _seed_at(seed, micro, process)
+    generator.step = step
     return generator
+
+
+def step_of(generator: torch.Generator) -> int:
+    """The optimizer step that the training loop's generator draws for, the first being 1; 1 for any other generator."""
+    return generator.step if isinstance(generator, SharedGenerator) else 1
 
 
 def _seed_at(seed: int, step: int, rank: int) -> int:

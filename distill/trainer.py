@@ -298,7 +298,9 @@ class _Loop:
         """One forward and backward pass; whether it ended an optimizer step."""
         accelerator = self.accelerator
         with accelerator.accumulate(self.model):
-            generator = shared_generator(self.seed, micro, accelerator.process_index, accelerator.num_processes)
+            generator = shared_generator(
+                self.seed, micro, accelerator.process_index, accelerator.num_processes, step=self.step + 1
+            )
             torch.manual_seed(generator.own_seed)  # dropout draws from the global generators
             with record_function("forward"):
                 terms = self.model(batch, generator)

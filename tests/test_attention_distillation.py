@@ -17,6 +17,7 @@ from toy_family import toy_model
 from training import LORA, TEACHER, batch_of, distilling, generator, has_gradient, prepared, ready, set_up
 
 from distill.attention import attention_layers
+from distill.draws import shared_generator
 from distill.errors import UserError
 from distill.methods.gate import TIMESTEPS
 from distill.methods.options import AttentionDistillationOptions, DenoisingOptions
@@ -278,6 +279,27 @@ def test_outputs_of_other_predictions_are_not_compared() -> None:
         distilling(student, teacher, output_weight=1.0),
     ):
         pass
+
+
+def test_a_distillation_that_begins_later_trains_freely_and_without_the_teacher_until_then() -> None:
+    student, teacher = prepared(), other()
+    batch, seen = batch_of(student), []
+    handle = teacher.denoiser.register_forward_pre_hook(lambda *_: seen.append(1))
+    processor = type(student.denoiser.get_submodule(attention_layers(student.denoiser)[0]).processor)
+    with distilling(student, teacher, begin_after_steps=2) as method:
+        before = [method(batch, shared_generator(0, step, 0, 1, step=step)) for step in (1, 2)]
+        assert type(student.denoiser.get_submodule(attention_layers(student.denoiser)[0]).processor) is processor
+        assert not seen, "a pass of the teacher costs time"
+        after = method(batch, shared_generator(0, 3, 0, 1, step=3))
+        assert [method.passes(step, 4) for step in (1, 2, 3)] == [12, 12, 16]
+    with distilling(student, teacher) as method:
+        always = [method(batch, shared_generator(0, step, 0, 1, step=step)) for step in (1, 2, 3)]
+    handle.remove()
+    for terms, wanted in zip(before, always, strict=False):
+        assert terms.keys() == {"loss", "denoising"} and terms["loss"] is terms["denoising"]
+        torch.testing.assert_close(terms["loss"], wanted["denoising"])
+    assert after.keys() == always[2].keys()
+    torch.testing.assert_close(after, always[2], rtol=0, atol=0)
 
 
 # --- a family that is none of the stock ones ------------------------------------------------------------------------

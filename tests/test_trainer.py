@@ -29,7 +29,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import tiny_sd
 from torch import nn
-from training import KINDS, batch_of, context_of, distilling, example, prepared, set_up
+from training import EXAMPLES, batch_of, context_of, distilling, example, prepared, set_up
 
 from distill.config import DenoisingConfig, TrainerConfig
 from distill.data.phantom.dataset import PhantomDataset
@@ -348,12 +348,12 @@ def test_four_steps_equal_two_and_two_after_a_kill(tmp_path: Path, options: dict
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_method_of_any_kind_continues_bit_for_bit(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_a_method_of_any_kind_continues_bit_for_bit(tmp_path: Path, name: str) -> None:
     """Set up anew each time, as a new process does; stopped in the middle of a step, by an exception."""
 
     def run(folder: Path, on: Any = None) -> list[torch.Tensor]:
-        method, rows = example(kind, DenoisingConfig(caption_dropout=0.5))
+        method, rows = example(name, DenoisingConfig(caption_dropout=0.5))
         train(method, folder, rows, on=on, max_steps=3, checkpoint_every_steps=1, sample_every_steps=1)
         found = state_of(method)
         method.finish()

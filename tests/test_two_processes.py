@@ -15,7 +15,7 @@ import torch
 from fitting import fresh_accelerator, log_of, settings_of
 from recipe import ROOT
 from safetensors.torch import load_file
-from training import KINDS
+from training import EXAMPLES
 from two_processes import run
 
 STOPS = ("not finite", "signal", "full disk", "damage")
@@ -84,7 +84,7 @@ def test_two_processes_are_one_with_the_whole_batch(two: Path, tmp_path: Path) -
 
 @pytest.mark.slow
 def test_two_processes_are_one_with_the_whole_batch_by_every_method(tmp_path: Path) -> None:
-    kinds = [kind for kind in KINDS if kind != "denoising"]
+    kinds = [name for name in EXAMPLES if name != "denoising"]
     launch(tmp_path / "two", *kinds)
     for kind in kinds:
         assert_equal_to_one_process(tmp_path / "two", tmp_path / "one", kind)

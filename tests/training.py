@@ -110,11 +110,16 @@ NEEDED: dict[str, dict[str, Any]] = {
     "consistency": {"teacher": TEACHER},
 }
 """Options without which a method of this kind cannot be set up, or does nothing."""
+VARIANTS: dict[str, dict[str, Any]] = {
+    "attention_distillation-later": {"teacher": TEACHER, "begin_after_steps": 1},
+}
+"""Kind, a dash, and a word -> options that make another method of it."""
+EXAMPLES = (*KINDS, *VARIANTS)
 
 
-def example(kind: str, denoising: DenoisingConfig = NO_DROPOUT) -> tuple[Method, TrainingRows]:
-    """A method of any kind, set up on a tiny student whose denoiser trains in full and whose text encoder by LoRA; its rows."""
-    options = KINDS[kind](**NEEDED.get(kind, {}))  # type: ignore[arg-type]
+def example(name: str, denoising: DenoisingConfig = NO_DROPOUT) -> tuple[Method, TrainingRows]:
+    """One of EXAMPLES, set up on a tiny student whose denoiser trains in full and whose text encoder by LoRA; its rows."""
+    options = KINDS[name.partition("-")[0]](**VARIANTS.get(name, NEEDED.get(name, {})))  # type: ignore[arg-type]
     torch.manual_seed(0)
     student = prepared(text_encoder="lora")
     batches = [batch_of(student), batch_of(student, range(4, 8))]

@@ -31,9 +31,9 @@ EQUAL_ROWS = ("attention_distillation", "supervised_attention", "consistency")
 """Methods with means over tokens or over some of the images: all images here have as many of them."""
 
 
-def method_of(kind: str) -> tuple[nn.Module, Any]:
-    method, rows = example(kind)
-    return method, [rows[2]] * 12 if kind in EQUAL_ROWS else rows
+def method_of(name: str) -> tuple[nn.Module, Any]:
+    method, rows = example(name)
+    return method, [rows[2]] * 12 if name.startswith(EQUAL_ROWS) else rows
 
 
 class Broken(LeastSquares):

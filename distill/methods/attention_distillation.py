@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from distill import draws
 from distill.data.batch import Batch
 from distill.errors import UserError
 from distill.files import JsonObject
@@ -67,7 +68,9 @@ class AttentionDistillation(Method):
         self.match: AttentionMatch = self.options
         if self.options.gate_reference is not None and context.layer_auc is not None:
             self.match = self._gated(student, teacher, context)
-        self.compare_with(teacher)
+        self._teacher, self._open = (teacher,), ExitStack()
+        if not self.options.begin_after_steps:
+            self.compare_with(teacher)
 
     def load_teacher(self, context: Context) -> Model:
         """The teacher, frozen and on the device. Raises UserError if its attention cannot be compared."""
@@ -89,9 +92,8 @@ class AttentionDistillation(Method):
         from distill.attention import attention_layers, record_attention
 
         student = self.student
-        self._teacher = (teacher,)
+        self._teacher, self._open = (teacher,), ExitStack()
         self._layer_there = student.family.name_in_teacher(student.denoiser, teacher.denoiser)
-        self._open = ExitStack()
         self._student_maps = self._open.enter_context(record_attention(student.denoiser, self.match.layers))
         layers = [self._layer_there(name) for name in attention_layers(student.denoiser, self.match.layers)]
         self._teacher_maps = self._open.enter_context(record_attention(teacher.denoiser, layers))
@@ -120,7 +122,7 @@ class AttentionDistillation(Method):
         return taught.narrow(self.options)
 
     def passes(self, step: int, images: int) -> int:
-        return 3 * images + self.taught(images)
+        return 3 * images + (self.taught(images) if step > self.options.begin_after_steps else 0)
 
     def taught(self, images: int) -> int:
         """How many of a batch of this size the teacher sees."""
@@ -128,6 +130,11 @@ class AttentionDistillation(Method):
 
     def forward(self, batch: Batch, generator: torch.Generator) -> Terms:
         x, options = self.noised(batch, generator), self.options
+        if draws.step_of(generator) <= options.begin_after_steps:
+            alone = self.denoising_loss(self.predict_student(x), x)
+            return {"loss": alone, "denoising": alone}
+        if not hasattr(self, "_student_maps"):  # recording costs time, so not before it is needed
+            self.compare_with(self.teacher)
         self._student_maps.start()
         with self._outputs[0] as outputs:
             prediction = self.predict_student(x)

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from distill.settings import Count, Positive, Settings, Text, Texts, Timestep, Weight
+from distill.settings import Count, Number, Positive, Settings, Text, Texts, Timestep, Weight
 
 Group = Literal["words", "eos", "padding"]
 """A group of tokens."""
@@ -112,6 +112,8 @@ class AttentionDistillationOptions(AttentionMatch):
     """Weight of the squared difference of the outputs of their blocks (BK-SDM)."""
     self_attention_weight: Weight = 0.0
     """Weight of the squared difference of the outputs of their self-attention layers (KOALA)."""
+    begin_after_steps: Number = 0
+    """Train by the diffusion loss alone for this many steps, without a teacher's pass. Then the distillation begins."""
     gate_reference: Text | None = None
     """Teach only timesteps, layers and token groups in which the teacher localizes at least as well as this model does, on
     validation images: another arm, `base`, or a run folder. None teaches all."""
