@@ -204,7 +204,7 @@ class EvaluationConfig(Settings):
     batch_size: Annotated[Batch, HARMLESS] = 16
     """Images at a time. It changes the speed, not the images."""
     features: Annotated[Text, HARMLESS] = "auto"
-    """Features of FID: `inception`, `xrv` (chest X-rays), `phantom`, `none`; `auto`: phantom on phantom data, else none."""
+    """Features of quality: `inception`, `xrv` (chest X-rays), `phantom`, `none`; `auto`: phantom on phantom data, else none."""
     bootstrap_samples: Annotated[int, Field(ge=1, le=10**6), HARMLESS] = 1000
     """Resamples behind each 95 % interval."""
     seed: Seed = 1234
@@ -233,6 +233,8 @@ class FullEvaluation(EvaluationConfig):
     """Set pixels of the map below this threshold to 0 before it is compared."""
     orphan_share: BelowOne = 0.0
     """With a map_threshold: drop parts smaller than this share of the largest. 0 keeps all."""
+    neighbours: Annotated[int, Field(ge=1, le=1000), HARMLESS] = 5
+    """Precision, recall, density and coverage: the ball around an image reaches its neighbour of this rank."""
     quantization: Annotated[Literal["none", "int8", "nf4"], HARMLESS] = "none"
     """Evaluate with the linear layers in 8 or 4 bits (distill/models/bits.py)."""
     scheduler: Annotated[Literal["base", "lcm"], HARMLESS] = "base"

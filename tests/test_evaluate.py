@@ -32,7 +32,7 @@ from distill.evaluation.evaluate import (
     quality,
 )
 from distill.evaluation.kept import Batches, weights_of
-from distill.metrics import frechet_distance
+from distill.metrics import FIDELITY, MANIFOLD, Manifolds, frechet_distance, kernel_distance
 from distill.metrics.features import Features
 from distill.models.family import Model
 from distill.report import validate_metrics
@@ -179,6 +179,9 @@ def test_real_images_in_place_of_generated_ones_have_fid_0_full_finding_auc_and_
         arm_dir=tmp_path / "arm", examples=against.examples,
     )  # fmt: skip
     assert result["fid"] == pytest.approx(0, abs=1e-6)
+    assert [result[name] for name in ("precision", "recall", "coverage")] == [1, 1, 1]
+    assert result["kid"] == pytest.approx(kernel_distance(against.real.features, against.real.features)[0], abs=1e-6)
+    assert result["neighbours"] == 5 and all(len(result[f"{name}_ci"]) == 2 for name in FIDELITY)
     assert result["finding_auc"] == 1 and result["finding_auc_ci"] == [1, 1]
     # The seeds of a caption's samples are 1,000,003 apart, so that draw_real gives the same image for each of them.
     assert result["diversity"] == pytest.approx(0, abs=1e-6)
@@ -230,12 +233,19 @@ def test_the_real_row_has_the_distance_between_two_sets_of_real_images(
         features = Means()(torch.stack([dataset[i].pixel_values for i in order]))[0]
     assert against.quality["fid"] == pytest.approx(frechet_distance(features[:4], features[4:]), rel=1e-4)
     assert against.quality["fid"] > 0 and len(against.quality["fid_ci"]) == 2
+    assert against.quality["kid"] == pytest.approx(kernel_distance(features[:4], features[4:])[0], rel=1e-4)
+    near = held_out(
+        dataset, sd, CONFIG.model_copy(update=dict(neighbours=2)), Means(), accelerator=accelerator, run_dir=tmp_path
+    )
+    expected = dict(zip(MANIFOLD, Manifolds(features[:4], features[4:], 2).values(), strict=True))
+    assert {name: near.quality[name] for name in MANIFOLD} == pytest.approx(expected)
+    assert all(against.quality[name] is None for name in MANIFOLD), "4 images have no fifth neighbour"
     assert against.quality["finding_auc"] == 1 and against.quality["diversity"] is None
     assert against.quality["images"] == 4 == len(against.real.indices)
     torch.testing.assert_close(against.real.features, features[:4], rtol=0, atol=1e-6)
 
     few = held_out(pictures(6), sd, CONFIG, Means(), accelerator=accelerator, run_dir=tmp_path)
-    assert few.quality["fid"] is None and few.quality["fid_ci"] is None, "there are not as many others"
+    assert all(few.quality[name] is few.quality[f"{name}_ci"] is None for name in FIDELITY), "not as many others"
 
 
 def test_examples_come_first_in_the_order_of_captions() -> None:

@@ -31,6 +31,7 @@ from distill.report import terminal_table, validate_metrics, write_model_card, w
 from distill.report.document import UNKNOWN, escape_markdown
 from distill.report.summary import compare, difference, sample, summarize, terminal_summary
 from distill.report.tables import (
+    DETAILS,
     FID,
     METRICS,
     WORD_AUC,
@@ -406,6 +407,7 @@ def test_tables_hold_every_arm_and_the_colour_of_a_clear_difference() -> None:
     assert table.rows[0][4].text == "-50.0 [-55.0, -45.0] %"  # type: ignore[union-attr]
     found = finding_table(results)
     assert found is not None and [row[0] for row in found.rows] == list(FINDINGS)
+    assert difference_table(results, DETAILS) is None and results_table(results, DETAILS).head == ["model"]
     assert found.rows[0][1:3] == ["40", ".840"]
     assert cost_table(results).rows[3][2] == "41s" and "image passes" not in cost_table(results).head
 
@@ -422,6 +424,26 @@ def test_the_cost_of_an_arm_is_relative_to_the_first_baseline() -> None:
     columns = dict(zip(cost.head, zip(*cost.rows, strict=True), strict=True))
     assert columns["image passes"] == ("50", "150", UNKNOWN)
     assert columns["image passes with teachers"] == ("350", "150", UNKNOWN)
+
+
+def test_further_measures_of_quality_have_tables_of_their_own(tmp_path: Path) -> None:
+    run = make_run(tmp_path, arms=("alpha", "beta"))
+    assert "More measures" not in Page(write_report(run)[0]).text, "an older run has none"
+    metrics = make_metrics(("alpha", "beta"))
+    for entry in metrics["arms"].values():
+        entry["quality"] |= {"kid": 8.7, "kid_ci": [-0.25, 12.8], "density": 1.25, "density_ci": None, "recall": 0.5}
+    metrics["real"]["quality"] |= {"kid": -0.01, "recall": 0.97}
+    metrics["paired"] = {"beta - alpha": {"quality.recall": {"value": -0.1, "ci": [-0.2, -0.05]}}}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    results = parse_metrics(metrics)
+    assert results_table(results).head[-3:] == ["KID ↓", "finding AUC ↑", "diversity"]
+    details = results_table(results, DETAILS)
+    assert details.head == ["model", "recall ↑", "density ↑"] and [row[0] for row in details.rows][-1] == "real images"
+    assert [cell.text for cell in details.rows[0][1:]] == [".500", "1.250"]  # type: ignore[union-attr]
+    assert results_table(results).rows[0][-3].note == "[-.250, 12.800]"  # type: ignore[union-attr]
+    markdown = write_report(run)[1].read_text(encoding="utf-8")
+    assert markdown.index("## All models") < markdown.index("## More measures") < markdown.index("| recall ↑ |")
+    assert "-.100 \\[-.200, -.050\\]" in markdown
 
 
 def test_tables_of_findings_mass_and_cost_have_an_arm_a_line_or_a_column() -> None:
@@ -597,7 +619,7 @@ def test_several_seeds_show_the_pictures_of_the_first(tmp_path: Path) -> None:
 def test_the_report_is_small_and_knows_no_arm() -> None:
     folder = Path(distill.report.__file__).parent
     files = [path for path in folder.rglob("*") if path.suffix in (".py", ".j2", ".css", ".js")]
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= 948
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= 982
     names = re.compile(
         r"\b(frozen(?!=True)|learnable|distilled|key_locked|continued|gated|self_taught|rali)\b|[\"']base[\"'] in"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 from distill.errors import UserError
-from distill.evaluation.seeds import auc_resamples, combine, fid_resamples, of_pairs, of_resamples, run_folders
+from distill.evaluation.results import Quality
+from distill.evaluation.seeds import (
+    QUALITY,
+    auc_resamples,
+    combine,
+    feature_resamples,
+    fid_resamples,
+    of_pairs,
+    of_resamples,
+    run_folders,
+)
+from distill.metrics import FIDELITY, fidelity_resamples, kernel_distance
 from distill.metrics.bootstrap import resample_counts
 from distill.metrics.quality import frechet_distance
 
@@ -106,6 +118,26 @@ def test_fid_and_its_interval_are_of_pairs_drawn_together_less_their_excess() ->
     assert len(fid_resamples([near.numpy()], real.numpy(), 300)[1]) == 200, "more change nothing and take minutes"
 
 
+def test_kid_and_manifolds_of_resamples_of_seeds_are_those_of_each_seed() -> None:
+    real = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
+    seeds = [real + torch.randn(40, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
+    found = feature_resamples([seed.numpy() for seed in seeds], real.numpy(), 30, 3)
+    assert tuple(found) == FIDELITY
+    counts = next(resample_counts(40, 30, 0))
+    for place, seed in enumerate(seeds):
+        expected = fidelity_resamples(real, seed, 3, counts, counts)
+        for name, (value, resampled) in expected.items():
+            assert found[name][0][place] == value
+            np.testing.assert_array_equal(found[name][1][:, place], resampled)
+    for name, each in found.items():
+        same = of_resamples([each, each], relative=name == "fid")
+        assert same[:2] == (0, [0, 0]), "paired: an arm does not differ from itself in any resample"
+
+
+def test_every_metric_of_quality_is_read_from_metrics_json() -> None:
+    assert {field.name for field in fields(Quality)} - {"images", "features"} == set(QUALITY)
+
+
 # Run folders
 
 
@@ -117,6 +149,7 @@ def write_run(folder: Path, seed: int, shift: dict[str, float], images: int = 6,
     located = {t: token | {"images": images, "pairs": images, "per_finding": {}} for t in ("word", "eos", "padding")}
     mass = {"bos": 0.25, "words": 0.25, "eos": 0.25, "padding": 0.25}
     drawn = {"fid": 1.0, "fid_ci": [0.5, 2.0], "finding_auc": 0.5, "finding_auc_ci": [0.4, 0.6], "diversity": 0.5}
+    drawn |= {"kid": 9.0, "kid_ci": [8.0, 10.0]}
     cost = {
         "train_seconds": 1.0,
         "steps": 2,
@@ -183,6 +216,17 @@ def test_seeds_are_combined_with_paired_differences(tmp_path: Path) -> None:
     assert found["value"] == pytest.approx(0.2) and found["per_seed"] == pytest.approx({"3": 0.1, "4": 0.3})
     assert found["ci"] == pytest.approx([0.1, 0.3]), "all images agree, so that only the seeds differ"
     assert metrics["paired"]["distilled - frozen"]["quality.finding_auc"]["value"] == 0
+    kid = metrics["paired"]["distilled - frozen"]["quality.kid"]
+    assert kid["value"] == pytest.approx(np.mean(list(kid["per_seed"].values()))) and kid["ci"] is not None
+    real = load_file(tmp_path / "seed-3/real/features.safetensors")["features"]
+    assert metrics["arms"]["frozen"]["quality"]["kid"] == pytest.approx(9.0), "that of metrics.json"
+    assert metrics["arms"]["frozen"]["per_seed"]["3"]["quality.kid"] == 9.0
+    assert "quality.recall" in metrics["paired"]["distilled - frozen"], "6 images have a fifth neighbour"
+    frozen, distilled = (
+        kernel_distance(real, load_file(tmp_path / f"seed-3/{name}/features.safetensors")["features"])[0]
+        for name in ("frozen", "distilled")
+    )
+    assert kid["per_seed"]["3"] == pytest.approx(distilled - frozen)
     assert metrics["provenance"]["seeds"]["training"] == [3, 4]
     assert set(metrics["arms"]["distilled"]["per_seed"]) == {"3", "4"}
 

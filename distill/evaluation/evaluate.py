@@ -32,7 +32,8 @@ from distill.evaluation.priors import priors_key
 from distill.evaluation.protocols import Query, queries, with_subset
 from distill.evaluation.word_maps import write_word_maps
 from distill.files import JsonObject, write_atomic, write_tensors
-from distill.metrics import Diversity, finding_auroc, frechet_distance, frechet_interval
+from distill.metrics import FIDELITY, Diversity, fidelity_resamples, finding_auroc, frechet_distance, frechet_interval
+from distill.metrics.bootstrap import percentile_interval, resample_counts
 from distill.metrics.features import Features
 from distill.models.bits import megabytes, quantize
 from distill.models.blocks import model_size
@@ -257,20 +258,36 @@ def compare(
     config: FullEvaluation,
     features: Features | None,
 ) -> JsonObject:
-    """FID of two sets of features, and the finding AUC of the first against the labels of its captions; null where none."""
-    result: JsonObject = {"fid": None, "fid_ci": None, "finding_auc": None, "finding_auc_ci": None}
+    """FIDELITY of two sets of features, and the finding AUC of the first against its captions; null where none."""
+    result: JsonObject = dict.fromkeys((*FIDELITY, *(f"{name}_ci" for name in FIDELITY)))
+    result |= {"finding_auc": None, "finding_auc_ci": None}
     ours, theirs = generated.features, real.features
     if features is not None and ours is not None and theirs is not None and min(len(ours), len(theirs)) >= 2:
-        result["fid"] = frechet_distance(theirs, ours)
-        interval = frechet_interval(theirs, ours, min(config.bootstrap_samples, 200), config.seed)
-        result["fid_ci"] = list(interval) if interval else None
+        result |= fidelity(theirs, ours, config)
     if features is not None and generated.scores is not None:
         columns, labels = finding_labels(dataset, generated.indices, features)
         if columns:
             area = finding_auroc(generated.scores[:, columns], labels, config.bootstrap_samples, config.seed)
             result["finding_auc"] = area["auc"]
             result["finding_auc_ci"] = list(area["auc_ci"]) if area["auc_ci"] else None
-    return result | {"images": len(generated.indices), "features": features.name if features else None}
+    used = {"features": features.name if features else None, "neighbours": config.neighbours}
+    return result | {"images": len(generated.indices)} | used
+
+
+def fidelity(real: torch.Tensor, generated: torch.Tensor, config: FullEvaluation) -> JsonObject:
+    """FIDELITY, each with the interval of resamples of the images of both sides. real: (N, d), generated: (M, d)."""
+    samples = min(config.bootstrap_samples, 200)
+    counts = [
+        np.concatenate(list(resample_counts(len(side), samples, config.seed + place)))
+        for place, side in enumerate((real, generated))
+    ]
+    found: JsonObject = {"fid": frechet_distance(real, generated)}
+    interval = frechet_interval(real, generated, samples, config.seed)
+    found["fid_ci"] = list(interval) if interval else None
+    for name, (value, resampled) in fidelity_resamples(real, generated, config.neighbours, *counts).items():
+        interval = percentile_interval(resampled, 0.95)
+        found |= {name: value, f"{name}_ci": list(interval) if interval else None}
+    return found
 
 
 @torch.no_grad()
@@ -328,7 +345,7 @@ class HeldOut:
 
 
 OF_QUALITY = ("generated_images", "diversity_captions", "diversity_samples", "num_inference_steps", "guidance_scale",
-              "scheduler", "features")  # fmt: skip
+              "scheduler", "features", "neighbours")  # fmt: skip
 """Options of evaluation that change quality alone."""
 OF_BOTH = ("seed", "bootstrap_samples", "examples", "quantization")
 """Options of evaluation that change quality as well as localization."""
@@ -346,8 +363,8 @@ def held_out(
 ) -> HeldOut:
     """Choose the example images, write them to real/, and score real images as if they were generated.
 
-    The FID of the real row is between the real images that the arms are compared with and as many others, so that it
-    shows what the distance is at this number of images when nothing is wrong. training: for the prior `mean_mask`.
+    FIDELITY of the real row is between the real images that the arms are compared with and as many others, so that it
+    shows what the values are at this number of images when nothing is wrong. training: for the prior `mean_mask`.
     """
     asked = queries(dataset, model, config, accelerator)
     located = list(dict.fromkeys(query.image for query in asked))
@@ -359,12 +376,11 @@ def held_out(
     real = real_images(dataset, first, features, accelerator, config.batch_size)
     if accelerator.is_main_process:
         save_features(real, dataset, features, run_dir / "real" / "features.safetensors")
-    result = compare(real, real, dataset, config, features) | {"fid": None, "fid_ci": None}
-    if features is not None and len(others) == len(first):
-        halves = compare(
-            real_images(dataset, others, features, accelerator, config.batch_size), real, dataset, config, features
-        )
-        result |= {"fid": halves["fid"], "fid_ci": halves["fid_ci"]}
+    result = compare(real, Generated([], None, None), dataset, config, features)
+    if features is not None and len(others) == len(first) >= 2:
+        halves = real_images(dataset, others, features, accelerator, config.batch_size)
+        assert real.features is not None and halves.features is not None
+        result |= fidelity(real.features, halves.features, config)
     return HeldOut(dataset, examples, features, real, result | {"diversity": None}, training, run_dir / "real", asked)
 
 

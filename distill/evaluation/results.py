@@ -73,6 +73,11 @@ class Quality:
     diversity: AnyEstimate
     images: int
     features: str | None
+    kid: AnyEstimate = Estimate()
+    precision: UnitEstimate = Estimate()
+    recall: UnitEstimate = Estimate()
+    density: Annotated[Estimate, 0.0, math.inf] = Estimate()
+    coverage: UnitEstimate = Estimate()
 
 
 @dataclass(frozen=True)

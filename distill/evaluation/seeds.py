@@ -21,17 +21,21 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file
 from tqdm.auto import tqdm
 
-from distill.config import TrainerConfig
+from distill.config import FullEvaluation, TrainerConfig
 from distill.configuration.changes import without_harmless
 from distill.errors import UserError, raise_all
 from distill.files import JsonObject, read_json
 from distill.metrics.bootstrap import divide_or_nan, mean_of_defined, percentile_interval, resample_counts
+from distill.metrics.fidelity import FIDELITY, fidelity_resamples
 from distill.metrics.quality import frechet_by_factors, weighted_auroc
 
 Array = NDArray[np.float64]
+Resamples = tuple[Array, Array]
+"""Values of each seed, (seeds,), and of resamples, (samples, seeds)."""
 TOKENS = ("word", "eos", "padding")
 LOCALIZATION = ("auc", "cnr", "top1", "iou")
 IMAGE_ADDS = "image_adds"
+QUALITY = (*FIDELITY, "finding_auc", "diversity")
 FRECHET_SAMPLES = 200
 
 
@@ -126,16 +130,17 @@ class Resampled:
         self.micro = located is not None and located["word"].get("average") == "micro"
         labels = None if real is None or "labels" not in real else real["labels"].astype(bool)
         mixed = labels is not None and any(column.any() and not column.all() for column in labels.T)
-        self.distances: dict[str, tuple[Array, Array]] = {}
-        self.areas: dict[str, tuple[Array, Array]] = {}
+        self.quality: dict[str, dict[str, Resamples]] = {}
         for arm, found_images in tqdm(drawn.items(), desc="resamples of images", unit="arm"):
             images = [one for one in found_images if one is not None]
             if real is None or len(images) < len(runs):
                 continue
+            own = self.quality[arm] = {}
             if len(real["features"]) > 1:
-                self.distances[arm] = fid_resamples([one["features"] for one in images], real["features"], samples)
+                neighbours = arms[arm]["quality"].get("neighbours", FullEvaluation().neighbours)
+                own |= feature_resamples([one["features"] for one in images], real["features"], samples, neighbours)
             if labels is not None and mixed and all("scores" in one for one in images):
-                self.areas[arm] = auc_resamples([one["scores"] for one in images], labels, samples)
+                own["finding_auc"] = auc_resamples([one["scores"] for one in images], labels, samples)
 
     def paired(self, arms: Sequence[str], compare_to: Sequence[str]) -> JsonObject:
         """ "arm - baseline" -> metric -> {"value", "ci", "per_seed"} of the paired difference."""
@@ -157,7 +162,7 @@ class Resampled:
     def estimates(self, arms: Sequence[str]) -> dict[str, tuple[float | None, list[float] | None, list[float]]]:
         """ "word.auc", ..., "quality.fid", ... -> mean over seeds, interval, value of each seed; of one arm, or of the
         difference of the first of two from the second."""
-        return _estimates(self.scores, self.distances, self.areas, arms, self.samples, self.micro)
+        return _estimates(self.scores, self.quality, arms, self.samples, self.micro)
 
 
 def _comparable(metrics: JsonObject) -> JsonObject:
@@ -180,7 +185,7 @@ def _values(entry: JsonObject) -> dict[str, float | None]:
     if entry["localization"]:
         found |= {f"mass.{name}": value for name, value in entry["localization"]["mass"].items()}
     quality = entry["quality"] or {}
-    return found | {f"quality.{name}": quality.get(name) for name in ("fid", "finding_auc", "diversity")}
+    return found | {f"quality.{name}": quality.get(name) for name in QUALITY}
 
 
 def _mean(entries: Sequence[Any]) -> Any:
@@ -237,14 +242,13 @@ def _images(folder: Path) -> dict[str, NDArray[Any]] | None:
 
 def _estimates(
     scores: Mapping[str, Sequence[PairScores]],
-    distances: dict[str, tuple[Array, Array]],
-    areas: dict[str, tuple[Array, Array]],
+    quality: Mapping[str, Mapping[str, Resamples]],
     arms: Sequence[str],
     samples: int,
     micro: bool,
 ) -> dict[str, tuple[float | None, list[float] | None, list[float]]]:
-    """ "word.auc", ..., "quality.fid", "quality.finding_auc" -> mean over seeds, interval, value of each seed; of one arm, or
-    of the difference of the first of two from the second. micro: means over pairs, not over findings."""
+    """ "word.auc", ..., "quality.fid", ... -> mean over seeds, interval, value of each seed; of one arm, or of the difference
+    of the first of two from the second. quality: arm -> metric. micro: means over pairs, not over findings."""
     found: dict[str, tuple[float | None, list[float] | None, list[float]]] = {}
     keys = scores[arms[0]][0].keys
     if any(entry.keys != keys for arm in arms for entry in scores[arm]):
@@ -257,10 +261,10 @@ def _estimates(
             clusters, _, findings = (np.array(part)[usable] for part in zip(*keys, strict=True))
             groups = np.zeros_like(findings) if micro else findings
             found[key] = of_pairs(table[:, usable], groups, clusters, samples)
-    if all(arm in distances for arm in arms):
-        found["quality.fid"] = of_resamples([distances[arm] for arm in arms], relative=True)
-    if all(arm in areas for arm in arms):
-        found["quality.finding_auc"] = of_resamples([areas[arm] for arm in arms])
+    drawn = [quality.get(arm, {}) for arm in arms]
+    for name in QUALITY:
+        if all(name in one for one in drawn):
+            found[f"quality.{name}"] = of_resamples([one[name] for one in drawn], relative=name == "fid")
     return found
 
 
@@ -326,9 +330,22 @@ def fid_resamples(features: Sequence[NDArray[Any]], real: NDArray[Any], samples:
     return exact, resampled + exact - resampled.mean(axis=0)
 
 
-def of_resamples(
-    sides: Sequence[tuple[Array, Array]], relative: bool = False
-) -> tuple[float, list[float] | None, list[float]]:
+def feature_resamples(features: Sequence[Array], real: Array, samples: int, neighbours: int) -> dict[str, Resamples]:
+    """FIDELITY, as far as there are enough images -> values of each seed, (seeds,), and of resamples, (samples, seeds).
+
+    Images are drawn as in `fid_resamples`. features: (images, d) a seed.
+    """
+    found = {"fid": fid_resamples(features, real, samples)}
+    counts = np.concatenate(list(resample_counts(len(real), min(samples, FRECHET_SAMPLES), 0)))
+    target = torch.from_numpy(real)
+    seeds = [fidelity_resamples(target, torch.from_numpy(one), neighbours, counts, counts) for one in features]
+    for name in seeds[0]:
+        exact, resampled = zip(*(seed[name] for seed in seeds), strict=True)
+        found[name] = np.array(exact), np.stack(resampled, axis=1)
+    return found
+
+
+def of_resamples(sides: Sequence[Resamples], relative: bool = False) -> tuple[float, list[float] | None, list[float]]:
     """Mean over seeds of a value of one arm, or of the difference first - second (relative: first / second - 1) of two,
     its interval, and the value of each seed. sides: what fid_resamples or auc_resamples made of each arm."""
 

@@ -1,6 +1,7 @@
 """Metrics of localization and of quality, their bootstrap intervals, and post-processing of maps."""
 
 from distill.metrics.bootstrap import bootstrap_interval, macro_mean_interval
+from distill.metrics.fidelity import FIDELITY, MANIFOLD, Manifolds, fidelity_resamples, kernel_distance
 from distill.metrics.localization import (
     MASS_GROUPS,
     AbsoluteCNR,
@@ -31,6 +32,8 @@ from distill.metrics.maps import (
 from distill.metrics.quality import Diversity, finding_auroc, frechet_distance, frechet_interval, ms_ssim_betas
 
 __all__ = [
+    "FIDELITY",
+    "MANIFOLD",
     "MASS_GROUPS",
     "AbsoluteCNR",
     "AttentionMass",
@@ -39,6 +42,7 @@ __all__ = [
     "Diversity",
     "IoUAtThreshold",
     "LocalizationMetric",
+    "Manifolds",
     "MeanIoU",
     "MixtureIoU",
     "MixtureMetric",
@@ -48,10 +52,12 @@ __all__ = [
     "SignedCNR",
     "ThresholdAUROC",
     "bootstrap_interval",
+    "fidelity_resamples",
     "finding_auroc",
     "frechet_distance",
     "frechet_interval",
     "gaussian_smooth",
+    "kernel_distance",
     "macro_mean_interval",
     "majority_filter",
     "min_max",

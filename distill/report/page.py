@@ -121,6 +121,8 @@ def _sections(run_dir: Path, results: Results, charts: Sequence[Picture], notes:
     better = {1: "↑ higher", -1: "↓ lower", 0: "neither"}
     rows = [[m.name, better[m.direction], m.meaning] for m in tables.METRICS]
     meaning = Table(["metric", "better", "meaning"], [*rows, ["cost", better[-1], tables.COST]])
+    more = [tables.results_table(results, tables.DETAILS), tables.difference_table(results, tables.DETAILS)]
+    details = [table for table in more if table and len(table.head) > 1]
     said = "Under each value stands its 95 % interval. Every model is measured on the same held-out images."
     shares = "Attention mass is the part of all cross-attention that a group of tokens receives."
     differs = "The difference of two models on the same images. It is green or red where its interval excludes 0."
@@ -128,6 +130,7 @@ def _sections(run_dir: Path, results: Results, charts: Sequence[Picture], notes:
         Section("All models", [said, shares] if mass else [said], charts, [tables.results_table(results), *mass]),
         Section("Differences", [differs], [], paired),
         Section("Word AUC of each finding", ["A finding with few pairs has a wide margin."], [], findings),
+        Section("More measures", [], [], details, folded=True),
         Section("Training", [], [*losses, *located]),
         Section("Cost and size", [], [], [tables.cost_table(results)]),
         Section("What the numbers mean", [], [], [meaning]),

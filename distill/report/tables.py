@@ -41,10 +41,18 @@ IOU = Metric("word.iou", "IoU", 1, "Overlap of the region and the map above a fi
 EOS_AUC = Metric("eos.auc", "EOS AUC", 0, "The same AUC for the map of the end-of-text token.")
 PADDING_AUC = Metric("padding.auc", "padding AUC", 0, "The same AUC for the map of the padding tokens.")
 FID = Metric("quality.fid", "FID", -1, _FID, unit=False)
+KID = Metric("quality.kid", "KID", -1, "As FID, but without its bias at few images. 0 is ideal; it can be negative.")
+PRECISION = Metric("quality.precision", "precision", 1, "Share of generated images that lie among real ones.")
+RECALL = Metric("quality.recall", "recall", 1, "Share of real images that lie among generated ones.")
+DENSITY = Metric("quality.density", "density", 1, "How many real images lie around generated ones. 1 is ideal.")
+COVERAGE = Metric("quality.coverage", "coverage", 1, "Share of real images that have a generated one near them.")
 FINDING_AUC = Metric("quality.finding_auc", "finding AUC", 1, _FINDING)
 DIVERSITY = Metric("quality.diversity", "diversity", 0, "How much images of one caption differ, 1 - MS-SSIM.")
 COST = "Images through a denoiser, forward 1 and backward 2, teachers and their training included, over the baseline's."
-METRICS = (WORD_AUC, IMAGE_ADDS, OTHER, CNR, TOP1, IOU, EOS_AUC, PADDING_AUC, FID, FINDING_AUC, DIVERSITY)
+MAIN = (WORD_AUC, IMAGE_ADDS, OTHER, CNR, TOP1, IOU, EOS_AUC, PADDING_AUC, FID, KID, FINDING_AUC, DIVERSITY)
+DETAILS = (PRECISION, RECALL, DENSITY, COVERAGE)
+"""Shown in tables of their own."""
+METRICS = (*MAIN, *DETAILS)
 
 
 def format_number(value: float, decimals: int) -> str:
@@ -96,7 +104,7 @@ def flatten(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
         yield prefix, UNKNOWN if value is None else str(value)
 
 
-def results_table(results: Results, wanted: Sequence[Metric] = METRICS) -> Table:
+def results_table(results: Results, wanted: Sequence[Metric] = MAIN) -> Table:
     """One row an arm, the real images, and each map that does not look at the image; the `wanted` metrics if measured, and the
     cost if it is known."""
     shown = [m for m in wanted if any(arm.estimate(m.key).value is not None for arm in results.arms.values())]
@@ -106,11 +114,11 @@ def results_table(results: Results, wanted: Sequence[Metric] = METRICS) -> Table
         rows.append([name, *(Cell(*format_estimate(arm.estimate(m.key), m)) for m in shown)])
     located = next((arm.localization for arm in results.arms.values() if arm.localization), None)
     for name, prior in ((located and located.priors) or {}).items():
-        if prior is not None:
+        if prior is not None and WORD_AUC in shown:
             cells = [Cell(*format_estimate(prior.auc if m is WORD_AUC else Estimate(), m)) for m in shown]
             rows.append([f"blind map: {name.replace('_', ' ')}", *cells])
     head, costs = ["model", *(m.label for m in shown)], relative_costs(results)
-    if costs:
+    if costs and wanted is not DETAILS:
         head.append("cost")
         for row in rows:
             row.append(costs.get(str(row[0]), UNKNOWN))
@@ -139,10 +147,10 @@ def terminal_table(metrics: Mapping[str, object]) -> RichTable:
     return table
 
 
-def difference_table(results: Results) -> Table | None:
+def difference_table(results: Results, wanted: Sequence[Metric] = MAIN) -> Table | None:
     """Differences of pairs of arms on the same images and seeds; None where there are none."""
     paired = results.paired or {}
-    shown = [m for m in METRICS if any(m.key in found for found in paired.values())]
+    shown = [m for m in wanted if any(m.key in found for found in paired.values())]
     rows: list[list[str | Cell]] = []
     for name, found in paired.items():
         row: list[str | Cell] = [name]
@@ -152,7 +160,7 @@ def difference_table(results: Results) -> Table | None:
             tone = ("good" if d.value * m.direction > 0 else "bad") if d and apart and m.direction else ""
             row.append(Cell(format_difference(d, m) if d else UNKNOWN, tone=tone))
         rows.append(row)
-    return Table(["", *(m.label for m in shown)], rows, "numbers", "paired differences") if rows else None
+    return Table(["", *(m.label for m in shown)], rows, "numbers", "paired differences") if rows and shown else None
 
 
 def finding_table(results: Results) -> Table | None:
