@@ -530,6 +530,24 @@ def test_run_ends_after_the_last_recorded_layer(kind: Any, layers: Sequence[str]
 
 
 @torch.no_grad()
+def test_run_ends_with_the_layer_that_runs_last_in_whatever_order_they_are_listed(
+    unet: UNet2DConditionModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with record_attention(unet) as expected:
+        unet(**inputs(unet))
+    in_order = list(expected.by_layer)
+    monkeypatch.setattr(
+        "distill.models.stable_diffusion.UNetFamily.attention_layers", lambda *_: list(reversed(in_order))
+    )
+    ran: list[str] = []
+    unet.conv_out.register_forward_pre_hook(lambda *_: ran.append("conv_out"))
+    with record_attention(unet) as maps:
+        maps.run(unet, **inputs(unet))
+    assert list(maps.by_layer) == in_order and not ran
+    assert all(torch.equal(maps.by_layer[name], m) for name, m in expected.by_layer.items())
+
+
+@torch.no_grad()
 def test_self_attention_is_recorded_up_to_a_number_of_places(any_unet: UNet2DConditionModel) -> None:
     with record_attention(any_unet, kind="self", max_places=16, accumulate=True) as maps:
         any_unet(**inputs(any_unet))

@@ -16,7 +16,7 @@ from tiny import tiny_sd, tiny_sdxl
 from toy_family import toy_model
 from training import LORA, TEACHER, batch_of, distilling, generator, has_gradient, prepared, ready, set_up
 
-from distill.attention import attention_layers
+from distill.attention import AttentionMaps, attention_layers
 from distill.draws import shared_generator
 from distill.errors import UserError
 from distill.methods.gate import TIMESTEPS
@@ -60,12 +60,70 @@ def test_loss_is_the_weighted_sum_of_its_terms() -> None:
     torch.testing.assert_close(terms["loss"], expected)
 
 
-def test_a_term_without_a_weight_is_logged_and_has_no_gradient() -> None:
+def test_a_term_without_a_weight_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*arguments: Any) -> torch.Tensor:
+        raise AssertionError("computed")
+
     student = prepared()
+    batch = batch_of(student)
+    with distilling(student, other()) as method:
+        every = method(batch, generator())
+    monkeypatch.setattr("distill.methods.attention_distillation.attention_mass_loss", never)
     with distilling(student, other(), mass_weight=0.0) as method:
-        terms = method(batch_of(student), generator())
-    assert float(terms["mass"]) > 0 and not terms["mass"].requires_grad and terms["token_kl"].requires_grad
+        terms = method(batch, generator())
+    assert set(every) == {"loss", "denoising", *TERMS} and set(terms) == set(every) - {"mass"}
+    assert all(torch.equal(terms[name], every[name]) for name in ("denoising", "token_kl", "place_kl"))
     torch.testing.assert_close(terms["loss"], terms["denoising"] + 0.1 * (terms["token_kl"] + terms["place_kl"]))
+
+
+NO_ATTENTION = {"token_kl_weight": 0.0, "place_kl_weight": 0.0, "mass_weight": 0.0}
+
+
+def calls_of(model: Model) -> list[str]:
+    """A list to which every call of a module of the denoiser without parts will be added."""
+    called: list[str] = []
+    for name, module in model.denoiser.named_modules():
+        if not list(module.children()):
+            module.register_forward_pre_hook(lambda *_, name=name: called.append(name))
+    return called
+
+
+@pytest.mark.parametrize("terms", [("output_weight",), ("feature_weight", "self_attention_weight"), ()])
+def test_without_a_term_of_the_attention_no_layer_is_recorded(terms: tuple[str, ...]) -> None:
+    student, teacher = prepared(), other()
+    batch, weights = batch_of(student), dict.fromkeys(terms, 1.0)
+    fused = [dict(model.denoiser.attn_processors) for model in (student, teacher)]
+    called = calls_of(teacher)
+    with distilling(student, teacher, **NO_ATTENTION, **weights) as method:
+        assert [model.denoiser.attn_processors for model in (student, teacher)] == fused
+        found = method(batch, generator())
+        assert set(found) == {"loss", "denoising", *(term.removesuffix("_weight") for term in terms)}
+        assert bool(called) == bool(terms), "nobody asks for what the teacher says"
+    with distilling(student, teacher, **NO_ATTENTION | {"mass_weight": 1e-9}, **weights) as method:
+        recorded = method(batch, generator())
+    torch.testing.assert_close(found["loss"], recorded["loss"], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layers", [(), ("down_blocks",), ("up_blocks",)])
+def test_a_teacher_whose_maps_alone_are_asked_for_stops_after_the_last_of_them(
+    layers: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student, teacher = prepared(), other()
+    batch, arguments = batch_of(student), teacher.family.example_inputs(teacher, 2, 8)
+    before = teacher.family.predict(teacher.denoiser, *arguments)
+    called = calls_of(teacher)
+    with distilling(student, teacher, layers=layers) as method:
+        terms = method(batch, generator())
+        last = attention_layers(student.denoiser, layers)[-1]
+        assert called[-1] == f"{last}.to_v"
+        again = method(batch, generator())
+        monkeypatch.setattr(AttentionMaps, "run", lambda maps, forward, *arguments: forward(*arguments))
+        called.clear()
+        whole = method(batch, generator())
+        assert called[-1] == "conv_out"
+    for name, value in whole.items():
+        assert torch.equal(terms[name], value) and torch.equal(again[name], value), name
+    assert torch.equal(teacher.family.predict(teacher.denoiser, *arguments), before)
 
 
 @pytest.mark.parametrize("trained", ["full", "lora"])

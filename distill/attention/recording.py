@@ -82,7 +82,7 @@ class AttentionMaps:
         accumulate: bool = False,
         timesteps: tuple[int, int] = ALWAYS,
         rows: Callable[[], slice] | None = None,
-        last: str = "",
+        layers: Sequence[str] = (),
     ) -> None:
         self.family, self.reduce = family, reduce
         self.accumulate, self.timesteps, self.rows = accumulate, timesteps, rows
@@ -92,9 +92,10 @@ class AttentionMaps:
         self.passes = 0
         self._latent_size = (0, 0)
         self.in_range = True
-        self._last = last
+        self._layers = frozenset(layers)
         self._stop_early = False
         self._stored: set[str] = set()  # in the pass under way
+        self._skipped: set[str] = set()
 
     def take(self) -> dict[str, torch.Tensor]:
         """The maps since `start`; recording pauses until the next one."""
@@ -105,7 +106,7 @@ class AttentionMaps:
         self.by_layer, self.active, self.passes = {}, True, 0
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Call `forward`, which runs the denoiser, and end after the last recorded layer: maps without an output."""
+        """Call `forward`, which runs the denoiser, and end once every recorded layer has run: maps without an output."""
         self._stop_early = True
         try:
             forward(*args, **kwargs)
@@ -131,21 +132,26 @@ class AttentionMaps:
         else:
             self.by_layer[layer] = reduced
         self.sizes[layer] = self.family.grid(self._latent_size, probabilities.shape[2])
-        if self._stop_early and layer == self._last:
+        self._end_if_complete()
+
+    def _end_if_complete(self) -> None:
+        if self._stop_early and self._layers <= self._stored | self._skipped:
             raise Enough
 
     @torch.compiler.disable
     def skip(self, layer: str) -> None:
         """For a layer of too many places: ends the pass if no later layer has fewer."""
+        self._skipped.add(layer)
         if self._stop_early and self.family.nothing_smaller_follows(layer):
             raise Enough
+        self._end_if_complete()
 
     @torch.compiler.disable
     def see_inputs(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         places = (self.family.latents_input, self.family.timestep_input)
         latents, timestep = (args[place] if len(args) > place else kwargs[name] for name, place in places)
         self._latent_size = (latents.shape[-2], latents.shape[-1])
-        self._stored = set()
+        self._stored, self._skipped = set(), set()
         low, high = self.timesteps
         if (low, high) != ALWAYS:  # looking at it waits for the device
             steps = torch.as_tensor(timestep)
@@ -232,7 +238,7 @@ def record_attention(
         accumulate=accumulate,
         timesteps=timesteps,
         rows=rows,
-        last=names[-1],
+        layers=names,
     )
     modules: dict[str, Any] = {name: inner.get_submodule(name) for name in names}
     originals = {name: module.processor for name, module in modules.items()}

@@ -7,8 +7,8 @@ L = L_denoising + mean over layers of
   + tail_weight     * mass of EOS and padding beyond the teacher's
   + output_weight, feature_weight * difference of the outputs of the denoiser and of its blocks (BK-SDM, Kim et al. 2023)
   + self_attention_weight         * difference of the outputs of its self-attention layers (KOALA, Lee et al. 2023)
-on the same noisy latents and timesteps. That a trained text encoder moves localization from the words to EOS and padding:
-Dombrowski et al., AAAI 2024 (arXiv 2303.17908).
+on the same noisy latents and timesteps. Terms of weight 0 are not computed. That a trained text encoder moves localization
+from the words to EOS and padding: Dombrowski et al., AAAI 2024 (arXiv 2303.17908).
 """
 
 from __future__ import annotations
@@ -89,19 +89,37 @@ class AttentionDistillation(Method):
 
     def compare_with(self, teacher: Model) -> None:
         """Open recorders of student and teacher; they stay open until `finish`."""
-        from distill.attention import attention_layers, record_attention
+        from distill.attention import AttentionMaps, attention_layers, mean_over_heads, record_attention
 
         student = self.student
         self._teacher, self._open = (teacher,), ExitStack()
         self._layer_there = student.family.name_in_teacher(student.denoiser, teacher.denoiser)
-        self._student_maps = self._open.enter_context(record_attention(student.denoiser, self.match.layers))
-        layers = [self._layer_there(name) for name in attention_layers(student.denoiser, self.match.layers)]
-        self._teacher_maps = self._open.enter_context(record_attention(teacher.denoiser, layers))
+        # Recorders that are not opened record nothing, and all layers keep their fused attention.
+        self._student_maps, self._teacher_maps = (AttentionMaps(m.family, mean_over_heads) for m in (student, teacher))
+        if self._compares_attention:
+            self._student_maps = self._open.enter_context(record_attention(student.denoiser, self.match.layers))
+            layers = [self._layer_there(name) for name in attention_layers(student.denoiser, self.match.layers)]
+            self._teacher_maps = self._open.enter_context(record_attention(teacher.denoiser, layers))
         self._outputs = tuple(ModuleOutputs(model, self.options) for model in (student, teacher))
 
     @property
     def teacher(self) -> Model:
         return self._teacher[0]
+
+    @property
+    def _compares_attention(self) -> bool:
+        match = self.match
+        return max(match.token_kl_weight, match.place_kl_weight, match.mass_weight, match.tail_weight) > 0
+
+    def _ask_teacher(self, x: Noised) -> tuple[Maps, torch.Tensor | None]:
+        """The teacher's maps by its layer names, and its output where a term reads that or the output of a module."""
+        teacher, options, target = self.teacher, self.options, None
+        self._teacher_maps.start()
+        if max(options.output_weight, options.feature_weight, options.self_attention_weight) > 0:
+            target = self.predict(teacher, teacher.text_encoders, x)
+        elif self._compares_attention:
+            self._teacher_maps.run(self.predict, teacher, teacher.text_encoders, x)
+        return self._teacher_maps.take(), target
 
     def _gated(self, student: Model, teacher: Model, context: Context) -> AttentionMatch:
         """The options, narrowed to what passes the gate; gate.json says by which numbers."""
@@ -143,16 +161,15 @@ class AttentionDistillation(Method):
         student = {name: maps[:count] for name, maps in self._student_maps.take().items()}
 
         part = x.first(count)
-        self._teacher_maps.start()
         with torch.no_grad(), self._outputs[1] as targets:
-            target = self.predict(self.teacher, self.teacher.text_encoders, part)
-        taken = self._teacher_maps.take()
+            taken, target = self._ask_teacher(part)
         teacher = {name: taken[self._layer_there(name)] for name in student}
 
         terms = self.attention_terms(student, teacher, part)
         terms["denoising"], terms["loss"] = denoising, terms["loss"] + denoising
         rows = self.compared_rows(part)
         if options.output_weight:
+            assert target is not None
             gap = (prediction[:count].float() - target.float()).pow(2).flatten(1).mean(dim=1)
             terms["output"] = (gap * rows).sum() / rows.sum().clamp(min=1)
             terms["loss"] = terms["loss"] + options.output_weight * terms["output"]
@@ -171,7 +188,7 @@ class AttentionDistillation(Method):
         return (x.timesteps >= self.match.min_timestep) & (x.timesteps <= self.match.max_timestep)
 
     def attention_terms(self, student: Maps, teacher: Maps, x: Noised) -> Terms:
-        """Each attention term, and as `loss` their weighted sum. Maps by the student's layer names."""
+        """Each attention term that has a weight, and as `loss` their weighted sum. Maps by the student's layer names."""
         match, rows = self.match, self.compared_rows(x)
         groups = {group: x.groups == CODES[group] for group in match.place_groups}
         named = None
@@ -184,15 +201,16 @@ class AttentionDistillation(Method):
             "token_kl": (match.token_kl_weight, lambda n: token_attention_kl(teacher[n], student[n], rows, named)),
             "place_kl": (match.place_kl_weight, lambda n: place_attention_kl(teacher[n], student[n], words, rows)),
             "mass": (match.mass_weight, lambda n: attention_mass_loss(teacher[n], student[n], x.groups, rows)),
+            "tail": (
+                match.tail_weight,
+                lambda n: tail_leak(tail_mass(teacher[n], x.groups), student[n], x.groups, rows),
+            ),
         }
-        if match.tail_weight:
-            allowed = {name: tail_mass(maps, x.groups) for name, maps in teacher.items()}
-            losses["tail"] = (match.tail_weight, lambda n: tail_leak(allowed[n], student[n], x.groups, rows))
         terms = {"loss": torch.zeros((), device=x.timesteps.device)}
         for name, (weight, of_layer) in losses.items():
-            with torch.set_grad_enabled(weight > 0 and torch.is_grad_enabled()):
+            if weight:
                 terms[name] = torch.stack([of_layer(layer) for layer in student]).mean()
-            terms["loss"] = terms["loss"] + weight * terms[name]
+                terms["loss"] = terms["loss"] + weight * terms[name]
         return terms
 
     def finish(self) -> JsonObject:
