@@ -30,6 +30,7 @@ from distill.methods.options import (
     ConsistencyOptions,
     DenoisingOptions,
     KeyLockOptions,
+    LockstepOptions,
     SupervisedAttentionOptions,
     TailPenaltyOptions,
 )
@@ -323,6 +324,7 @@ def test_options_that_do_not_fit_each_other_are_refused(values: dict[str, Any], 
             {"references": ("a", "b"), "needs_tokens": True, "starts_from": "a", "needs_validation": True,
              "reads_labels": True},
         ),
+        (LockstepOptions(words="labels"), {"needs_tokens": True, "reads_labels": True}),
         (ConsistencyOptions(teacher="a", words="labels"), {"references": ("a",), "reads_labels": True}),
     ],
 )  # fmt: skip

@@ -12,6 +12,7 @@ from distill.methods.options import (
     ConsistencyOptions,
     DenoisingOptions,
     KeyLockOptions,
+    LockstepOptions,
     Options,
     SupervisedAttentionOptions,
     TailPenaltyOptions,
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 METHODS: dict[type[Options], str] = {
     DenoisingOptions: "denoising:Denoising",
     AttentionDistillationOptions: "attention_distillation:AttentionDistillation",
+    LockstepOptions: "lockstep:Lockstep",
     KeyLockOptions: "key_lock:KeyLocked",
     SupervisedAttentionOptions: "supervised_attention:SupervisedAttention",
     TailPenaltyOptions: "tail_penalty:TailPenalty",

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 Terms = dict[str, torch.Tensor]
 """`loss`, which is minimized, and every other term by name, for the log."""
 
+ParameterGroups = list[dict[str, Any]]
+"""Trainable parameters as `params`, with their learning rate as `lr`."""
+
 
 class LayerAuc(Protocol):
     """AUC of a model's maps on validation images, for each token group, layer and timestep."""
@@ -140,7 +143,7 @@ class Method(nn.Module):
             self.text_encoders.train(mode and self.trains_text)
         return self
 
-    def parameter_groups(self, learning_rate: float, text_encoder_learning_rate: float) -> list[dict[str, Any]]:
+    def parameter_groups(self, learning_rate: float, text_encoder_learning_rate: float) -> ParameterGroups:
         """The trainable parameters, with their learning rates."""
         groups = [
             {"params": [p for p in module.parameters() if p.requires_grad], "lr": rate}
