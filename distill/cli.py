@@ -21,6 +21,7 @@ from distill.configuration.overlay import RawText, filled, is_none, merged, yaml
 from distill.configuration.yaml_text import KIND, Given, printable, read_file, write
 from distill.errors import Interrupted, UserError, raise_all
 from distill.interrupts import terminable
+from distill.processes import is_first_to_say
 from distill.settings import Settings
 
 T = TypeVar("T", bound=Settings)
@@ -227,13 +228,13 @@ def main(recipe: Callable[[T], None], config_class: type[T], argv: Sequence[str]
         message = _exhausted(error, config)
         if message is None:
             raise
-        # Memory or disk may run out on any one process, so each of them speaks for itself.
-        _leave(f"error: {message}", USAGE_STATUS, every_process=True)
+        _leave(f"error: {message}", USAGE_STATUS)
 
 
-def _leave(message: str, status: int, *, every_process: bool = False) -> NoReturn:
+def _leave(message: str, status: int) -> NoReturn:
+    """An error is said by the first process that meets it, whichever that is; that all are interrupted by the main one."""
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
-    if rank == "0" or every_process:
+    if is_first_to_say(message) if status == USAGE_STATUS else rank == "0":
         print(message if rank == "0" else f"[process {rank}] {message}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
+import socket
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from accelerate import PartialState
+
+STORE_SECONDS = 5
 
 
 def process_state() -> PartialState:
@@ -17,6 +22,24 @@ def process_state() -> PartialState:
     from accelerate.utils import parse_flag_from_env
 
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def is_first_to_say(message: str) -> bool:
+    """Whether no other process of this launch has said `message` yet.
+
+    The processes ask the store that torch.distributed keeps for them. True where there is none: twice is better than never.
+    """
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return True
+    from torch.distributed import TCPStore
+
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection((host, port), timeout=STORE_SECONDS).close()  # TCPStore would try for long
+        store = TCPStore(host, port, is_master=False, timeout=timedelta(seconds=STORE_SECONDS))
+        return store.add(f"said/{hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
+    except (KeyError, ValueError, OSError, RuntimeError):
+        return True
 
 
 def cores() -> set[int]:

@@ -915,11 +915,17 @@ def test_what_a_user_causes_ends_without_a_traceback(
     assert expected_text in done.stderr and "Traceback" not in done.stderr
 
 
-def test_a_message_is_printed_by_the_main_process_only() -> None:
-    quiet = run_script("raise UserError('no data in here')", RANK="1", LOCAL_RANK="0")
-    assert (quiet.returncode, quiet.stderr) == (2, "")
-    full = run_script("raise MemoryError", RANK="1", LOCAL_RANK="0")
-    assert full.returncode == 2 and full.stderr.startswith("[process 1] error: out of memory")
+@pytest.mark.parametrize("reachable", [{}, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}, {"MASTER_PORT": "x"}])
+def test_an_error_of_another_process_is_heard_where_the_processes_cannot_ask_each_other(
+    reachable: dict[str, str],
+) -> None:
+    there = {"RANK": "1", "LOCAL_RANK": "0", "WORLD_SIZE": "2", **reachable}
+    done = run_script("raise UserError('no data in here')", **there)
+    assert (done.returncode, done.stderr) == (2, "[process 1] error: no data in here\n")
+
+
+def test_an_interruption_is_said_by_the_main_process_alone() -> None:
+    assert run_script("raise KeyboardInterrupt", RANK="1", LOCAL_RANK="0").stderr == ""
 
 
 def test_a_defect_keeps_its_traceback() -> None:

@@ -70,7 +70,7 @@ def assert_equal_to_one_process(folder: Path, alone: Path, kind: str) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left of trainings that one of them stops, and of a method."""
     folder = tmp_path_factory.mktemp("two")
-    launch(folder, *STOPS, "denoising")
+    launch(folder, "said", *STOPS, "denoising")
     return folder
 
 
@@ -111,3 +111,25 @@ def test_a_disk_that_is_full_for_one_process_stops_all(two: Path) -> None:
 def test_both_processes_skip_a_damaged_checkpoint(two: Path) -> None:
     for process in found(two, "damage"):
         assert "error" not in process and process["steps"] == [8, 6]
+
+
+def assert_each_error_is_said_once(by: list[dict[str, str]]) -> None:
+    assert sorted(said["both"] for said in by) in (["", "error: no data\n"], ["", "[process 1] error: no data\n"])
+    assert [said["other"] for said in by] == ["", "[process 1] error: no image\n"]
+    assert [said["different"] for said in by] == ["error: row 0\n", "[process 1] error: row 1\n"]
+
+
+def test_an_error_is_said_once_by_whichever_process_meets_it(two: Path) -> None:
+    assert_each_error_is_said_once(found(two, "said"))
+
+
+@pytest.mark.slow
+def test_an_error_is_said_once_under_a_launcher_of_torch(tmp_path: Path) -> None:
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    subprocess.run(
+        [*torchrun, str(ROOT / "tests/two_processes.py"), str(tmp_path), "said"],
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "ACCELERATE_USE_CPU": "true"},
+        check=True,
+        timeout=120,
+    )
+    assert_each_error_is_said_once(found(tmp_path, "said"))

@@ -5,7 +5,9 @@ Each scenario leaves FOLDER/<scenario>/<rank>.json, and FOLDER/<scenario>/weight
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import io
 import json
 import os
 import signal
@@ -20,9 +22,10 @@ from safetensors.torch import save_file
 from torch import nn
 from training import example
 
-from distill import checkpoints
+from distill import checkpoints, cli
 from distill.data.batch import Batch
 from distill.errors import Interrupted, UserError
+from distill.settings import Settings
 from distill.trainer import fit, make_accelerator
 
 STEPS: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-4, "log_every_steps": 1}
@@ -83,6 +86,24 @@ def run(scenario: str, folder: Path, accelerator: Accelerator) -> dict[str, Any]
     return found
 
 
+def said(rank: int, accelerator: Accelerator) -> dict[str, str]:
+    """What this process prints for an error of both, of the second alone, and for a different one of each."""
+
+    def printed(message: str | None) -> str:
+        def recipe(config: Settings) -> None:
+            if message is not None:
+                raise UserError(message)
+
+        text = io.StringIO()
+        with contextlib.redirect_stderr(text), contextlib.suppress(SystemExit):
+            cli.main(recipe, Settings, [])
+        accelerator.wait_for_everyone()
+        return text.getvalue()
+
+    messages = {"both": "no data", "other": "no image" if rank == 1 else None, "different": f"row {rank}"}
+    return {name: printed(message) for name, message in messages.items()}
+
+
 def main() -> None:
     parent, scenarios = Path(sys.argv[1]), sys.argv[2:]
     for scenario in scenarios:
@@ -90,8 +111,9 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         accelerator = make_accelerator(settings_of(), folder)
         accelerator.wait_for_everyone()
-        found = run(scenario, folder, accelerator)
-        (folder / f"{accelerator.process_index}.json").write_text(json.dumps(found))
+        rank = accelerator.process_index
+        found = said(rank, accelerator) if scenario == "said" else run(scenario, folder, accelerator)
+        (folder / f"{rank}.json").write_text(json.dumps(found))
         accelerator.wait_for_everyone()
 
 
