@@ -6,26 +6,37 @@
 command again continues. Started several times at once on one folder, each process takes the arms that no other is at, and
 the last to end reports them all; with several seeds, give each process another order of them.
 
+With `budgets`, all arms get the same image-passes, teachers included, and are compared at each budget:
+OUTPUT/budget-N/seed-M are run folders as without, and proof.json and proof.md say which arm is as good as its parents.
+
 The losses are in distill/methods/; the loop is `fit` in distill/trainer.py.
 """
 
 from __future__ import annotations
 
+import difflib
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from distill.cli import main
 from distill.config import RunConfig, TrainerConfig
 from distill.configuration import renamed as old
 from distill.methods.training import ArmConfig
-from distill.settings import HARMLESS, Seed, Text, Texts
+from distill.settings import HARMLESS, Count, Seed, Text, Texts, once
 
 if TYPE_CHECKING:
     from distill.experiment.arms import Arm
     from distill.files import JsonObject
+
+
+MEASURED = (
+    "word.image_adds", "word.auc", "word.top1", "word.cnr", "word.iou", "quality.fid", "quality.kid", "quality.finding_auc",
+    "quality.precision", "quality.recall", "quality.density", "quality.coverage",
+)  # fmt: skip
+"""Metrics that can have a margin."""
 
 
 class TradeoffConfig(RunConfig):
@@ -45,6 +56,12 @@ class TradeoffConfig(RunConfig):
     """Arms that all others are compared with. Empty takes the first."""
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Training seeds. Several get a folder seed-N each, and one report of all."""
+    budgets: Annotated[tuple[Count, ...], AfterValidator(once)] = ()
+    """Compare at equal cost: each arm gets the steps that cost as many image-passes as this many steps of plain fine-tuning,
+    teachers included. It is evaluated at each budget and trained on to the next. In place of trainer.max_steps."""
+    margins: Annotated[dict[Text, Annotated[float, Field(ge=-1e3, le=1e3)]], HARMLESS] = Field(default_factory=dict)
+    """With budgets: metric -> the difference from a parent (compare_to) that is just not worse, such as word.image_adds: -0.01.
+    Of quality.fid the difference of logarithms, such as 0.05."""
     trainer: TrainerConfig = TrainerConfig()
     output_dir: Text = "checkpoints/tradeoff"
     """Run folder. Each arm gets a folder of its own in it."""
@@ -59,6 +76,20 @@ class TradeoffConfig(RunConfig):
             raise ValueError("seeds: each only once")
         if unknown := [name for name in self.compare_to if name not in self.arms and name != "base"]:
             raise ValueError(f"compare_to: {', '.join(unknown)} is no arm; there are {', '.join(self.arms)}")
+        if self.margins and not self.budgets:
+            raise ValueError("margins are given, and budgets is empty; set budgets, or leave margins out")
+        if unknown := [key for key in self.margins if key not in MEASURED]:
+            close = difflib.get_close_matches(unknown[0], MEASURED, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"there are {', '.join(MEASURED)}"
+            raise ValueError(f"margins: there is no {unknown[0]}; {hint}")
+        if self.budgets and list(self.budgets) != sorted(self.budgets):
+            raise ValueError(f"budgets: expected from small to large, got {list(self.budgets)}")
+        if self.budgets and "max_steps" in self.trainer.model_fields_set:
+            raise ValueError("trainer.max_steps and budgets are both given; leave trainer.max_steps out")
+        if self.budgets and self.trainer.lr_schedule != "constant":
+            raise ValueError(
+                f"budgets: trainer.lr_schedule is {self.trainer.lr_schedule}, which ends at one length; set it to constant"
+            )
         return self
 
 
@@ -70,28 +101,69 @@ def tradeoff(config: TradeoffConfig) -> None:
     folder = Path(config.output_dir)
     # The ranks of one launch train each arm together, and share with no other launch.
     with held(folder, shared=process_state().num_processes == 1, write=not config.dry_run):
+        if config.budgets and not config.dry_run:
+            return at_equal_cost(config, folder)
         if config.dry_run or len(config.seeds) == 1:
-            return one_seed(config, config.seeds[0], folder)
+            return one_seed(config, config.seeds[0], folder, max(config.budgets, default=None))
         for seed in config.seeds:
             own = folder / f"seed-{seed}"
-            share_base(folder, own / "base")
+            share_base([folder], own / "base")
             one_seed(config, seed, own)
         finish_seeds(folder, config.compare_to)
 
 
-def one_seed(config: TradeoffConfig, seed: int, folder: Path) -> None:
-    """Train and evaluate all arms with one seed."""
+def at_equal_cost(config: TradeoffConfig, folder: Path) -> None:
+    """All arms at every budget, with every seed."""
+    from distill.experiment.budgets import budget_folder
+    from distill.experiment.sharing import finish_seeds, share_base
+    from distill.processes import process_state
+    from distill.report.proof import write_proof
+
+    folders = {budget: budget_folder(folder, budget) for budget in config.budgets}
+    for seed in config.seeds:
+        shorter: Path | None = None
+        for budget, of_seeds in folders.items():
+            own = of_seeds / f"seed-{seed}"
+            share_base(list(folders.values()), own / "base")
+            one_seed(config, seed, own, budget, shorter)
+            shorter = own
+    for of_seeds in folders.values():
+        finish_seeds(of_seeds, config.compare_to)
+    if process_state().is_main_process:
+        compared = [name for name, arm in config.arms.items() if arm.max_steps is None]
+        parents = config.compare_to or tuple(compared)[:1]
+        proof = write_proof(folder, folders, arms=compared, compare_to=parents, margins=config.margins)
+        print(f"at equal cost: {proof}\n        {folder / 'proof.json'}\nnext: open {proof}")
+
+
+def one_seed(
+    config: TradeoffConfig, seed: int, folder: Path, budget: int | None = None, shorter: Path | None = None
+) -> None:
+    """Train and evaluate all arms with one seed.
+
+    budget: see `TradeoffConfig.budgets`. shorter: run folder of this seed at the budget before.
+    """
     from distill.experiment.arms import arms_of
+    from distill.experiment.budgets import inherit, spend
     from distill.experiment.results import evaluate_arm, finish
     from distill.experiment.run import open_run
     from distill.experiment.sharing import Job, share_out
     from distill.experiment.train import dry_run, train_arm
+    from distill.processes import process_state
 
-    own = config.model_copy(update={"seeds": (seed,), "output_dir": str(folder)})
-    arms = arms_of(config.arms, config.trainer, config.evaluation.full(), folder)
+    changed: dict[str, object] = {"seeds": (seed,), "output_dir": str(folder)}
+    if budget is not None:
+        trainer = config.trainer.model_copy(update={"max_steps": budget})
+        changed |= {"trainer": trainer, "budgets": (), "margins": {}}
+    own = config.model_copy(update=changed)
+    arms, left_out = arms_of(own.arms, own.trainer, own.evaluation.full(), folder), dict[str, str]()
+    if budget is not None:
+        arms, left_out = spend(arms, budget, process_state().num_processes)
     run = open_run(own, arms, compare_to=config.compare_to or (next(iter(arms)),))
     if config.dry_run:
         return dry_run(run)
+    for name, reason in left_out.items():
+        run.say(f"{name}: not at budget {budget:,}: {reason}")
     steps = ", ".join(f"{arm.name} ({arm.trainer.max_steps:,} steps)" for arm in arms.values())
     run.say(f"plan: evaluate the base; train and evaluate {steps}; then write {folder / 'report.html'}")
     results: JsonObject = {}
@@ -100,6 +172,8 @@ def one_seed(config: TradeoffConfig, seed: int, folder: Path) -> None:
         results["base"] = evaluate_arm(run, "base", None)
 
     def make(arm: Arm) -> None:
+        if shorter is not None:
+            inherit(run.accelerator, shorter, arm)
         results[arm.name] = evaluate_arm(run, arm.name, arm.folder, train_arm(run, arm))
 
     jobs = {"base": Job(base)} | {arm.name: Job(partial(make, arm), arm.needs) for arm in arms.values()}

@@ -23,7 +23,10 @@ BASE = "base"
 
 @dataclass(frozen=True)
 class Arm:
-    """One way to train the base, with all its options. folder: where its export goes. needs: arms to train before it."""
+    """One way to train the base, with all its options.
+
+    folder: where its export goes. needs: arms to train before it. fixed_steps: it has max_steps of its own.
+    """
 
     name: str
     folder: Path
@@ -31,6 +34,7 @@ class Arm:
     trainer: TrainerConfig
     evaluation: FullEvaluation
     needs: tuple[str, ...] = ()
+    fixed_steps: bool = False
 
 
 def can_be_arm(name: str) -> bool:
@@ -69,6 +73,7 @@ def arms_of(
             own_trainer,
             evaluation,
             tuple(reference for reference in references if reference in configs),
+            config.max_steps is not None,
         )
     raise_all("arms that cannot be trained", faults)
     raise_all("arms that wait for each other", _cycles(found))

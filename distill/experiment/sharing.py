@@ -68,11 +68,13 @@ def _did(job: Job, path: Path) -> bool:
     return True
 
 
-def share_base(folder: Path, target: Path) -> None:
-    """Copy the base's evaluation from another seed's folder, since no seed changes it; `evaluate_arm` checks what it is of."""
+def share_base(folders: Sequence[Path], target: Path) -> None:
+    """Copy the base's evaluation from another seed's folder in `folders`, since no seed changes it; `evaluate_arm` checks what
+    it is of."""
     if target.exists() or not process_state().is_main_process:
         return
-    for path in (path for path in run_folders(folder).values() if (path / "base").is_dir()):
+    runs = (path for folder in folders for path in run_folders(folder).values())
+    for path in (path for path in runs if (path / "base").is_dir()):
         with suppress(OSError), whole_folder(target) as partial:  # another process may be first
             shutil.copytree(path / "base", partial, dirs_exist_ok=True)
         return

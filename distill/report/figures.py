@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from PIL import Image
 
-from distill.evaluation.results import Results
+from distill.evaluation.results import Estimate, Results
 from distill.evaluation.word_maps import WordMaps
 from distill.report.document import Picture
-from distill.report.tables import FID, FINDING_AUC, WORD_AUC
+from distill.report.tables import FID, FINDING_AUC, WORD_AUC, Metric
 
 # Dark text and lines; in the SVG this very colour is replaced by `currentColor`, so that charts follow a dark page.
 _INK = "#24303f"
@@ -73,24 +73,57 @@ def tradeoff_charts(results: Results, chosen: str | None) -> list[Picture]:
 
         def draw(axes: Axes, points: Any = points, metric: Any = metric) -> None:
             for place, (arm, pair) in enumerate(points.items()):
-                at = [e.value for e in pair]
-                bars = [
-                    [[max(0, e.value - e.low)], [max(0, e.high - e.value)]] if e.low is not None else None for e in pair
-                ]
-                style: Any = {"fmt": _MARKERS[place % len(_MARKERS)], "ms": 8, "xerr": bars[0], "yerr": bars[1]}
-                axes.errorbar(*at, label=arm, color=_colour(list(results.arms), arm), **style)
+                style = _marker(place) | {"color": _colour(list(results.arms), arm), "label": arm}
+                _with_bars(axes, [pair], style)
                 if arm == chosen:
-                    axes.plot(*at, "o", ms=17, mfc="none", mec=_INK, mew=1.6)
-            axes.margins(0.12)
+                    axes.plot(*(e.value for e in pair), "o", ms=17, mfc="none", mec=_INK, mew=1.6)
             axes.set_xlabel("word AUC (localization, right is better)")
-            axes.set_ylabel(f"{metric.name} ({'axis turned, ' if metric.direction < 0 else ''}up is better)")
-            _log_if_wide(axes, [pair[1].value for pair in points.values()] if metric is FID else [])
-            if metric.direction < 0:
-                axes.invert_yaxis()
+            _quality_axis(axes, metric, [pair[1].value for pair in points.values()])
 
         alt = f"{metric.name} against word AUC of {', '.join(points)}; the values and intervals are in the table"
         charts += [_panel(f"tradeoff_{metric.key.split('.')[1]}", alt, draw)] if points else []
     return charts
+
+
+def front_chart(lines: Mapping[Metric, Mapping[str, Sequence[tuple[Estimate, Estimate]]]]) -> Picture:
+    """One panel a metric of quality, and in it one line an arm: its points (what the image adds, quality) in their order."""
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, len(lines), squeeze=False)[0]
+        for axes, (metric, arms) in zip(panels, lines.items(), strict=True):
+            for place, (arm, points) in enumerate(arms.items()):
+                _with_bars(
+                    axes, points, _marker(place) | {"color": _COLOURS[place % len(_COLOURS)], "label": arm, "lw": 1}
+                )
+            axes.set_xlabel("image adds (localization, right is better)")
+            _quality_axis(axes, metric, [y.value for points in arms.values() for _, y in points])
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+
+    return chart(
+        "fronts", "quality against what the image adds, one line an arm; the values are in the tables", 9.0, 4.4, draw
+    )
+
+
+def _marker(place: int) -> dict[str, Any]:
+    return {"marker": _MARKERS[place % len(_MARKERS)], "ms": 8}
+
+
+def _with_bars(axes: Axes, points: Sequence[Sequence[Estimate]], style: Mapping[str, Any]) -> None:
+    """Points (x, y) in one line, with the intervals of those that have one."""
+    axes.plot(*([pair[axis].value for pair in points] for axis in (0, 1)), **style)  # type: ignore[arg-type]
+    for pair in points:
+        bars = [[[max(0, e.value - e.low)], [max(0, e.high - e.value)]] if e.low is not None else None for e in pair]  # type: ignore[operator]
+        x, y = (e.value for e in pair)
+        axes.errorbar(x, y, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=style["color"])  # type: ignore[arg-type]
+
+
+def _quality_axis(axes: Axes, metric: Metric, values: Sequence[Any]) -> None:
+    """Better is up."""
+    axes.margins(0.12)
+    axes.set_ylabel(f"{metric.name} ({'axis turned, ' if metric.direction < 0 else ''}up is better)")
+    _log_if_wide(axes, values if metric is FID else [])
+    if metric.direction < 0:
+        axes.invert_yaxis()
 
 
 def _log_if_wide(axes: Axes, values: Sequence[float]) -> None:

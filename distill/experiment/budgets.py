@@ -1,0 +1,112 @@
+"""Arms at equal cost: the steps that a budget of image-passes allows each, and the folders of several budgets.
+
+A budget is given in optimizer steps of plain fine-tuning, which cost 3 image-passes an image: forward 1, backward 2. An arm
+with a teacher gets fewer steps, because the teacher's passes and its training count (distill/experiment/cost.py).
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from dataclasses import replace
+from itertools import count
+from pathlib import Path
+
+from accelerate import Accelerator
+
+from distill.errors import UserError
+from distill.experiment.arms import Arm
+from distill.files import whole_folder
+from distill.methods import method_of
+
+PLAIN = 3
+"""Image-passes of an image in a step of plain fine-tuning."""
+
+
+def budget_folder(folder: Path, budget: int) -> Path:
+    """Where the run folders of the seeds of this budget are."""
+    return folder / f"budget-{budget}"
+
+
+def spend(arms: Mapping[str, Arm], budget: int, processes: int) -> tuple[dict[str, Arm], dict[str, str]]:
+    """The arms with the steps that the budget allows; and those that it does not allow a single step, with the reason.
+
+    arms: those with `fixed_steps` keep them. Raises UserError for a teacher that has none.
+    """
+    found: dict[str, Arm] = {}
+    left_out: dict[str, str] = {}
+    for name, arm in arms.items():
+        if arm.fixed_steps:
+            found[name] = arm
+            continue
+        needed = _needed(arms, arm)
+        if free := [other for other in needed if not arms[other].fixed_steps]:
+            raise UserError(
+                f"arms.{name}: under budgets, {free[0]}, which it is taught by, needs a length of its own: set "
+                f"arms.{free[0]}.max_steps; its training counts as a part of the cost of {name}"
+            )
+        teachers = sum(passes_of(arms[other], processes) for other in needed)
+        allowed = budget * PLAIN * _images(arm, processes)
+        steps = _steps_within(arm, allowed - teachers, processes)
+        if steps < 1:
+            left_out[name] = f"its teachers cost {teachers:,} of {allowed:,} image-passes"
+        else:
+            found[name] = replace(arm, trainer=arm.trainer.model_copy(update={"max_steps": steps}))
+    return {name: arm for name, arm in found.items() if not set(arm.needs) & left_out.keys()}, left_out
+
+
+def passes_of(arm: Arm, processes: int) -> int:
+    """Image-passes of the steps of an arm, without its teachers' training."""
+    method, images = method_of(arm.training.method, arm.training.denoising), _images(arm, processes)
+    return sum(method.passes(step, images) for step in range(1, arm.trainer.max_steps + 1))
+
+
+def inherit(accelerator: Accelerator, shorter: Path, arm: Arm) -> None:
+    """Give an arm that has not begun what it left at a shorter budget, so that its training goes on from there.
+
+    shorter: run folder of the same seed. An arm of the same steps takes its weights and results too.
+    """
+    source = shorter / arm.name
+    if accelerator.is_main_process and not arm.folder.exists() and (source / "cost.json").is_file():
+        of_an_end = shutil.ignore_patterns(*(() if arm.fixed_steps else _OF_AN_END))
+        with whole_folder(arm.folder) as partial:
+            shutil.copytree(
+                source,
+                partial,
+                ignore=lambda folder, names: of_an_end(folder, names) if Path(folder) == source else (),
+                dirs_exist_ok=True,
+            )
+    accelerator.wait_for_everyone()
+
+
+_OF_AN_END = (
+    "cost.json", "metrics.json", "README.md", "*.safetensors", "pairs.jsonl", "samples", "unet", "transformer", "text_encoder*",
+)  # fmt: skip
+"""Files of a trained arm that are made anew when it is trained further."""
+
+
+def _needed(arms: Mapping[str, Arm], arm: Arm) -> list[str]:
+    """Names of all arms that must be trained before this one."""
+    found: list[str] = []
+    waiting = list(arm.needs)
+    while waiting:
+        name = waiting.pop()
+        if name not in found:
+            found.append(name)
+            waiting += arms[name].needs
+    return found
+
+
+def _images(arm: Arm, processes: int) -> int:
+    """Images of an optimizer step."""
+    return arm.trainer.batch_size * arm.trainer.gradient_accumulation_steps * processes
+
+
+def _steps_within(arm: Arm, allowed: int, processes: int) -> int:
+    """The most steps whose image-passes are at most `allowed`."""
+    method, images, spent = method_of(arm.training.method, arm.training.denoising), _images(arm, processes), 0
+    for step in count(1):
+        spent += method.passes(step, images)
+        if spent > allowed:
+            return step - 1
+    raise AssertionError("every step costs")

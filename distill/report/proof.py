@@ -1,0 +1,198 @@
+"""Arms at equal cost, over several budgets: proof.json, proof.md with its tables, and a picture of the fronts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+
+from distill.errors import UserError
+from distill.evaluation.claims import IN_LOGARITHMS, Comparison, compare, differences, student_interval
+from distill.files import JsonObject, provenance, read_json, write_atomic, write_json
+from distill.report import tables
+from distill.report.document import UNKNOWN, Picture, Section, Table, markdown_section
+from distill.report.figures import front_chart
+
+Values = Mapping[int, Mapping[str, float | None]]
+"""Training seed -> metric, such as "word.auc" -> value."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """An arm at a budget. cost: image-passes, teachers included."""
+
+    steps: int
+    cost: int
+    values: Values
+
+    def of(self, metric: str) -> dict[int, float]:
+        """Seed -> value, of the seeds where there is one."""
+        return {seed: value for seed, one in self.values.items() if (value := one.get(metric)) is not None}
+
+
+Curves = Mapping[str, Mapping[int, Point]]
+"""Arm -> budget -> its point."""
+
+
+def read_curves(folders: Mapping[int, Path]) -> dict[str, dict[int, Point]]:
+    """folders: budget -> folder of its seeds. The base is left out: it is not trained."""
+    found: dict[str, dict[int, Point]] = {}
+    for budget, folder in folders.items():
+        for name, arm in read_json(folder / "metrics.json")["arms"].items():
+            cost = arm["cost"]
+            if cost["steps"] is None:
+                continue
+            values = {int(seed): each for seed, each in arm["per_seed"].items()}
+            passes = cost.get("image_passes_with_teachers")
+            if passes is None:
+                raise UserError(f"{folder}: the cost of {name} in image-passes is unknown; train it again")
+            found.setdefault(name, {})[budget] = Point(int(cost["steps"]), int(passes), values)
+    return found
+
+
+def compare_all(
+    curves: Curves, arms: Sequence[str], compare_to: Sequence[str], margins: Mapping[str, float]
+) -> list[Comparison]:
+    """Every one of `arms` with every arm of compare_to, at every budget that both have, in every metric with a margin."""
+    found = []
+    for arm in arms:
+        for parent in (name for name in compare_to if name != arm):
+            for budget in sorted(curves[arm].keys() & curves[parent].keys()):
+                for metric, margin in margins.items():
+                    per_seed = differences(metric, curves[arm][budget].of(metric), curves[parent][budget].of(metric))
+                    if per_seed:
+                        found.append(compare(arm, parent, budget, metric, per_seed, margin))
+    return found
+
+
+def write_proof(
+    folder: Path,
+    folders: Mapping[int, Path],
+    *,
+    arms: Sequence[str],
+    compare_to: Sequence[str],
+    margins: Mapping[str, float],
+) -> Path:
+    """Write proof.json, proof.md and fronts.png into `folder`; returns proof.md.
+
+    folders: budget -> folder with seed-N and their metrics.json. arms: those that are compared with `compare_to`; further
+    ones, such as teachers, are only listed.
+    """
+    curves = read_curves(folders)
+    arms = [name for name in arms if name in curves]
+    comparisons = compare_all(curves, arms, [name for name in compare_to if name in curves], margins)
+    write_json(folder / "proof.json", _document(curves, comparisons, margins, folders))
+    shown = [name for name in dict.fromkeys((*compare_to, *arms)) if name in curves]
+    write_atomic(folder / "fronts.png", _front(curves, shown).png)
+    sections = [_verdicts(comparisons, margins), *(_budget(curves, shown, budget) for budget in folders)]
+    text = "# Arms at equal cost\n\n" + _HOW + "\n\n![quality against localization](fronts.png)\n\n"
+    return write_atomic(folder / "proof.md", text + "\n\n".join(map(markdown_section, sections)) + "\n")
+
+
+_HOW = (
+    "A budget is in steps of plain fine-tuning; every arm got the steps that its image-passes allow, teachers included. "
+    "Intervals are 95 % intervals of Student's t over training seeds. An arm is at least as good as a parent in a metric if "
+    "the one-sided 95 % bound of the difference, paired by seed, is inside the margin that was set beforehand."
+)
+
+
+def _document(
+    curves: Curves, comparisons: Sequence[Comparison], margins: Mapping[str, float], folders: Mapping[int, Path]
+) -> JsonObject:
+    last = read_json(next(reversed(list(folders.values()))) / "metrics.json")["provenance"]
+    seeds = sorted({seed for points in curves.values() for point in points.values() for seed in point.values})
+    arms = {
+        name: {
+            "cost": max(point.cost for point in points.values()),
+            "lengths": {str(budget): _length(point) for budget, point in points.items()},
+            "per_seed": {
+                str(seed): {str(budget): point.values[seed] for budget, point in points.items() if seed in point.values}
+                for seed in seeds
+            },
+        }
+        for name, points in curves.items()
+    }
+    listed = [_entry(one) for one in comparisons]
+    origin = provenance() | {key: last[key] for key in ("config", "commits", "counts") if key in last}
+    return {"seeds": seeds, "margins": dict(margins), "arms": arms, "comparisons": listed, "provenance": origin}
+
+
+def _length(point: Point) -> JsonObject:
+    names = dict.fromkeys(name for one in point.values.values() for name in one)
+    found: JsonObject = {"steps": point.steps, "cost": point.cost}
+    for name in names:
+        values = list(point.of(name).values())
+        if values:
+            found[name] = {"mean": float(np.mean(values)), "t_interval": student_interval(values)}
+    return found
+
+
+def _entry(one: Comparison) -> JsonObject:
+    found: JsonObject = asdict(one) | {"met": one.met}
+    found["t_interval"] = found.pop("interval")
+    found["per_seed"] = {str(seed): value for seed, value in one.per_seed.items()}
+    return found
+
+
+def _verdicts(comparisons: Sequence[Comparison], margins: Mapping[str, float]) -> Section:
+    """One row an arm, parent and budget: the difference in each metric, and whether all margins are met."""
+    rows: list[list[str]] = []
+    names = {metric.key: metric.name for metric in tables.METRICS}
+    groups: dict[tuple[str, str, int], dict[str, Comparison]] = {}
+    for one in comparisons:
+        groups.setdefault((one.arm, one.parent, one.budget), {})[one.metric] = one
+    for (arm, parent, budget), found in groups.items():
+        cells = [_difference(found.get(metric)) for metric in margins]
+        rows.append([arm, parent, f"{budget:,}", *cells, "yes" if all(one.met for one in found.values()) else "no"])
+    heads = [f"{names.get(metric, metric)} ({_signed(margin, metric)})" for metric, margin in margins.items()]
+    table = Table(["arm", "minus", "budget", *heads, "all met"], rows, "numbers", "differences at equal cost")
+    said = "In parentheses the margin. ✓: the bound of the difference is inside it. Differences of FID are relative."
+    return Section("Is an arm at least as good as its parents?", [said], [], [table])
+
+
+def _difference(one: Comparison | None) -> str:
+    if one is None:
+        return UNKNOWN
+    ends = "" if one.interval is None else f" [{', '.join(_signed(end, one.metric) for end in one.interval)}]"
+    return f"{_signed(one.difference, one.metric)}{ends}{' ✓' if one.met else ''}"
+
+
+def _signed(value: float, metric: str) -> str:
+    if metric in IN_LOGARITHMS:
+        return f"{100 * np.expm1(value):+.0f} %"
+    return f"{value:+.3f}".replace("0.", ".", 1)
+
+
+def _budget(curves: Curves, arms: Sequence[str], budget: int) -> Section:
+    """All arms at one budget."""
+    here = [curves[arm][budget] for arm in arms if budget in curves[arm]]
+    shown = [metric for metric in tables.MAIN if any(point.of(metric.key) for point in here)]
+    rows: list[list[str]] = []
+    for name in arms:
+        point = curves[name].get(budget)
+        if point is None:
+            continue
+        cells = [" ".join(tables.format_estimate(_mean(point, metric), metric)).strip() for metric in shown]
+        rows.append([name, f"{point.steps:,}", f"{point.cost:,}", *cells])
+    table = Table(["arm", "steps", "image-passes", *(m.label for m in shown)], rows, "numbers", f"budget {budget}")
+    return Section(f"Budget {budget:,}", [], [], [table])
+
+
+def _front(curves: Curves, arms: Sequence[str]) -> Picture:
+    """What the image adds against finding AUC and FID, through the budgets."""
+    lines: dict[tables.Metric, dict[str, list[tuple[tables.Estimate, tables.Estimate]]]] = {}
+    for metric in (tables.FINDING_AUC, tables.FID):
+        for arm in arms:
+            pairs = [(_mean(point, tables.IMAGE_ADDS), _mean(point, metric)) for point in curves[arm].values()]
+            known = [(x, y) for x, y in pairs if x.value is not None and y.value is not None]
+            if known:
+                lines.setdefault(metric, {})[arm] = known
+    return front_chart(lines)
+
+
+def _mean(point: Point, metric: tables.Metric) -> tables.Estimate:
+    """Over seeds."""
+    values = list(point.of(metric.key).values())
+    return tables.Estimate(float(np.mean(values)), *(student_interval(values) or ())) if values else tables.Estimate()

@@ -1,0 +1,216 @@
+"""Arms at equal cost: the steps that a budget allows, and tradeoff.py with budgets from its command line to proof.json."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from accelerate import Accelerator
+from recipe import recipe_module, refusal_of
+from test_recipes import TRAINING, arms_argv, run, work  # noqa: F401
+
+from distill import checkpoints
+from distill.config import FullEvaluation, TrainerConfig
+from distill.errors import UserError
+from distill.evaluation.claims import LOWER_IS_BETTER, student_interval
+from distill.experiment import train
+from distill.experiment.arms import arms_of
+from distill.experiment.budgets import inherit, passes_of, spend
+from distill.methods.training import ArmConfig
+from distill.report.tables import METRICS
+
+TAUGHT = {"kind": "attention_distillation", "teacher": "teacher"}
+ARMS: dict[str, dict[str, Any]] = {
+    "frozen": {},
+    "learnable": {"text_encoder": "full"},
+    "teacher": {"max_steps": 2},
+    "distilled": {"text_encoder": "full", "method": TAUGHT},
+}
+
+
+def spent(arms: dict[str, dict[str, Any]], budget: int, processes: int = 1, **trainer: Any) -> Any:
+    configs = {name: ArmConfig.model_validate(arm) for name, arm in arms.items()}
+    options = TrainerConfig(batch_size=4, **trainer)
+    return spend(arms_of(configs, options, FullEvaluation(), Path("run")), budget, processes)
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_every_arm_gets_the_steps_that_its_passes_allow(processes: int, accumulated: int) -> None:
+    """A student's step costs 4 passes an image, a plain step 3; its teacher's 2 steps are paid first."""
+    arms, left_out = spent(ARMS, 30, processes, gradient_accumulation_steps=accumulated)
+    assert not left_out
+    assert {n: arm.trainer.max_steps for n, arm in arms.items()} == {
+        "frozen": 30, "learnable": 30, "teacher": 2, "distilled": (30 * 3 - 2 * 3) // 4,
+    }  # fmt: skip
+    images = 4 * processes * accumulated
+    total = passes_of(arms["distilled"], processes) + passes_of(arms["teacher"], processes)
+    allowed = 30 * 3 * images
+    assert allowed - 4 * images < total <= allowed == passes_of(arms["learnable"], processes)
+
+
+def test_part_of_a_batch_costs_part_of_a_pass() -> None:
+    half = {"like": "distilled", "method": {"kind": "attention_distillation", "batch_share": 0.5}}
+    arms, _ = spent(ARMS | {"half": half}, 30)
+    assert arms["half"].trainer.max_steps == int((30 * 3 - 6) / 3.5)
+
+
+def test_a_student_whose_teacher_costs_all_is_left_out_with_those_that_it_teaches() -> None:
+    second = {
+        "text_encoder": "full",
+        "max_steps": 1,
+        "method": {"kind": "attention_distillation", "teacher": "distilled"},
+    }
+    arms, left_out = spent(ARMS, 2)
+    assert list(arms) == ["frozen", "learnable", "teacher"]
+    assert left_out == {"distilled": "its teachers cost 24 of 24 image-passes"}
+    arms, left_out = spent(ARMS | {"second": second}, 2)
+    assert "second" not in arms
+
+
+def test_a_teacher_without_a_length_of_its_own_is_refused() -> None:
+    with pytest.raises(UserError, match=r"arms.distilled: .* set arms.teacher.max_steps"):
+        spent(ARMS | {"teacher": {}}, 30)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--budgets", "[4,2]"], "budgets: expected from small to large, got [4, 2]"),
+        (["--budgets", "[2,2]"], "expected each only once, got 2 several times"),
+        (["--budgets", "[2]", "--trainer.max_steps", "3"], "trainer.max_steps and budgets are both given"),
+        (["--budgets", "[2]", "--trainer.lr_schedule", "cosine"], "which ends at one length"),
+        (["--margins", "{word.auc: -0.01}"], "margins are given, and budgets is empty"),
+        (
+            ["--budgets", "[2]", "--margins", "{word.acc: -0.01}"],
+            "margins: there is no word.acc; did you mean word.auc?",
+        ),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(
+    options: list[str], expected: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    recipe = recipe_module("tradeoff")
+    argv = [*arms_argv(**ARMS), "--output_dir", str(tmp_path / "run"), *options]
+    assert expected in refusal_of(recipe.tradeoff, recipe.TradeoffConfig, argv, capsys)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_an_arm_goes_on_from_its_state_and_one_of_the_same_length_keeps_its_weights(
+    fixed: bool, tmp_path: Path
+) -> None:
+    files = {"state/step-00000002/model.safetensors", "train_log.jsonl", "localization_log.jsonl"}
+    ends = {"cost.json", "metrics.json", "README.md", "lora.safetensors", "unet/config.json", "samples/0000.png"}
+    for name in files | ends:
+        path = tmp_path / "shorter/a" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(name, encoding="utf-8")
+    (arm,) = spent({"a": {"max_steps": 2} if fixed else {}}, 2)[0].values()
+    arm = replace(arm, folder=tmp_path / "longer/a")
+    (tmp_path / "longer").mkdir()
+
+    inherit(Accelerator(), tmp_path / "longer", arm)
+    assert not arm.folder.exists(), "there is no shorter training"
+    inherit(Accelerator(), tmp_path / "shorter", arm)
+    found = {path.relative_to(arm.folder).as_posix() for path in arm.folder.rglob("*") if path.is_file()}
+    assert found == (files | ends if fixed else files)
+    for name in found:
+        assert (arm.folder / name).read_text(encoding="utf-8") == name
+
+    (arm.folder / "train_log.jsonl").write_text("own", encoding="utf-8")
+    inherit(Accelerator(), tmp_path / "shorter", arm)
+    assert (arm.folder / "train_log.jsonl").read_text(encoding="utf-8") == "own", "it has begun"
+
+
+def test_metrics_with_a_margin_have_a_better_side() -> None:
+    directions = {metric.key: metric.direction for metric in METRICS}
+    measured = recipe_module("tradeoff").MEASURED
+    assert {key for key, direction in directions.items() if direction and key in measured} == set(measured)
+    assert {key for key in measured if directions[key] < 0} == set(LOWER_IS_BETTER)
+
+
+@pytest.mark.slow
+def test_two_budgets_and_two_seeds_give_a_proof(
+    work: Path,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Budget 4 goes on from budget 2 and equals a training of 4 steps; the numbers of proof.json are those of the runs."""
+    lora = {"denoiser": "lora", "lora": {"rank": 2}}
+    arms = {name: {**arm, **lora} for name, arm in ARMS.items()}
+    arms["distilled"] = arms["distilled"] | {"method": TAUGHT | {"batch_share": 0.5}}
+    arms["teacher"]["max_steps"] = 1
+    given = [*TRAINING]
+    at = given.index("--trainer.max_steps")
+    del given[at : at + 2]
+    given[given.index("--evaluation.features") + 1] = "phantom"
+    argv = ["--base.name", str(work / "sd"), *arms_argv(**arms), "--compare_to", "[frozen,learnable]",
+            "--data.cache_dir", str(work / "cache"), *given]  # fmt: skip
+    trained: list[tuple[str, int]] = []
+    states: list[bool] = []
+    fit = train.fit
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        trained.append((kwargs["label"], args[2].max_steps))
+        states.append(checkpoints.newest(kwargs["output_dir"] / "state", pytest.fail) is not None)
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(train, "fit", counted)
+    folder = tmp_path / "run"
+    margins = ["--margins", "{word.auc: -0.01, quality.fid: 0.05}"]
+    command = [*argv, "--seeds", "[0,1]", "--budgets", "[2,4]", *margins, "--output_dir", str(folder)]
+    run("tradeoff", command)
+    # In batches of 2 a plain step costs 6 and a step of the student 7: none fits into 2 x 6 - 6, and two into 4 x 6 - 6.
+    steps = {}
+    for budget in (2, 4):
+        for seed in (0, 1):
+            found = json.loads((folder / f"budget-{budget}/seed-{seed}/metrics.json").read_text(encoding="utf-8"))
+            steps[budget, seed] = {n: a["cost"]["steps"] for n, a in found["arms"].items() if n != "base"}
+    assert steps[2, 0] == steps[2, 1] == {"frozen": 2, "learnable": 2, "teacher": 1}
+    assert steps[4, 0] == steps[4, 1] == {"frozen": 4, "learnable": 4, "teacher": 1, "distilled": 2}
+    assert trained.count(("teacher", 1)) == 2, "a teacher is trained once a seed"
+    begun = {one: state for one, state in zip(trained, states, strict=True)}
+    assert not begun["learnable", 2] and begun["learnable", 4]
+
+    proof = json.loads((folder / "proof.json").read_text(encoding="utf-8"))
+    assert proof["seeds"] == [0, 1] and proof["margins"] == {"word.auc": -0.01, "quality.fid": 0.05}
+    assert set(proof["arms"]) == {"frozen", "learnable", "teacher", "distilled"}
+    images = 2
+    assert proof["arms"]["learnable"]["lengths"]["4"]["cost"] == 4 * 3 * images
+    assert proof["arms"]["distilled"]["lengths"]["4"]["cost"] == 1 * 3 * images + 2 * (3 * images + 1)
+    values = [proof["arms"]["distilled"]["per_seed"][s]["4"]["word.auc"] for s in ("0", "1")]
+    length = proof["arms"]["distilled"]["lengths"]["4"]["word.auc"]
+    assert length["mean"] == pytest.approx(np.mean(values))
+    assert length["t_interval"] == pytest.approx(student_interval(values))
+    kinds = [(c["arm"], c["parent"], c["budget"], c["metric"]) for c in proof["comparisons"]]
+    assert ("distilled", "learnable", 4, "word.auc") in kinds and ("learnable", "frozen", 2, "quality.fid") in kinds
+    assert not any("teacher" in (arm, parent) for arm, parent, *_ in kinds)
+    one = next(
+        c for c in proof["comparisons"] if (c["arm"], c["parent"], c["metric"]) == ("distilled", "frozen", "word.auc")
+    )
+    theirs = [proof["arms"]["frozen"]["per_seed"][s]["4"]["word.auc"] for s in ("0", "1")]
+    assert one["difference"] == pytest.approx(np.mean(values) - np.mean(theirs))
+    text = (folder / "proof.md").read_text(encoding="utf-8")
+    assert "| distilled | frozen | 4 |" in text and "fronts.png" in text and (folder / "fronts.png").is_file()
+
+    straight = tmp_path / "straight"
+    run(
+        "tradeoff",
+        [*argv, "--trainer.max_steps", "4", "--arms.distilled.max_steps", "2", "--output_dir", str(straight)],
+    )
+    for name in ("learnable", "distilled"):
+        ours = (folder / f"budget-4/seed-0/{name}/train_log.jsonl").read_text(encoding="utf-8").splitlines()
+        alone = (straight / name / "train_log.jsonl").read_text(encoding="utf-8").splitlines()
+        losses = [
+            [{k: v for k, v in json.loads(row).items() if k != "seconds"} for row in log] for log in (ours, alone)
+        ]
+        assert losses[0] == losses[1]
+
+    before = len(trained)
+    run("tradeoff", command)
+    assert len(trained) == before, "a finished comparison is read"
