@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from distill.configuration import renamed as old
-from distill.settings import HARMLESS, Count, Number, Probability, Seed, Settings, Text, Texts
+from distill.settings import HARMLESS, Count, Number, Seed, Settings, Text, Texts
 
 
 class Data(Settings):
@@ -35,8 +35,6 @@ class PhantomData(Data):
     """Images of the test split."""
     captions: Literal["reports", "affirmed", "stated", "labels"] = "reports"
     """reports state findings and negate others; affirmed negates none; stated has findings alone; labels is their names."""
-    companions: Probability = 0.0
-    """Probability that a finding brings its companion, such as an effusion an atelectasis."""
     placement: Literal["anatomical", "balanced"] = "anatomical"
     """balanced: a finding lies on either side and in any zone equally often, so that its place alone tells little."""
 

@@ -56,7 +56,7 @@ def refusal(argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
 def test_arms_of_several_commands_are_compared_pair_by_pair(tmp_path: Path) -> None:
     for seed, gain in ((1, 0.1), (2, 0.3)):
         finished(tmp_path / "a", seed, {"frozen": 0.0, "other": 0.0})
-        finished(tmp_path / "b", seed, {"longer": gain}, trainer__max_steps=800, data__companions=None)
+        finished(tmp_path / "b", seed, {"longer": gain}, trainer__max_steps=800, data__placement=None)
     arms = "{frozen: 'A/seed-{seed}/frozen', longer: 'B/seed-{seed}/longer'}"
     arms = arms.replace("A/", f"{tmp_path}/a/").replace("B/", f"{tmp_path}/b/")
     argv = ["--arms", arms, "--seeds", "[1,2]", "--output_dir", str(tmp_path / "out")]

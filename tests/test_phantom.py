@@ -248,18 +248,6 @@ def test_caption_styles_differ_in_what_they_add_to_the_findings() -> None:
     assert len({dataset.fingerprint(0) for dataset in (reports, affirmed, stated)}) == 3
 
 
-def test_companions_correlate_findings() -> None:
-    def together(companions: float) -> float:
-        labels = [PhantomDataset("train", 600, companions=companions).labels(i) for i in range(600)]
-        assert all(len(names) == len(set(names)) <= 3 for names in labels)
-        with_effusion = [names for names in labels if "pleural effusion" in names]
-        return sum("atelectasis" in names for names in with_effusion) / len(with_effusion)
-
-    assert together(0.0) < 0.3 < 0.6 < together(0.9)
-    with pytest.raises(UserError, match="companions is 1.5"):
-        PhantomDataset("train", 1, companions=1.5)
-
-
 @pytest.fixture(scope="module")
 def balanced() -> PhantomDataset:
     return PhantomDataset("train", 3000, placement="balanced")
@@ -325,8 +313,3 @@ def test_balanced_places_tell_less_than_anatomical_ones(balanced: PhantomDataset
         for placement in ("anatomical", "balanced")
     )
     assert moved < 0.78 and anatomical > 0.85, (moved, anatomical)
-
-
-def test_companions_are_of_the_anatomical_placement() -> None:
-    with pytest.raises(UserError, match="companions are of the anatomical placement"):
-        PhantomDataset("train", 1, companions=0.5, placement="balanced")

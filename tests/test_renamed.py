@@ -142,7 +142,7 @@ def test_an_old_distill_attention(tmp_path: Path) -> None:
         ("finetune", ["--denoising.region_mask_weight", "9"], "it is gone"),
         ("finetune", ["--trainer.localize_images", "9"], "leave it out: 100 images"),
         ("finetune", ["--lora.unet_targets", "[to_k]"], "it is denoiser_targets now"),
-        ("finetune", ["--data.phantom_companions", "0.5"], "it is data.companions now"),
+        ("finetune", ["--data.phantom_companions", "0.5"], "it is gone, since nothing was ever measured with it"),
         ("compress", ["--distillation.mass_weight", "0.5"], "it is method.mass_weight now"),
         ("distill_steps", ["--method", "full"], "how the U-Net is trained is denoiser now"),
         ("distill_steps", ["--consistency.huber_c", "1"], "it is method.huber_c now"),

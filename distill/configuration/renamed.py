@@ -12,12 +12,14 @@ def _prefixed(prefix: str, notes: Mapping[str, str]) -> Renamed:
 
 
 _GONE = "it is gone, since it lost in every comparison; leave it out"
+_NEVER = "it is gone, since nothing was ever measured with it; leave it out"
 _SUPERVISED = "it is an option of the method supervised_attention now"
 _EVALUATE_ONLY = "only recipes/evaluate.py and the recipes that compare maps have it"
 
 DATA = {
     "phantom_captions": "it is data.captions now",
-    "phantom_companions": "it is data.companions now",
+    "phantom_companions": _NEVER,
+    "companions": _NEVER,
 }
 LORA = {"unet_targets": "it is denoiser_targets now, in the same group"}
 TRAINER = {

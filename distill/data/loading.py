@@ -37,9 +37,7 @@ def load_dataset(config: DataConfig, split: Split) -> PhantomDataset | RecordDat
     if isinstance(config, CocoData):
         return CocoDataset(config, split)
     size = {"train": config.train_size, "validation": config.validation_size, "test": config.test_size}[split]
-    return PhantomDataset(
-        split, size, config.seed, config.resolution, config.captions, config.companions, config.placement
-    )
+    return PhantomDataset(split, size, config.seed, config.resolution, config.captions, config.placement)
 
 
 def refuse_shared_pictures(*splits: PhantomDataset | RecordDataset | None) -> None:

@@ -25,7 +25,7 @@ def data_sets() -> dict[str, ImageCaptionDataset]:
     return {
         "phantom": PhantomDataset("test", ROWS, 0, 64),
         "phantom, balanced": PhantomDataset("train", ROWS, 1, 64, captions="stated", placement="balanced"),
-        "phantom, companions": PhantomDataset("validation", ROWS, 0, 64, captions="affirmed", companions=0.8),
+        "phantom, affirmed": PhantomDataset("validation", ROWS, 0, 64, captions="affirmed"),
         "pictures": PicturesDataset("train", ROWS, 0, 64),
         "pictures, clear": PicturesDataset("validation", ROWS, 1, 64, True),
     }

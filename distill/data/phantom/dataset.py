@@ -47,11 +47,10 @@ class PhantomDataset:
 
     split: train, validation or test. size: number of rows. seed: 0 to 2**32 - 1. resolution: side in pixels, 64 to 512.
     captions: reports (findings, negated findings, normal sentences), affirmed (no negated findings), stated (the findings
-    alone, or one normal sentence where there is none), or labels (their names). companions: probability, 0 to 1, that a
-    finding brings the one that it is paired with (heart and edema, effusion and atelectasis, and so on); at 0 findings are
-    independent. placement: anatomical (each finding where it usually lies), or balanced (one of four findings on either side
-    and in any zone, all equally often, half of them beside another finding that the caption leaves out; the patient is shifted
-    and enlarged), so that a place tells less: the mean mask of a finding has AUC .73 there, .89 in the anatomical placement.
+    alone, or one normal sentence where there is none), or labels (their names). placement: anatomical (each finding where it
+    usually lies), or balanced (one of four findings on either side and in any zone, all equally often, half of them beside
+    another finding that the caption leaves out; the patient is shifted and enlarged), so that a place tells less: the mean
+    mask of a finding has AUC .73 there, .89 in the anatomical placement.
     Raises UserError for values outside these.
     """
 
@@ -65,7 +64,6 @@ class PhantomDataset:
         seed: int = 0,
         resolution: int = 128,
         captions: CaptionStyle = "reports",
-        companions: float = 0.0,
         placement: Placement = "anatomical",
     ) -> None:
         faults = []
@@ -77,15 +75,11 @@ class PhantomDataset:
             faults.append(f"seed is {seed}; it must be in 0 .. 2**32 - 1")
         if not 64 <= resolution <= 512:
             faults.append(f"resolution is {resolution}; phantoms are drawn at 64 to 512 pixels")
-        if not 0 <= companions <= 1:
-            faults.append(f"companions is {companions}; it must be in 0 .. 1")
-        if companions and placement == "balanced":
-            faults.append("companions are of the anatomical placement; set one of the two")
         raise_all("phantom data", faults)
         self.split: Split = split
         self.size, self.seed, self.resolution = size, seed, resolution
         self.captions: CaptionStyle = captions
-        self.companions, self.placement = companions, placement
+        self.placement: Placement = placement
         if placement == "balanced":
             self.findings = MOVABLE
 
@@ -121,7 +115,7 @@ class PhantomDataset:
         """What row `index` shows; costs microseconds. Raises IndexError outside the data set."""
         if not 0 <= index < self.size:
             raise IndexError(f"row {index} of a phantom data set with {self.size} rows")
-        return draw_scene(self.seed, self.split, int(index), self.companions, self.placement)
+        return draw_scene(self.seed, self.split, int(index), self.placement)
 
     def _text(self, scene: Scene, index: int) -> tuple[str, dict[str, str]]:
         rng = np.random.default_rng((self.seed, SPLIT_CODES[self.split], int(index), CAPTION))
@@ -138,8 +132,8 @@ class PhantomDataset:
     def fingerprint(self, index: int) -> str:
         """Hash of all that decides a row."""
         key = f"phantom {GENERATOR_VERSION} {self.seed} {self.split} {index} {self.resolution}"
-        if self.captions != "reports" or self.companions:
-            key += f" {self.captions} {self.companions}"
+        if self.captions != "reports":
+            key += f" {self.captions}"
         if self.placement != "anatomical":
             key += f" {self.placement}"
         return hashlib.sha256(key.encode()).hexdigest()

@@ -86,10 +86,8 @@ class Scene:
     """Findings that are drawn, and that the caption neither names nor denies."""
 
 
-def draw_scene(
-    seed: int, split: Split, index: int, companions: float = 0.0, placement: Placement = "anatomical"
-) -> Scene:
-    """The scene of row `index`: a pure function of its arguments. companions, placement: see `PhantomDataset`."""
+def draw_scene(seed: int, split: Split, index: int, placement: Placement = "anatomical") -> Scene:
+    """The scene of row `index`: a pure function of its arguments. placement: see `PhantomDataset`."""
     key = (seed, SPLIT_CODES[split], index)
     rng = np.random.default_rng((*key, SCENE))
 
@@ -126,7 +124,7 @@ def draw_scene(
         findings=(),
     )
     if placement == "anatomical":
-        return replace(scene, findings=_draw_findings(rng, companions))
+        return replace(scene, findings=_draw_findings(rng))
     # Shifted and enlarged, so that lungs do not always lie at the same pixels either.
     size = between(1.1, 1.4)
     scene = replace(scene, center=(between(-0.3, 0.3), between(-0.3, 0.3)), scale=(size, size))
@@ -134,22 +132,12 @@ def draw_scene(
     return replace(scene, findings=named, unnamed=unnamed)
 
 
-_PAIRS = (
-    ("cardiomegaly", "edema"), ("pleural effusion", "atelectasis"), ("pneumonia", "consolidation"),
-    ("pneumothorax", "lung opacity"),
-)  # fmt: skip
-_COMPANIONS = {name: other for pair in _PAIRS for name, other in (pair, pair[::-1])}
-
-
-def _draw_findings(rng: np.random.Generator, companions: float) -> tuple[Finding, ...]:
+def _draw_findings(rng: np.random.Generator) -> tuple[Finding, ...]:
     """0-3 findings that do not share a place; a finding that finds no free place is left out."""
     count = int(rng.choice(4, p=(0.19, 0.33, 0.31, 0.17)))
     taken: set[tuple[str, str]] = set()
     findings = []
     names = [str(name) for name in rng.permutation(FINDINGS)[:count]]
-    if companions:
-        paired = [(name, *[_COMPANIONS[name]] * (rng.random() < companions)) for name in names]
-        names = list(dict.fromkeys(name for pair in paired for name in pair))[:3]
     for name in names:
         size = _SIZES[rng.integers(3)]
         options = _places(name, size)
