@@ -104,11 +104,11 @@ def front_chart(lines: Mapping[Metric, Mapping[str, Sequence[tuple[Estimate, Est
     )
 
 
-def _marker(place: int) -> dict[str, Any]:
+def _marker(place: int) -> dict[str, object]:
     return {"marker": _MARKERS[place % len(_MARKERS)], "ms": 8}
 
 
-def _with_bars(axes: Axes, points: Sequence[Sequence[Estimate]], style: Mapping[str, Any]) -> None:
+def _with_bars(axes: Axes, points: Sequence[Sequence[Estimate]], style: Mapping[str, object]) -> None:
     """Points (x, y) in one line, with the intervals of those that have one."""
     axes.plot(*([pair[axis].value for pair in points] for axis in (0, 1)), **style)  # type: ignore[arg-type]
     for pair in points:
@@ -117,11 +117,11 @@ def _with_bars(axes: Axes, points: Sequence[Sequence[Estimate]], style: Mapping[
         axes.errorbar(x, y, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=style["color"])  # type: ignore[arg-type]
 
 
-def _quality_axis(axes: Axes, metric: Metric, values: Sequence[Any]) -> None:
+def _quality_axis(axes: Axes, metric: Metric, values: Sequence[float | None]) -> None:
     """Better is up."""
     axes.margins(0.12)
     axes.set_ylabel(f"{metric.name} ({'axis turned, ' if metric.direction < 0 else ''}up is better)")
-    _log_if_wide(axes, values if metric is FID else [])
+    _log_if_wide(axes, [value for value in values if value is not None] if metric is FID else [])
     if metric.direction < 0:
         axes.invert_yaxis()
 
