@@ -212,7 +212,7 @@ def test_regions_outside_the_centre_square_are_dropped_and_named(root: Path, cap
     assert dataset.dropped_regions == 1 and "are dropped: 'edema' in 'wide.png'" in caplog.text
     (region,) = dataset[0].regions
     assert region.finding == "effusion" and region.boxes == ((0, 0, 10, 20),)
-    assert dataset[0].crop_top_left == (0, 90)
+    assert dataset[0].crop_top_left == (0, 90) and dataset.size_ids(0) == dataset[0].size_ids
 
 
 def test_findings_are_kept_and_named_as_the_config_says(root: Path) -> None:

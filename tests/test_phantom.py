@@ -146,8 +146,9 @@ def test_layout_does_not_depend_on_the_resolution(name: str, scenes_of: dict[str
 
 def test_every_resolution_is_drawn() -> None:
     for resolution in (64, 96, 512):
-        sample = PhantomDataset("test", 1, resolution=resolution)[0]
-        assert sample.pixel_values.shape == (3, resolution, resolution)
+        dataset = PhantomDataset("test", 1, resolution=resolution)
+        sample = dataset[0]
+        assert sample.pixel_values.shape == (3, resolution, resolution) and dataset.size_ids(0) == sample.size_ids
         assert sample.original_size == (resolution, resolution)
 
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from training import tokens_of
 
 from distill.config import NO_LABEL, DenoisingConfig
+from distill.data.batch import Batch
+from distill.data.cache import cache_latents
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows, check_training_text, training_caption
+from distill.data.sample import Sample
 from distill.errors import UserError
 from distill.models import Model
 from distill.tokens import token_groups
@@ -34,6 +39,55 @@ def test_rows_have_only_what_is_asked_for(sd: Model, loaded: dict[str, Model]) -
     plain, sdxl = TrainingRows(ROWS, sd)[0], TrainingRows(ROWS, loaded["sdxl"])[0]
     assert (plain.flippable, plain.size_ids, plain.label_tokens, plain.regions) == (None,) * 4
     assert sdxl.size_ids is not None and sdxl.size_ids.tolist() == [64, 64, 0, 0, 64, 64]
+
+
+class Counted(PhantomDataset):
+    """Phantoms that count how often they are drawn and described."""
+
+    drawn = described = 0
+
+    def __getitem__(self, index: int) -> Sample:
+        self.drawn += 1
+        return super().__getitem__(index)
+
+    def caption(self, index: int) -> str:
+        self.described += 1
+        return super().caption(index)
+
+
+def test_the_text_of_a_row_is_made_once_and_no_image_is_decoded_for_its_size(
+    loaded: dict[str, Model], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, data = loaded["sdxl"], Counted("train", 6, 0, 64)
+    latents = cache_latents(data, model.vae, tmp_path, batch_size=4, flip=True, device="cpu")
+    rows = TrainingRows(data, model, latents=latents, flip=True, label_tokens=True)
+    data.drawn = data.described = 0
+    first = Batch.stack([rows[i] for i in range(6)])
+    assert (data.drawn, data.described) == (0, 6)
+    monkeypatch.setattr(type(model), "tokenize", None)
+    again = Batch.stack([rows[i] for i in range(6)])
+    assert (data.drawn, data.described) == (0, 6)
+    found, expected = (tensors_of(batch) for batch in (again, first))
+    assert len(found) == 11 and all(map(torch.equal, found, expected))
+    monkeypatch.undo()
+    fresh = Batch.stack([TrainingRows(data, model, latents=latents, flip=True, label_tokens=True)[i] for i in range(6)])
+    assert all(map(torch.equal, tensors_of(fresh), expected))
+
+
+def test_memory_for_texts_is_bounded(sd: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("distill.data.rows.KEPT_ROWS", 2)
+    data = Counted("train", 6, 0, 64)
+    rows = TrainingRows(data, sd)
+    for _ in range(2):
+        for i in range(3):
+            assert torch.equal(tokens_of(rows[i]), sd.tokenize([ROWS.caption(i)])[0][0])
+    assert data.described == 2 + 2, "rows 0 and 1 once, row 2 at each reading"
+
+
+def tensors_of(batch: Batch) -> list[torch.Tensor]:
+    found: list[torch.Tensor] = []
+    batch.apply(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
+    return found
 
 
 def test_a_caption_that_may_be_dropped_is_of_an_image_with_the_label(sd: Model) -> None:

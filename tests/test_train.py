@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import json
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -18,7 +19,9 @@ from distill.experiment import train
 from distill.experiment.arms import Arm
 from distill.experiment.run import Run, open_run
 from distill.methods.training import Training
+from distill.models import load_model
 from distill.models.family import Model
+from distill.trainer import FitResult
 
 SMALL = """--data.resolution 64 --data.test_size 4 --data.train_size 4 --trainer.max_steps 1 --trainer.batch_size 2
     --trainer.warmup_steps 0 --trainer.tracker none --evaluation.features none --evaluation.localization_images 2
@@ -99,6 +102,76 @@ def test_the_data_of_an_arm_are_hashed_once_for_its_cost_and_its_checkpoints(
     run, arm = opened(base, tmp_path, "--denoiser", "lora", "--trainer.max_steps", "1")
     data = train.train_arm(run, arm)["training_data"]
     assert len(hashed) == 1 and set(data) == {"training images", "training captions"} and data.items() <= given.items()
+
+
+GATED = [
+    "--data.validation_size", "4", "--data.resolution", "64", "--text_encoder", "full",
+    "--method", '{"kind": "attention_distillation", "teacher": "base", "gate_reference": "base", "gate_images": 3}',
+]  # fmt: skip
+
+
+def test_a_gate_that_was_decided_is_read_and_its_passes_count_again(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    compute = train.compute_cells
+
+    def counted(*arguments: Any, **options: Any) -> Any:
+        looked.append(options["label"])
+        return compute(*arguments, **options)
+
+    def decided(*words: str) -> tuple[Any, int]:
+        given: dict[str, Any] = {}
+
+        def fit(method: Any, rows: Any, trainer: Any, **options: Any) -> FitResult:
+            given.update(match=method.match)
+            return FitResult(0, 0.0, 0.0, 0)
+
+        monkeypatch.setattr(train, "fit", fit)
+        run, arm = opened(base, tmp_path / f"run{words}", *GATED, *words)
+        return given, train.fit_arm(run, arm, tmp_path / "model")[3]
+
+    monkeypatch.setattr(train, "compute_cells", counted)
+    first = decided()
+    assert looked == ["gate: teacher", "gate: reference"]
+    gate = (tmp_path / "model/gate.json").read_text(encoding="utf-8")
+    assert decided() == first and len(looked) == 2, "the same command again looks at nothing"
+    assert (tmp_path / "model/gate.json").read_text(encoding="utf-8") == gate
+    for changed in (["--evaluation.seed", "7"], ["--data.seed", "3"]):
+        looked.clear()
+        with suppress(UserError):  # other weights or images may have nothing to teach
+            decided(*changed)
+        assert looked == ["gate: teacher", "gate: reference"], changed
+    (tmp_path / "model/gate_looks.json").write_text("{torn", encoding="utf-8")
+    assert decided() == first and len(looked) == 4, "a file that cannot be read is none"
+
+
+def test_the_weights_of_a_model_are_hashed_once_a_run(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hashed, given, fingerprint = [], {}, train.weights_fingerprint
+
+    def counted(modules: Any) -> str:
+        hashed.append(modules)
+        return fingerprint(modules)
+
+    def fit(method: Any, rows: Any, trainer: Any, **options: Any) -> FitResult:
+        given.update(options["fingerprints"])
+        return FitResult(0, 0.0, 0.0, 0)
+
+    monkeypatch.setattr(train, "weights_fingerprint", counted)
+    monkeypatch.setattr(train, "fit", fit)
+    taught = '{"kind": "attention_distillation", "teacher": "base"}'
+    run, arm = opened(base, tmp_path, "--text_encoder", "full", "--method", taught)
+    for _ in range(2):
+        train.fit_arm(run, arm, tmp_path / "model")
+    assert len(hashed) == 2, "the student's base, and the model that the teacher's name stands for"
+    found = train.hash_of([fingerprint(load_model(run.base).modules()), schedule_of(run)])
+    assert given["weights of base"] == found
+
+
+def schedule_of(run: Run) -> str:
+    return json.dumps(dict(load_model(run.base).noise_scheduler.config), sort_keys=True, default=str)
 
 
 @pytest.mark.parametrize("flip", [False, True])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -12,7 +13,7 @@ from distill.config import NO_LABEL, DenoisingConfig
 from distill.data.batch import Batch, Pixels, Posterior, TextEmbeddings, Tokens
 from distill.data.cache import LatentCache, TextEmbeddingCache
 from distill.data.captions import insert_labels, names_side, text_of_labels
-from distill.data.sample import ImageCaptionDataset, hash_of, region_fingerprint
+from distill.data.sample import ImageCaptionDataset, hash_of, region_fingerprint, size_ids
 from distill.errors import UserError
 from distill.tokens import find_words, token_groups, token_spans
 
@@ -69,6 +70,23 @@ def row_fingerprints(
     return {name: hash_of(values) for name, values in parts.items()}
 
 
+KEPT_ROWS = 50_000
+"""Rows whose text stays in memory; 4 kB each in every process that reads rows."""
+
+
+@dataclass(frozen=True)
+class _Described:
+    """What a row has besides its image and regions; equal in every epoch. Fields as in Batch."""
+
+    caption: str
+    tokens: Tokens | None
+    groups: torch.Tensor
+    droppable: torch.Tensor
+    flippable: torch.Tensor | None
+    size_ids: torch.Tensor | None
+    label_tokens: torch.Tensor | None
+
+
 class TrainingRows(Dataset[Batch]):
     """Row i of a data set, as a Batch without its first dimension.
 
@@ -94,6 +112,7 @@ class TrainingRows(Dataset[Batch]):
         self.denoising = denoising or DenoisingConfig()
         self.label_tokens, self.regions, self.region_images = label_tokens, regions, region_images
         self._regions: dict[int, dict[str, torch.Tensor]] = {}
+        self._kept: dict[int, _Described] = {}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -102,17 +121,34 @@ class TrainingRows(Dataset[Batch]):
         return training_caption(self.dataset, index, self.denoising)
 
     def __getitem__(self, index: int) -> Batch:
-        caption, labels = self.caption(index), self.dataset.labels(index)
-        only = self.denoising.caption_dropout_label
+        row = self._kept.get(index)
+        if row is None:
+            row = self._described(index)
+            if len(self._kept) < KEPT_ROWS:
+                self._kept[index] = row
         return Batch(
             image=self._image(index),
-            text=self._text(caption),
-            groups=token_groups(self.model.tokenizers[0], caption, self.model.max_tokens),
+            text=row.tokens or self._embedded(row.caption),
+            groups=row.groups,
+            droppable=row.droppable,
+            flippable=row.flippable,
+            size_ids=row.size_ids,
+            label_tokens=row.label_tokens,
+            regions=self._region_tokens(index, row.caption) if self.regions else None,
+        )
+
+    def _described(self, index: int) -> _Described:
+        caption, labels, model = self.caption(index), self.dataset.labels(index), self.model
+        only = self.denoising.caption_dropout_label
+        reads_size = model.family.reads_size
+        return _Described(
+            caption,
+            tokens=None if self.text is not None else Tokens(tuple(ids[0] for ids in model.tokenize([caption]))),
+            groups=token_groups(model.tokenizers[0], caption, model.max_tokens),
             droppable=torch.tensor(only is None or only in (labels or (NO_LABEL,))),
             flippable=torch.tensor(not names_side(caption)) if self.flip else None,
-            size_ids=self._size_ids(index) if self.model.family.reads_size else None,
+            size_ids=torch.tensor(size_ids(self.dataset, index), dtype=torch.float32) if reads_size else None,
             label_tokens=self._label_tokens(labels, caption) if self.label_tokens else None,
-            regions=self._region_tokens(index, caption) if self.regions else None,
         )
 
     def _image(self, index: int) -> Pixels | Posterior:
@@ -121,9 +157,8 @@ class TrainingRows(Dataset[Batch]):
         posterior = self.latents[index]
         return Posterior(*posterior, *((self.latents.flipped(index) or posterior) if self.flip else ()))
 
-    def _text(self, caption: str) -> Tokens | TextEmbeddings:
-        if self.text is None:
-            return Tokens(tuple(ids[0] for ids in self.model.tokenize([caption])))
+    def _embedded(self, caption: str) -> TextEmbeddings:
+        assert self.text is not None
         embeds = self.text[caption]
         return TextEmbeddings(embeds) if isinstance(embeds, torch.Tensor) else TextEmbeddings(*embeds)
 
@@ -152,8 +187,3 @@ class TrainingRows(Dataset[Batch]):
                 for region in self.dataset[index].regions
             }
         return self._regions[index]
-
-    def _size_ids(self, index: int) -> torch.Tensor:
-        sample = self.dataset[index]
-        sizes = (*sample.original_size, *sample.crop_top_left, *sample.pixel_values.shape[-2:])
-        return torch.tensor(sizes, dtype=torch.float32)

@@ -86,6 +86,13 @@ def region_fingerprint(dataset: ImageCaptionDataset, index: int) -> str:
     return found
 
 
+def size_ids(dataset: ImageCaptionDataset, index: int) -> tuple[int, ...]:
+    """`Sample.size_ids`: the data set's own `size_ids(index)`; a data set without one decodes the image."""
+    own = getattr(dataset, "size_ids", None)
+    found: tuple[int, ...] = dataset[index].size_ids if own is None else own(index)
+    return found
+
+
 def hash_of(values: Iterable[str]) -> str:
     """One hash of many texts, which are told apart."""
     digest = hashlib.blake2b(digest_size=16)

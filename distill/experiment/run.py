@@ -52,6 +52,7 @@ class Run:
 
     base: what the arms are trained from. evaluation: of every model, unless an arm has its own. references: further models
     that methods may name, such as the model that a smaller one is made of. data_hashes: of the training rows of each arm.
+    weight_hashes: of the models that were loaded, by the name that they were asked for by.
     """
 
     config: RunConfig
@@ -68,6 +69,7 @@ class Run:
     console: Console = field(default_factory=Console)
     seconds: dict[str, float] = field(default_factory=dict)
     data_hashes: dict[str, dict[str, str]] = field(default_factory=dict)
+    weight_hashes: dict[str, str] = field(default_factory=dict)
     against: HeldOut | None = None
 
     @property

@@ -6,14 +6,12 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
-import numpy as np
 import torch
 from accelerate.utils import set_seed
-from numpy.typing import NDArray
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -30,6 +28,7 @@ from distill.evaluation.evaluate import generate, save_png
 from distill.evaluation.localization import localization
 from distill.experiment.arms import BASE, Arm
 from distill.experiment.cost import ForwardPasses, training_passes, with_teachers
+from distill.experiment.gate_looks import GateLooks, Look
 from distill.experiment.run import Run
 from distill.files import JsonObject, read_json, write_atomic, write_json
 from distill.memory import reset_peak_memory
@@ -167,9 +166,7 @@ def fit_arm(run: Run, arm: Arm, log_dir: Path) -> tuple[Model, FitResult, float,
     method = method_of(arm.training.method, arm.training.denoising)
     rows = training_rows(run, arm, model, cached=not dry)
     began = time.perf_counter()
-    method.setup(
-        model, _context(run, arm, rows, log_dir, lambda name: before.watch(_hashed(name, run.load(name), hashes)))
-    )
+    method.setup(model, _context(run, arm, rows, log_dir, before, hashes))
     passes = before.stop() + training_passes(method, trainer, run.accelerator.num_processes)
     if not dry:
         hashes |= _training_data(run, arm) | _validation_fingerprint(run, arm)
@@ -194,11 +191,12 @@ def fit_arm(run: Run, arm: Arm, log_dir: Path) -> tuple[Model, FitResult, float,
     return model, result, besides + time.perf_counter() - began, passes
 
 
-def _hashed(name: str, model: Model, hashes: dict[str, str]) -> Model:
-    """The model; `hashes` gets the one of its weights and noise schedule."""
-    schedule = json.dumps(dict(model.noise_scheduler.config), sort_keys=True, default=str)
-    hashes[f"weights of {name}"] = hash_of([weights_fingerprint(model.modules()), schedule])
-    return model
+def _weights_hash(run: Run, key: str, model: Model) -> str:
+    """Hash of the weights and the noise schedule of a model that was just loaded; made once a run for each key."""
+    if key not in run.weight_hashes:
+        schedule = json.dumps(dict(model.noise_scheduler.config), sort_keys=True, default=str)
+        run.weight_hashes[key] = hash_of([weights_fingerprint(model.modules()), schedule])
+    return run.weight_hashes[key]
 
 
 def _validation_fingerprint(run: Run, arm: Arm) -> dict[str, str]:
@@ -213,7 +211,10 @@ def _validation_fingerprint(run: Run, arm: Arm) -> dict[str, str]:
 def _student(run: Run, arm: Arm, hashes: dict[str, str]) -> Model:
     """The model that is trained, with the parameters chosen that train."""
     training, start = arm.training, arm.training.method.starts_from
-    model = _hashed(start or BASE, load_model(run.base) if start is None else run.load(start), hashes)
+    model = load_model(run.base) if start is None else run.load(start)
+    # The base of a compressed student is another than the one that methods name so.
+    key = run.base.model_dump_json() if start is None else start
+    hashes[f"weights of {start or BASE}"] = _weights_hash(run, key, model)
     if start is not None:
         adapted = any("lora_" in name for name, _ in model.denoiser.named_parameters())
         if adapted and training.denoiser != "lora":
@@ -298,9 +299,23 @@ def training_rows(run: Run, arm: Arm, model: Model, *, cached: bool) -> Training
     )
 
 
-def _context(run: Run, arm: Arm, rows: TrainingRows, log_dir: Path, load: Callable[[str], Model]) -> Context:
-    """What the arm's method is handed at set-up. load: see Context."""
+def _context(
+    run: Run, arm: Arm, rows: TrainingRows, log_dir: Path, passes: ForwardPasses, hashes: dict[str, str]
+) -> Context:
+    """What the arm's method is handed at set-up. passes, hashes: get the passes and the hashes of the models that it loads."""
     dry = run.config.dry_run
+    looks, of_model = GateLooks(log_dir, run.accelerator, passes), dict[int, str]()
+
+    def load(name: str) -> Model:
+        model = run.load(name)
+        hashes[f"weights of {name}"] = of_model[id(model)] = _weights_hash(run, name, model)
+        return passes.watch(model)
+
+    def layer_auc(model: Model, images: int, timesteps: Sequence[int], label: str) -> Look:
+        said = [of_model[id(model)], *_validation_fingerprint(run, arm).values(), run.config.data.model_dump_json()]
+        said += [run.evaluation.model_dump_json(), run.config.base.frozen_dtype, str(images), str(timesteps)]
+        return looks.get(label, hash_of(said), lambda: _layer_auc(run, model, images, timesteps, label))
+
     return Context(
         generator=generator_at(run.seed, 0, 0),
         device=run.accelerator.device,
@@ -311,7 +326,7 @@ def _context(run: Run, arm: Arm, rows: TrainingRows, log_dir: Path, load: Callab
         load=load,
         batches=lambda images: _first_batches(run, rows, arm.trainer.batch_size, 1 if dry else images),
         captions=lambda count: _spread_captions(rows, count),
-        layer_auc=None if dry or run.validation is None else lambda *look: _layer_auc(run, *look),
+        layer_auc=None if dry or run.validation is None else layer_auc,
         say=lambda message: run.say(f"{arm.name}: {message}"),
     )
 
@@ -331,10 +346,8 @@ def _spread_captions(rows: TrainingRows, count: int) -> list[str]:
     return [rows.caption(i) for i in sorted({round(i * last / (count - 1)) for i in range(count)})]
 
 
-def _layer_auc(
-    run: Run, model: Model, images: int, timesteps: Sequence[int], label: str
-) -> tuple[NDArray[np.float64], Sequence[str]]:
-    """(token groups, layers, timesteps) AUC on validation images, and the names of the layers."""
+def _layer_auc(run: Run, model: Model, images: int, timesteps: Sequence[int], label: str) -> Look:
+    """The AUC of a model's maps on validation images."""
     assert run.validation is not None
     few = run.evaluation.model_copy(update={"localization_images": images})
     model.to(run.accelerator.device)

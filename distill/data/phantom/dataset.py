@@ -111,6 +111,10 @@ class PhantomDataset:
             meta={finding.name: f"{finding.size} {finding.side} {finding.zone}" for finding in scene.findings},
         )
 
+    def size_ids(self, index: int) -> tuple[int, ...]:
+        """Those of the sample, which is not drawn."""
+        return (self.resolution, self.resolution, 0, 0, self.resolution, self.resolution)
+
     def scene(self, index: int) -> Scene:
         """What row `index` shows; costs microseconds. Raises IndexError outside the data set."""
         if not 0 <= index < self.size:

@@ -231,6 +231,22 @@ class RecordDataset:
         row = self._images[sample["image"]]
         return regions_of(row, sample["regions"], self.findings, self.config.resolution)
 
+    def size_ids(self, index: int) -> tuple[int, ...]:
+        """Those of the sample; no image is decoded."""
+        row = self._images[self._samples[index]["image"]]
+        return (
+            row["height"],
+            row["width"],
+            *self._crop_corner(row["width"], row["height"]),
+            *(self.config.resolution,) * 2,
+        )
+
+    def _crop_corner(self, width: int, height: int) -> tuple[int, int]:
+        """(top, left) of the crop in the resized image."""
+        left, top, side = centre_square(width, height)
+        scale = self.config.resolution / side
+        return round(top * scale), round(left * scale)
+
     def __getitem__(self, index: int) -> Sample:
         sample = self._samples[index]
         row = self._images[sample["image"]]
@@ -246,7 +262,6 @@ class RecordDataset:
         )
         pixels = torch.from_numpy(np.array(square, dtype=np.float32) / 127.5 - 1.0)
         pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.expand(3, -1, -1)
-        scale = resolution / side
         return Sample(
             id=sample["id"],
             pixel_values=pixels.contiguous(),
@@ -254,7 +269,7 @@ class RecordDataset:
             regions=regions_of(row, sample["regions"], self.findings, resolution),
             labels=tuple(sample["labels"]),
             original_size=(row["height"], row["width"]),
-            crop_top_left=(round(top * scale), round(left * scale)),
+            crop_top_left=self._crop_corner(*image.size),
         )
 
     def check_captions(self, tokenizers: Sequence[PreTrainedTokenizerBase], max_length: int) -> None:
