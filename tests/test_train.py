@@ -137,7 +137,7 @@ def test_a_gate_that_was_decided_is_read_and_its_passes_count_again(
     gate = (tmp_path / "model/gate.json").read_text(encoding="utf-8")
     assert decided() == first and len(looked) == 2, "the same command again looks at nothing"
     assert (tmp_path / "model/gate.json").read_text(encoding="utf-8") == gate
-    for changed in (["--evaluation.seed", "7"], ["--data.seed", "3"]):
+    for changed in (["--data.seed", "3"],):
         looked.clear()
         with suppress(UserError):  # other weights or images may have nothing to teach
             decided(*changed)
