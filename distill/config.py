@@ -225,6 +225,8 @@ class FullEvaluation(EvaluationConfig):
     """What maps are compared with; auto: masks for ours, boxes where there are any for the other protocols."""
     iou_threshold: Inside = 0.5
     """ours: the predicted region is where the min-max normalized map is above this."""
+    layer_scaling: Literal["none", "min_max"] = "none"
+    """ours: scale the map of each layer and timestep to 0 .. 1 before the mean, so that all weigh alike."""
     self_attention_power: Annotated[int, Field(ge=0, le=100)] = 0
     """ours: how often the map is multiplied by the self-attention."""
     smoothing_sigma: Annotated[float, Field(ge=0, le=1000)] = 0.0

@@ -24,6 +24,7 @@ from listed import WORDS, Listed, sample
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_sd
 
+from distill.attention.heat_maps import normalize, to_image
 from distill.attention.recording import AttentionMaps, attention_layers, record_attention
 from distill.config import BaseConfig, FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
@@ -379,6 +380,33 @@ def test_maps_are_refined_by_self_attention(sd: Model, phantoms: PhantomDataset)
     assert refined[0, 4].max() <= plain[0, 4].max() + 1e-6 and refined[0, 4].min() >= plain[0, 4].min() - 1e-6
     assert refined[0, 4].std() < plain[0, 4].std() and not torch.allclose(refined, plain)
     torch.testing.assert_close(refined[:, :4].sum(dim=1), torch.ones_like(refined[:, 0]), atol=1e-4, rtol=0)
+
+
+@torch.no_grad()
+def test_scaled_layers_weigh_alike(sd: Model, phantoms: PhantomDataset) -> None:
+    """min_max: the mean of the scaled maps of each layer and timestep. The mass stays that of the probabilities."""
+    query = queries(phantoms, sd, CONFIG)[0]
+    inputs = prepare_inputs(sd, [phantoms[query.image]], [query], torch.device("cpu"))
+
+    def made(**options: object) -> tuple[torch.Tensor, torch.Tensor]:
+        config = CONFIG.model_copy(update=options)
+        with ExitStack() as stack:
+            recorder = open_recorder(stack, sd, attention_layers(sd.denoiser, options.get("layers", ())), config)
+            recorder.cross.reduce = inputs.reduce
+            return ours(inputs, config, recorder)
+
+    (plain, mass), (scaled, same_mass) = made(), made(layer_scaling="min_max")
+    assert torch.equal(mass, same_mass) and not torch.allclose(normalize(plain), normalize(scaled))
+    each = []
+    for layer in attention_layers(sd.denoiser):
+        for timestep in range(len(CONFIG.timesteps or ())):
+            # The noise of a timestep depends on its place, so that others are run and left out.
+            with ExitStack() as stack:
+                recorder = open_recorder(stack, sd, [layer], CONFIG)
+                recorder.cross.reduce = inputs.reduce
+                found = list(inputs.renoised(CONFIG.timesteps, CONFIG.seed, recorder.cross))[timestep]
+            each.append(normalize(to_image(found[layer], recorder.cross.sizes[layer], inputs.size)))
+    torch.testing.assert_close(scaled, torch.stack(each).mean(dim=0), atol=1e-5, rtol=0)
 
 
 def test_post_processing_keeps_the_largest_bright_part() -> None:

@@ -227,13 +227,17 @@ def ours(inputs: Inputs, config: FullEvaluation, recorder: Recorder) -> tuple[to
 
     -> maps (batch, 4 + pairs, height, width), mass of BOS, words, EOS and padding (batch, 4).
     """
-    total = torch.zeros((), device=inputs.latents.device)
+    total = scaled = torch.zeros((), device=inputs.latents.device)
     assert config.timesteps is not None
+    sizes = recorder.cross.sizes
     for by_layer in inputs.renoised(config.timesteps, config.seed, recorder.cross):
-        total = total + aggregate(by_layer, recorder.cross.sizes, inputs.size)
+        total = total + aggregate(by_layer, sizes, inputs.size)
+        if config.layer_scaling == "min_max":
+            images = [normalize(to_image(values, sizes[name], inputs.size)) for name, values in by_layer.items()]
+            scaled = scaled + torch.stack(images).mean(dim=0)
     maps = total / len(config.timesteps)
     mass = maps[:, :4].mean(dim=(-2, -1))
-    return refine(maps, recorder, config), mass
+    return refine(maps if config.layer_scaling == "none" else scaled / len(config.timesteps), recorder, config), mass
 
 
 def refine(maps: torch.Tensor, recorder: Recorder, config: FullEvaluation) -> torch.Tensor:
