@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny import save_tiny
+from tiny import tiny_sd, tiny_sdxl
 from torch import nn
 from training import prepared
 
-from distill.config import BaseConfig
+from distill.config import BaseConfig, FullEvaluation
 from distill.errors import UserError
+from distill.evaluation.evaluate import generate
 from distill.models.export import export
 from distill.models.family import Model
 from distill.models.kohya import KOHYA_FILE, original_name
@@ -38,8 +39,40 @@ def _level(found: re.Match[str]) -> int:
     return int(found[2]) if found[1] == "down" else 3 - int(found[2])
 
 
+def clip_of(encoder: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    """As the first text encoder is named, whose layers have the names of transformers."""
+    return {
+        f"{prefix}text_model.{key.removeprefix('text_model.')}": value for key, value in encoder.state_dict().items()
+    }
+
+
+OPEN_CLIP = {
+    "embeddings.position_embedding.weight": "positional_embedding", "embeddings.token_embedding": "token_embedding",
+    "encoder.layers": "transformer.resblocks", "final_layer_norm": "ln_final", "layer_norm": "ln_", "self_attn": "attn",
+    "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+}  # fmt: skip
+
+
+def open_clip_of(encoder: nn.Module, prefix: str) -> dict[str, torch.Tensor]:
+    """As SDXL's second text encoder is named: q, k and v are one matrix, and the projection is turned around."""
+    tensors: dict[str, torch.Tensor] = {"logit_scale": torch.tensor(4.6)}  # which only training with images uses
+    for key, value in encoder.state_dict().items():
+        name = key.removeprefix("text_model.")
+        for ours, theirs in OPEN_CLIP.items():
+            name = name.replace(ours, theirs)
+        if found := re.fullmatch(r"(.+)\.([qkv])_proj\.(weight|bias)", name):
+            whole = f"{found[1]}.in_proj_{found[3]}"
+            tensors.setdefault(whole, torch.cat([torch.zeros_like(value)] * 3))
+            tensors[whole].chunk(3)["qkv".index(found[2])].copy_(value)
+        else:
+            tensors[name.removesuffix(".weight") if name == "text_projection.weight" else name] = (
+                value.T if name == "text_projection.weight" else value
+            )
+    return {prefix + key: value for key, value in tensors.items()}
+
+
 def checkpoint_of(pipe: Any) -> dict[str, torch.Tensor]:
-    """The pipeline of Stable Diffusion 1 as one file, under the names of the original code."""
+    """The pipeline of Stable Diffusion 1 or SDXL as one file, under the names of the original code."""
     tensors = {}
     for key, value in pipe.unet.state_dict().items():
         layer, _, end = key.rpartition(".")
@@ -49,16 +82,17 @@ def checkpoint_of(pipe: Any) -> dict[str, torch.Tensor]:
             key = re.sub(pattern, change, key)
         linear = "attn_1" in key and value.ndim == 2
         tensors[f"first_stage_model.{key}"] = value[:, :, None, None] if linear else value
-    for key, value in pipe.text_encoder.state_dict().items():
-        tensors[f"cond_stage_model.transformer.text_model.{key.removeprefix('text_model.')}"] = value
+    if hasattr(pipe, "text_encoder_2"):
+        tensors |= clip_of(pipe.text_encoder, "conditioner.embedders.0.transformer.")
+        tensors |= open_clip_of(pipe.text_encoder_2, "conditioner.embedders.1.model.")
+    else:
+        tensors |= clip_of(pipe.text_encoder, "cond_stage_model.transformer.")
     return {key: value.contiguous() for key, value in tensors.items()}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made_in(folder: Path, pipe: Any) -> Path:
     """sd, a pipeline folder; sd.safetensors, the same as one file; configs, the folder without weights; run, adapters."""
-    folder = tmp_path_factory.mktemp("single")
-    save_tiny(folder / "sd", "sd")
+    pipe.save_pretrained(folder / "sd")
     pipe = load_model(BaseConfig(name=str(folder / "sd"))).pipeline
     save_file(checkpoint_of(pipe), folder / "sd.safetensors")
     shutil.copytree(folder / "sd", folder / "configs", ignore=shutil.ignore_patterns("*.safetensors"))
@@ -72,6 +106,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made_in(tmp_path_factory.mktemp("single"), tiny_sd())
+
+
+@pytest.fixture(scope="module")
+def sdxl_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """diffusers tells SDXL's text encoders in one file apart by their width: as in the original, they have two."""
+    return made_in(tmp_path_factory.mktemp("sdxl"), tiny_sdxl(second_width=24))
+
+
+@pytest.fixture(params=["sd", "sdxl"])
+def either(request: pytest.FixtureRequest) -> Path:
+    found: Path = request.getfixturevalue("folder" if request.param == "sd" else "sdxl_folder")
+    return found
+
+
 def load(folder: Path, name: str, run: Path | None = None, config: str | None = None) -> Model:
     return load_model(BaseConfig(name=str(folder / name), single_file_config=config), run)
 
@@ -81,19 +132,22 @@ def same_weights(one: nn.Module, other: nn.Module) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(value, theirs[key]) for key, value in ours.items())
 
 
-def test_a_whole_checkpoint_is_the_pipeline_that_it_was_made_of(folder: Path) -> None:
-    found, expected = load(folder, "sd.safetensors", config=str(folder / "configs")), load(folder, "sd")
+def test_a_whole_checkpoint_is_the_pipeline_that_it_was_made_of(either: Path) -> None:
+    found, expected = load(either, "sd.safetensors", config=str(either / "configs")), load(either, "sd")
     assert found.family is expected.family and found.tokenize(["a b"])[0].equal(expected.tokenize(["a b"])[0])
     for one, other in zip(found.modules(), expected.modules(), strict=True):
         assert same_weights(one, other)
         assert {parameter.dtype for parameter in one.parameters()} == {torch.float32}
+    config = FullEvaluation(num_inference_steps=2)
+    ours, theirs = (generate(model, ["the pleural effusion"], [3], 64, config) for model in (found, expected))
+    assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("base", ["sd", "sd.safetensors"])
 @pytest.mark.parametrize("name", [LORA_FILE, KOHYA_FILE])
-def test_an_adapter_file_is_as_good_as_its_run_folder(folder: Path, base: str, name: str) -> None:
-    config = str(folder / "configs") if base != "sd" else None
-    expected, found = load(folder, "sd", folder / "run"), load(folder, base, folder / "run" / name, config)
+def test_an_adapter_file_is_as_good_as_its_run_folder(either: Path, base: str, name: str) -> None:
+    config = str(either / "configs") if base != "sd" else None
+    expected, found = load(either, "sd", either / "run"), load(either, base, either / "run" / name, config)
     for one, other in zip(
         (found.denoiser, *found.text_encoders), (expected.denoiser, *expected.text_encoders), strict=True
     ):
@@ -137,6 +191,14 @@ def test_files_of_another_kind_are_named(folder: Path, tmp_path: Path) -> None:
     tensors.pop("model.diffusion_model.input_blocks.0.0.weight")
     save_file(tensors, tmp_path / "part.safetensors")
     assert "part.safetensors" in refusal(tmp_path, "part.safetensors", config=str(folder / "configs"))
+
+
+def test_a_checkpoint_that_lacks_a_weight_is_refused_by_its_name(sdxl_folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(sdxl_folder / "sd.safetensors")
+    del tensors["conditioner.embedders.1.model.text_projection"]
+    save_file(tensors, tmp_path / "part.safetensors")
+    said = refusal(tmp_path, "part.safetensors", config=str(sdxl_folder / "configs"))
+    assert "lacks 1 weights of the text_encoder_2: text_projection.weight" in said
 
 
 def test_an_adapter_with_an_alpha_of_0_or_of_another_base_is_refused(folder: Path, tmp_path: Path) -> None:

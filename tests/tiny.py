@@ -87,8 +87,8 @@ def tiny_sd(prediction_type: str = "epsilon", seed: int = 0) -> StableDiffusionP
     )  # fmt: skip
 
 
-def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
-    """SDXL-shaped: two text encoders, pooled embedding, time ids."""
+def tiny_sdxl(seed: int = 0, *, second_width: int = 16) -> StableDiffusionXLPipeline:
+    """SDXL-shaped: two text encoders, pooled embedding, time ids. second_width: of the second one's hidden states."""
     torch.manual_seed(seed)
     tokenizer = tiny_tokenizer()
     unet = UNet2DConditionModel(
@@ -98,7 +98,7 @@ def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
         block_out_channels=(8, 16),
         layers_per_block=1,
         transformer_layers_per_block=(1, 2),
-        cross_attention_dim=32,
+        cross_attention_dim=16 + second_width,
         attention_head_dim=(2, 4),
         norm_num_groups=4,
         use_linear_projection=True,
@@ -109,7 +109,7 @@ def tiny_sdxl(seed: int = 0) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(
         _vae(),
         CLIPTextModel(_text_config(tokenizer)),
-        CLIPTextModelWithProjection(_text_config(tokenizer, hidden_act="gelu")),
+        CLIPTextModelWithProjection(_text_config(tokenizer, hidden_act="gelu", hidden_size=second_width)),
         tokenizer,
         tiny_tokenizer(),
         unet,
