@@ -30,6 +30,7 @@ from distill.evaluation import priors as priors_module
 from distill.evaluation.image_adds import (
     MAP_TOKENS,
     OTHER_IMAGES,
+    PAIR_MEASURES,
     areas,
     choose_others,
     differences,
@@ -39,7 +40,7 @@ from distill.evaluation.image_adds import (
     twice_midranks,
 )
 from distill.evaluation.localization import localization
-from distill.evaluation.priors import centre_map, priors, training_rows
+from distill.evaluation.priors import centre_map, mean_masks, priors, training_rows
 from distill.evaluation.protocols import PROTOCOLS, Query, ours, queries
 from distill.evaluation.seeds import combine
 from distill.metrics import PixelAUROC
@@ -386,7 +387,9 @@ def test_priors_are_those_of_brute_force(accelerator: Accelerator) -> None:
     assert found["centre"]["auc"] == pytest.approx(of_centre, abs=1e-9)
     assert found["mean_mask"]["auc"] == pytest.approx(of_means, abs=1e-9)
     assert found["mean_mask"]["training_images"] == 12
-    assert found.keys() == {"centre", "mean_mask"} and found["centre"].keys() == {"auc", "auc_ci"}
+    assert found.keys() == {"centre", "mean_mask"} and found["centre"].keys() == {
+        "auc", "auc_ci", "within_prior", "within_prior_ci",
+    }  # fmt: skip
     for entry in found.values():
         assert entry["auc_ci"][0] <= entry["auc"] <= entry["auc_ci"][1]
 
@@ -406,7 +409,8 @@ def test_the_mean_mask_is_of_training_images_only(accelerator: Accelerator) -> N
     assert priors(held_out, mixed, asked, CONFIG, accelerator=accelerator) == clean
     assert mixed.read and not [name for name in mixed.read if name.startswith("a")]
     only = priors(held_out, rectangles("a", 8), asked, CONFIG, accelerator=accelerator)
-    assert only["mean_mask"] is None and only["centre"] == clean["centre"]
+    assert only["mean_mask"] is None and only["centre"]["auc"] == clean["centre"]["auc"]
+    assert only["centre"]["within_prior"] is None and clean["centre"]["within_prior"] is not None
 
 
 def test_without_training_regions_there_is_no_mean_mask(accelerator: Accelerator) -> None:
@@ -448,7 +452,15 @@ def test_priors_are_computed_once_a_run(accelerator: Accelerator, tmp_path: Path
     assert fewer["centre"] != first["centre"]
     held_out.read.clear()
     assert priors(held_out, training, asked, CONFIG, **shared) == first and held_out.read == [], "still in the file"
-    assert [path.name for path in tmp_path.iterdir()] == ["priors.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mean_masks.safetensors", "priors.json"]
+    kept = mean_masks(training, held_out, asked, CONFIG, accelerator, tmp_path)
+    training.read.clear()
+    (tmp_path / "priors.json").unlink()
+    assert priors(held_out, training, asked, CONFIG, **shared) == first and training.read == [], "the masks are kept"
+    for damage in (b"", b"[]", (tmp_path / "mean_masks.safetensors").read_bytes()[:-1]):
+        (tmp_path / "mean_masks.safetensors").write_bytes(damage)
+        again = mean_masks(training, held_out, asked, CONFIG, accelerator, tmp_path)
+        assert again.images == kept.images == 8 and all(torch.equal(again.masks[f], kept.masks[f]) for f in NAMES)
 
 
 def test_priors_are_in_the_entry_of_localization(sd: Model, accelerator: Accelerator, tmp_path: Path) -> None:
@@ -456,7 +468,18 @@ def test_priors_are_in_the_entry_of_localization(sd: Model, accelerator: Acceler
     shared: dict[str, Any] = {"accelerator": accelerator, "training": training}
     plain = localization(sd, held_out, CONFIG, accelerator=accelerator, arm_dir=tmp_path / "plain")
     found = localization(sd, held_out, CONFIG, arm_dir=tmp_path / "arm", priors_dir=tmp_path / "real", **shared)
-    assert found == plain | {"priors": found["priors"]} and "priors" not in plain
+    assert "priors" not in plain and plain["word"]["within_prior"] is None and plain["word"]["within_prior_pairs"] == 0
+    for token in MAP_TOKENS:
+        within = {key: value for key, value in found[token].items() if key.startswith("within_prior")}
+        assert found[token] == plain[token] | within and within["within_prior_pairs"] == len(rows_of(tmp_path / "arm"))
+        stored = [(row["within_prior"][token], row["finding"]) for row in rows_of(tmp_path / "arm")]
+        expected = mean_of_findings([value for value, _ in stored], [finding for _, finding in stored])
+        assert within["within_prior"] == pytest.approx(expected, abs=1e-12)
+        low, high = within["within_prior_ci"]
+        assert low <= expected <= high
+    assert {k: v for k, v in found.items() if k not in (*MAP_TOKENS, "priors")} == {
+        k: v for k, v in plain.items() if k not in MAP_TOKENS
+    }
     asked = queries(held_out, sd, CONFIG)
     assert found["priors"] == priors(held_out, training, asked, CONFIG, accelerator=accelerator)
     assert (tmp_path / "real/priors.json").exists(), "kept for the run's other models"
@@ -485,34 +508,35 @@ def test_two_processes_give_the_priors_of_one(accelerator: Accelerator, tmp_path
 # --- several seeds ----------------------------------------------------------------------------------------------------
 
 
-def add_to(folder: Path, arm: str, values: dict[int, float]) -> None:
-    """Puts image_adds into the files of a written run: of each seed one value for every pair."""
+def add_to(folder: Path, arm: str, values: dict[int, float], key: str) -> None:
+    """Puts a measure of pairs into the files of a written run: of each seed one value for every pair."""
     for seed, value in values.items():
         path = folder / f"seed-{seed}" / arm / "pairs.jsonl"
         head, *lines = path.read_text(encoding="utf-8").splitlines()
-        rows = [json.loads(line) | {"image_adds": {"word": value, "eos": None, "padding": value}} for line in lines]
+        rows = [json.loads(line) | {key: {"word": value, "eos": None, "padding": value}} for line in lines]
         path.write_text("\n".join([head, *(json.dumps(row) for row in rows)]), encoding="utf-8")
         path = folder / f"seed-{seed}" / "metrics.json"
         metrics = json.loads(path.read_text(encoding="utf-8"))
-        metrics["arms"][arm]["localization"]["word"] |= {"image_adds": value, "image_adds_ci": [0.0, 1.0]}
+        metrics["arms"][arm]["localization"]["word"] |= {key: value, f"{key}_ci": [0.0, 1.0]}
         path.write_text(json.dumps(metrics), encoding="utf-8")
 
 
-def test_seeds_pair_what_the_image_adds(tmp_path: Path) -> None:
+@pytest.mark.parametrize("key", PAIR_MEASURES)
+def test_seeds_pair_what_is_made_of_all_maps(tmp_path: Path, key: str) -> None:
     for seed in (3, 4):
         write_run(tmp_path, seed, {"frozen": 0.0, "distilled": 0.1, "older": 0.1})
-    add_to(tmp_path, "frozen", {3: 0.1, 4: 0.2})
-    add_to(tmp_path, "distilled", {3: 0.2, 4: 0.4})
+    add_to(tmp_path, "frozen", {3: 0.1, 4: 0.2}, key)
+    add_to(tmp_path, "distilled", {3: 0.2, 4: 0.4}, key)
     metrics = combine(tmp_path, samples=100)
     found = metrics["paired"]["distilled - frozen"]
-    assert found["word.image_adds"]["value"] == pytest.approx(0.15)
-    assert found["word.image_adds"]["per_seed"] == pytest.approx({"3": 0.1, "4": 0.2})
-    assert found["word.image_adds"]["ci"] == pytest.approx([0.1, 0.2])
-    assert "eos.image_adds" not in found, "of no pair"
+    assert found[f"word.{key}"]["value"] == pytest.approx(0.15)
+    assert found[f"word.{key}"]["per_seed"] == pytest.approx({"3": 0.1, "4": 0.2})
+    assert found[f"word.{key}"]["ci"] == pytest.approx([0.1, 0.2])
+    assert f"eos.{key}" not in found, "of no pair"
     arm = metrics["arms"]["distilled"]
-    assert [arm["per_seed"][seed]["word.image_adds"] for seed in ("3", "4")] == [0.2, 0.4]
-    assert arm["localization"]["word"]["image_adds"] == pytest.approx(0.3)
-    assert arm["localization"]["word"]["image_adds_ci"] == pytest.approx([0.2, 0.4])
+    assert [arm["per_seed"][seed][f"word.{key}"] for seed in ("3", "4")] == [0.2, 0.4]
+    assert arm["localization"]["word"][key] == pytest.approx(0.3)
+    assert arm["localization"]["word"][f"{key}_ci"] == pytest.approx([0.2, 0.4])
     older = metrics["paired"]["older - frozen"]
-    assert "word.image_adds" not in older and "word.auc" in older, "a run from before this number"
-    assert "word.image_adds" not in metrics["arms"]["older"]["per_seed"]["3"]
+    assert f"word.{key}" not in older and "word.auc" in older, "a run from before this number"
+    assert f"word.{key}" not in metrics["arms"]["older"]["per_seed"]["3"]

@@ -273,7 +273,12 @@ def test_maps_no_better_than_blind_ones_are_called_so() -> None:
     assert "By word AUC, a is not shown to be better than blind maps (mean mask)." in found.reasons
     assert "The maps of a are not shown to depend on the image." in found.reasons
     assert not any("centre" in text for text in found.reasons)
+    one["localization"]["priors"]["centre"] |= {"within_prior": 0.49, "within_prior_ci": [0.48, 0.5]}
+    one["localization"]["word"]["within_prior"] = 0.61
     results = parse_metrics({"arms": {"a": one}, "provenance": {}})
+    details = results_table(results, DETAILS)
+    assert details.head == ["model", "AUC within prior ↑"]
+    assert [row[1].text for row in details.rows] == [".610", ".490", UNKNOWN]  # type: ignore[union-attr]
     table = results_table(results)
     assert [row[0] for row in table.rows] == ["a", "blind map: centre", "blind map: mean mask"]
     assert table.rows[2][1].text == ".710" and "image adds ↑" in table.head  # type: ignore[union-attr]
@@ -619,7 +624,7 @@ def test_several_seeds_show_the_pictures_of_the_first(tmp_path: Path) -> None:
 def test_the_report_is_small_and_knows_no_arm() -> None:
     folder = Path(distill.report.__file__).parent
     files = [path for path in folder.rglob("*") if path.suffix in (".py", ".j2", ".css", ".js")]
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= 982
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in files) <= 987
     names = re.compile(
         r"\b(frozen(?!=True)|learnable|distilled|key_locked|continued|gated|self_taught|rali)\b|[\"']base[\"'] in"
     )

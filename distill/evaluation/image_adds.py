@@ -27,6 +27,9 @@ OTHER_IMAGES = 5
 MAP_TOKENS = ("word", "eos", "padding")
 """Maps of a pair, in the order in which they are stacked."""
 
+PAIR_MEASURES = ("image_adds", "within_prior")
+"""What is made of the maps of all pairs together, and kept for each pair beside its scores."""
+
 Array = NDArray[np.float64]
 Row = Mapping[str, Any]
 
@@ -176,27 +179,30 @@ def finish_rows(
 
 
 def summary(rows: Sequence[Row], config: FullEvaluation) -> dict[str, JsonObject]:
-    """token -> {"image_adds", "image_adds_ci", "other_image_auc", "image_adds_pairs"}, averaged as the protocol's AUC.
+    """token -> {"image_adds", "image_adds_ci", "other_image_auc", "image_adds_pairs"} and {"within_prior", "within_prior_ci",
+    "within_prior_pairs"}, averaged as the protocol's AUC.
 
-    rows: see `finish_rows`. The interval is a 95 % bootstrap over images of the pairs' differences.
+    rows: see `finish_rows`, and with "within_prior" where it was measured. The intervals are 95 % bootstraps over images of
+    the pairs' values.
     """
     macro = PROTOCOLS[config.protocol].metrics(config)["auc"].average == "macro"
     found = {}
     for token in MAP_TOKENS:
-        scored = [row for row in rows if row["image_adds"][token] is not None]
-        added = np.array([row["image_adds"][token] for row in scored])
-        own = np.array([row["scores"][token]["auc"] for row in scored])
-        groups = np.array([row["finding"] if macro else 0 for row in scored])
-        clusters = [row["cluster"] for row in scored]
-        interval = (
-            macro_mean_interval(added, groups, clusters, config.bootstrap_samples, config.seed) if scored else None
-        )
-        found[token] = {
-            "image_adds": mean_over(added, groups),
-            "image_adds_ci": list(interval) if interval else None,
-            "other_image_auc": mean_over(own - added, groups),
-            "image_adds_pairs": len(scored),
-        }
+        entry: JsonObject = {}
+        for key in PAIR_MEASURES:
+            scored = [row for row in rows if row.get(key, {}).get(token) is not None]
+            values = np.array([row[key][token] for row in scored])
+            groups = np.array([row["finding"] if macro else 0 for row in scored])
+            clusters = [row["cluster"] for row in scored]
+            interval = (
+                macro_mean_interval(values, groups, clusters, config.bootstrap_samples, config.seed) if scored else None
+            )
+            entry |= {key: mean_over(values, groups), f"{key}_ci": list(interval) if interval else None}
+            entry[f"{key}_pairs"] = len(scored)
+            if key == "image_adds":
+                own = np.array([row["scores"][token]["auc"] for row in scored])
+                entry["other_image_auc"] = mean_over(own - values, groups)
+        found[token] = entry
     return found
 
 

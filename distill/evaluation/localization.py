@@ -25,7 +25,7 @@ from distill.config import FullEvaluation
 from distill.data.sample import ImageCaptionDataset, Sample, image_key
 from distill.evaluation.image_adds import finish_rows, packed_pairs, summary
 from distill.evaluation.kept import Batches, Kept, digest, weights_of
-from distill.evaluation.priors import priors
+from distill.evaluation.priors import MeanMasks, mean_masks, priors
 from distill.evaluation.protocols import (
     PROTOCOLS,
     Protocol,
@@ -37,6 +37,7 @@ from distill.evaluation.protocols import (
     queries,
     with_subset,
 )
+from distill.evaluation.within_prior import within_priors
 from distill.files import JsonObject, write_atomic, write_tensors
 from distill.metrics import AttentionMass, LocalizationMetric, MixtureMetric, macro_mean_interval
 from distill.metrics.maps import mixture_masks
@@ -162,9 +163,14 @@ def localization(
     result["protocol"] = config.protocol
     if config.protocol == "ours":
         result |= {"layers": list(names), "timesteps": list(config.timesteps or ())}
+    means = MeanMasks()
+    if priors_dir is not None and training is not None:
+        means = mean_masks(training, dataset, asked, config, accelerator, priors_dir)
     added: list[Any] = [None]
     if accelerator.is_main_process:
+        within = within_priors(rows, dataset.findings, means.masks, config, accelerator.device)
         finished = finish_rows(rows, dataset.findings, config, accelerator.device)
+        finished = [row | {"within_prior": own} for row, own in zip(finished, within, strict=True)]
         lines = [json.dumps(line) for line in [{"key": rows_key(config, weights)}, *finished]]
         write_atomic(arm_dir / "pairs.jsonl", "\n".join(lines) + "\n")
         added = [summary(finished, config)]

@@ -9,27 +9,38 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list, gather_object
 from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
 
 from distill.config import FullEvaluation
 from distill.data.sample import ImageCaptionDataset, Region, image_key
 from distill.errors import UserError
 from distill.evaluation.image_adds import mean_over
 from distill.evaluation.protocols import PROTOCOLS, Query, ground_truth, ground_truths
-from distill.files import JsonObject, read_json, write_json
+from distill.evaluation.within_prior import STRATA, areas_within, prior_at, strata_of
+from distill.files import JsonObject, read_json, write_json, write_tensors
 from distill.metrics import macro_mean_interval
 
 PRIOR_TRAINING_IMAGES = 600
 """Training images of each finding whose masks are averaged."""
 FILE = "priors.json"
+MEANS_FILE = "mean_masks.safetensors"
+
+
+@dataclass(frozen=True)
+class MeanMasks:
+    """masks: finding -> (side, side) float32, without findings that no training image has a region of. images: all of them."""
+
+    masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    images: int = 0
 
 
 @torch.no_grad()
@@ -42,7 +53,8 @@ def priors(
     accelerator: Accelerator,
     folder: Path | None = None,
 ) -> JsonObject:
-    """{"centre": {"auc", "auc_ci"}, "mean_mask": {"auc", "auc_ci", "training_images"} or None without training regions}.
+    """{"centre": {"auc", "auc_ci", "within_prior", "within_prior_ci"}, "mean_mask": {the same, "training_images"}}; "mean_mask"
+    and "within_prior" are None without training regions.
 
     The pairs, masks, metric and average are those of the protocol's "auc"; smoothing and thresholds of the model's maps
     are not applied. folder: the result is kept in its priors.json, by a hash of what decides it. All processes must call
@@ -56,11 +68,12 @@ def priors(
     broadcast_object_list(known)
     if known[0] is not None:
         return dict(known[0])
-    means, images = ({}, 0) if training is None else mean_masks(training, held_out, asked, config, accelerator)
-    values, findings, clusters = _scores(held_out, asked, means, config, accelerator)
-    result: JsonObject = {"centre": _entry(values[:, 0], findings, clusters, config), "mean_mask": None}
-    if images:
-        result["mean_mask"] = _entry(values[:, 1], findings, clusters, config) | {"training_images": images}
+    means = MeanMasks() if training is None else mean_masks(training, held_out, asked, config, accelerator, folder)
+    values, findings, clusters = _scores(held_out, asked, means.masks, config, accelerator)
+    entries = [_entry(values[:, place], findings, clusters, config) for place in range(2)]
+    result: JsonObject = {"centre": entries[0], "mean_mask": None}
+    if means.images:
+        result["mean_mask"] = entries[1] | {"training_images": means.images}
     if accelerator.is_main_process and path is not None:
         write_json(path, _read(path) | {key: result})
     return result
@@ -89,6 +102,7 @@ def priors_key(
         config.bootstrap_samples,
         config.seed,
         PRIOR_TRAINING_IMAGES,
+        STRATA,
         count,
     ]
     parts += [list(held_out.findings)]
@@ -137,11 +151,47 @@ def mean_masks(
     asked: Sequence[Query],
     config: FullEvaluation,
     accelerator: Accelerator,
-) -> tuple[dict[str, torch.Tensor], int]:
-    """finding -> (side, side) float32 mean of its training masks, and how many training images these are of.
+    folder: Path | None = None,
+) -> MeanMasks:
+    """The mean of each finding's training masks. folder: kept in its mean_masks.safetensors, by the key of `priors`.
 
-    A finding without any training region is left out.
+    All processes must call this, and share the work.
     """
+    key = priors_key(held_out, training, asked, config)
+    known: list[MeanMasks | None] = [None]
+    if accelerator.is_main_process and folder is not None:
+        known = [_read_means(folder / MEANS_FILE, key)]
+    broadcast_object_list(known)
+    if known[0] is not None:
+        return known[0]
+    found = _mean_masks(training, held_out, asked, config, accelerator)
+    if accelerator.is_main_process and folder is not None and found.images:
+        folder.mkdir(parents=True, exist_ok=True)
+        about = json.dumps({"key": key, "images": found.images})
+        write_tensors(folder / MEANS_FILE, dict(found.masks), {"about": about})
+    return found
+
+
+def _read_means(path: Path, key: str) -> MeanMasks | None:
+    """What the file keeps; None where it is missing, damaged or of other data."""
+    try:
+        with safe_open(path, "pt") as file:
+            about = json.loads((file.metadata() or {})["about"])
+            if about["key"] != key:
+                return None
+            masks = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            return MeanMasks(masks, int(about["images"]))
+    except (OSError, SafetensorError, KeyError, ValueError, TypeError):
+        return None
+
+
+def _mean_masks(
+    training: ImageCaptionDataset,
+    held_out: ImageCaptionDataset,
+    asked: Sequence[Query],
+    config: FullEvaluation,
+    accelerator: Accelerator,
+) -> MeanMasks:
     kind = PROTOCOLS[config.protocol].ground_truth if config.ground_truth == "auto" else config.ground_truth
     names = sorted({held_out.findings[f] for query in asked for f in query.findings})
     chosen = {finding: set(rows) for finding, rows in training_rows(training, held_out, names).items()}
@@ -163,7 +213,7 @@ def mean_masks(
         if own:
             mean = sum(total for total, _ in own) / sum(count for _, count in own)
             means[finding] = torch.from_numpy(mean).float()
-    return means, len(set(gather_object(used)))
+    return MeanMasks(means, len(set(gather_object(used))))
 
 
 def _scores(
@@ -173,41 +223,42 @@ def _scores(
     config: FullEvaluation,
     accelerator: Accelerator,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], list[str]]:
-    """(pairs, 2) AUC of the centre and of the mean mask, NaN where there is none, and each pair's finding and image."""
+    """(pairs, 2, 2) of the centre and of the mean mask the AUC and that within the prior, NaN where there is none, and each
+    pair's finding and image."""
     protocol = PROTOCOLS[config.protocol]
     metric = protocol.metrics(config)["auc"].to(accelerator.device)
-    corners = {"align_corners": False} if protocol.resize == "bilinear" else {}
-    rows: list[tuple[int, int, str, float, float]] = []
+    rows: list[tuple[int, int, str, list[list[float]]]] = []
     for number in range(len(asked))[accelerator.process_index :: accelerator.num_processes]:
         query = asked[number]
         masks, boxes = ground_truths(query, held_out[query.image], held_out.findings, config)
         masks, side = masks.to(accelerator.device), masks.shape[-1]
         centre = centre_map(side).to(masks.device).expand(len(masks), -1, -1)
-        found = [metric.pair_scores(centre, masks, boxes).tolist()]
         known = [means.get(held_out.findings[f]) for f in query.findings]
-        mean = [
-            torch.zeros(side, side)
-            if m is None
-            else F.interpolate(m[None, None], (side, side), mode=protocol.resize, **corners)[0, 0]
-            for m in known
-        ]
-        scores = metric.pair_scores(torch.stack(mean).to(masks.device), masks, boxes).tolist()
-        found.append([np.nan if m is None else score for m, score in zip(known, scores, strict=True)])
+        mean = torch.stack([torch.zeros(side, side) if m is None else prior_at(m, (side, side), config) for m in known])
+        mean = mean.to(masks.device)
         cluster = image_key(held_out, query.image)
-        rows += [(number, f, cluster, *own) for f, *own in zip(query.findings, *found, strict=True)]
+        areas = zip(*(metric.pair_scores(blind, masks, boxes).tolist() for blind in (centre, mean)), strict=True)
+        for finding, m, mask, prior, own in zip(query.findings, known, masks, mean, areas, strict=True):
+            both, within = [own[0], np.nan if m is None else own[1]], [np.nan, np.nan]
+            if m is not None and protocol.size != "original":  # as of the models' maps
+                blind = torch.stack([centre[0], prior]).flatten(1)
+                within = areas_within(blind, mask.flatten(), strata_of(prior.flatten())).tolist()
+            rows.append((number, finding, cluster, [list(pair) for pair in zip(both, within, strict=True)]))
     rows = sorted(gather_object(rows), key=lambda row: row[:2])
-    values = np.array([row[3:] for row in rows], dtype=np.float64).reshape(-1, 2)
+    values = np.array([row[3] for row in rows], dtype=np.float64).reshape(-1, 2, 2)
     return values, np.array([row[1] for row in rows], dtype=np.int64), [row[2] for row in rows]
 
 
 def _entry(
     values: NDArray[np.float64], findings: NDArray[np.int64], clusters: Sequence[str], config: FullEvaluation
 ) -> JsonObject:
+    """values: (pairs, 2), see `_scores`."""
     macro = PROTOCOLS[config.protocol].metrics(config)["auc"].average == "macro"
-    defined = ~np.isnan(values)
-    values, groups = values[defined], findings[defined] if macro else np.zeros_like(findings[defined])
-    images = np.array(clusters)[defined]
-    interval = (
-        macro_mean_interval(values, groups, images, config.bootstrap_samples, config.seed) if len(values) else None
-    )
-    return {"auc": mean_over(values, groups), "auc_ci": list(interval) if interval else None}
+    entry: JsonObject = {}
+    for key, column in zip(("auc", "within_prior"), values.T, strict=True):
+        defined = ~np.isnan(column)
+        own, groups = column[defined], findings[defined] if macro else np.zeros_like(findings[defined])
+        images = np.array(clusters)[defined]
+        interval = macro_mean_interval(own, groups, images, config.bootstrap_samples, config.seed) if len(own) else None
+        entry |= {key: mean_over(own, groups), f"{key}_ci": list(interval) if interval else None}
+    return entry

@@ -35,7 +35,8 @@ class Finding:
 
 @dataclass(frozen=True)
 class TokenMap:
-    """Scores of one token map. image_adds: AUC minus other_image_auc, that of other images' maps on this image."""
+    """Scores of one token map. image_adds: AUC minus other_image_auc, that of other images' maps on this image.
+    within_prior: see evaluation/within_prior.py."""
 
     auc: UnitEstimate
     cnr: AnyEstimate
@@ -46,6 +47,7 @@ class TokenMap:
     per_finding: Mapping[str, Finding]
     image_adds: Annotated[Estimate, -1.0, 1.0] = Estimate()
     other_image_auc: UnitEstimate = Estimate()
+    within_prior: UnitEstimate = Estimate()
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Prior:
     """A map that does not look at the image."""
 
     auc: UnitEstimate
+    within_prior: UnitEstimate = Estimate()
 
 
 @dataclass(frozen=True)

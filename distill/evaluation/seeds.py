@@ -24,6 +24,7 @@ from tqdm.auto import tqdm
 from distill.config import FullEvaluation, TrainerConfig
 from distill.configuration.changes import without_harmless
 from distill.errors import UserError, raise_all
+from distill.evaluation.image_adds import PAIR_MEASURES
 from distill.files import JsonObject, read_json
 from distill.metrics.bootstrap import divide_or_nan, mean_of_defined, percentile_interval, resample_counts
 from distill.metrics.fidelity import FIDELITY, fidelity_resamples
@@ -34,7 +35,6 @@ Resamples = tuple[Array, Array]
 """Values of each seed, (seeds,), and of resamples, (samples, seeds)."""
 TOKENS = ("word", "eos", "padding")
 LOCALIZATION = ("auc", "cnr", "top1", "iou")
-IMAGE_ADDS = "image_adds"
 QUALITY = (*FIDELITY, "finding_auc", "diversity")
 FRECHET_SAMPLES = 200
 
@@ -179,9 +179,8 @@ def _comparable(metrics: JsonObject) -> JsonObject:
 def _values(entry: JsonObject) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for token in TOKENS if entry["localization"] else ():
-        found |= {f"{token}.{name}": entry["localization"][token][name] for name in LOCALIZATION}
-        if IMAGE_ADDS in entry["localization"][token]:
-            found[f"{token}.{IMAGE_ADDS}"] = entry["localization"][token][IMAGE_ADDS]
+        own = entry["localization"][token]
+        found |= {f"{token}.{name}": own[name] for name in (*LOCALIZATION, *PAIR_MEASURES) if name in own}
     if entry["localization"]:
         found |= {f"mass.{name}": value for name, value in entry["localization"]["mass"].items()}
     quality = entry["quality"] or {}
@@ -225,8 +224,9 @@ def _scores_of(rows: list[JsonObject]) -> PairScores:
         for name in LOCALIZATION:
             values = [row["scores"][token].get(name) for row in rows]
             found[f"{token}.{name}"] = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
-        values = [row.get(IMAGE_ADDS, {}).get(token) for row in rows]
-        found[f"{token}.{IMAGE_ADDS}"] = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
+        for name in PAIR_MEASURES:
+            values = [row.get(name, {}).get(token) for row in rows]
+            found[f"{token}.{name}"] = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
     return PairScores(keys, found)
 
 
@@ -253,7 +253,7 @@ def _estimates(
     keys = scores[arms[0]][0].keys
     if any(entry.keys != keys for arm in arms for entry in scores[arm]):
         raise UserError("the arms were scored on different images")
-    for key in (f"{token}.{name}" for token in TOKENS for name in (*LOCALIZATION, IMAGE_ADDS)) if keys else ():
+    for key in (f"{token}.{name}" for token in TOKENS for name in (*LOCALIZATION, *PAIR_MEASURES)) if keys else ():
         tables = [np.stack([entry.scores[key] for entry in scores[arm]]) for arm in arms]
         table = tables[0] - tables[1] if len(tables) == 2 else tables[0]
         usable = ~np.isnan(table).any(axis=0)  # a contrast may be infinite

@@ -30,10 +30,14 @@ class Metric:
 
 _WORD = "The chance that a finding's word map is higher inside the finding's region than outside. .5 is chance, 1 is perfect."
 _ADDS = "Word AUC of an image's own map minus that of other images' maps. 0 means that the map ignores the image."
+_WITHIN = (
+    "Word AUC among pixels where training images have the finding equally often. .5 is chance, also for blind maps."
+)
 _FID = "Distance between features of generated and real images. Compare only values of one table."
 _FINDING = "A classifier of real images looks for the caption's findings in each generated image."
 WORD_AUC = Metric("word.auc", "word AUC", 1, _WORD)
 IMAGE_ADDS = Metric("word.image_adds", "image adds", 1, _ADDS)
+WITHIN_PRIOR = Metric("word.within_prior", "AUC within prior", 1, _WITHIN)
 OTHER = Metric("word.other_image_auc", "other image's AUC", 0, "Word AUC of other images' maps of the same finding.")
 CNR = Metric("word.cnr", "CNR", 1, "Contrast of the map inside and outside, in standard deviations.", unit=False)
 TOP1 = Metric("word.top1", "Top-1", 1, "How often the highest pixel of the map lies inside the region.")
@@ -50,7 +54,7 @@ FINDING_AUC = Metric("quality.finding_auc", "finding AUC", 1, _FINDING)
 DIVERSITY = Metric("quality.diversity", "diversity", 0, "How much images of one caption differ, 1 - MS-SSIM.")
 COST = "Images through a denoiser, forward 1 and backward 2, teachers and their training included, over the baseline's."
 MAIN = (WORD_AUC, IMAGE_ADDS, OTHER, CNR, TOP1, IOU, EOS_AUC, PADDING_AUC, FID, KID, FINDING_AUC, DIVERSITY)
-DETAILS = (PRECISION, RECALL, DENSITY, COVERAGE)
+DETAILS = (WITHIN_PRIOR, PRECISION, RECALL, DENSITY, COVERAGE)
 """Shown in tables of their own."""
 METRICS = (*MAIN, *DETAILS)
 
@@ -114,8 +118,9 @@ def results_table(results: Results, wanted: Sequence[Metric] = MAIN) -> Table:
         rows.append([name, *(Cell(*format_estimate(arm.estimate(m.key), m)) for m in shown)])
     located = next((arm.localization for arm in results.arms.values() if arm.localization), None)
     for name, prior in ((located and located.priors) or {}).items():
-        if prior is not None and WORD_AUC in shown:
-            cells = [Cell(*format_estimate(prior.auc if m is WORD_AUC else Estimate(), m)) for m in shown]
+        blind = {WORD_AUC: prior.auc, WITHIN_PRIOR: prior.within_prior} if prior else {}
+        if any(m in shown for m in blind):
+            cells = [Cell(*format_estimate(blind.get(m, Estimate()), m)) for m in shown]
             rows.append([f"blind map: {name.replace('_', ' ')}", *cells])
     head, costs = ["model", *(m.label for m in shown)], relative_costs(results)
     if costs and wanted is not DETAILS:
