@@ -1,0 +1,160 @@
+"""Are generated images copies of training images? Distances to the nearest training and held-out image, and their tests.
+
+Every function takes distances or vectors of images (features, latents, or pixels), and knows no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import TypedDict
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.stats import hypergeom, norm, rankdata
+from torch import Tensor
+
+from distill.metrics.bootstrap import bootstrap_interval, percentile_interval, resample_counts
+from distill.metrics.quality import weighted_auroc
+
+Array = NDArray[np.float64]
+THUMBNAIL_PX = 32
+"""Side of the gray image that is compared pixel by pixel."""
+_CANDIDATES = 8
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """distance: (N,) Euclidean distance of each image to its nearest other image. row: (N,) which one that is."""
+
+    distance: Array
+    row: NDArray[np.int64]
+
+
+def nearest(images: Tensor, others: Iterable[Tensor], leave_out: NDArray[np.int64] | None = None) -> Nearest:
+    """The nearest of `others` for each image; of equally near ones the first.
+
+    images: (N, d). others: blocks (B, d) of any size, one at a time in memory. leave_out: (N,) the row of `others` that an
+    image is not compared with, -1 for none. Each block is searched by one matrix product in float32, and its 8 best rows are
+    measured anew in float64, so that a copy has distance 0. Where all of `others` are left out, the distance is infinite.
+    """
+    origin = images.float().mean(dim=0)
+    exact, centred = images.double(), images.float() - origin
+    best, rows, start = np.full(len(images), np.inf), np.full(len(images), -1), 0
+    out = np.full(len(images), -1) if leave_out is None else leave_out
+    for block in others:
+        rough = torch.cdist(centred, block.float() - origin, compute_mode="use_mm_for_euclid_dist")
+        here = torch.from_numpy(out - start)
+        inside = ((here >= 0) & (here < len(block))).nonzero()[:, 0]
+        rough[inside, here[inside]] = torch.inf
+        near = rough.topk(min(_CANDIDATES, len(block)), largest=False).indices.sort(dim=1).values
+        found = np.stack([(exact - block[near[:, k]].double()).norm(dim=1).numpy() for k in range(near.shape[1])], 1)
+        found[(near == here[:, None]).numpy()] = np.inf
+        place = found.argmin(axis=1)
+        distance = found[np.arange(len(images)), place]
+        nearer = distance < best
+        best[nearer] = distance[nearer]
+        rows[nearer] = start + near.numpy()[np.arange(len(images)), place][nearer]
+        start += len(block)
+    return Nearest(best, rows)
+
+
+def thumbnails(images: Tensor) -> Tensor:
+    """(N, 3, height, width) -> (N, 32 * 32): gray, of mean 0 and standard deviation 1, so that brightness does not count."""
+    gray = F.interpolate(images.float().mean(1, True), size=(THUMBNAIL_PX,) * 2, mode="area").flatten(1)
+    gray = gray - gray.mean(dim=1, keepdim=True)
+    return gray / gray.std(dim=1, keepdim=True).clamp_min(1e-6)
+
+
+class Closeness(TypedDict):
+    """auc: chance that a generated image is nearer to training than a held-out image is; .5 is none. p is one-sided."""
+
+    auc: float
+    auc_ci: tuple[float, float] | None
+    z: float
+    p: float
+
+
+def closeness(generated: Array, held_out: Array, samples: int = 1000, seed: int = 0) -> Closeness:
+    """The data-copying test of Meehan, Chaudhuri, Dasgupta 2020, arXiv 2004.05675, with one cell: a Mann-Whitney test.
+
+    generated: (n,), held_out: (m,) distances to the nearest training image. The sign of z is turned: above 0 means that
+    generated images are nearer. The interval draws images of both sides; p and the interval assume independent images.
+    A small distance is not yet a copy: an image that is smoother than real ones is near to everything. `copies` does not
+    have this fault.
+    """
+    n, m = len(generated), len(held_out)
+    distances = np.concatenate([held_out, generated])
+    is_held_out = np.arange(m + n) < m
+    area = float(weighted_auroc(distances, is_held_out, np.ones((1, m + n)))[0])
+    ties = np.unique(rankdata(distances), return_counts=True)[1].astype(np.float64)
+    spread = np.sqrt(((m + n + 1) - (ties**3 - ties).sum() / ((m + n) * max(m + n - 1, 1))) / (12 * m * n))
+    z = (area - 0.5) / spread if spread > 0 else 0.0
+    draws = zip(*(np.concatenate(list(resample_counts(k, samples, seed + k))) for k in (m, n)), strict=True)
+    counts = np.stack([np.concatenate(pair) for pair in draws])
+    resampled = weighted_auroc(distances, is_held_out, counts)
+    return {"auc": area, "auc_ci": percentile_interval(resampled, 0.95), "z": float(z), "p": float(norm.sf(z))}
+
+
+class Copies(TypedDict):
+    """share: of generated images, those nearer to a training than to any held-out image. chance: of that for no copies.
+    copies: (share - chance) / (1 - chance), at least 0: the share of copies, if all other images are as by chance.
+    neighbours: different images that are the nearest of some generated image. p: see `copies`."""
+
+    share: float
+    chance: float
+    copies: float
+    copies_ci: tuple[float, float] | None
+    neighbours: int
+    p: float
+
+
+def copies(
+    training: Nearest, held_out: Nearest, training_count: int, held_out_count: int, samples: int = 1000, seed: int = 0
+) -> Copies:
+    """How many generated images are copies of training images, and whether that is more than chance.
+
+    training, held_out: the nearest of `training_count` and of `held_out_count` images, for the same generated images.
+
+    Assumed: images came into the training or the held-out split by chance, and the model saw the training split only. Then a
+    model that does not copy would have drawn the same images had the splits been others, and the nearest image of all is a
+    training image with probability N / (N + M). All images are used, for a subset of the training images as large as the
+    held-out set would hide most of what was copied.
+    Several generated images may share a nearest image, and are then one observation: the test counts *different* nearest
+    images (exact, hypergeometric, one-sided), and the interval draws them with all generated images that they are nearest to.
+    So many copies of one single training image are not significant here; the pairs (`suspicion`) show them.
+    An image that is equally near to both counts one half in `share`, and as held-out in the test.
+    """
+    is_training = training.distance < held_out.distance
+    counted = is_training + 0.5 * (training.distance == held_out.distance)
+    neighbour = np.where(is_training, training.row, training_count + held_out.row)
+    chance = training_count / (training_count + held_out_count)
+    different = np.unique(neighbour)
+    of_training = int((different < training_count).sum())
+    p = hypergeom.sf(of_training - 1, training_count + held_out_count, training_count, len(different))
+    interval = bootstrap_interval(counted, neighbour, lambda rows: float(rows.mean()), samples, seed)
+
+    def above_chance(share: float) -> float:
+        return max(0.0, (share - chance) / (1 - chance))
+
+    share = float(counted.mean())
+    return {
+        "share": share,
+        "chance": chance,
+        "copies": above_chance(share),
+        "copies_ci": (above_chance(interval[0]), above_chance(interval[1])) if interval else None,
+        "neighbours": len(different),
+        "p": float(p),
+    }
+
+
+def suspicion(training: Nearest, held_out: Nearest) -> Array:
+    """(N,) d(nearest training image) / d(nearest held-out image): 0 for a copy, and 1 where both are equally near.
+
+    The lower, the more suspicious. With many more training than held-out images most ratios are below 1.
+    """
+    equal = training.distance == held_out.distance
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return np.where(equal, 1.0, training.distance / held_out.distance)

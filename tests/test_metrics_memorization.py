@@ -1,0 +1,140 @@
+"""Copies are found by distance 0 and by the tests, images of the same distribution are not, and blocks change nothing."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy.stats import binomtest, mannwhitneyu
+from torch import Tensor
+
+from distill.metrics.memorization import Nearest, closeness, copies, nearest, suspicion, thumbnails
+
+
+def cloud(count: int, seed: int, width: int = 5) -> Tensor:
+    return torch.randn(count, width, generator=torch.Generator().manual_seed(seed))
+
+
+# --- the nearest image ----------------------------------------------------------------------------------------------
+
+
+def brute_force(images: Tensor, others: Tensor, leave_out: list[int]) -> tuple[list[float], list[int]]:
+    distances, rows = [], []
+    for image, out in zip(images.double(), leave_out, strict=True):
+        each = [(float((image - other).norm()), row) for row, other in enumerate(others.double()) if row != out]
+        distance, row = min(each)
+        distances.append(distance)
+        rows.append(row)
+    return distances, rows
+
+
+@pytest.mark.parametrize("block", [1, 7, 30, 100])
+def test_the_nearest_image_is_that_of_a_loop_for_any_block(block: int) -> None:
+    images, others = cloud(20, 0), cloud(30, 1)
+    others[25] = others[3] = images[5]
+    others[9] = images[6]
+    out = [-1] * 20
+    out[6], out[0] = 9, int(nearest(images, [others]).row[0])
+    found = nearest(images, others.split(block), np.array(out))
+    distances, rows = brute_force(images, others, out)
+    assert found.row.tolist() == rows and found.row[5] == 3, "of two copies the first"
+    np.testing.assert_allclose(found.distance, distances, rtol=1e-12)
+    assert found.distance[5] == 0 and found.row[6] != 9
+
+
+def test_a_copy_far_from_the_origin_has_distance_0() -> None:
+    """A difference of squares in float32 would give it about 100."""
+    others = cloud(50, 0, 64) * 1e-2 + 1e4
+    found = nearest(others[[7, 40]], others.split(16))
+    assert found.distance.tolist() == [0, 0] and found.row.tolist() == [7, 40]
+
+
+def test_an_image_without_any_other_is_infinitely_far() -> None:
+    found = nearest(cloud(1, 0), [cloud(1, 1)], np.array([0]))
+    assert found.distance.tolist() == [np.inf] and found.row.tolist() == [-1]
+
+
+def test_a_thumbnail_does_not_know_brightness_and_contrast() -> None:
+    images = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    small = thumbnails(images)
+    assert small.shape == (3, 32 * 32)
+    torch.testing.assert_close(thumbnails(images * 0.4 + 0.3), small, rtol=1e-3, atol=1e-4)
+    assert not torch.allclose(small[0], small[1], atol=0.5)
+    assert thumbnails(torch.full((1, 3, 64, 64), 0.5)).abs().max() == 0, "a blank image divides by no 0"
+
+
+# --- nearer than held-out images are --------------------------------------------------------------------------------
+
+
+def test_closeness_is_the_mann_whitney_test_with_ties() -> None:
+    rng = np.random.default_rng(0)
+    generated, held_out = rng.integers(0, 9, 40).astype(float), rng.integers(2, 11, 25).astype(float)
+    found = closeness(generated, held_out, samples=200)
+    expected = mannwhitneyu(held_out, generated, alternative="greater", use_continuity=False, method="asymptotic")
+    assert found["auc"] == pytest.approx(expected.statistic / (40 * 25)) and found["p"] == pytest.approx(
+        expected.pvalue
+    )
+    assert found["z"] > 0 and found["auc_ci"][0] < found["auc"] < found["auc_ci"][1]  # type: ignore[index]
+    turned = closeness(held_out, generated, samples=10)
+    assert turned["auc"] == pytest.approx(1 - found["auc"]) and turned["z"] == pytest.approx(-found["z"])
+
+
+def test_closeness_of_equal_distances_is_none() -> None:
+    found = closeness(np.ones(4), np.ones(3), samples=10)
+    assert (found["auc"], found["z"], found["p"], found["auc_ci"]) == (0.5, 0, 0.5, (0.5, 0.5))
+
+
+# --- more than chance -----------------------------------------------------------------------------------------------
+
+
+def found_copies(generated: Tensor, training: Tensor, held_out: Tensor, samples: int = 200):  # type: ignore[no-untyped-def]
+    sides = nearest(generated, [training]), nearest(generated, [held_out])
+    return copies(*sides, len(training), len(held_out), samples), suspicion(*sides)
+
+
+def test_copies_are_found_and_come_first() -> None:
+    training, held_out = cloud(60, 0), cloud(40, 1)
+    generated = torch.cat([cloud(40, 2), training[:40]])
+    found, ratio = found_copies(generated, training, held_out)
+    assert set(np.argsort(ratio, kind="stable")[:40]) == set(range(40, 80)) and (ratio[40:] == 0).all()
+    assert found["chance"] == 0.6 and found["share"] > 0.75 and found["p"] < 1e-4
+    assert found["copies_ci"][0] < 0.5 < found["copies_ci"][1]  # type: ignore[index]  # one half are copies
+    turned, ratio = found_copies(generated, held_out, training)
+    assert turned["copies"] == 0 and turned["p"] > 0.99 and np.isinf(ratio[40:]).all()
+    assert turned["share"] == pytest.approx(1 - found["share"])
+
+
+def test_without_copies_the_share_is_chance_and_p_is_fair() -> None:
+    """Of 300 simulations with 20 training and 50 held-out images, about 5 % have p below .05, and not more."""
+    shares, values = [], []
+    for seed in range(300):
+        found, _ = found_copies(cloud(25, 3 * seed), cloud(20, 3 * seed + 1), cloud(50, 3 * seed + 2), samples=1)
+        shares.append(found["share"])
+        values.append(found["p"])
+    assert np.mean(shares) == pytest.approx(20 / 70, abs=0.02)
+    assert 0.01 < np.mean(np.array(values) < 0.05) <= 0.075
+
+
+def test_a_model_that_draws_one_image_again_and_again_is_one_observation() -> None:
+    """A binomial test over its images would be wrong as often as the training image is the nearest: here in one half."""
+    training, held_out = cloud(30, 0), cloud(30, 1)
+    one = next(image for image in cloud(50, 2) if found_copies(image[None], training, held_out)[0]["share"] == 1)
+    found, _ = found_copies(one.expand(40, -1), training, held_out)
+    assert (found["share"], found["neighbours"], found["copies_ci"]) == (1, 1, None) and found["p"] == pytest.approx(
+        0.5
+    )
+    assert binomtest(40, 40, 0.5, alternative="greater").pvalue < 1e-9
+
+
+def test_all_training_images_show_copies_that_an_equal_number_of_them_hides() -> None:
+    training, held_out = cloud(2000, 0), cloud(100, 1)
+    generated = training[torch.randperm(2000, generator=torch.Generator().manual_seed(3))[:100]]
+    assert found_copies(generated, training, held_out)[0]["p"] < 0.01
+    subset = training[torch.randperm(2000, generator=torch.Generator().manual_seed(4))[:100]]
+    assert found_copies(generated, subset, held_out)[0]["p"] > 0.05
+
+
+def test_an_image_as_near_to_both_counts_one_half_and_is_not_suspicious() -> None:
+    both = Nearest(np.zeros(2), np.arange(2))
+    found = copies(both, both, 5, 5, 10)
+    assert (found["share"], found["copies"], found["p"]) == (0.5, 0, 1) and suspicion(both, both).tolist() == [1, 1]
