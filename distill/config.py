@@ -141,8 +141,8 @@ class TrainerConfig(Settings):
     """Encode each image by the VAE once, and keep the latents on disk."""
     cache_text_embeddings: bool = False
     """Encode each caption once, and keep the embeddings on disk; only with a frozen text encoder."""
-    num_workers: Annotated[int, Field(ge=0, le=256), HARMLESS] = 0
-    """Data loader processes."""
+    num_workers: Annotated[Annotated[int, Field(ge=0, le=256)] | None, HARMLESS] = None
+    """Data loader processes. None starts 4 for a GPU, fewer on few cores, and none on a CPU."""
     log_every_steps: Annotated[Count, HARMLESS] = 10
     """Steps between two lines of train_log.jsonl."""
     tracker: Annotated[Literal["none", "tensorboard", "wandb"], HARMLESS] = "tensorboard"

@@ -26,6 +26,7 @@ from distill import checkpoints
 from distill.agreement import Control, Finite
 from distill.checkpoints import Checkpoint
 from distill.config import TrainerConfig
+from distill.devices import loader_processes, tf32
 from distill.draws import shared_generator
 from distill.errors import Interrupted, UserError
 from distill.files import JsonObject, write_atomic
@@ -53,6 +54,13 @@ class HasState(Protocol):
     def state(self) -> dict[str, torch.Tensor]: ...
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None: ...
+
+
+@runtime_checkable
+class KnowsUnused(Protocol):
+    """An objective that knows whether some of its trained parameters never get a gradient."""
+
+    def leaves_parameters_unused(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -108,8 +116,7 @@ def make_accelerator(config: TrainerConfig, output_dir: Path) -> Accelerator:
         gradient_accumulation_steps=config.gradient_accumulation_steps,
         log_with=tracker,
         project_dir=str(output_dir),
-        # Caption dropout can leave the text encoder of one rank without a gradient.
-        kwargs_handlers=[DistributedDataParallelKwargs(find_unused_parameters=True)],
+        kwargs_handlers=[DistributedDataParallelKwargs()],  # fit() says whether to search for unused parameters
     )
 
 
@@ -190,7 +197,7 @@ class _Loop:
         self.folder, self.log_path = output_dir / "state", output_dir / checkpoints.LOG
         self.method = objective if isinstance(objective, HasState) else None
         self.fingerprints, self.control = fingerprints, Control(accelerator, output_dir)
-        optimizer = _optimizer(groups, config)
+        optimizer = _optimizer(groups, config, accelerator.device)
         self.scheduler = get_scheduler(
             {"constant": "constant_with_warmup"}.get(config.lr_schedule, config.lr_schedule),
             optimizer,
@@ -199,7 +206,14 @@ class _Loop:
         )
         self.ema: EMAModel | None = None
         if config.ema_decay is not None:
-            self.ema = EMAModel(self.trainable, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75)
+            self.ema = EMAModel(
+                self.trainable, decay=config.ema_decay, use_ema_warmup=True, inv_gamma=1.0, power=0.75,
+                foreach=accelerator.device.type == "cuda",
+            )  # fmt: skip
+        if accelerator.ddp_handler is not None:
+            # A search at each step; an objective that knows nothing may need it.
+            searches = not isinstance(objective, KnowsUnused) or objective.leaves_parameters_unused()
+            accelerator.ddp_handler.find_unused_parameters = searches
         self.model, self.optimizer = accelerator.prepare(objective, optimizer)
         self.step, self.seconds_before = 0, 0.0
         self.rows: list[str] = []
@@ -224,7 +238,7 @@ class _Loop:
         self.began = time.perf_counter()
         if self.step:
             self._look(looks)  # a run that was stopped may have written the checkpoint and not come to these
-        with bar, noted() as stop:
+        with bar, noted() as stop, tf32(accelerator.device):
             for micro, batch in self._batches(dataset, collate):
                 if not self._micro_step(micro, batch):
                     continue
@@ -284,7 +298,7 @@ class _Loop:
             dataset,
             batch_sampler=sampler,
             collate_fn=collate,
-            num_workers=config.num_workers,
+            num_workers=loader_processes(config.num_workers, accelerator.device),
             worker_init_fn=leave_signals_to_parent,
             pin_memory=accelerator.device.type == "cuda",
         )
@@ -372,8 +386,9 @@ class _Loop:
         if self.ema is not None:
             self.ema.store(self.trainable)
             self.ema.copy_to(self.trainable)
-        for call in due:
-            call(self.step)
+        with tf32(self.accelerator.device, allowed=False):
+            for call in due:
+                call(self.step)
         if self.ema is not None:
             self.ema.restore(self.trainable)
         self.model.train()
@@ -506,14 +521,15 @@ def _moved(batch: AnyBatch, device: torch.device) -> AnyBatch:
     return batch.to(device, non_blocking=True)
 
 
-def _optimizer(groups: list[dict[str, object]], config: TrainerConfig) -> torch.optim.Optimizer:
+def _optimizer(groups: list[dict[str, object]], config: TrainerConfig, device: torch.device) -> torch.optim.Optimizer:
     options: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": config.adam_betas,
         "weight_decay": config.weight_decay,
     }
     if config.optimizer == "adamw":
-        return torch.optim.AdamW(groups, **options)
+        # On a CPU it rounds otherwise, and resumed trainings would differ from those that earlier versions began.
+        return torch.optim.AdamW(groups, fused=True if device.type == "cuda" else None, **options)
     import bitsandbytes  # only on request: its import probes the GPU driver
 
     return bitsandbytes.optim.AdamW8bit(groups, **options)

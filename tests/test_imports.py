@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.py"))
 LAYERS = (
     ("errors", "processes", "settings"),
-    ("configuration", "draws", "files", "interrupts", "losses", "memory", "tokens"),
+    ("configuration", "devices", "draws", "files", "interrupts", "losses", "memory", "tokens"),
     ("agreement", "checkpoints", "data_config"),
     ("config",),
     ("cli", "models"),

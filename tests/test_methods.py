@@ -13,7 +13,21 @@ import torch
 from pydantic import TypeAdapter, ValidationError
 from tiny import tiny_sd, tiny_sdxl
 from torch import nn
-from training import LORA, NO_DROPOUT, batch_of, generator, has_gradient, phantoms, prepared, ready, set_up, tokens_of
+from training import (
+    KINDS,
+    LORA,
+    NEEDED,
+    NO_DROPOUT,
+    TEACHER,
+    batch_of,
+    generator,
+    has_gradient,
+    phantoms,
+    prepared,
+    ready,
+    set_up,
+    tokens_of,
+)  # fmt: skip
 
 from distill.attention import record_attention
 from distill.config import NO_LABEL, DenoisingConfig
@@ -132,6 +146,31 @@ def test_only_captions_with_the_label_are_dropped(label: str | None) -> None:
     kept = denoising_of(model).noised(batch, generator())
     assert torch.equal(tokens_of(kept), tokens_of(batch))
     assert torch.equal(kept.noisy_latents, x.noisy_latents)
+
+
+@pytest.mark.parametrize(
+    ("build", "kind", "text_encoder", "unused"),
+    [
+        (tiny_sd, "denoising", "full", False),
+        (tiny_sd, "denoising", "lora", False),
+        (tiny_sd, "key_lock", "full", False),
+        (tiny_sd, "lockstep", "full", False),
+        (tiny_sd, "consistency", "lora", True),
+        (tiny_sdxl, "denoising", "full", True),
+        (tiny_sdxl, "denoising", "frozen", False),
+    ],
+)
+def test_a_method_knows_whether_it_leaves_parameters_unused(
+    build: Callable[[], Any], kind: str, text_encoder: str, unused: bool
+) -> None:
+    """As a step shows, in which every caption is dropped."""
+    student, denoising = prepared(build, "full", text_encoder), DenoisingConfig(caption_dropout=1.0)
+    options = KINDS[kind](**NEEDED.get(kind, {}))  # type: ignore[arg-type]
+    with ready(options, student, {TEACHER: model_of(build())}, denoising, dry_run=True) as method:
+        assert method.leaves_parameters_unused() is unused
+        method(batch_of(student), generator())["loss"].backward()
+        trained = [p for p in method.parameters() if p.requires_grad]
+        assert any(p.grad is None for p in trained) is unused
 
 
 @pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl])

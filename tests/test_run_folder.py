@@ -91,7 +91,7 @@ def test_max_steps_may_grow_and_not_shrink(tmp_path: Path, old: str, new: str, p
 
 
 def test_a_key_that_an_older_run_lacks_has_its_default(tmp_path: Path) -> None:
-    text = to_yaml(config_of("finetune")).replace("  num_workers: 0\n", "").replace("  optimizer: adamw\n", "")
+    text = to_yaml(config_of("finetune")).replace("  num_workers: null\n", "").replace("  optimizer: adamw\n", "")
     (tmp_path / "config.yaml").write_text(text, encoding="utf-8")
     claim(tmp_path, config_of("finetune"))
     with pytest.raises(UserError, match=r"trainer\.optimizer: 'adamw' there, 'adamw8bit' now"):

@@ -164,7 +164,7 @@ def test_each_parameter_group_has_its_learning_rate(tmp_path: Path) -> None:
 
 def test_the_optimizer_has_the_options_that_are_given() -> None:
     config = settings_of(learning_rate=0.25, adam_betas=(0.5, 0.75), weight_decay=0.125)
-    optimizer = _optimizer([{"params": [nn.Parameter(torch.zeros(1))]}], config)
+    optimizer = _optimizer([{"params": [nn.Parameter(torch.zeros(1))]}], config, torch.device("cpu"))
     (group,) = optimizer.param_groups
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.25, (0.5, 0.75), 0.125)
 

@@ -70,7 +70,7 @@ def assert_equal_to_one_process(folder: Path, alone: Path, kind: str) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left of trainings that one of them stops, and of a method."""
     folder = tmp_path_factory.mktemp("two")
-    launch(folder, "said", *STOPS, "denoising")
+    launch(folder, "said", *STOPS, "denoising", "denoising-sdxl")
     return folder
 
 
@@ -80,6 +80,13 @@ def found(folder: Path, scenario: str) -> list[dict[str, Any]]:
 
 def test_two_processes_are_one_with_the_whole_batch(two: Path, tmp_path: Path) -> None:
     assert_equal_to_one_process(two, tmp_path, "denoising")
+
+
+def test_unused_parameters_are_searched_for_only_where_there_are_some(two: Path, tmp_path: Path) -> None:
+    """The last layer of SDXL's first text encoder; an objective that knows nothing of its own is searched."""
+    names = ("denoising", "denoising-sdxl", "signal")
+    assert [found(two, name)[0]["searches"] for name in names] == [False, True, True]
+    assert_equal_to_one_process(two, tmp_path, "denoising-sdxl")
 
 
 @pytest.mark.slow

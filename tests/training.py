@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny import tiny_sd
+from tiny import tiny_sd, tiny_sdxl
 from torch import nn
 
 from distill.config import DenoisingConfig, LoraConfig
@@ -118,10 +118,11 @@ EXAMPLES = (*KINDS, *VARIANTS)
 
 
 def example(name: str, denoising: DenoisingConfig = NO_DROPOUT) -> tuple[Method, TrainingRows]:
-    """One of EXAMPLES, set up on a tiny student whose denoiser trains in full and whose text encoder by LoRA; its rows."""
+    """One of EXAMPLES, set up on a tiny student whose denoiser trains in full and whose text encoder by LoRA; its rows. A name
+    that ends in -sdxl has a student of SDXL's shape."""
     options = KINDS[name.partition("-")[0]](**VARIANTS.get(name, NEEDED.get(name, {})))  # type: ignore[arg-type]
     torch.manual_seed(0)
-    student = prepared(text_encoder="lora")
+    student = prepared(tiny_sdxl if name.endswith("-sdxl") else tiny_sd, text_encoder="lora")
     batches = [batch_of(student), batch_of(student, range(4, 8))]
     teachers = {TEACHER: model_of(tiny_sd(seed=1))}
     context = context_of(teachers, batches=lambda images: iter(batches), is_main=False)  # writes no file

@@ -83,6 +83,7 @@ def run(scenario: str, folder: Path, accelerator: Accelerator) -> dict[str, Any]
     if accelerator.is_main_process:
         save_file({k: v.contiguous() for k, v in objective.state_dict().items()}, folder / "weights.safetensors")
     found["steps"] = checkpoints.steps_in(folder / "state")
+    found["searches"] = accelerator.ddp_handler is not None and accelerator.ddp_handler.find_unused_parameters
     return found
 
 

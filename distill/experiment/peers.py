@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
 from distill.config import TrainerConfig
+from distill.devices import loader_processes
 from distill.models import Model
 
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -79,7 +80,7 @@ class DiffusersTraining:
             batch_size=trainer.batch_size,
             shuffle=True,
             collate_fn=collate,
-            num_workers=trainer.num_workers,
+            num_workers=loader_processes(trainer.num_workers, accelerator.device),
         )
         scheduler = get_scheduler("constant", optimizer, num_warmup_steps=0, num_training_steps=10**6)
         self.unet, self.optimizer, self.loader, self.lr_scheduler = accelerator.prepare(

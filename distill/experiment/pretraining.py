@@ -23,6 +23,7 @@ from distill.data.phantom.dataset import PhantomDataset
 from distill.data.pictures import VOCABULARY, PicturesDataset
 from distill.data.rendered import PictureRow, RenderedPictures
 from distill.data.rows import TrainingRows
+from distill.devices import loader_processes
 from distill.draws import generator_at
 from distill.errors import UserError
 from distill.files import JsonObject, read_json, whole_folder, write_atomic, write_json
@@ -144,7 +145,7 @@ def train_unet(
             batch_size=8,
             flip=False,
             device=accelerator.device,
-            num_workers=trainer.num_workers,
+            num_workers=loader_processes(trainer.num_workers, accelerator.device),
         )
     method = Denoising(DenoisingOptions(), denoising)
     method.setup(model, _context(accelerator, work / stage, seed))

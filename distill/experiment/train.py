@@ -21,6 +21,7 @@ from distill.data.batch import Batch
 from distill.data.cache import cache_latents, cache_text_embeddings, model_fingerprint, weights_fingerprint
 from distill.data.rows import TrainingRows, row_fingerprints, training_caption
 from distill.data.sample import hash_of, region_fingerprint
+from distill.devices import loader_processes
 from distill.draws import generator_at
 from distill.errors import UserError
 from distill.evaluation.atlas import compute_cells, gather_pairs, macro_mean
@@ -274,7 +275,7 @@ def training_rows(run: Run, arm: Arm, model: Model, *, cached: bool) -> Training
                 batch_size=min(trainer.batch_size, 32),
                 flip=flip,
                 device=device,
-                num_workers=trainer.num_workers,
+                num_workers=loader_processes(trainer.num_workers, device),
             )
         if trainer.cache_text_embeddings and cached:
 

@@ -16,6 +16,7 @@ from torch.profiler import record_function
 from distill import draws
 from distill.config import DenoisingConfig
 from distill.data.batch import Batch, Pixels, Tensors, TextEmbeddings, Tokens
+from distill.devices import sent
 from distill.errors import UserError
 from distill.files import JsonObject
 from distill.losses import denoising_loss, min_snr_weights
@@ -109,8 +110,9 @@ class Method(nn.Module):
         self.denoiser = student.denoiser
         self.text_encoders = nn.ModuleList(student.text_encoders)
         self.trains_text = any(p.requires_grad for p in self.text_encoders.parameters())
-        self._empty_ids = student.tokenize([""])
-        self._empty_groups = token_groups(student.tokenizers[0], "", student.max_tokens)
+        device = context.device
+        self._empty_ids = [ids.to(device) for ids in student.tokenize([""])]
+        self._empty_groups = token_groups(student.tokenizers[0], "", student.max_tokens).to(device)
         self._empty_embeds: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def forward(self, batch: Batch, generator: torch.Generator) -> Terms:
@@ -143,6 +145,16 @@ class Method(nn.Module):
             self.text_encoders.train(mode and self.trains_text)
         return self
 
+    def leaves_parameters_unused(self) -> bool:
+        """Whether some of the trained parameters have no part in the loss. As one pass of the text encoders tells: SDXL reads
+        the last layer of its first encoder nowhere."""
+        trained = [p for p in self.text_encoders.parameters() if p.requires_grad]
+        if not trained:
+            return False
+        states = self.student.family.encode_text(list(self.text_encoders), self._empty_ids)
+        read = torch.stack([part.float().sum() for part in states if part is not None]).sum()
+        return any(gradient is None for gradient in torch.autograd.grad(read, trained, allow_unused=True))
+
     def parameter_groups(self, learning_rate: float, text_encoder_learning_rate: float) -> ParameterGroups:
         """The trainable parameters, with their learning rates."""
         groups = [
@@ -156,11 +168,11 @@ class Method(nn.Module):
         student = self.student
         mean, std = self._posterior(batch, generator)
         device, count = mean.device, len(mean)
-        vae_noise = draws.normal(mean.shape, generator).to(device)
-        noise = draws.normal(mean.shape, generator).to(device)
-        timesteps = draws.rows(lambda n: self.draw_timesteps(n, generator), count, generator).to(device)
+        vae_noise = sent(draws.normal(mean.shape, generator), device)
+        noise = sent(draws.normal(mean.shape, generator), device)
+        timesteps = sent(draws.rows(lambda n: self.draw_timesteps(n, generator), count, generator), device)
         dropped = draws.uniform(count, generator) < self.denoising.caption_dropout
-        drop = dropped.to(device) & batch.droppable
+        drop = sent(dropped, device) & batch.droppable
         latents = (mean + std * vae_noise) * student.vae.config.scaling_factor
         target = student.family.target(student, latents, noise, timesteps)
         return Noised(
@@ -168,7 +180,7 @@ class Method(nn.Module):
             timesteps,
             target,
             self._dropped_text(batch.text, drop),
-            torch.where(drop[:, None], self._empty_groups.to(device), batch.groups),
+            torch.where(drop[:, None], self._empty_groups, batch.groups),
             batch.size_ids,
             None if batch.label_tokens is None else batch.label_tokens & ~drop[:, None],
             None if batch.regions is None else batch.regions * ~drop[:, None, None, None],
@@ -180,7 +192,7 @@ class Method(nn.Module):
         flip = torch.zeros_like(batch.droppable)
         if batch.flippable is not None:
             coin = draws.uniform(len(flip), generator) < 0.5
-            flip = coin.to(flip.device) & batch.flippable
+            flip = sent(coin, flip.device) & batch.flippable
         flip = flip[:, None, None, None]
         image = batch.image
         if isinstance(image, Pixels):
@@ -203,7 +215,7 @@ class Method(nn.Module):
     def _dropped_text(self, text: Tokens | TextEmbeddings, drop: torch.Tensor) -> Tokens | TextEmbeddings:
         if isinstance(text, Tokens):
             pairs = zip(self._empty_ids, text.input_ids, strict=True)
-            return Tokens(tuple(torch.where(drop[:, None], empty.to(ids.device), ids) for empty, ids in pairs))
+            return Tokens(tuple(torch.where(drop[:, None], empty, ids) for empty, ids in pairs))
         return TextEmbeddings(*self.with_empty(text.embeds.float(), text.pooled, drop))
 
     def with_empty(
@@ -214,8 +226,7 @@ class Method(nn.Module):
 
         if self._empty_embeds is None:
             with torch.no_grad():
-                ids = [ids.to(embeds.device) for ids in self._empty_ids]
-                empty = Conditions(*self.student.family.encode_text(list(self.text_encoders), ids))
+                empty = Conditions(*self.student.family.encode_text(list(self.text_encoders), self._empty_ids))
                 empty = self.student.family.negative_conditions(self.student, empty)
                 self._empty_embeds = empty.embeds, empty.pooled
         empty_embeds, empty_pooled = self._empty_embeds

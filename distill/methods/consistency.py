@@ -55,6 +55,9 @@ class Consistency(AttentionDistillation):
     def passes(self, step: int, images: int) -> int:
         return (3 + 1 + 2) * images  # the student, its target, and the teacher with the caption and without
 
+    def leaves_parameters_unused(self) -> bool:
+        return self.trains_text  # its states are no part of the graph
+
     def draw_timesteps(self, count: int, generator: torch.Generator) -> torch.Tensor:
         return torch.randint(1, self.options.solver_steps + 1, (count,), generator=generator) * self._stride - 1
 

@@ -69,7 +69,11 @@ class TailPenalty(Method):
         self._maps.start()
         denoising = self.denoising_loss(self.predict_student(x), x)
         maps, bins = self._maps.take(), self._bins(x)
-        allowed = {n: self._allowed[n].to(bins.device)[bins] for n in maps}
+        if (
+            next(iter(self._allowed.values())).device != bins.device
+        ):  # once: a copy at every step would wait for the device
+            self._allowed = {n: values.to(bins.device) for n, values in self._allowed.items()}
+        allowed = {n: self._allowed[n][bins] for n in maps}
         tail = torch.stack([tail_leak(allowed[n], maps[n], x.groups) for n in maps]).mean()
         return {"loss": denoising + self.options.weight * tail, "denoising": denoising, "tail": tail}
 
