@@ -229,6 +229,8 @@ class FullEvaluation(EvaluationConfig):
     """ours: scale the map of each layer and timestep to 0 .. 1 before the mean, so that all weigh alike."""
     self_attention_power: Annotated[int, Field(ge=0, le=100)] = 0
     """ours: how often the map is multiplied by the self-attention."""
+    causal: Annotated[bool, HARMLESS] = False
+    """ours: also map where the prediction changes without the finding's words. Three more passes a finding and timestep."""
     smoothing_sigma: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Gaussian smoothing of the maps before they are compared, in pixels. 0 switches it off."""
     map_threshold: Literal["none", "otsu", "mixture"] = "none"
@@ -246,6 +248,11 @@ class FullEvaluation(EvaluationConfig):
     def _check(self) -> FullEvaluation:
         if self.scheduler == "lcm" and self.num_inference_steps > 50:
             raise ValueError(f"num_inference_steps is {self.num_inference_steps}; scheduler lcm takes at most 50")
+        if self.causal and (self.protocol != "ours" or self.self_attention_power):
+            raise ValueError(
+                f"causal is true, protocol {self.protocol}, and self_attention_power {self.self_attention_power}; "
+                "set them to ours and 0, or causal to false"
+            )
         check_parts(self)
         return self
 

@@ -25,6 +25,7 @@ Reduce = Callable[[torch.Tensor], torch.Tensor]
 
 ALWAYS = (0, 2**31)
 """Timesteps of any forward pass."""
+NEVER = (-1, -1)
 
 PLAIN = ("AttnProcessor", "AttnProcessor2_0", "AttnProcessorNPU", "FusedAttnProcessor2_0", "RecordingAttnProcessor",
          "SlicedAttnProcessor", "XFormersAttnProcessor", "XLAFlashAttnProcessor2_0")  # fmt: skip
@@ -104,6 +105,16 @@ class AttentionMaps:
 
     def start(self) -> None:
         self.by_layer, self.active, self.passes = {}, True, 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Forward passes run as without a recorder while this is open."""
+        before = self.timesteps, self.in_range
+        self.timesteps = NEVER
+        try:
+            yield
+        finally:
+            self.timesteps, self.in_range = before
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         """Call `forward`, which runs the denoiser, and end once every recorded layer has run: maps without an output."""

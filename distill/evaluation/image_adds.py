@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from distill.attention.heat_maps import normalize
 from distill.config import FullEvaluation
+from distill.evaluation.causal import CAUSAL
 from distill.evaluation.protocols import PROTOCOLS, Query, at_size
 from distill.files import JsonObject
 from distill.metrics import macro_mean_interval
@@ -25,7 +26,7 @@ from distill.metrics import macro_mean_interval
 OTHER_IMAGES = 5
 """Other images with the same finding whose maps are scored against an image's mask."""
 MAP_TOKENS = ("word", "eos", "padding")
-"""Maps of a pair, in the order in which they are stacked."""
+"""Attention maps of a pair, in the order in which they are stacked."""
 
 PAIR_MEASURES = ("image_adds", "within_prior")
 """What is made of the maps of all pairs together, and kept for each pair beside its scores."""
@@ -37,11 +38,22 @@ Row = Mapping[str, Any]
 # --- maps of the pairs, kept beside their scores until all are there -------------------------------------------------
 
 
-def packed_pairs(query: Query, maps: torch.Tensor, masks: torch.Tensor, config: FullEvaluation) -> list[JsonObject]:
+def map_tokens(config: FullEvaluation) -> tuple[str, ...]:
+    """Maps of a pair, in the order in which they are stacked."""
+    return (*MAP_TOKENS, *CAUSAL) if config.causal else MAP_TOKENS
+
+
+def packed_pairs(
+    query: Query,
+    maps: torch.Tensor,
+    masks: torch.Tensor,
+    config: FullEvaluation,
+    causal: torch.Tensor | None = None,
+) -> list[JsonObject]:
     """For each pair of a query {"maps", "mask"} as text, so that a killed evaluation keeps them with the pair's scores.
 
-    maps: (4 + pairs, height, width), as the protocol made them. masks: (pairs, side, side) bool.
-    The maps are kept in float32 at their own size, so that nothing is lost: at 64 x 64 latents 64 kB a pair.
+    maps: (4 + pairs, height, width), as the protocol made them. masks: (pairs, side, side) bool. causal: (pairs, 2, height,
+    width). The maps are kept in float32 at their own size, so that nothing is lost: at 64 x 64 latents 64 kB a pair.
     "maps" is None for protocol `vilouras`: it compares at the size of each image file, where maps of two images
     do not fit one mask.
     """
@@ -51,7 +63,8 @@ def packed_pairs(query: Query, maps: torch.Tensor, masks: torch.Tensor, config: 
     found = []
     for place, mask in enumerate(masks):
         word = maps[4 + place] if protocol.words == "finding" else maps[1]
-        values = torch.stack([word, maps[2], maps[3]]).float().cpu().numpy()
+        others = () if causal is None else causal[place]
+        values = torch.stack([word, maps[2], maps[3], *others]).float().cpu().numpy()
         bits = zlib.compress(np.packbits(mask.cpu().numpy()).tobytes())
         found.append(
             {
@@ -63,7 +76,7 @@ def packed_pairs(query: Query, maps: torch.Tensor, masks: torch.Tensor, config: 
 
 
 def unpacked(row: Row) -> tuple[torch.Tensor, NDArray[np.uint8], tuple[int, int]]:
-    """Maps (3, height, width) float32, the packed bits of the mask, and the mask's shape."""
+    """Maps (tokens, height, width) float32, the packed bits of the mask, and the mask's shape."""
     shape, text = row["maps"]
     maps = torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype=np.float32).reshape(shape).copy())
     (height, width), text = row["mask"]
@@ -161,6 +174,7 @@ def finish_rows(
 
     Lines that already have it stay as they are. names: of the findings.
     """
+    tokens = map_tokens(config)
     if any("image_adds" not in row and row["maps"] is not None for row in rows):
         stored = [unpacked(row) for row in rows]
         others = choose_others(
@@ -169,10 +183,10 @@ def finish_rows(
         shape = stored[0][2]
         values = differences([s[0] for s in stored], [s[1] for s in stored], shape, others, config, device)
     else:
-        values = np.full((len(rows), len(MAP_TOKENS)), np.nan)
+        values = np.full((len(rows), len(tokens)), np.nan)
     finished = []
     for row, own in zip(rows, values.tolist(), strict=True):
-        added = {token: value if np.isfinite(value) else None for token, value in zip(MAP_TOKENS, own, strict=True)}
+        added = {token: value if np.isfinite(value) else None for token, value in zip(tokens, own, strict=True)}
         kept = {key: value for key, value in row.items() if key not in ("maps", "mask")}
         finished.append(kept if "image_adds" in row else kept | {"image_adds": added})
     return finished
@@ -187,7 +201,7 @@ def summary(rows: Sequence[Row], config: FullEvaluation) -> dict[str, JsonObject
     """
     macro = PROTOCOLS[config.protocol].metrics(config)["auc"].average == "macro"
     found = {}
-    for token in MAP_TOKENS:
+    for token in map_tokens(config):
         entry: JsonObject = {}
         for key in PAIR_MEASURES:
             scored = [row for row in rows if row.get(key, {}).get(token) is not None]

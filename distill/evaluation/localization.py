@@ -23,7 +23,8 @@ from distill.attention.heat_maps import normalize
 from distill.attention.recording import attention_layers
 from distill.config import FullEvaluation
 from distill.data.sample import ImageCaptionDataset, Sample, image_key
-from distill.evaluation.image_adds import finish_rows, packed_pairs, summary
+from distill.evaluation.causal import causal_maps
+from distill.evaluation.image_adds import MAP_TOKENS, finish_rows, map_tokens, packed_pairs, summary
 from distill.evaluation.kept import Batches, Kept, digest, weights_of
 from distill.evaluation.priors import MeanMasks, mean_masks, priors
 from distill.evaluation.protocols import (
@@ -43,7 +44,7 @@ from distill.metrics import AttentionMass, LocalizationMetric, MixtureMetric, ma
 from distill.metrics.maps import mixture_masks
 from distill.models.family import Model
 
-TOKEN_MAPS = ("word", "eos", "padding")
+TOKEN_MAPS = MAP_TOKENS
 MAPS_FILE = "maps.safetensors"
 
 
@@ -57,7 +58,8 @@ class Scores:
 
     def __init__(self, protocol: Protocol, config: FullEvaluation, device: torch.device) -> None:
         self.metrics = {
-            token: {key: metric.to(device) for key, metric in protocol.metrics(config).items()} for token in TOKEN_MAPS
+            token: {key: metric.to(device) for key, metric in protocol.metrics(config).items()}
+            for token in map_tokens(config)
         }
         self.mass = AttentionMass().to(device)
 
@@ -82,8 +84,9 @@ def score_rows(
     metrics: dict[str, dict[str, LocalizationMetric]],
     names: Sequence[str],
     config: FullEvaluation,
+    causal: torch.Tensor | None = None,
 ) -> list[JsonObject]:
-    """The lines of one query; maps: (4 + pairs, height, width)."""
+    """The lines of one query; maps: (4 + pairs, height, width). causal: (pairs, 2, height, width)."""
     protocol = PROTOCOLS[config.protocol]
     masks, boxes = ground_truths(query, sample, names, config)
     masks = masks.to(maps.device)
@@ -91,9 +94,10 @@ def score_rows(
     word = maps[4 : 4 + pairs] if protocol.words == "finding" else maps[1:2]
     rows: list[JsonObject] = [
         {"query": number, "image": query.image, "finding": f, "scores": {}, "mass": mass.tolist()} | packed
-        for f, packed in zip(query.findings, packed_pairs(query, maps, masks, config), strict=True)
+        for f, packed in zip(query.findings, packed_pairs(query, maps, masks, config, causal), strict=True)
     ]
-    for token, part in zip(TOKEN_MAPS, (word, maps[2:3], maps[3:4]), strict=True):
+    parts = [word, maps[2:3], maps[3:4], *(() if causal is None else causal.unbind(dim=1))]
+    for token, part in zip(map_tokens(config), parts, strict=True):
         full = at_size(normalize(part), masks.shape[-2:], config).expand(pairs, -1, -1)
         several = any(isinstance(metric, MixtureMetric) for metric in metrics[token].values())
         predicted = mixture_masks(full) if several else None
@@ -225,8 +229,13 @@ def _scored_rows(
             inputs = prepare_inputs(model, samples, batch, accelerator.device)
             recorder.cross.reduce = inputs.reduce
             found, mass = PROTOCOLS[config.protocol].maps(inputs, config, recorder)
-            for number, query, sample, own, own_mass in zip(numbers, batch, samples, found, mass, strict=True):
-                rows = score_rows(number, query, sample, own, own_mass, scores.metrics, dataset.findings, config)
+            causal = causal_maps(inputs, batch, config, recorder.cross) if config.causal else [None] * len(batch)
+            for number, query, sample, own, own_mass, changed in zip(
+                numbers, batch, samples, found, mass, causal, strict=True
+            ):
+                rows = score_rows(
+                    number, query, sample, own, own_mass, scores.metrics, dataset.findings, config, changed
+                )
                 rows = [row | {"cluster": image_key(dataset, query.image)} for row in rows]
                 kept.add({"made_of": hashes[number], "rows": rows} | batches.mark(places))
                 word = normalize(own[4 : 4 + len(query.findings)]).cpu().float()

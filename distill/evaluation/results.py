@@ -67,6 +67,8 @@ class Localization:
     padding: TokenMap | None
     mass: Mapping[str, Unit | None] | None
     priors: Mapping[str, Prior | None] | None = None
+    causal_encoder: TokenMap | None = None
+    causal_denoiser: TokenMap | None = None
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,8 @@ from tqdm.auto import tqdm
 from distill.config import FullEvaluation, TrainerConfig
 from distill.configuration.changes import without_harmless
 from distill.errors import UserError, raise_all
-from distill.evaluation.image_adds import PAIR_MEASURES
+from distill.evaluation.causal import CAUSAL
+from distill.evaluation.image_adds import MAP_TOKENS, PAIR_MEASURES
 from distill.files import JsonObject, read_json
 from distill.metrics.bootstrap import divide_or_nan, mean_of_defined, percentile_interval, resample_counts
 from distill.metrics.fidelity import FIDELITY, fidelity_resamples
@@ -33,7 +34,7 @@ from distill.metrics.quality import frechet_by_factors, weighted_auroc
 Array = NDArray[np.float64]
 Resamples = tuple[Array, Array]
 """Values of each seed, (seeds,), and of resamples, (samples, seeds)."""
-TOKENS = ("word", "eos", "padding")
+TOKENS = (*MAP_TOKENS, *CAUSAL)
 LOCALIZATION = ("auc", "cnr", "top1", "iou")
 QUALITY = (*FIDELITY, "finding_auc", "diversity")
 FRECHET_SAMPLES = 200
@@ -179,7 +180,7 @@ def _comparable(metrics: JsonObject) -> JsonObject:
 def _values(entry: JsonObject) -> dict[str, float | None]:
     found: dict[str, float | None] = {}
     for token in TOKENS if entry["localization"] else ():
-        own = entry["localization"][token]
+        own = entry["localization"].get(token, {})
         found |= {f"{token}.{name}": own[name] for name in (*LOCALIZATION, *PAIR_MEASURES) if name in own}
     if entry["localization"]:
         found |= {f"mass.{name}": value for name, value in entry["localization"]["mass"].items()}
@@ -222,7 +223,7 @@ def _scores_of(rows: list[JsonObject]) -> PairScores:
     found: dict[str, Array] = {}
     for token in TOKENS:
         for name in LOCALIZATION:
-            values = [row["scores"][token].get(name) for row in rows]
+            values = [row["scores"].get(token, {}).get(name) for row in rows]
             found[f"{token}.{name}"] = np.array([np.nan if v is None else v for v in values], dtype=np.float64)
         for name in PAIR_MEASURES:
             values = [row.get(name, {}).get(token) for row in rows]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from distill.attention.heat_maps import normalize
 from distill.config import FullEvaluation
-from distill.evaluation.image_adds import MAP_TOKENS, Row, twice_midranks, unpacked
+from distill.evaluation.image_adds import Row, map_tokens, twice_midranks, unpacked
 from distill.evaluation.protocols import PROTOCOLS, at_size
 
 STRATA = 256
@@ -69,12 +69,12 @@ def within_priors(
 
     rows: as `packed_pairs` made them. names: of the findings. priors: finding -> (side, side) mean mask.
     """
-    strata: dict[str, torch.Tensor] = {}
+    tokens, strata = map_tokens(config), dict[str, torch.Tensor]()
     found: list[dict[str, float | None]] = []
     for row in rows:
         finding = names[row["finding"]]
         if finding not in priors or row["maps"] is None:
-            found.append(dict.fromkeys(MAP_TOKENS))
+            found.append(dict.fromkeys(tokens))
             continue
         maps, bits, shape = unpacked(row)
         mask = torch.from_numpy(np.unpackbits(bits, count=shape[0] * shape[1])).bool().to(device)
@@ -82,5 +82,5 @@ def within_priors(
             strata[finding] = strata_of(prior_at(priors[finding].to(device), shape, config).flatten())
         full = at_size(normalize(maps.to(device)), shape, config).flatten(1)
         values = areas_within(full, mask, strata[finding]).tolist()
-        found.append({t: v if np.isfinite(v) else None for t, v in zip(MAP_TOKENS, values, strict=True)})
+        found.append({t: v if np.isfinite(v) else None for t, v in zip(tokens, values, strict=True)})
     return found

@@ -33,11 +33,19 @@ _ADDS = "Word AUC of an image's own map minus that of other images' maps. 0 mean
 _WITHIN = (
     "Word AUC among pixels where training images have the finding equally often. .5 is chance, also for blind maps."
 )
+_ENCODER = "Where the prediction changes if the finding's words are padding in the text. The AUC of that map."
+_DENOISER = (
+    "The same if the words are padding only after the text encoder, so that other tokens keep what they took over."
+)
 _FID = "Distance between features of generated and real images. Compare only values of one table."
 _FINDING = "A classifier of real images looks for the caption's findings in each generated image."
 WORD_AUC = Metric("word.auc", "word AUC", 1, _WORD)
 IMAGE_ADDS = Metric("word.image_adds", "image adds", 1, _ADDS)
 WITHIN_PRIOR = Metric("word.within_prior", "AUC within prior", 1, _WITHIN)
+CAUSAL_ENCODER = Metric("causal_encoder.auc", "causal AUC, encoder", 1, _ENCODER)
+CAUSAL_ENCODER_ADDS = Metric("causal_encoder.image_adds", "image adds, encoder", 1, "Image adds of that map.")
+CAUSAL_DENOISER = Metric("causal_denoiser.auc", "causal AUC, denoiser", 1, _DENOISER)
+CAUSAL_DENOISER_ADDS = Metric("causal_denoiser.image_adds", "image adds, denoiser", 1, "Image adds of that map.")
 OTHER = Metric("word.other_image_auc", "other image's AUC", 0, "Word AUC of other images' maps of the same finding.")
 CNR = Metric("word.cnr", "CNR", 1, "Contrast of the map inside and outside, in standard deviations.", unit=False)
 TOP1 = Metric("word.top1", "Top-1", 1, "How often the highest pixel of the map lies inside the region.")
@@ -54,7 +62,8 @@ FINDING_AUC = Metric("quality.finding_auc", "finding AUC", 1, _FINDING)
 DIVERSITY = Metric("quality.diversity", "diversity", 0, "How much images of one caption differ, 1 - MS-SSIM.")
 COST = "Images through a denoiser, forward 1 and backward 2, teachers and their training included, over the baseline's."
 MAIN = (WORD_AUC, IMAGE_ADDS, OTHER, CNR, TOP1, IOU, EOS_AUC, PADDING_AUC, FID, KID, FINDING_AUC, DIVERSITY)
-DETAILS = (WITHIN_PRIOR, PRECISION, RECALL, DENSITY, COVERAGE)
+CAUSAL = (CAUSAL_ENCODER, CAUSAL_ENCODER_ADDS, CAUSAL_DENOISER, CAUSAL_DENOISER_ADDS)
+DETAILS = (WITHIN_PRIOR, *CAUSAL, PRECISION, RECALL, DENSITY, COVERAGE)
 """Shown in tables of their own."""
 METRICS = (*MAIN, *DETAILS)
 
