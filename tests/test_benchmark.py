@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from distill.attention.recording import record_attention
 from distill.experiment import benchmark_localization as benchmark
+from distill.experiment import benchmark_memory
 from distill.models.family import Model
 
 
@@ -31,3 +33,39 @@ def test_overheads_are_medians_over_neighbours_without_the_first_two_turns(
     assert found["record_overhead"] == pytest.approx(0.5), "the median of .5, .1 and 2"
     assert found["peer_overhead"] is None and "map_difference" not in found
     assert sd.denoiser.attn_processors == processors and next(times, None) is None
+
+
+def test_the_pass_at_full_size_records_two_tokens_of_each_image(sd: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    recorded, sizes = [], []
+
+    def spied(unet: Any, *, reduce: Callable[[torch.Tensor], torch.Tensor]) -> Any:
+        recorded.append(reduce)
+        return record_attention(unet, reduce=reduce)
+
+    def small(**options: Any) -> Any:
+        sizes.append(options)
+        return sd.denoiser
+
+    monkeypatch.setattr(benchmark_memory, "UNet2DConditionModel", small)
+    monkeypatch.setattr(benchmark_memory, "record_attention", spied)
+    found = [benchmark_memory.full_size_pass(2, records, torch.float32) for records in (True, False)]
+    assert len(recorded) == 1, "only where it is asked for"
+    probabilities = torch.rand(2, 3, 5, 77)
+    torch.testing.assert_close(recorded[0](probabilities), probabilities[..., [5, 9]].mean(dim=1))
+    assert sizes == [{"sample_size": 64, "cross_attention_dim": 768}] * 2, "SD 1.5; all else is the class's default"
+    count = sum(p.numel() for p in sd.denoiser.parameters())
+    assert all(row["parameters"] == count and row["peak_gb"] >= row["loaded_gb"] > 0 for row in found)
+
+
+def test_the_largest_batch_is_by_what_each_further_image_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    def measured(function: Any, batch: int, records: bool, dtype: torch.dtype) -> dict[str, float]:
+        assert function is benchmark_memory.full_size_pass and dtype is torch.bfloat16
+        return {"parameters": 7, "seconds": batch + records / 2, "peak_gb": 3 + 2 * batch + records}
+
+    monkeypatch.setattr(benchmark_memory, "in_fresh_process", measured)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert benchmark_memory.full_size(13.5, torch.bfloat16) == {
+        "parameters": 7, "seconds_plain": 1, "seconds_recorded": 1.5, "peak_gb_plain": 5, "peak_gb_recorded": 6,
+        "gb_per_further_image": 2, "largest_batch_at_13.5_gb": 4,
+    }  # fmt: skip
+    assert benchmark_memory.full_size(2, torch.bfloat16)["largest_batch_at_2_gb"] == 0

@@ -732,6 +732,16 @@ def test_settings_are_frozen_and_strict() -> None:
         Recipe(sed=3)  # type: ignore[call-arg]
 
 
+def test_settings_check_their_defaults_and_have_their_docstrings_as_help() -> None:
+    class Wrong(Settings):
+        seed: Annotated[int, Field(ge=0)] = -1
+        """Seed of the run."""
+
+    with pytest.raises(ValidationError, match="greater than or equal to 0"):
+        Wrong()
+    assert Wrong.model_fields["seed"].description == "Seed of the run."
+
+
 @pytest.mark.parametrize(
     ("hint", "text"),
     [

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from pydantic import JsonValue
+from pydantic_core import to_jsonable_python
 from recipe import ROOT, config_class_of, recipe_module
 
 from distill.cli import parse
+from distill.configuration.options import entry_type, field_types, models_of
 from distill.experiment.arms import arms_of
+from distill.settings import Settings
 
 CONFIGS = sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 OF_THE_USER = {"base.name", "data.root", "run", "runs"}
@@ -51,3 +57,40 @@ def test_the_comment_of_a_config_says_how_long_it_takes_and_no_result() -> None:
         head = "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if line.startswith("#"))
         assert re.search(r"minute|hour|second", head), f"{path} does not say how long it takes"
         assert not re.search(r"AUC|FID|(?<!\d)\.\d\d\d", head), f"{path} has a result in its comment"
+
+
+DEFAULTS = ROOT / "tests/goldens/defaults.json"
+
+
+def groups_of(model: type[Settings]) -> Iterator[type[Settings]]:
+    """A group of options, and every group within it."""
+    yield model
+    for hint in field_types(model).values():
+        for inner in (*models_of(hint).values(), *models_of(entry_type(hint)).values()):
+            yield from groups_of(inner)
+
+
+def defaults() -> dict[str, dict[str, JsonValue]]:
+    """Group -> option -> its default, of all recipes; options without one, and groups, are left out."""
+    recipes = (ROOT / "recipes").glob("*.py")
+    groups = {group for path in recipes for group in groups_of(config_class_of(recipe_module(path.stem)))}
+    found: dict[str, dict[str, JsonValue]] = {}
+    for group in groups:
+        given = {name: field for name, field in group.model_fields.items() if not field.is_required()}
+        values = {name: field.get_default(call_default_factory=True) for name, field in given.items()}
+        found[group.__qualname__] = {
+            name: to_jsonable_python(value) for name, value in values.items() if not isinstance(value, Settings)
+        }
+    assert len(found) == len(groups), "two groups have one name"
+    return found
+
+
+def test_a_default_changes_on_purpose_only() -> None:
+    """Whoever leaves an option out gets other numbers by another default: change it in goldens/defaults.json too, and tell
+    users in CHANGELOG.md. A new option need not be there."""
+    recorded, now = json.loads(DEFAULTS.read_text(encoding="utf-8")), defaults()
+    held = {
+        group: {k: now.get(group, {}).get(k, "this option is gone") for k in options}
+        for group, options in recorded.items()
+    }
+    assert held == recorded

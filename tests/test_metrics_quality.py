@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import sys
 import time
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +13,10 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from scipy.linalg import sqrtm
 from sklearn.metrics import roc_auc_score
+from torch import nn
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure
 
+from distill.errors import UserError
 from distill.metrics import (
     Diversity,
     bootstrap_interval,
@@ -22,6 +27,7 @@ from distill.metrics import (
     ms_ssim_betas,
 )
 from distill.metrics.bootstrap import resample_counts
+from distill.metrics.features import load_features
 
 
 def features(seed: int, rows: int, width: int = 8, shift: float = 0.0) -> torch.Tensor:
@@ -292,3 +298,78 @@ def test_a_thousand_resamples_are_quick() -> None:
     start = time.process_time()
     finding_auroc(torch.from_numpy(rng.normal(size=(500, 8))), torch.from_numpy(rng.random((500, 8)) < 0.3))
     assert time.process_time() - start < 6
+
+
+# Feature extractors whose packages and weights are not here: a stand-in says what they are given.
+
+
+class StandIn(nn.Module):
+    pathologies = ("Effusion", "Lung_Opacity")
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__()
+        self.options = options
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return images
+
+    def features2(self, images: torch.Tensor) -> torch.Tensor:
+        return -images
+
+
+def failing(error: Exception) -> Any:
+    def fail(**options: Any) -> Any:
+        raise error
+
+    return fail
+
+
+def test_inception_sees_pixels_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", StandIn)
+    found: Any = load_features("inception", phantom_data=True)
+    assert found.model.options == {"name": "inception-v3-compat", "features_list": ["2048"]}
+    values, scores = found(torch.tensor([-3.0, -1.0, -0.991, 0.0, 0.5, 1.0, 3.0]).view(1, 1, 1, 7).expand(2, 3, 1, 7))
+    assert values.dtype == torch.uint8 and scores is None and values.shape == (2, 21)
+    assert values[0].tolist() == [0, 0, 1, 128, 191, 255, 255] * 3
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ModuleNotFoundError("x"), "needs torch-fidelity: pip install 'attention-distill"),
+        (OSError("no route"), r"cannot be fetched \(no route\)"),
+    ],
+)
+def test_inception_that_cannot_be_had_is_one_clear_error(
+    error: Exception, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", failing(error))
+    with pytest.raises(UserError, match=f"evaluation.features inception.*{said}"):
+        load_features("inception", phantom_data=False)
+
+
+def test_xrv_sees_gray_images_of_224_pixels_from_minus_to_plus_1024(monkeypatch: pytest.MonkeyPatch) -> None:
+    models = SimpleNamespace(DenseNet=StandIn)
+    monkeypatch.setitem(sys.modules, "torchxrayvision", SimpleNamespace(models=models))
+    found: Any = load_features("xrv", phantom_data=False)
+    assert found.model.options == {"weights": "densenet121-res224-all"} and not found.training
+    assert found.findings == ["pleural effusion", "lung opacity"], "as the data call them"
+    images = torch.zeros(2, 3, 448, 448)
+    images[0] = torch.tensor([-1.0, 0.5, 1.0]).view(3, 1, 1)
+    images[1] = 1.0
+    values, scores = found(images)
+    assert scores.shape == (2, 1, 224, 224) and torch.equal(values, -scores)
+    assert scores[1].min() == scores[1].max() == 1024 and scores[0].mean() == pytest.approx(1024 / 6)
+    monkeypatch.setattr(models, "DenseNet", failing(OSError("no route")))
+    with pytest.raises(UserError, match=r"xrv: the weights cannot be fetched \(no route\)"):
+        load_features("xrv", phantom_data=False)
+    monkeypatch.setitem(sys.modules, "torchxrayvision", None)
+    with pytest.raises(UserError, match="xrv needs torchxrayvision and a torchvision"):
+        load_features("xrv", phantom_data=False)
+
+
+def test_features_are_chosen_by_the_data_alone_where_they_are_auto() -> None:
+    assert load_features("none", phantom_data=True) is None and load_features("auto", phantom_data=False) is None
+    phantom = load_features("auto", phantom_data=True)
+    assert phantom is not None and phantom.name == "phantom"
+    assert not any(parameter.requires_grad for parameter in phantom.parameters())

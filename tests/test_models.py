@@ -6,13 +6,14 @@ import copy
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub.constants
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, UNet2DModel
+from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
 from full_size import ARCHITECTURES, VAE_PARAMETERS, Architecture, full_size
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -53,6 +54,25 @@ def refusal(path: str | Path, run: Path | None = None) -> str:
     with pytest.raises(UserError) as caught:
         load_model(BaseConfig(name=str(path)), run=run)
     return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("betas", "is_legal"),
+    [([0.0, 1.0], True), ([0.1, 0.2], True), ([0.5], False), ([0.1, 1.01], False), ([-0.01, 0.1], False)],
+)
+def test_a_noise_schedule_has_steps_with_shares_of_noise(sd: Model, betas: list[float], is_legal: bool) -> None:
+    schedule = DDPMScheduler(num_train_timesteps=len(betas), trained_betas=betas)
+    faults = sd.family.part_faults(replace(sd, noise_scheduler=schedule))
+    assert faults == ([] if is_legal else [
+        "scheduler: its betas must be in 0 .. 1; look at beta_start, beta_end and trained_betas"
+    ])  # fmt: skip
+
+
+def test_a_scheduler_without_a_share_of_signal_is_refused(sd: Model) -> None:
+    faults = sd.family.part_faults(replace(sd, pipeline=SimpleNamespace(scheduler=FlowMatchEulerDiscreteScheduler())))
+    assert faults == [
+        "scheduler: FlowMatchEulerDiscreteScheduler is of another kind than DDPM; expected one such as DDIMScheduler"
+    ]
 
 
 @dataclass(frozen=True)

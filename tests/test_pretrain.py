@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from recipe import ROOT, config_class_of, recipe_module
 
 from distill.cli import parse
-from distill.config import BaseConfig, FullEvaluation
+from distill.config import BaseConfig, FullEvaluation, TrainerConfig
 from distill.data.pictures import PicturesDataset
 from distill.data.sample import Sample
 from distill.errors import UserError
@@ -43,6 +43,29 @@ def test_a_dry_run_takes_one_step_of_every_stage(text_encoder: str, capsys: pyte
     assert (trained["unet"] > trained["unet_longer"]) == (text_encoder == "full")
     assert re.findall(r"^(\w+): [\d,]+ parameters, .* 1 steps", printed, re.M) == list(recipe.TRAINED)
     assert {path: path.stat().st_mtime_ns for path in PHANTOM_BASE.rglob("*")} == before
+
+
+def test_the_latents_of_a_new_autoencoder_get_a_deviation_of_1(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Over the first 512 pictures; the autoencoder here takes every eighth pixel three times."""
+    torch.manual_seed(0)
+    pixels, seen, trained = torch.randn(600, 3, 16, 16), [], []
+
+    def encode(self: AutoencoderKL, part: torch.Tensor) -> SimpleNamespace:
+        assert not torch.is_grad_enabled(), "512 pictures with their gradients fill a small GPU"
+        seen.append(len(part))
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=3 * part[..., ::8, ::8]))
+
+    monkeypatch.setattr(AutoencoderKL, "encode", encode)
+    monkeypatch.setattr(pretraining, "train", lambda objective, *rest: trained.append(objective))
+    rows: Any = [{"pixel_values": row} for row in pixels]
+    for count in (600, 40):
+        seen.clear()
+        pretraining.train_vae(rows[:count], TrainerConfig(), tmp_path / str(count), 0, resolution=16, kl_weight=1e-3)
+        used = min(512, count)
+        assert sum(seen) == used and max(seen) <= 32
+        scale = AutoencoderKL.from_pretrained(tmp_path / str(count) / "vae").config.scaling_factor
+        assert scale == pytest.approx(1 / float((3 * pixels[:used, :, ::8, ::8]).std()), abs=5.1e-5)
+    assert [(objective.crop_px, objective.kl_weight) for objective in trained] == [(8, 1e-3)] * 2
 
 
 def test_recognition_counts_each_picture_for_its_own_caption(monkeypatch: pytest.MonkeyPatch) -> None:
