@@ -10,11 +10,13 @@ from typing import Any
 import pytest
 import torch
 from tiny import save_tiny, tiny_sd
-from training import NO_DROPOUT, batch_of, context_of, generator, has_gradient, prepared
+from training import NO_DROPOUT, batch_of, context_of, generator, has_gradient, phantoms, prepared, tokens_of
 
 from distill.attention.recording import attention_layers
 from distill.config import BaseConfig, LoraConfig
 from distill.data.phantom.dataset import PhantomDataset
+from distill.data.rows import training_caption
+from distill.draws import shared_generator
 from distill.errors import UserError
 from distill.methods import method_of
 from distill.methods.key_lock import KeyLockedTextEncoder, Merged, lock_keys, merge_keys
@@ -23,6 +25,7 @@ from distill.models.adapters import prepare_training
 from distill.models.export import export, prove_parity
 from distill.models.family import Model
 from distill.models.loading import load_model
+from distill.tokens import BOS, EOS, PADDING, WORD, token_groups
 
 CAPTIONS = [PhantomDataset("train", 60, 0, 64).caption(i) for i in range(60)]
 
@@ -287,3 +290,120 @@ def test_a_merge_that_is_worse_than_none_is_said(tmp_path: Path, monkeypatch: py
     method.setup(prepared(), context_of(log_dir=tmp_path, say=said.append))
     method.finish()
     assert said[1].startswith("warning: for eos the merge is worse than none")
+
+
+# --- what is locked -------------------------------------------------------------------------------------------------
+
+
+def groups_of(model: Model) -> torch.Tensor:
+    """(captions, tokens) of the captions that `seen` reads."""
+    return torch.stack([token_groups(model.tokenizers[0], text, model.max_tokens) for text in CAPTIONS[:2]])
+
+
+@pytest.mark.parametrize(("tokens", "locked"), [("words", (BOS, WORD)), ("tail", (EOS, PADDING))])
+def test_only_the_asked_tokens_keep_their_keys(model: Model, tokens: Any, locked: tuple[int, ...]) -> None:
+    _, keys, _ = seen(model)
+    lock = lock_keys(model, tokens=tokens)
+    disturb(model)
+    _, now, _ = seen(model)
+    plain = copy.deepcopy(lock)
+    plain.release()
+    free = seen(plain.model)[1]
+    held = torch.isin(groups_of(model), torch.tensor(locked))
+    assert held.any() and not held.all()
+    for name in attention_layers(model.denoiser)[:1]:  # the queries of later layers differ, keys do not
+        torch.testing.assert_close(now[name][held], keys[name][held], atol=1e-6, rtol=0)
+        torch.testing.assert_close(now[name][~held], free[name][~held], atol=1e-6, rtol=0)
+    (torch.stack([key[~held].square().sum() for key in now.values()]).sum()).backward(retain_graph=True)
+    for encoder in model.text_encoders:
+        assert any(p.grad is not None and p.grad.any() for p in encoder.trained.parameters()), "free tokens train it"
+        encoder.zero_grad()
+    torch.stack([key[held].square().sum() for key in now.values()]).sum().backward()
+    for encoder in model.text_encoders:
+        assert all(p.grad is None or not p.grad.any() for p in encoder.trained.parameters())
+
+
+def test_only_the_asked_layers_keep_their_keys(model: Model) -> None:
+    _, keys, _ = seen(model)
+    lock = lock_keys(model, layers=("up_blocks",))
+    disturb(model)
+    _, now, _ = seen(model)
+    weights = {n: model.denoiser.get_submodule(n).to_k.weight.clone() for n in keys}
+    plain = copy.deepcopy(lock)
+    plain.release()
+    free = seen(plain.model)[1]
+    merge_keys(lock, CAPTIONS)
+    for name in keys:
+        locked = name.startswith("up_blocks")
+        torch.testing.assert_close(now[name], keys[name] if locked else free[name], atol=1e-6, rtol=0)
+        assert torch.equal(model.denoiser.get_submodule(name).to_k.weight, weights[name]) != locked, (
+            "merged where locked"
+        )
+    with pytest.raises(UserError, match="starts with 'sideways'"):
+        lock_keys(model, layers=("sideways",))
+
+
+@pytest.mark.parametrize("tokens", ["all", "words", "tail"])
+@pytest.mark.parametrize("trained", ["full", "lora"])
+def test_a_lock_of_some_layers_and_tokens_exports_stock(trained: Any, tokens: Any, tmp_path: Path) -> None:
+    base = BaseConfig(name=str(save_tiny(tmp_path / "base", "sd")))
+    student = load_model(base)
+    torch.manual_seed(0)
+    prepare_training(student, denoiser=trained, text_encoder=trained, lora=LoraConfig(rank=16, alpha=16.0))
+    options = KeyLockOptions(locked_layers=("up_blocks", "mid_block"), locked_tokens=tokens)
+    method = method_of(options, NO_DROPOUT)
+    method.setup(student, context_of(log_dir=tmp_path, captions=lambda count: CAPTIONS))
+    disturb_adapters(student) if trained == "lora" else disturb(student)
+    merged = method.finish()
+    locked = {"all": ("words", "eos", "padding"), "words": ("words",), "tail": ("eos", "padding")}[tokens]
+    assert all(merged["r2"][group] > merged["r2_unmerged"][group] for group in locked if group in merged["r2"])
+    assert {group for group, value in merged["r2_unmerged"].items() if value == 1} == set(merged["r2"]) - set(locked)
+    assert set(export(student, tmp_path / "run")) == ({"lora"} if trained == "lora" else {"unet", "text_encoder"})
+    assert prove_parity(student, load_model(base, run=tmp_path / "run"), "cpu") < 1e-5
+
+
+def test_released_keys_pass_over_to_the_trained_encoder_and_need_no_merge(tmp_path: Path) -> None:
+    student, said = prepared(tiny_sd), []
+    method: Any = method_of(KeyLockOptions(release_after_steps=2, release_over_steps=4), NO_DROPOUT)
+    method.setup(student, context_of(log_dir=tmp_path, say=said.append))
+    _, keys, _ = seen(student)
+    disturb(student)
+    plain = copy.deepcopy(method._lock)
+    plain.release()
+    free, shares = seen(plain.model)[1], []
+    name = attention_layers(student.denoiser)[0]
+    for step in range(1, 8):
+        method(batch_of(student), shared_generator(0, step, 0, 1, step=step))
+        shares.append(method.state()["unlocked"].item())
+        now = seen(student)[1][name]
+        torch.testing.assert_close(now, keys[name] + shares[-1] * (free[name] - keys[name]), atol=1e-5, rtol=0)
+    assert shares == [0, 0, 0.25, 0.5, 0.75, 1, 1]
+    weights = copy.deepcopy(student.denoiser.state_dict())
+    assert method.finish() == {} and said == [] and list(tmp_path.iterdir()) == []
+    assert all(torch.equal(value, weights[key]) for key, value in student.denoiser.state_dict().items())
+
+
+def test_a_checkpoint_knows_how_far_the_keys_are_released(tmp_path: Path) -> None:
+    """After a kill between the last step and the export no step says it, and the merge depends on it."""
+    method, other = (method_of(KeyLockOptions(release_after_steps=1), NO_DROPOUT) for _ in range(2))
+    for one in (method, other):
+        one.setup(prepared(), context_of(dry_run=True))
+    method(batch_of(method.student), shared_generator(0, 0, 0, 1, step=51))
+    other.load_state(method.state())
+    assert other.text_encoders[0].unlocked == 0.5 and method_of(KeyLockOptions(), NO_DROPOUT).state() == {}
+
+
+def test_labels_at_random_places_train_with_locked_keys(tmp_path: Path) -> None:
+    """RaLI (Dombrowski et al. 2024), alone and with locked keys, and both cost what the diffusion loss costs."""
+    denoising = NO_DROPOUT.model_copy(update={"insert_labels": "random"})
+    rows = range(12)
+    plain, inserted = (batch_of(prepared(), rows, denoising=one) for one in (NO_DROPOUT, denoising))
+    assert not torch.equal(tokens_of(plain), tokens_of(inserted))
+    student = prepared()
+    method = method_of(KeyLockOptions(), denoising)
+    captions = [training_caption(phantoms(), i, denoising) for i in rows]
+    method.setup(student, context_of(log_dir=tmp_path, captions=lambda count: captions))
+    method.train()(inserted, generator())["loss"].backward()
+    assert has_gradient(student.text_encoders[0].trained) and method.passes(1, 12) == 36
+    found = method.finish()
+    assert min(found["r2"].values()) > 0.99

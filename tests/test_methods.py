@@ -340,6 +340,7 @@ def test_a_kind_is_one_method_and_has_only_its_own_options() -> None:
         ({"kind": "supervised_attention"}, "all weights are 0; set arm_weight"),
         ({"kind": "supervised_attention", "arm_weight": 0.1, "images": 5}, "no region weight is set"),
         ({"kind": "tail_penalty", "weight": 0.0}, "greater than 0"),
+        ({"kind": "key_lock", "release_over_steps": 5}, "release_over_steps is set, and release_after_steps is not"),
         ({"kind": "consistency", "solver_steps": 75}, "a multiple of 50"),
         ({"kind": "consistency", "guidance_scale": 0.5}, "greater than or equal to 1"),
     ],

@@ -112,6 +112,8 @@ NEEDED: dict[str, dict[str, Any]] = {
 """Options without which a method of this kind cannot be set up, or does nothing."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "attention_distillation-later": {"teacher": TEACHER, "begin_after_steps": 1},
+    "key_lock-released": {"release_after_steps": 1, "release_over_steps": 2},
+    "key_lock-words": {"locked_layers": ("up_blocks",), "locked_tokens": "words"},
 }
 """Kind, a dash, and a word -> options that make another method of it."""
 EXAMPLES = (*KINDS, *VARIANTS)

@@ -18,15 +18,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from distill import draws
 from distill.data.batch import Batch
 from distill.errors import raise_all
 from distill.files import JsonObject
 from distill.methods.base import Context, Method, Terms
-from distill.methods.options import KeyLockOptions
+from distill.methods.options import KeyLockOptions, LockedTokens
 from distill.tokens import EOS, PADDING, WORD, token_groups
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
+    from transformers import PreTrainedTokenizerBase
 
     from distill.methods.training import Training
     from distill.models import Model
@@ -39,11 +41,16 @@ RIDGE = 1e-4
 
 class KeyLockedTextEncoder(nn.Module):
     """Two text encoders in place of one: every hidden state is (batch, tokens, 2 * width), the frozen encoder's, then the
-    trained one's. All else (pooled states, config) is the trained one's. Only `trained` ever has gradients."""
+    trained one's. All else (pooled states, config) is the trained one's. Only `trained` ever has gradients.
 
-    def __init__(self, frozen: nn.Module, trained: nn.Module) -> None:
+    The first half is what locked keys see: `tokens` says of which tokens it is the frozen encoder's; `unlocked`, 0 to 1, how
+    far it has passed over to the trained one's. ends: the id of the token that ends a caption.
+    """
+
+    def __init__(self, frozen: nn.Module, trained: nn.Module, tokens: LockedTokens = "all", ends: int = -1) -> None:
         super().__init__()
         self.frozen, self.trained = frozen.requires_grad_(False).eval(), trained
+        self.tokens, self.ends, self.unlocked = tokens, ends, 0.0
 
     @property
     def config(self) -> Any:
@@ -66,15 +73,27 @@ class KeyLockedTextEncoder(nn.Module):
 
     def forward(self, input_ids: torch.Tensor, **options: Any) -> Any:
         out = self.trained(input_ids, **options)
-        with torch.no_grad():
-            reference = self.frozen(input_ids, **options)
+        reference = out
+        if self.unlocked < 1:
+            with torch.no_grad():
+                reference = self.frozen(input_ids, **options)
         for key in ("last_hidden_state", "hidden_states"):
             ours, theirs = out.get(key), reference.get(key)
             if isinstance(ours, tuple):
-                out[key] = tuple(torch.cat(pair, dim=-1) for pair in zip(theirs, ours, strict=True))
+                pairs = zip(theirs, ours, strict=True)
+                out[key] = tuple(torch.cat([self._seen(a, b, input_ids), b], dim=-1) for a, b in pairs)
             elif ours is not None:
-                out[key] = torch.cat([theirs, ours], dim=-1)
+                out[key] = torch.cat([self._seen(theirs, ours, input_ids), ours], dim=-1)
         return out
+
+    def _seen(self, theirs: torch.Tensor, ours: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
+        """What locked keys see. theirs, ours: states of the frozen and of the trained encoder, (batch, tokens, width)."""
+        if self.unlocked:
+            theirs = theirs + self.unlocked * (ours - theirs)
+        if self.tokens == "all":
+            return theirs
+        tail = (input_ids == self.ends).cumsum(dim=1) > 0
+        return torch.where((tail if self.tokens == "words" else ~tail)[..., None], ours, theirs)
 
 
 @dataclass(frozen=True)
@@ -93,16 +112,31 @@ def lock_faults(model: Model) -> list[str]:
     return ["lock_keys: this U-Net projects the text before its cross-attention (encoder_hid_dim)"]
 
 
-class KeyLock:
-    """The lock of one model: the hooks that part the hidden states, and the encoders to give back."""
+def _end_of(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Id of the token that ends a caption, BERT's included; padding comes after the first."""
+    ids = [found for found in (tokenizer.eos_token_id, tokenizer.sep_token_id) if isinstance(found, int)]
+    return ids[0] if ids else -1
 
-    def __init__(self, model: Model, frozen: Sequence[nn.Module]) -> None:
+
+class KeyLock:
+    """The lock of one model: the hooks that part the hidden states, and the encoders to give back. layers: the locked ones."""
+
+    def __init__(
+        self, model: Model, frozen: Sequence[nn.Module], layers: Sequence[str] = (), tokens: LockedTokens = "all"
+    ) -> None:
         """Lock `model` in place: its text encoders, its pipeline's and its U-Net. frozen: the encoders that the keys
-        see. After adapters are attached, since the hooks are on the outermost module of each projection.
-        Raises UserError for a U-Net that projects the text itself."""
-        raise_all("the keys cannot be locked", lock_faults(model))
+        see. layers: prefixes of those that are locked; empty locks all. tokens: those whose keys are locked. After adapters are
+        attached, since the hooks are on the outermost module of each projection.
+        Raises UserError for a U-Net that projects the text itself, and for a prefix that matches nothing."""
+        ends = [_end_of(tokenizer) for tokenizer in model.tokenizers]
+        endless = (
+            ["locked_tokens: a tokenizer has no token that ends a caption"] if tokens != "all" and -1 in ends else []
+        )
+        raise_all("the keys cannot be locked", [*lock_faults(model), *endless])
         self.model, self.trained = model, list(model.text_encoders)
-        joint = [KeyLockedTextEncoder(*pair) for pair in zip(frozen, self.trained, strict=True)]
+        self.layers = _cross_attention(model.denoiser, layers)
+        pairs = zip(frozen, self.trained, ends, strict=True)
+        self.joint = [KeyLockedTextEncoder(theirs, ours, tokens, end) for theirs, ours, end in pairs]
         keys: list[int] = []
         values: list[int] = []
         start = 0
@@ -115,9 +149,19 @@ class KeyLock:
         self.handles: list[RemovableHandle] = []
         for name in _cross_attention(model.denoiser):
             layer = model.denoiser.get_submodule(name)
-            for module, columns in zip((layer.to_k, layer.to_v), self.columns, strict=True):
+            seen = self.columns if name in self.layers else (self.columns[1], self.columns[1])
+            for module, columns in zip((layer.to_k, layer.to_v), seen, strict=True):
                 self.handles.append(module.register_forward_pre_hook(_select(columns)))
-        self._place(joint)
+        self._place(self.joint)
+
+    @property
+    def unlocked(self) -> float:
+        """How far the keys have passed over to the trained encoders, 0 to 1."""
+        return self.joint[0].unlocked
+
+    def unlock(self, share: float) -> None:
+        for encoder in self.joint:
+            encoder.unlocked = share
 
     def _place(self, encoders: Sequence[nn.Module]) -> None:
         self.model.text_encoders[:] = encoders
@@ -141,10 +185,12 @@ def _select(columns: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor, .
     return hook
 
 
-def lock_keys(model: Model, dtype: torch.dtype = torch.float32) -> KeyLock:
+def lock_keys(
+    model: Model, dtype: torch.dtype = torch.float32, *, layers: Sequence[str] = (), tokens: LockedTokens = "all"
+) -> KeyLock:
     """Before the first training step and after prepare_training, which knows nothing of the lock. dtype: of the copies that
-    the keys see."""
-    return KeyLock(model, [copy.deepcopy(encoder).to(dtype) for encoder in model.text_encoders])
+    the keys see. layers, tokens: see KeyLock."""
+    return KeyLock(model, [copy.deepcopy(encoder).to(dtype) for encoder in model.text_encoders], layers, tokens)
 
 
 @torch.no_grad()
@@ -155,7 +201,7 @@ def merge_keys(
 
     With x and y the hidden states of the trained and the frozen encoder, W is the linear map with W x closest to y in
     least squares over the tokens of nine in ten of `captions` and the empty one (each token group counts
-    alike, or padding would be all), pulled to the identity by RIDGE. Every to_k becomes to_k W. Values are untouched.
+    alike, or padding would be all), pulled to the identity by RIDGE. Every locked to_k becomes to_k W. Values are untouched.
 
     rank: where the projections are LoRA layers, W - 1 is the best map of this rank (reduced-rank regression, Izenman 1975),
     so that the adapter `default` of to_k takes it in exactly, by as many ranks more. Not for other layers.
@@ -171,12 +217,13 @@ def merge_keys(
         change = factors[0] @ factors[1]
     merge = eye + change
     r2, unmerged = _explained(held, merge)
-    for name in _cross_attention(model.denoiser):
+    for name in lock.layers:
         projection = model.denoiser.get_submodule(name).to_k
         if rank is None:
             projection.weight.copy_(projection.weight.cpu().double() @ merge)
         else:
-            ranks = {"attn2.to_k": _widen(projection, *factors)}
+            all_alike = lock.layers == _cross_attention(model.denoiser)
+            ranks = {"attn2.to_k" if all_alike else f"{name}.to_k": _widen(projection, *factors)}
             adapter = model.denoiser.peft_config["default"]
             adapter.rank_pattern, adapter.alpha_pattern = adapter.rank_pattern | ranks, adapter.alpha_pattern | ranks
     lock.release()
@@ -250,10 +297,10 @@ def _widen(layer: Any, left: torch.Tensor, right: torch.Tensor) -> int:
     return size
 
 
-def _cross_attention(denoiser: nn.Module) -> list[str]:
+def _cross_attention(denoiser: nn.Module, prefixes: Sequence[str] = ()) -> list[str]:
     from distill.attention import attention_layers
 
-    return attention_layers(denoiser)
+    return attention_layers(denoiser, prefixes)
 
 
 class KeyLocked(Method):
@@ -263,6 +310,7 @@ class KeyLocked(Method):
 
     def faults(self, student: Model, training: Training) -> list[str]:
         faults = lock_faults(student)
+        _cross_attention(student.denoiser, self.options.locked_layers)
         if training.text_encoder == "frozen":
             faults.append("method key_lock locks keys to the text encoder as it was; set text_encoder to full or lora")
         if training.denoiser == "frozen":
@@ -273,10 +321,21 @@ class KeyLocked(Method):
         return faults
 
     def setup(self, student: Model, context: Context) -> None:
-        self._lock, self._context = lock_keys(student, context.frozen_dtype), context
+        layers, tokens = self.options.locked_layers, self.options.locked_tokens
+        self._lock = lock_keys(student, context.frozen_dtype, layers=layers, tokens=tokens)
+        self._context = context
         super().setup(student, context)
 
+    def state(self) -> dict[str, torch.Tensor]:
+        return {} if self.options.release_after_steps is None else {"unlocked": torch.tensor(self._lock.unlocked)}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self._lock.unlock(float(state["unlocked"]))
+
     def forward(self, batch: Batch, generator: torch.Generator) -> Terms:
+        if self.options.release_after_steps is not None:
+            since = draws.step_of(generator) - self.options.release_after_steps
+            self._lock.unlock(min(1.0, max(0.0, since / self.options.release_over_steps)))
         x = self.noised(batch, generator)
         loss = self.denoising_loss(self.predict_student(x), x)
         return {"loss": loss, "denoising": loss}
@@ -286,7 +345,7 @@ class KeyLocked(Method):
         from distill.files import write_json
 
         context = self._context
-        if context.dry_run:
+        if context.dry_run or self._lock.unlocked == 1:  # keys that see the trained encoder need no merge
             self._lock.release()
             return {}
         started = time.perf_counter()
@@ -300,7 +359,8 @@ class KeyLocked(Method):
             f"{name} {value:.2f} (without {merged.r2_unmerged[name]:.2f})" for name, value in merged.r2.items()
         )
         context.say(f"keys merged into the trained text encoder's; R^2: {fits}; {context.log_dir / 'key_lock.json'}")
-        worse = [name for name, value in merged.r2.items() if value < merged.r2_unmerged[name]]
+        free = {"all": (), "words": ("eos", "padding"), "tail": ("words",)}[self.options.locked_tokens]
+        worse = [name for name, value in merged.r2.items() if value < merged.r2_unmerged[name] and name not in free]
         if worse:
             context.say(
                 f"warning: for {', '.join(worse)} the merge is worse than none; compare the maps, or train shorter"

@@ -10,6 +10,8 @@ from distill.settings import Count, Number, Positive, Settings, Text, Texts, Tim
 
 Group = Literal["words", "eos", "padding"]
 """A group of tokens."""
+LockedTokens = Literal["all", "words", "tail"]
+"""Tokens whose keys are locked."""
 
 
 class Options(Settings):
@@ -159,6 +161,22 @@ class KeyLockOptions(Options):
 
     kind: Literal["key_lock"] = "key_lock"
     """What is minimized."""
+    locked_layers: Texts = ()
+    """Prefixes of the cross-attention layers whose keys are locked. Empty locks all."""
+    locked_tokens: LockedTokens = "all"
+    """Tokens whose keys are locked: words (BOS included), tail (EOS and padding), or all."""
+    release_after_steps: Count | None = None
+    """Let the keys pass over to the trained encoder after this many steps. None keeps them locked."""
+    release_over_steps: Count = 100
+    """Steps in which they pass over."""
+
+    @model_validator(mode="after")
+    def _check(self) -> KeyLockOptions:
+        if self.release_after_steps is None and self.release_over_steps != 100:
+            raise ValueError(
+                "release_over_steps is set, and release_after_steps is not; set it, or leave the other out"
+            )
+        return self
 
 
 class SupervisedAttentionOptions(Options):
