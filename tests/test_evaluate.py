@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
+from diffusers import LCMScheduler
 from listed import WORDS, Listed, sample
 from PIL import Image
 from safetensors.torch import load_file
@@ -274,6 +275,19 @@ def test_evaluation_leaves_the_model_as_it_was(sd: Model, phantoms: PhantomDatas
     evaluate(sd, against, config, resolution=64, accelerator=Accelerator(), arm_dir=tmp_path, label="")
     assert all(torch.equal(value, before[name]) for name, value in sd.denoiser.state_dict().items())
     assert sd.denoiser.attn_processors == processors and sd.pipeline.scheduler is scheduler
+
+
+def test_the_scheduler_is_given_back_where_drawing_fails(sd: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    scheduler, used = sd.pipeline.scheduler, []
+
+    def out_of_memory(self: Any, **options: Any) -> None:
+        used.append(type(self.scheduler))
+        raise MemoryError
+
+    monkeypatch.setattr(type(sd.pipeline), "__call__", out_of_memory)
+    with pytest.raises(MemoryError):
+        generate(sd, ["edema"], [0], 64, CONFIG.model_copy(update=dict(scheduler="lcm")))
+    assert used == [LCMScheduler] and sd.pipeline.scheduler is scheduler
 
 
 @pytest.mark.parametrize(

@@ -332,7 +332,9 @@ def test_tradeoff_continues_with_the_arm_that_is_missing(
     assert [row.keys() for row in again] == [row.keys() for row in log]
     for ours, theirs in zip(again, log, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-7)  # a KL this small is fp32 rounding
-    assert read_metrics(folder)["arms"]["lora"]["localization"]["word"]["auc"] == pytest.approx(words["auc"], abs=0.02)
+    word = read_metrics(folder)["arms"]["lora"]["localization"]["word"]
+    assert word["auc"] == pytest.approx(words["auc"], abs=1e-4), "two pixels that change places are about 1e-6"
+    assert (word["images"], word["pairs"]) == (words["images"], words["pairs"])
 
 
 def test_arms_like_others_have_options_of_their_own(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,8 @@ from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows, check_training_text, training_caption
 from distill.data.sample import Sample
 from distill.errors import UserError
+from distill.experiment.run import _check_data as check_data
+from distill.methods.options import SupervisedAttentionOptions
 from distill.models import Model
 from distill.tokens import token_groups
 
@@ -127,10 +132,42 @@ def test_regions_stand_at_the_words_of_their_finding(sd: Model) -> None:
 
 
 def test_regions_of_the_first_images_alone(sd: Model) -> None:
-    few, every = (TrainingRows(ROWS, sd, regions=True, region_images=images) for images in (10, None))
-
-    def drawn(rows: TrainingRows) -> list[int]:
+    def drawn(images: int | None) -> list[int]:
+        rows = TrainingRows(ROWS, sd, regions=True, region_images=images)
         return [i for i in range(len(rows)) if (found := rows[i].regions) is not None and found.any()]
 
-    everywhere = drawn(every)
-    assert drawn(few) == [index for index in everywhere if index < 10] != everywhere
+    everywhere = drawn(None)
+    fourth = everywhere[3]  # the limit falls on an image that has regions
+    assert drawn(fourth) == everywhere[:3] and drawn(fourth + 1) == everywhere[:4] != everywhere
+
+
+class SomeRegions(PhantomDataset):
+    where: tuple[int, ...] = ()
+
+    def __getitem__(self, index: int) -> Sample:
+        regions = super().__getitem__(0).regions if index in self.where else ()
+        return replace(super().__getitem__(index), regions=regions)
+
+
+@pytest.mark.parametrize(
+    ("images", "where", "refused"),
+    [(5, (5,), 5), (6, (5,), None), (None, (5,), None), (50, (5,), None), (50, (), 8), (None, (), 8)],
+)
+def test_a_region_must_be_among_the_images_whose_regions_are_used(
+    sd: Model, images: int | None, where: tuple[int, ...], refused: int | None
+) -> None:
+    train = SomeRegions("train", 8, 0, 64)
+    train.where = where
+    assert PhantomDataset("train", 8, 0, 64)[0].regions, "the first image has a region to lend"
+    method = SupervisedAttentionOptions(region_token_weight=0.1, images=images)
+    training = SimpleNamespace(method=method, denoising=DenoisingConfig())
+    opened: Any = SimpleNamespace(
+        train=train, test=None, config=SimpleNamespace(data=None),
+        evaluation=SimpleNamespace(protocol="paper", localization_text="caption"),
+        arms={"arm": SimpleNamespace(name="arm", training=training)},
+    )  # fmt: skip
+    if refused is None:
+        check_data(opened, sd)
+    else:
+        with pytest.raises(UserError, match=f"and none of the first {refused} has one"):
+            check_data(opened, sd)
