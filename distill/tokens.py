@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,6 +23,14 @@ BOS, WORD, EOS, PADDING = 0, 1, 2, 3
 WORD_START, WORD_END = r"(?<![^\W_])", r"(?![^\W_]|[\u0300-\u036f])"
 
 GAP = r"[\s\-\u2010-\u2015]+"
+
+
+@dataclass(frozen=True)
+class Tokenizers:
+    """What of a model turns texts into tokens."""
+
+    tokenizers: Sequence[PreTrainedTokenizerBase]
+    max_tokens: int
 
 
 def find_words(caption: str, words: Iterable[str]) -> list[tuple[int, int]]:

@@ -314,3 +314,16 @@ def test_balanced_places_tell_less_than_anatomical_ones(balanced: PhantomDataset
         for placement in ("anatomical", "balanced")
     )
     assert moved < 0.78 and anatomical > 0.85, (moved, anatomical)
+
+
+def test_a_scene_and_its_caption_are_made_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    own = PhantomDataset("train", 3, seed=987_654)
+    first = (own.caption(1), own.labels(1), own.scene(1))
+    rng = np.random.default_rng
+    made: list[object] = []
+    monkeypatch.setattr(np.random, "default_rng", lambda key: made.append(key) or rng(key))
+    assert (own.caption(1), own.labels(1), own.scene(1)) == first and not made
+    others = [PhantomDataset("train", 3, seed=987_654, captions="labels"), PhantomDataset("test", 3, seed=987_654)]
+    assert all(other.caption(1) != first[0] for other in others) and made
+    with pytest.raises(IndexError, match="row 3"):
+        own.caption(3)

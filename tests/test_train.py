@@ -8,12 +8,15 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from listed import WORDS, Listed, sample
+from PIL import Image
 from recipe import recipe_module
 from tiny import save_tiny
 
 from distill.cli import parse
+from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
 from distill.experiment import train
 from distill.experiment.arms import Arm
@@ -189,3 +192,47 @@ def test_rows_have_what_data_method_and_denoising_ask_for(sd: Model, tmp_path: P
     assert (rows.flip, rows.latents, rows.text, rows.region_images) == (flip, None, None, 5)
     assert rows.denoising is training.denoising and rows.denoising.caption_dropout_label == "edema"
     assert (rows.label_tokens, rows.regions) == (training.method.reads_labels, training.method.reads_regions)
+
+
+def test_before_a_training_the_examples_alone_are_drawn(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    draw = PhantomDataset.__getitem__
+    monkeypatch.setattr(PhantomDataset, "__getitem__", lambda self, index: drawn.append(index) or draw(self, index))
+    few = ["--data.test_size", "40", "--evaluation.localization_images", "20", "--evaluation.examples", "2"]
+    run, _ = opened(base, tmp_path, *few, "--evaluation.generated_images", "10")
+    shown = list(run.examples)
+    assert len(shown) == 2 and max(drawn) == max(shown) and len(drawn) <= 4
+    assert not (tmp_path / "real").exists()
+    assert run.against.examples == shown and len({query.image for query in run.against.asked}) == 20
+    assert (tmp_path / "real" / "examples.jsonl").is_file() and run.against is run.against
+    assert {"checks", "real images"} <= run.seconds.keys()
+
+
+def test_a_held_out_file_that_cannot_be_read_is_found_before_the_training(base: str, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    for i in range(4):
+        pixels = np.random.default_rng(i).integers(0, 255, (64, 64), dtype=np.uint8)
+        Image.fromarray(pixels).save(data / f"{i}.png")
+    content = (data / "3.png").read_bytes()
+    (data / "3.png").write_bytes(content[: len(content) // 2])
+    rows = [f"{i}.png,an effusion,{'test' if i > 1 else 'train'}" for i in range(4)]
+    (data / "metadata.csv").write_text("\n".join(["file_name,text,split", *rows]) + "\n", encoding="utf-8")
+    words = [
+        "--data.kind",
+        "folder",
+        "--data.root",
+        str(data),
+        "--data.resolution",
+        "64",
+        "--evaluation.features",
+        "none",
+    ]
+    argv = ["--base.name", base, "--output_dir", str(tmp_path / "out"), *words]
+    config = parse(recipe_module("finetune").FinetuneConfig, argv)
+    arm = Arm("model", tmp_path / "out", Training(), config.trainer, config.evaluation.full())
+    with pytest.raises(UserError, match="3.png"):
+        open_run(config, {"model": arm})
+    assert not (tmp_path / "out").exists() or not (tmp_path / "out" / "config.yaml").exists()

@@ -38,6 +38,7 @@ from distill.metrics.features import Features
 from distill.models.bits import megabytes, quantize
 from distill.models.blocks import model_size
 from distill.models.family import Model
+from distill.tokens import Tokenizers
 
 
 def _batches(items: Sequence[object], size: int) -> Iterator[Sequence[Any]]:
@@ -351,9 +352,26 @@ OF_BOTH = ("seed", "bootstrap_samples", "examples", "quantization")
 """Options of evaluation that change quality as well as localization."""
 
 
+def example_images(
+    dataset: ImageCaptionDataset, model: Model | Tokenizers, config: FullEvaluation, accelerator: Accelerator
+) -> list[int]:
+    """Held-out images that are shown: the first that localization asks about, or the first of all.
+
+    Raises UserError if there are regions and no text names any of their findings.
+    """
+    few = min(config.examples, config.localization_images)
+    asked = queries(dataset, model, config.model_copy(update={"localization_images": few}), accelerator)
+    return _shown(dataset, asked, config)
+
+
+def _shown(dataset: ImageCaptionDataset, asked: Sequence[Query], config: FullEvaluation) -> list[int]:
+    located = list(dict.fromkeys(query.image for query in asked))
+    return (located or list(range(len(dataset))))[: config.examples]
+
+
 def held_out(
     dataset: ImageCaptionDataset,
-    model: Model,
+    model: Model | Tokenizers,
     config: FullEvaluation,
     features: Features | None,
     *,
@@ -367,8 +385,7 @@ def held_out(
     shows what the values are at this number of images when nothing is wrong. training: for the prior `mean_mask`.
     """
     asked = queries(dataset, model, config, accelerator)
-    located = list(dict.fromkeys(query.image for query in asked))
-    examples = (located or list(range(len(dataset))))[: config.examples]
+    examples = _shown(dataset, asked, config)
     if accelerator.is_main_process:
         write_examples(dataset, examples, run_dir / "real")
     order = evaluation_order(dataset, examples, 2 * config.generated_images)

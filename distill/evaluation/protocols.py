@@ -46,7 +46,7 @@ from distill.metrics.maps import (
     remove_orphans,
 )
 from distill.models.family import Conditions, Model
-from distill.tokens import BOS, EOS, PADDING, WORD, find_words, token_groups, token_spans
+from distill.tokens import BOS, EOS, PADDING, WORD, Tokenizers, find_words, token_groups, token_spans
 
 DEFAULT_TIMESTEPS = (100, 250, 400, 550, 700)
 
@@ -69,7 +69,7 @@ class Query:
 
 def queries(
     dataset: ImageCaptionDataset,
-    model: Model,
+    model: Model | Tokenizers,
     config: FullEvaluation,
     accelerator: Accelerator | None = None,
 ) -> list[Query]:
@@ -112,7 +112,7 @@ def queries(
 
 
 def _queries_of(
-    dataset: ImageCaptionDataset, index: int, model: Model, config: FullEvaluation
+    dataset: ImageCaptionDataset, index: int, model: Model | Tokenizers, config: FullEvaluation
 ) -> tuple[int, list[Query]]:
     """How many findings have a region in an image, and its queries."""
     tokenizer, length = model.tokenizers[0], model.max_tokens

@@ -58,14 +58,13 @@ def evaluate_arm(
     base: the base of `folder`, where it is not the one that the arms are trained from. evaluation: in place of the run's or
     the arm's. cost: of what this run has trained; its metrics.json then has the settings of its training, and it gets a card.
     """
-    assert run.against is not None
     arm_dir, arm, resolution = run.folder / name, run.arms.get(name), run.config.data.resolution
     config = evaluation or (arm.evaluation if arm else run.evaluation)
-    model = load_model(base or run.base, run=folder)
+    against, model = run.against, load_model(base or run.base, run=folder)
     plan: list[Any] = [None]
     if run.accelerator.is_main_process:
         weights = weights_of(model)
-        made_of = run.against.made_of(model, weights, config, resolution)
+        made_of = against.made_of(model, weights, config, resolution)
         plan = [(weights, made_of, _measured_before(run, name, made_of, config.parts))]
     broadcast_object_list(plan)
     weights, made_of, before = plan[0]
@@ -74,7 +73,7 @@ def evaluate_arm(
     entry: JsonObject = before["entry"]
     if missing:
         result = evaluate(
-            model, run.against, config, resolution=resolution, accelerator=run.accelerator, arm_dir=arm_dir, label=name,
+            model, against, config, resolution=resolution, accelerator=run.accelerator, arm_dir=arm_dir, label=name,
             parts=missing, weights=weights,
         )  # fmt: skip
         entry = _merged(entry, result, missing)
@@ -166,7 +165,6 @@ def _merged(before: Mapping[str, Any], result: Mapping[str, Any], missing: Seque
 
 def finish(run: Run, arms: Mapping[str, JsonObject], next_command: str) -> None:
     """metrics.json of all arms, the report, the table in the terminal, paths, and the next command."""
-    assert run.against is not None
     if not run.accelerator.is_main_process:
         return
     config = run.config
@@ -215,7 +213,6 @@ def finish(run: Run, arms: Mapping[str, JsonObject], next_command: str) -> None:
 
 def _real_quality(run: Run) -> JsonObject | None:
     """Quality of the real images: measured now, or by an earlier launch where this one measures maps only."""
-    assert run.against is not None
     path = run.folder / "metrics.json"
     if "quality" in run.evaluation.parts or not path.is_file():
         return run.against.quality

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +29,7 @@ from distill.data.readers.splits import VALIDATION_SPLITS
 from distill.data.rows import check_training_text
 from distill.data_config import PhantomData
 from distill.errors import UserError, raise_all
-from distill.evaluation.evaluate import HeldOut, held_out
+from distill.evaluation.evaluate import HeldOut, example_images, held_out
 from distill.experiment.arms import BASE, Arm
 from distill.files import code_version, write_atomic
 from distill.methods import method_of
@@ -40,6 +41,7 @@ from distill.models.loading import LORA_FILE
 from distill.models.single_file import is_adapter
 from distill.processes import thread_advice
 from distill.settings import Settings
+from distill.tokens import Tokenizers
 from distill.trainer import make_accelerator
 
 if TYPE_CHECKING:
@@ -53,6 +55,7 @@ class Run:
     base: what the arms are trained from. evaluation: of every model, unless an arm has its own. references: further models
     that methods may name, such as the model that a smaller one is made of. data_hashes: of the training rows of each arm.
     weight_hashes: of the models that were loaded, by the name that they were asked for by.
+    examples: held-out images that are shown. make_against: draws or reads the real images of the evaluation.
     """
 
     config: RunConfig
@@ -70,7 +73,17 @@ class Run:
     seconds: dict[str, float] = field(default_factory=dict)
     data_hashes: dict[str, dict[str, str]] = field(default_factory=dict)
     weight_hashes: dict[str, str] = field(default_factory=dict)
-    against: HeldOut | None = None
+    examples: Sequence[int] = ()
+    make_against: Callable[[], HeldOut] | None = None
+
+    @cached_property
+    def against(self) -> HeldOut:
+        """What models are compared on. Made when it is first asked for, which all processes must do together."""
+        assert self.make_against is not None
+        began = time.perf_counter()
+        made = self.make_against()
+        self.seconds["real images"] = time.perf_counter() - began
+        return made
 
     @property
     def seed(self) -> int:
@@ -151,15 +164,19 @@ def open_run(
     advice = thread_advice(torch.get_num_threads(), accelerator.num_processes)
     if advice and accelerator.device.type == "cpu":
         opened.say(advice)
+    opened.examples = example_images(test, model, evaluation, accelerator)
     if not config.dry_run:
-        model.to(accelerator.device)
-        shared = {"accelerator": accelerator, "run_dir": folder, "training": train}
-        opened.against = held_out(test, model, evaluation, features, **shared)
+        tokens = Tokenizers(model.tokenizers, model.max_tokens)  # not the model, whose weights would stay in memory
+        opened.make_against = partial(
+            held_out, test, tokens, evaluation, features, accelerator=accelerator, run_dir=folder, training=train
+        )
+        if isinstance(test, RecordDataset):
+            _ = opened.against  # a file that cannot be read is found before the training
         # Last, so that a configuration that is refused does not claim the folder.
         if accelerator.is_main_process:
             write_atomic(folder / "config.yaml", to_yaml(config))
         accelerator.wait_for_everyone()
-    opened.seconds["checks and real images"] = time.perf_counter() - began
+    opened.seconds["checks"] = time.perf_counter() - began
     return opened
 
 

@@ -359,9 +359,9 @@ def _layer_auc(run: Run, model: Model, images: int, timesteps: Sequence[int], la
 @torch.no_grad()
 def _sample(run: Run, arm: Arm, model: Model, path: Path) -> None:
     """A strip of images of held-out captions, to watch a training."""
-    if run.against is None or not run.accelerator.is_main_process:
+    if run.config.dry_run or not run.accelerator.is_main_process:
         return
-    examples = run.against.examples[:4]
+    examples = run.examples[:4]
     captions = [run.test.caption(i) for i in examples]
     frozen = DTYPES[run.config.base.frozen_dtype]
     seeds = [arm.evaluation.seed + i for i in examples]

@@ -13,6 +13,7 @@ import argparse
 import hashlib
 import textwrap
 from collections.abc import Mapping
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +39,20 @@ from distill.data.phantom.scene import (
 )
 from distill.data.sample import Region, Sample
 from distill.errors import UserError, raise_all
+
+KEPT_ROWS = 16_384
+"""Scenes and captions that stay in memory, about 4 kB each: a run asks for labels and captions many times."""
+
+_scene = lru_cache(maxsize=KEPT_ROWS)(draw_scene)
+
+
+@lru_cache(maxsize=KEPT_ROWS)
+def _text(
+    seed: int, split: Split, index: int, placement: Placement, captions: CaptionStyle
+) -> tuple[str, Mapping[str, str]]:
+    """Caption of a row, and the phrase of each finding in it."""
+    rng = np.random.default_rng((seed, SPLIT_CODES[split], index, CAPTION))
+    return write_caption(_scene(seed, split, index, placement), rng, captions)
 
 
 class PhantomDataset:
@@ -88,7 +103,7 @@ class PhantomDataset:
 
     def __getitem__(self, index: int) -> Sample:
         scene = self.scene(index)
-        caption, phrases = self._text(scene, index)
+        caption, phrases = self._text(index)
         drawing = draw(scene, self.resolution)
         gray = torch.from_numpy(drawing.image * 2.0 - 1.0)
         labels = tuple(finding.name for finding in scene.findings)
@@ -117,17 +132,19 @@ class PhantomDataset:
 
     def scene(self, index: int) -> Scene:
         """What row `index` shows; costs microseconds. Raises IndexError outside the data set."""
+        return _scene(*self._row(index), self.placement)
+
+    def _text(self, index: int) -> tuple[str, Mapping[str, str]]:
+        return _text(*self._row(index), self.placement, self.captions)
+
+    def _row(self, index: int) -> tuple[int, Split, int]:
         if not 0 <= index < self.size:
             raise IndexError(f"row {index} of a phantom data set with {self.size} rows")
-        return draw_scene(self.seed, self.split, int(index), self.placement)
-
-    def _text(self, scene: Scene, index: int) -> tuple[str, dict[str, str]]:
-        rng = np.random.default_rng((self.seed, SPLIT_CODES[self.split], int(index), CAPTION))
-        return write_caption(scene, rng, self.captions)
+        return self.seed, self.split, int(index)
 
     def caption(self, index: int) -> str:
         """Caption of a row, without drawing it."""
-        return self._text(self.scene(index), index)[0]
+        return self._text(index)[0]
 
     def labels(self, index: int) -> tuple[str, ...]:
         """Findings of a row, without drawing it."""
