@@ -27,7 +27,7 @@ LAYERS = (
 """A module or folder may import those of the lines above its own, and nothing of its own line."""
 HEAVY = ("accelerate", "diffusers", "transformers", "torch", "torchvision", "scipy", "matplotlib")
 """Libraries whose import takes seconds, so that `--help` and faults of a configuration do not wait for them."""
-OPTIONAL = {"torchvision", "torchxrayvision", "torch_fidelity", "wandb"}
+OPTIONAL = {"sklearn", "torchvision", "torchxrayvision", "torch_fidelity", "wandb"}
 
 
 def imported(node: ast.AST, package: tuple[str, ...]) -> list[tuple[str, ...]]:
