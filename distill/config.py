@@ -176,11 +176,12 @@ class EvaluationConfig(Settings):
 
     renamed: ClassVar[dict[str, str]] = old.EVALUATION
     parts: Annotated[
-        tuple[Literal["localization", "quality"], ...], Field(min_length=1), AfterValidator(once), HARMLESS
+        tuple[Literal["localization", "quality", "memorization"], ...], Field(min_length=1), AfterValidator(once), HARMLESS
     ] = (
         "localization", "quality",
     )  # fmt: skip
-    """What to measure: attention maps (localization), generated images (quality). What was measured before is kept."""
+    """What to measure: attention maps (localization), generated images (quality), copies of training images (memorization).
+    What was measured before is kept."""
     localization_images: Annotated[Count, HARMLESS] = 200
     """Held-out images whose attention maps are scored."""
     protocol: Literal["ours", "dombrowski", "vilouras"] = "ours"
@@ -239,6 +240,9 @@ class FullEvaluation(EvaluationConfig):
     """With a map_threshold: drop parts smaller than this share of the largest. 0 keeps all."""
     neighbours: Annotated[int, Field(ge=1, le=1000), HARMLESS] = 5
     """Precision, recall, density and coverage: the ball around an image reaches its neighbour of this rank."""
+    memorization_limit: Annotated[Probability | None, HARMLESS] = None
+    """Largest share of generated images that may be copies of training images. With a larger share that chance does not
+    explain, evaluate.py marks the model card and ends with an error. Needs memorization in parts. None sets no limit."""
     quantization: Annotated[Literal["none", "int8", "nf4"], HARMLESS] = "none"
     """Evaluate with the linear layers in 8 or 4 bits (distill/models/bits.py)."""
     scheduler: Annotated[Literal["base", "lcm"], HARMLESS] = "base"
@@ -252,6 +256,10 @@ class FullEvaluation(EvaluationConfig):
             raise ValueError(
                 f"causal is true, protocol {self.protocol}, and self_attention_power {self.self_attention_power}; "
                 "set them to ours and 0, or causal to false"
+            )
+        if self.memorization_limit is not None and "memorization" not in self.parts:
+            raise ValueError(
+                f"memorization_limit is {self.memorization_limit}, and parts lacks memorization; add it, or leave the limit out"
             )
         check_parts(self)
         return self

@@ -30,7 +30,7 @@ class EvaluateConfig(RunConfig):
 
 def evaluate(config: EvaluateConfig) -> None:
     from distill.experiment.folder import held
-    from distill.experiment.results import dry_run_evaluation, evaluate_arm, finish
+    from distill.experiment.results import dry_run_evaluation, evaluate_arm, finish, judge_memorization
     from distill.experiment.run import open_run
 
     with held(Path(config.output_dir), write=not config.dry_run):
@@ -41,6 +41,11 @@ def evaluate(config: EvaluateConfig) -> None:
         if config.run is not None:
             results["model"] = evaluate_arm(run, "model", Path(config.run))
         finish(run, results, f"open {Path(config.output_dir) / 'report.html'}")
+        judge_memorization(
+            results[list(results)[-1]],
+            Path(config.run) if config.run else None,
+            config.evaluation.memorization_limit,
+        )
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ import json
 import os
 import time
 import zlib
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -135,33 +135,82 @@ def cache_latents(
     flips = [flip and not names_side(dataset.caption(index)) for index in range(len(dataset))]
     rows = [(dataset.fingerprint(index), flips[index]) for index in range(len(dataset))]
     paths, missing = _plan(Path(folder), "latents", model_hash, rows)
-    batches = [list(part) for shard in missing for part in _split(_shard_range(shard, len(rows)), batch_size)]
+    vae.to(device)
+
+    def encode(indices: list[int], pixel_values: torch.Tensor) -> dict[str, torch.Tensor]:
+        found: dict[str, torch.Tensor] = {}
+        views = {"": pixel_values}
+        mirrored = [place for place, index in enumerate(indices) if flips[index]]
+        if mirrored:
+            views["flipped_"] = pixel_values[mirrored].flip(-1)
+        for prefix, view in views.items():
+            latent_dist = vae.encode(view.to(device, vae.dtype)).latent_dist
+            found |= {prefix + "mean": latent_dist.mean, prefix + "std": latent_dist.std}
+        return found
+
+    fault = f"the VAE in {vae.dtype} gives latents that are not finite"
+    _encode(dataset, paths, missing, encode, batch_size=batch_size, num_workers=num_workers, fault=fault)
+    return LatentCache(paths, flips)
+
+
+def cache_vectors(
+    dataset: ImageCaptionDataset,
+    make: Callable[[torch.Tensor], Mapping[str, torch.Tensor]],
+    folder: str | Path,
+    model_hash: str,
+    *,
+    batch_size: int,
+    rank: int = 0,
+    world: int = 1,
+) -> list[Path]:
+    """Files that hold what `make` gives for the image of each row, for `read_vectors`; those that are missing are made.
+
+    make: (batch, 3, height, width) in [-1, 1] -> name -> (batch, d). model_hash: of all that `make` depends on. Of several
+    processes each makes its files; wait for all before they are read. Raises UserError as `cache_latents` does.
+    """
+    rows = [dataset.fingerprint(index) for index in range(len(dataset))]
+    paths, missing = _plan(Path(folder), "vectors", model_hash, rows)
+    own = [shard for shard in missing if shard % world == rank]
+    fault = "a vector of an image is not finite"
+    _encode(dataset, paths, own, lambda _, pixel_values: make(pixel_values), batch_size=batch_size, fault=fault)
+    return paths
+
+
+def read_vectors(paths: Sequence[Path], name: str) -> Iterator[torch.Tensor]:
+    """(rows of a file, d) of each file of `cache_vectors` in turn."""
+    for path in paths:
+        with safe_open(path, framework="pt") as file:
+            yield file.get_tensor(name)
+
+
+def _encode(
+    dataset: ImageCaptionDataset,
+    paths: Sequence[Path],
+    missing: Sequence[int],
+    make: Callable[[list[int], torch.Tensor], Mapping[str, torch.Tensor]],
+    *,
+    batch_size: int,
+    num_workers: int = 0,
+    fault: str,
+) -> None:
+    """Write the missing files with what `make` gives for rows and their pixels. fault: what to say of values not finite."""
+    count = len(dataset)
+    batches = [list(part) for shard in missing for part in _split(_shard_range(shard, count), batch_size)]
     loader = DataLoader(
         cast("Dataset[Sample]", dataset), batch_sampler=batches, collate_fn=_collate, num_workers=num_workers
     )
-    vae.to(device)
     parts: dict[str, list[torch.Tensor]] = {}
     with _progress("encoding images", sum(map(len, batches)), "image") as bar, torch.no_grad():
         for indices, (pixel_values, ids) in zip(batches, loader, strict=True):
-            views = {"": pixel_values}
-            mirrored = [place for place, index in enumerate(indices) if flips[index]]
-            if mirrored:
-                views["flipped_"] = pixel_values[mirrored].flip(-1)
-            for prefix, view in views.items():
-                latent_dist = vae.encode(view.to(device, vae.dtype)).latent_dist
-                for name, value in (("mean", latent_dist.mean), ("std", latent_dist.std)):
-                    if not torch.isfinite(value).all():
-                        raise UserError(
-                            f"the VAE in {vae.dtype} gives latents that are not finite, for an image of "
-                            f"{', '.join(ids)}; use base.frozen_dtype fp32"
-                        )
-                    parts.setdefault(prefix + name, []).append(value.cpu())
+            for name, value in make(indices, pixel_values).items():
+                if not torch.isfinite(value).all():
+                    raise UserError(f"{fault}, for an image of {', '.join(ids)}; use base.frozen_dtype fp32")
+                parts.setdefault(name, []).append(value.cpu())
             bar.update(len(indices))
             shard = indices[0] // SHARD_ROWS
-            if indices[-1] + 1 == _shard_range(shard, len(rows)).stop:
+            if indices[-1] + 1 == _shard_range(shard, count).stop:
                 _write(paths[shard], parts)
                 parts = {}
-    return LatentCache(paths, flips)
 
 
 def cache_text_embeddings(

@@ -6,7 +6,6 @@ Work is shared between the processes of `accelerate launch`; every process must 
 
 from __future__ import annotations
 
-import io
 import json
 import math
 import time
@@ -20,14 +19,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from diffusers import LCMScheduler
-from PIL import Image
 from tqdm.auto import tqdm
 
 from distill.config import FullEvaluation
-from distill.data.cache import model_fingerprint
 from distill.data.sample import ImageCaptionDataset
-from distill.evaluation.kept import Batches, Kept, digest, packed, unpacked, weights_of
+from distill.evaluation.images import is_image, save_png
+from distill.evaluation.kept import Batches, Kept, digest, features_key, packed, unpacked, weights_of
 from distill.evaluation.localization import localization, query_key
+from distill.evaluation.memorization import memorization
 from distill.evaluation.priors import priors_key
 from distill.evaluation.protocols import Query, queries, with_subset
 from distill.evaluation.word_maps import write_word_maps
@@ -113,12 +112,14 @@ def quality(
     examples: Sequence[int] = (),
     label: str = "",
     weights: str | None = None,
+    keep_images: bool = False,
 ) -> JsonObject:
     """The `quality` entry of metrics.json; writes the images of the examples' captions to samples/.
 
     FID against `real`, the real images of the same captions. Image of caption i has seed config.seed + i, so that it is
     the same for any batch size and number of processes. What an earlier call in `arm_dir` drew is used again where all that
-    decides it is the same. weights: see kept.weights_of, before the weights were quantized.
+    decides it is the same. weights: see kept.weights_of, before the weights were quantized. keep_images: write all of them
+    to drawn/, see `drawn_images`.
     """
     order = evaluation_order(dataset, examples, config.generated_images)
     jobs = _jobs(order, config)
@@ -128,7 +129,7 @@ def quality(
     batches = Batches(hashes, config.batch_size, rank=accelerator.process_index, world=accelerator.num_processes)
     several = range(len(order), len(jobs))
     diversity_of = digest([hashes[place] for place in several], batches.names_with(several))
-    usable = _usable(kept, hashes[: len(order)], len(examples), arm_dir / "samples")
+    usable = _usable(kept, hashes[: len(order)], len(examples), arm_dir, keep_images)
     if diversity_of in kept.entries:
         usable |= {place: {"full": True} for place in several}
     accelerator.wait_for_everyone()  # all have read the files that are written from here on
@@ -148,6 +149,8 @@ def quality(
             shown = place if place < len(examples) else -1
             if shown >= 0:
                 save_png(image, _sample(arm_dir / "samples", place))
+            if keep_images:
+                save_png(image, _drawn(arm_dir, hashes[place]))
             row = {"made_of": hashes[place], "place": shown, "values": packed(value), "scores": packed(score)}
             made[place] = row | batches.mark(places, end=len(order))
         kept.add(*(made[place] for place in places if place in made))
@@ -177,27 +180,33 @@ def _jobs(order: Sequence[int], config: FullEvaluation) -> list[tuple[int, int]]
     return [*((i, config.seed + i) for i in order), *several]
 
 
-def _usable(kept: Kept, hashes: Sequence[str], examples: int, samples_dir: Path) -> dict[int, JsonObject]:
-    """Place -> what was drawn before. Of an example the image must be there too, at its place."""
+def _usable(
+    kept: Kept, hashes: Sequence[str], examples: int, arm_dir: Path, keep_images: bool
+) -> dict[int, JsonObject]:
+    """Place -> what was drawn before. Of an example the image must be there too, at its place; keep_images: of all."""
     usable = {place: kept.entries[name] for place, name in enumerate(hashes) if name in kept.entries}
     for place in range(examples):
-        if place in usable and (usable[place]["place"] != place or not is_image(_sample(samples_dir, place))):
+        if place in usable and (usable[place]["place"] != place or not is_image(_sample(arm_dir / "samples", place))):
             del usable[place]
+    if keep_images:
+        usable = {place: row for place, row in usable.items() if is_image(_drawn(arm_dir, hashes[place]))}
     return usable
+
+
+def _drawn(arm_dir: Path, made_of: str) -> Path:
+    return arm_dir / "drawn" / f"{made_of}.png"
+
+
+def drawn_images(
+    dataset: ImageCaptionDataset, examples: Sequence[int], config: FullEvaluation, arm_dir: Path
+) -> tuple[list[Path], list[int]]:
+    """Files of the images that `quality` drew with keep_images, and the row of `dataset` whose caption each is of."""
+    order = evaluation_order(dataset, examples, config.generated_images)
+    return [_drawn(arm_dir, digest(i, config.seed + i, dataset.caption(i))) for i in order], order
 
 
 def _sample(folder: Path, place: int) -> Path:
     return folder / f"{place:04d}.png"
-
-
-def is_image(path: Path) -> bool:
-    """Whether a file is there and can be read as an image."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError):
-        return False
-    return True
 
 
 def _diversity(kept: Kept, made_of: str, varied: Sequence[tuple[int, np.ndarray]], accelerator: Accelerator) -> float:
@@ -221,10 +230,6 @@ def images_key(config: FullEvaluation, weights: str, resolution: int, features: 
     """Hash of what decides a generated image and its features besides caption and seed."""
     settings = config.model_dump(mode="json", include=set(OF_IMAGES))
     return digest(settings, weights, resolution, features_key(features))
-
-
-def features_key(features: Features | None) -> list[str]:
-    return [] if features is None else [features.name, model_fingerprint(features)]
 
 
 def finding_labels(
@@ -315,7 +320,8 @@ def real_images(
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What all arms of a run are compared on. asked: the queries of localization."""
+    """What all arms of a run are compared on. asked: the queries of localization. copied_from: the training images that a
+    generated image may be a copy of."""
 
     dataset: ImageCaptionDataset
     examples: list[int]
@@ -325,26 +331,40 @@ class HeldOut:
     training: ImageCaptionDataset | None = None
     priors_dir: Path | None = None
     asked: Sequence[Query] = ()
+    copied_from: ImageCaptionDataset | None = None
+    run_dir: Path | None = None
 
     def made_of(self, model: Model, weights: str, config: FullEvaluation, resolution: int) -> dict[str, JsonObject]:
         """Part of the evaluation -> the hashes and options that decide it. features: None where they were not loaded."""
-        located = with_subset(config, model).model_dump(mode="json", exclude={"parts", "batch_size", *OF_QUALITY})
+        located = with_subset(config, model).model_dump(mode="json", exclude={*OF_NO_NUMBER, *OF_QUALITY})
         drawn = config.model_dump(mode="json", include={*OF_QUALITY, *OF_BOTH})
         order = evaluation_order(self.dataset, self.examples, config.generated_images)
         captions = [[i, self.dataset.caption(i), self.dataset.fingerprint(i), self.dataset.labels(i)] for i in order]
         pairs = [query_key(self.dataset, query) for query in self.asked]
         told = priors_key(self.dataset, self.training, self.asked, config) if self.asked else None
+        compared: list[list[str]] | None = None
+        if self.copied_from is not None and "memorization" in config.parts:
+            compared = [[pool.fingerprint(i) for i in range(len(pool))] for pool in (self.copied_from, self.dataset)]
+        extracted = digest(features_key(self.features)) if self.features else None
         return {
             "localization": {"weights": weights, "data": digest(pairs, told, self.examples), "options": located},
             "quality": {
                 "weights": weights,
                 "data": digest(captions, self.examples, resolution),
-                "features": digest(features_key(self.features)) if self.features else None,
+                "features": extracted,
                 "options": drawn,
+            },
+            "memorization": {
+                "weights": weights,
+                "data": digest(captions, compared, resolution) if compared else None,
+                "features": extracted,
+                "options": {key: drawn[key] for key in (*OF_IMAGES, "seed", "bootstrap_samples", "generated_images")},
             },
         }
 
 
+OF_NO_NUMBER = ("parts", "batch_size", "memorization_limit")
+"""Options of evaluation that change none."""
 OF_QUALITY = ("generated_images", "diversity_captions", "diversity_samples", "num_inference_steps", "guidance_scale",
               "scheduler", "features", "neighbours")  # fmt: skip
 """Options of evaluation that change quality alone."""
@@ -378,11 +398,13 @@ def held_out(
     accelerator: Accelerator,
     run_dir: Path,
     training: ImageCaptionDataset | None = None,
+    copied_from: ImageCaptionDataset | None = None,
 ) -> HeldOut:
     """Choose the example images, write them to real/, and score real images as if they were generated.
 
     FIDELITY of the real row is between the real images that the arms are compared with and as many others, so that it
     shows what the values are at this number of images when nothing is wrong. training: for the prior `mean_mask`.
+    copied_from: the training images for memorization.
     """
     asked = queries(dataset, model, config, accelerator)
     examples = _shown(dataset, asked, config)
@@ -398,7 +420,10 @@ def held_out(
         halves = real_images(dataset, others, features, accelerator, config.batch_size)
         assert real.features is not None and halves.features is not None
         result |= fidelity(real.features, halves.features, config)
-    return HeldOut(dataset, examples, features, real, result | {"diversity": None}, training, run_dir / "real", asked)
+    result |= {"diversity": None}
+    return HeldOut(
+        dataset, examples, features, real, result, training, run_dir / "real", asked, copied_from, run_dir
+    )  # fmt: skip
 
 
 def evaluate(
@@ -413,7 +438,8 @@ def evaluate(
     parts: Sequence[str] | None = None,
     weights: str | None = None,
 ) -> JsonObject:
-    """{"localization", "quality", "size", "seconds": {"localization_seconds", "evaluation_seconds"}} of one model.
+    """{"localization", "quality", "size", "seconds": {"localization_seconds", "evaluation_seconds"}} of one model, and
+    "memorization" if that is measured.
 
     parts: those to measure, by default config.parts; the others are None. weights: kept.weights_of the model.
     """
@@ -432,7 +458,8 @@ def evaluate(
     localization_seconds = time.perf_counter() - began
     if "localization" in parts:
         write_word_maps(model, against.dataset, config, **shared)
-    if "quality" in parts:
+    looks_for_copies = "memorization" in parts
+    if "quality" in parts or looks_for_copies:
         drawn = quality(
             model,
             against.dataset,
@@ -440,8 +467,12 @@ def evaluate(
             resolution=resolution,
             features=against.features,
             real=against.real,
+            keep_images=looks_for_copies,
             **own,
         )
+    copied: JsonObject = {}
+    if looks_for_copies:
+        copied = {"memorization": _memorization(model, against, config, accelerator, arm_dir)}
     seconds = {
         "localization_seconds": localization_seconds,
         "evaluation_seconds": time.perf_counter() - began,
@@ -450,8 +481,22 @@ def evaluate(
     scheduler.set_timesteps(config.num_inference_steps)
     passes = len(scheduler.timesteps) * (2 if config.guidance_scale > 1 else 1)
     size = model_size(model, resolution) | {"denoiser_passes_an_image": passes, "megabytes": stored}
-    returned: JsonObject = finite({"localization": located, "quality": drawn, "size": size, "seconds": seconds})
-    return returned
+    returned: JsonObject = finite(
+        {"localization": located, "quality": drawn if "quality" in parts else None, "size": size, "seconds": seconds}
+    )
+    return returned | copied
+
+
+def _memorization(
+    model: Model, against: HeldOut, config: FullEvaluation, accelerator: Accelerator, arm_dir: Path
+) -> JsonObject:
+    assert against.copied_from is not None and against.run_dir is not None
+    images, own = drawn_images(against.dataset, against.examples, config, arm_dir)
+    found: JsonObject = memorization(
+        model, against.dataset, against.copied_from, images, own, config, features=against.features,
+        accelerator=accelerator, arm_dir=arm_dir, run_dir=against.run_dir,
+    )  # fmt: skip
+    return found
 
 
 def finite(value: object) -> Any:
@@ -474,11 +519,3 @@ def write_examples(dataset: ImageCaptionDataset, examples: Sequence[int], folder
         row = {"id": sample.id, "image": f"real/{place:04d}.png", "caption": sample.caption, "regions": regions}
         lines.append(json.dumps(row) + "\n")
     write_atomic(folder / "examples.jsonl", "".join(lines))
-
-
-def save_png(image: torch.Tensor, path: Path) -> None:
-    """image: (3, height, width) in [0, 1]."""
-    array = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
-    content = io.BytesIO()
-    Image.fromarray(array).save(content, "PNG")
-    write_atomic(path, content.getvalue())

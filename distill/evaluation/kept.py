@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from distill.data.cache import model_fingerprint
 from distill.files import JsonObject, write_atomic
+from distill.metrics.features import Features
 from distill.models.family import Model
 
 Entry = JsonObject
@@ -54,6 +55,10 @@ def unpacked(value: Sequence[Any] | None) -> NDArray[Any] | None:
     kind, shape, text = value
     array: NDArray[Any] = np.frombuffer(base64.b64decode(text), dtype=np.dtype(kind)).reshape(shape).copy()
     return array
+
+
+def features_key(features: Features | None) -> list[str]:
+    return [] if features is None else [features.name, model_fingerprint(features)]
 
 
 class Kept:

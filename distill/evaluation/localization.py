@@ -110,6 +110,7 @@ def score_rows(
 OF_ROWS_IRRELEVANT = (
     "batch_size", "generated_images", "diversity_captions", "diversity_samples", "num_inference_steps", "guidance_scale",
     "scheduler", "features", "neighbours", "bootstrap_samples", "examples", "localization_images", "parts",
+    "memorization_limit",
 )  # fmt: skip
 """Options of evaluation that change no score of an image."""
 

@@ -10,6 +10,8 @@ from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_ty
 
 # Float sums of probabilities may pass 1 by a rounding error.
 _TOLERANCE = 1e-6
+SIGNIFICANT = 0.05
+"""Memorization is found where p is below."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +88,30 @@ class Quality:
 
 
 @dataclass(frozen=True)
+class Memorization:
+    """Whether generated images are copies of training images; see `distill.metrics.memorization.Copies` and `Verdict`."""
+
+    copies: UnitEstimate
+    share: Unit
+    chance: Unit
+    p: Unit
+    least_p: Unit
+    space: str
+    images: int
+    training_images: int
+    held_out_images: int
+
+    @property
+    def is_found(self) -> bool:
+        return self.p < SIGNIFICANT
+
+    @property
+    def can_be_found(self) -> bool:
+        """Whether so few images can show anything at all."""
+        return self.least_p < SIGNIFICANT
+
+
+@dataclass(frozen=True)
 class Cost:
     train_seconds: Positive | None
     steps: int | None
@@ -116,6 +142,7 @@ class Arm:
     cost: Cost
     size: Size | None = None
     per_seed: Mapping[str, Mapping[str, float | None]] | None = None
+    memorization: Memorization | None = None
 
     def estimate(self, key: str) -> Estimate:
         """`key` as in `paired`: "word.auc", "quality.fid"."""

@@ -27,18 +27,22 @@ from distill.models import load_model
 from distill.models.adapters import parameter_counts
 from distill.models.bits import quantize
 from distill.models.stock import exported
+from distill.processes import process_state
 from distill.report import (
+    mark_model_card,
+    memorization_sentence,
     terminal_summary,
     terminal_table,
     write_model_card,
     write_report,
 )
 
-PARTS = ("localization", "quality")
+PARTS = ("localization", "quality", "memorization")
 """Parts of an evaluation, as entries of metrics.json."""
 FILES = {
     "localization": ("pairs.jsonl", "maps.safetensors", "word_maps.safetensors"),
     "quality": ("features.safetensors", "samples/*.png"),
+    "memorization": ("memorization.jsonl", "memorization/*.png"),
 }
 """Part -> what it leaves in the arm's folder, from which numbers and report are made."""
 
@@ -80,7 +84,9 @@ def evaluate_arm(
     measured = {"peak_memory_gb": peak_memory_gb()} if missing else {}
     entry = entry | {"cost": entry["cost"] | (cost or measured)}
     if run.accelerator.is_main_process:
-        known = {part: before["made_of"].get(part) or made_of[part] for part in PARTS if entry[part] or part in missing}
+        known = {
+            part: before["made_of"].get(part) or made_of[part] for part in PARTS if entry.get(part) or part in missing
+        }
         settings = settings_of(run.config, arm) if arm else None
         written = {
             "arms": {name: entry},
@@ -115,14 +121,14 @@ def _measured_before(run: Run, name: str, made_of: Mapping[str, Any], parts: Seq
         return found
     kept = {part: known[part] for part in PARTS if not reasons[part]}
     for part in PARTS:
-        if entry[part] is not None and part not in kept:
+        if entry.get(part) is not None and part not in kept:
             then = "measured anew" if part in parts else "left out"
             run.say(f"{name}: {part} is {then}: {reasons[part]}")
         elif part in kept:
             run.say(f"{name}: {part} is already evaluated, {path}")
     if not kept:
         return found
-    entry = entry | {part: entry[part] if part in kept else None for part in PARTS}
+    entry = entry | {part: entry[part] if part in kept else None for part in PARTS if part in entry}
     return {"entry": entry, "made_of": kept, "provenance": written["provenance"], "written": written}
 
 
@@ -139,7 +145,7 @@ def _difference(now: Mapping[str, Any], then: Mapping[str, Any] | None, arm_dir:
     ]
     if changed:
         return "; ".join(changed)
-    if then["data"] != now["data"]:
+    if now["data"] is not None and then["data"] != now["data"]:
         return "the held-out images, their captions or regions, or the training images are others"
     if None not in (then.get("features"), now.get("features")) and then["features"] != now["features"]:
         return "the extractor of features is another"
@@ -154,9 +160,9 @@ def _files(arm_dir: Path, part: str) -> dict[str, str]:
 
 def _merged(before: Mapping[str, Any], result: Mapping[str, Any], missing: Sequence[str]) -> JsonObject:
     """An entry of metrics.json: the parts that were missing, and what was kept. Seconds are those of all that is in it."""
-    parts = {part: result[part] if part in missing else before[part] for part in PARTS}
+    parts = {part: (result if part in missing else before)[part] for part in PARTS if part in missing or part in before}
     seconds = dict(result["seconds"])
-    if any(before[part] is not None for part in PARTS):
+    if any(before.get(part) is not None for part in PARTS):
         seconds["evaluation_seconds"] += before["cost"].get("evaluation_seconds") or 0.0
         if "localization" not in missing:
             seconds["localization_seconds"] = before["cost"].get("localization_seconds")
@@ -209,6 +215,21 @@ def finish(run: Run, arms: Mapping[str, JsonObject], next_command: str) -> None:
         if exported:
             run.say(f"{name}: {exported[0]}")
     run.say(f"report: {html}\n        {markdown}\nnumbers: {run.folder / 'metrics.json'}\nnext: {next_command}")
+
+
+def judge_memorization(entry: JsonObject, folder: Path | None, limit: float | None) -> None:
+    """Write what was found to the model card in `folder`. Raises UserError if the share of copies is above `limit`, and no
+    chance."""
+    found = parse_metrics({"arms": {"model": entry}, "provenance": {}}).arms["model"].memorization
+    if found is None:
+        return
+    share, said = found.copies.value or 0.0, memorization_sentence(found)
+    is_too_much = limit is not None and found.is_found and share > limit
+    marked = f"Not to be published: copies are above the limit of {limit:g}. {said}" if is_too_much else said
+    if folder is not None and process_state().is_main_process:
+        mark_model_card(folder, marked)
+    if is_too_much:
+        raise UserError(f"the share of copies is {share:.3f}, and evaluation.memorization_limit is {limit:g}. {said}")
 
 
 def _real_quality(run: Run) -> JsonObject | None:

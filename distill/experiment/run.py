@@ -142,7 +142,8 @@ def open_run(
     raise_all("the configuration does not fit the base", _base_faults(config, evaluation, model, arms))
     with accelerator.main_process_first():
         test = load_dataset(config.data, "test")
-        train = load_dataset(config.data, "train") if arms else None
+        looks_for_copies = "memorization" in evaluation.parts
+        train = load_dataset(config.data, "train") if arms or looks_for_copies else None
         validation = _load_validation(config, arms)
         refuse_shared_pictures(train, test, validation)
     opened = Run(
@@ -153,7 +154,7 @@ def open_run(
     _check_captions(opened, model)
     _check_data(opened, model)
     features = None
-    if "quality" in evaluation.parts:
+    if "quality" in evaluation.parts or looks_for_copies:
         features = load_features(evaluation.features, phantom_data=isinstance(config.data, PhantomData))
     total = parameter_counts(model.denoiser)[0] + sum(parameter_counts(t)[0] for t in model.text_encoders)
     sizes = f"{len(train):,} training and {len(test):,} held-out images" if train else f"{len(test):,} held-out images"
@@ -168,8 +169,9 @@ def open_run(
     if not config.dry_run:
         tokens = Tokenizers(model.tokenizers, model.max_tokens)  # not the model, whose weights would stay in memory
         opened.make_against = partial(
-            held_out, test, tokens, evaluation, features, accelerator=accelerator, run_dir=folder, training=train
-        )
+            held_out, test, tokens, evaluation, features, accelerator=accelerator, run_dir=folder,
+            training=train if arms else None, copied_from=train,
+        )  # fmt: skip
         if isinstance(test, RecordDataset):
             _ = opened.against  # a file that cannot be read is found before the training
         # Last, so that a configuration that is refused does not claim the folder.

@@ -25,7 +25,8 @@ from distill.devices import loader_processes
 from distill.draws import generator_at
 from distill.errors import UserError
 from distill.evaluation.atlas import compute_cells, gather_pairs, macro_mean
-from distill.evaluation.evaluate import generate, save_png
+from distill.evaluation.evaluate import generate
+from distill.evaluation.images import save_png
 from distill.evaluation.localization import localization
 from distill.experiment.arms import BASE, Arm
 from distill.experiment.cost import ForwardPasses, training_passes, with_teachers

@@ -5,7 +5,7 @@ Every function takes distances or vectors of images (features, latents, or pixel
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypedDict
 
@@ -46,12 +46,9 @@ def nearest(images: Tensor, others: Iterable[Tensor], leave_out: NDArray[np.int6
     out = np.full(len(images), -1) if leave_out is None else leave_out
     for block in others:
         rough = torch.cdist(centred, block.float() - origin, compute_mode="use_mm_for_euclid_dist")
-        here = torch.from_numpy(out - start)
-        inside = ((here >= 0) & (here < len(block))).nonzero()[:, 0]
-        rough[inside, here[inside]] = torch.inf
         near = rough.topk(min(_CANDIDATES, len(block)), largest=False).indices.sort(dim=1).values
         found = np.stack([(exact - block[near[:, k]].double()).norm(dim=1).numpy() for k in range(near.shape[1])], 1)
-        found[(near == here[:, None]).numpy()] = np.inf
+        found[near.numpy() + start == out[:, None]] = np.inf
         place = found.argmin(axis=1)
         distance = found[np.arange(len(images)), place]
         nearer = distance < best
@@ -101,7 +98,8 @@ def closeness(generated: Array, held_out: Array, samples: int = 1000, seed: int 
 class Copies(TypedDict):
     """share: of generated images, those nearer to a training than to any held-out image. chance: of that for no copies.
     copies: (share - chance) / (1 - chance), at least 0: the share of copies, if all other images are as by chance.
-    neighbours: different images that are the nearest of some generated image. p: see `copies`."""
+    neighbours: different images that are the nearest of some generated image. p: see `copies`. least_p: the p of as many
+    generated images that are copies of different training images; where it is not small, nothing can be found."""
 
     share: float
     chance: float
@@ -109,6 +107,7 @@ class Copies(TypedDict):
     copies_ci: tuple[float, float] | None
     neighbours: int
     p: float
+    least_p: float
 
 
 def copies(
@@ -133,7 +132,8 @@ def copies(
     chance = training_count / (training_count + held_out_count)
     different = np.unique(neighbour)
     of_training = int((different < training_count).sum())
-    p = hypergeom.sf(of_training - 1, training_count + held_out_count, training_count, len(different))
+    counts, most = (training_count + held_out_count, training_count), min(len(counted), training_count)
+    p, least_p = (hypergeom.sf(k - 1, *counts, n) for k, n in ((of_training, len(different)), (most, most)))
     interval = bootstrap_interval(counted, neighbour, lambda rows: float(rows.mean()), samples, seed)
 
     def above_chance(share: float) -> float:
@@ -147,7 +147,22 @@ def copies(
         "copies_ci": (above_chance(interval[0]), above_chance(interval[1])) if interval else None,
         "neighbours": len(different),
         "p": float(p),
+        "least_p": float(least_p),
     }
+
+
+class Verdict(Copies):
+    """Of several spaces that with the smallest p; both p are times the number of spaces (Bonferroni), at most 1."""
+
+    space: str
+
+
+def verdict(spaces: Mapping[str, Copies]) -> Verdict:
+    """spaces: where distances were measured, such as "latents" -> what `copies` found there."""
+    space = min(spaces, key=lambda name: spaces[name]["p"])
+    found = spaces[space]
+    p, least_p = (min(1.0, value * len(spaces)) for value in (found["p"], found["least_p"]))
+    return {**found, "p": p, "least_p": least_p, "space": space}
 
 
 def suspicion(training: Nearest, held_out: Nearest) -> Array:

@@ -11,6 +11,7 @@ from distill.files import write_atomic
 from distill.models.kohya import KOHYA_FILE
 from distill.models.stock import PARTS, code_of, example_prompt, public_base
 from distill.report.document import UNKNOWN, Table, escape_markdown, markdown_table
+from distill.report.memorization import sentence
 from distill.report.tables import METRICS, flatten, format_count, format_estimate, format_seconds
 
 _SETTINGS = (
@@ -18,9 +19,27 @@ _SETTINGS = (
     "blocks.layers_per_block", "blocks.remove_mid_block", "blocks.remove_stages", "blocks.transformer_layers",
 )  # fmt: skip
 _LIMITS = (
-    "Limits: not for clinical use. Generated images show no real patient. The numbers hold for these held-out images and one "
-    "training seed. The licences of the base and of the training data apply."
+    "Limits: not for clinical use. Generated images are not meant to show a real patient. The numbers hold for these held-out "
+    "images and one training seed. The licences of the base and of the training data apply."
 )
+
+
+_MEMORIZATION = "**Memorization.**"
+
+
+def mark_model_card(arm_dir: Path, memorization: str) -> Path | None:
+    """Say in the card of an exported model what an evaluation of it found; what an earlier one found is replaced.
+
+    Returns None where there is no card of `write_model_card`.
+    """
+    path = arm_dir / "README.md"
+    parts = path.read_text(encoding="utf-8").split("\n\n") if path.is_file() else []
+    kept = [part for part in parts if not part.startswith(_MEMORIZATION)]
+    place = next((place for place, part in enumerate(kept) if part.startswith(_LIMITS[:7])), None)
+    if place is None:
+        return None
+    kept.insert(place, f"{_MEMORIZATION} {escape_markdown(memorization)}")
+    return write_atomic(path, "\n\n".join(kept))
 
 
 def write_model_card(
@@ -65,6 +84,7 @@ def write_model_card(
         escape_markdown("; ".join(made) + "." if export else "Nothing was trained: the numbers are the base's own."),
         markdown_table(measured),
         escape_markdown(f"Measured on {' and '.join(sizes)}." if sizes else "Not measured."),
+        f"{_MEMORIZATION} {escape_markdown(sentence(arm.memorization))}" if arm.memorization else "",
         _LIMITS,
         escape_markdown(f"Made with {origin}." if origin else ""),
     ]

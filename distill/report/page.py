@@ -22,6 +22,7 @@ from distill.files import JsonObject, read_json, write_atomic
 from distill.models.stock import code_of, example_prompt, exported
 from distill.report import figures, tables
 from distill.report.document import Picture, Section, Table, escape_markdown, markdown_section
+from distill.report.memorization import memorization_section
 from distill.report.summary import RULE, sample, summarize
 
 _NO_CURVE = ("step", "grad_norm", "lr", "seconds", "epoch", "images", "pairs")  # columns of the logs
@@ -128,6 +129,7 @@ def _sections(run_dir: Path, results: Results, charts: Sequence[Picture], notes:
     differs = "The difference of two models on the same images. It is green or red where its interval excludes 0."
     sections = [
         Section("All models", [said, shares] if mass else [said], charts, [tables.results_table(results), *mass]),
+        *memorization_section(run_dir, results),
         Section("Differences", [differs], [], paired),
         Section("Word AUC of each finding", ["A finding with few pairs has a wide margin."], [], findings),
         Section("More measures", [], [], details, folded=True),

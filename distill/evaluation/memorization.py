@@ -1,0 +1,186 @@
+"""Are generated images copies of training images? The entry `memorization` of metrics.json, and the most suspicious pairs.
+
+Images are compared in features, in latents (mean of the VAE's posterior, flattened) and in pixels (`thumbnails`).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+
+from distill.config import FullEvaluation
+from distill.data.cache import SHARD_ROWS, cache_vectors, model_fingerprint, read_vectors
+from distill.data.sample import ImageCaptionDataset, Sample, image_key
+from distill.errors import UserError
+from distill.evaluation.images import read_png, save_png
+from distill.evaluation.kept import digest, features_key
+from distill.files import JsonObject, write_atomic
+from distill.metrics.features import Features
+from distill.metrics.memorization import (
+    THUMBNAIL_PX,
+    Closeness,
+    Copies,
+    Nearest,
+    closeness,
+    copies,
+    nearest,
+    suspicion,
+    thumbnails,
+    verdict,
+)
+from distill.models.family import Model
+
+PAIRS = 10
+"""Most suspicious pairs of which a picture is written."""
+CLOSENESS_IMAGES = 1000
+"""Held-out images whose distance to the training images is measured."""
+
+
+class Pool:
+    """The different images of a data set: of rows with one picture the first. place: fingerprint -> number here."""
+
+    def __init__(self, dataset: ImageCaptionDataset) -> None:
+        self.dataset, self.rows, self.place = dataset, list[int](), dict[str, int]()
+        for row in range(len(dataset)):
+            if self.place.setdefault(dataset.fingerprint(row), len(self.rows)) == len(self.rows):
+                self.rows.append(row)
+
+    findings: Sequence[str] = ()
+    query_words: dict[str, Sequence[str]] = {}
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self.dataset[self.rows[index]]
+
+    def caption(self, index: int) -> str:
+        return self.dataset.caption(self.rows[index])
+
+    def labels(self, index: int) -> tuple[str, ...]:
+        return self.dataset.labels(self.rows[index])
+
+    def fingerprint(self, index: int) -> str:
+        return self.dataset.fingerprint(self.rows[index])
+
+    def name(self, index: int) -> str:
+        return image_key(self.dataset, self.rows[index])
+
+    def image(self, index: int) -> torch.Tensor:
+        """(3, height, width) in [0, 1]."""
+        return (self[index].pixel_values + 1) / 2
+
+
+def memorization(
+    model: Model,
+    held_out: ImageCaptionDataset,
+    training: ImageCaptionDataset,
+    images: Sequence[Path],
+    own: Sequence[int],
+    config: FullEvaluation,
+    *,
+    features: Features | None,
+    accelerator: Accelerator,
+    arm_dir: Path,
+    run_dir: Path,
+) -> JsonObject:
+    """The `memorization` entry; writes memorization.jsonl, and memorization/*.png: generated, training and held-out image.
+
+    images: files of generated images. own: the row of `held_out` whose caption each is of, or -1; an image is not compared with
+    the held-out image of its own caption, for no training image is as close to its caption by construction.
+    Vectors of training and held-out images are kept in real/compared. All processes make them, and the main one compares.
+    """
+    make = partial(_vectors, model, features, accelerator.device)
+    key = digest(model_fingerprint(model.vae), features_key(features), THUMBNAIL_PX)
+    pools = Pool(training), Pool(held_out)
+    if len(pools[1]) < 2:
+        raise UserError(f"memorization needs at least 2 different held-out images; there are {len(pools[1])}")
+    process = {"rank": accelerator.process_index, "world": accelerator.num_processes}
+    sizes = {"batch_size": min(config.batch_size, 32)} | process
+    files = [cache_vectors(pool, make, run_dir / "real" / "compared", key, **sizes) for pool in pools]
+    accelerator.wait_for_everyone()
+    entry: list[Any] = [None]
+    if accelerator.is_main_process:
+        batches = (images[k : k + sizes["batch_size"]] for k in range(0, len(images), sizes["batch_size"]))
+        with torch.no_grad():
+            parts = [make(torch.stack([read_png(path) for path in batch]) * 2 - 1) for batch in batches]
+        generated = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        left_out = np.array([pools[1].place[held_out.fingerprint(row)] if row >= 0 else -1 for row in own])
+        entry = [_compare(generated, files, left_out, pools, images, config, arm_dir)]
+    broadcast_object_list(entry)
+    found: JsonObject = entry[0]
+    return found
+
+
+def _vectors(model: Model, features: Features | None, device: torch.device, images: torch.Tensor) -> dict[str, Any]:
+    """images: (batch, 3, height, width) in [-1, 1], rounded to 8 bits as files of images are."""
+    rounded = ((images + 1) * 127.5).round() / 127.5 - 1
+    latents = model.vae.encode(rounded.to(device, model.vae.dtype)).latent_dist.mean
+    found = {"latents": latents.flatten(1).float().cpu(), "pixels": thumbnails(rounded)}
+    if features is not None:
+        found = {"features": features.to(device)(rounded.to(device))[0].flatten(1).cpu()} | found
+    return found
+
+
+def _compare(
+    generated: dict[str, torch.Tensor],
+    files: Sequence[Sequence[Path]],
+    left_out: np.ndarray,
+    pools: tuple[Pool, Pool],
+    images: Sequence[Path],
+    config: FullEvaluation,
+    arm_dir: Path,
+) -> JsonObject:
+    """files: of the vectors of training and held-out images. left_out: the held-out image that is none for each image."""
+    counts = len(pools[0]), len(pools[1]) - int((left_out >= 0).any())
+    draws = config.bootstrap_samples, config.seed
+    near: dict[str, tuple[Nearest, Nearest]] = {}
+    found: dict[str, Copies] = {}
+    near_by: dict[str, Closeness] = {}
+    for space, vectors in generated.items():
+        near[space] = (
+            nearest(vectors, read_vectors(files[0], space)),
+            nearest(vectors, read_vectors(files[1], space), left_out),
+        )
+        real = torch.cat([*read_vectors(files[1][: -(-CLOSENESS_IMAGES // SHARD_ROWS)], space)])[:CLOSENESS_IMAGES]
+        apart = nearest(real, read_vectors(files[0], space)).distance
+        found[space] = copies(*near[space], *counts, *draws)
+        near_by[space] = closeness(near[space][0].distance, apart, *draws)
+    _write_pairs(near, pools, images, arm_dir)
+    used = {"images": len(images), "training_images": counts[0], "held_out_images": len(pools[1])}
+    return {**verdict(found), **used, "spaces": {name: {**found[name], "closeness": near_by[name]} for name in found}}
+
+
+def _write_pairs(
+    near: dict[str, tuple[Nearest, Nearest]], pools: tuple[Pool, Pool], images: Sequence[Path], arm_dir: Path
+) -> None:
+    """A line for each image, the most suspicious first, and pictures of the first.
+
+    An image is as suspicious as the geometric mean of its ratios in all spaces; shown are its neighbours in the space of the
+    lowest.
+    """
+    ratios = {space: suspicion(*both) for space, both in near.items()}
+    with np.errstate(divide="ignore"):
+        score = np.exp(np.nan_to_num(np.mean([np.log(ratio) for ratio in ratios.values()], axis=0), nan=0.0))
+    lines = []
+    for place, i in enumerate(np.argsort(score, kind="stable").tolist()):
+        space = min(ratios, key=lambda name: ratios[name][i])
+        rows = [int(side.row[i]) for side in near[space]]
+        training, held_out = (pool.name(row) for pool, row in zip(pools, rows, strict=True))
+        row = {"image": images[i].name, "training": training, "held_out": held_out, "space": space, "ratio": score[i]}
+        distances = {name: [float(side.distance[i]) for side in both] for name, both in near.items()}
+        lines.append(json.dumps(row | {"distances": distances}) + "\n")
+        if place < PAIRS:
+            three = [read_png(images[i]), *(pool.image(r) for pool, r in zip(pools, rows, strict=True))]
+            save_png(torch.cat(three, dim=-1), arm_dir / "memorization" / f"{place:02d}.png")
+    for old in sorted((arm_dir / "memorization").glob("*.png"))[len(images) :]:
+        old.unlink()
+    write_atomic(arm_dir / "memorization.jsonl", "".join(lines))

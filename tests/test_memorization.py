@@ -1,0 +1,208 @@
+"""Copies of training images are found in what a model drew, the pairs are shown, and what was made is used again."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from PIL import Image
+from recipe import recipe_module, refusal_of
+from test_evaluate import CONFIG, cost
+from test_reuse import never
+from tiny import save_tiny
+
+from distill.cli import parse
+from distill.config import FullEvaluation
+from distill.data.phantom.dataset import PhantomDataset
+from distill.errors import UserError
+from distill.evaluation import evaluate as module
+from distill.evaluation.evaluate import evaluate, held_out
+from distill.evaluation.images import read_png
+from distill.evaluation.memorization import Pool
+from distill.evaluation.results import parse_metrics
+from distill.experiment.results import judge_memorization
+from distill.models.family import Model
+from distill.report import memorization_sentence, write_model_card
+
+PARTS = CONFIG.model_copy(update={"parts": ("memorization",), "generated_images": 12, "bootstrap_samples": 50})
+TRAINING, HELD_OUT = PhantomDataset("train", 16, 0, 64), PhantomDataset("test", 14, 0, 64)
+
+
+def measured(model: Model, folder: Path, config: Any = PARTS, held: Any = HELD_OUT) -> Any:
+    accelerator = Accelerator()
+    against = held_out(held, model, config, None, accelerator=accelerator, run_dir=folder, copied_from=TRAINING)
+    return evaluate(model, against, config, resolution=64, accelerator=accelerator, arm_dir=folder / "model", label="m")
+
+
+def drawing(pictures: PhantomDataset) -> Callable[..., torch.Tensor]:
+    """In place of generate(): image k of a data set for the caption of row k."""
+
+    def generated(model: Any, captions: Any, seeds: Sequence[int], *rest: Any) -> torch.Tensor:
+        rows = [(seed - PARTS.seed) % 1_000_003 for seed in seeds]
+        return torch.stack([(pictures[row].pixel_values + 1) / 2 for row in rows])
+
+    return generated
+
+
+def test_copies_are_found_and_shown(sd: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "generate", drawing(TRAINING))
+    result = measured(sd, tmp_path)
+    found = result["memorization"]
+    assert result["quality"] is None and result["localization"] is None
+    assert (found["images"], found["training_images"], found["held_out_images"]) == (12, 16, 14)
+    assert (
+        found["share"] == 1
+        and found["copies"] == 1
+        and found["p"] == pytest.approx(found["least_p"])
+        and found["p"] < 1e-3
+    )
+    assert set(found["spaces"]) == {"latents", "pixels"} and found["space"] in found["spaces"]
+    assert all(space["closeness"]["auc"] == 1 for space in found["spaces"].values())
+    rows = [json.loads(line) for line in (tmp_path / "model/memorization.jsonl").read_text().splitlines()]
+    assert len(rows) == 12 and max(row["ratio"] for row in rows) < 0.05, "8-bit rounding is all that differs"
+    pictures = sorted((tmp_path / "model/memorization").iterdir())
+    assert [path.name for path in pictures] == [f"{k:02d}.png" for k in range(10)]
+    generated, training, other = read_png(pictures[0]).chunk(3, dim=-1)
+    assert (generated - training).abs().max() < 0.01 < (generated - other).abs().max()
+    number = int(rows[0]["training"])
+    assert (training - (TRAINING[number].pixel_values + 1) / 2).abs().max() < 0.01
+
+
+def test_an_image_is_not_compared_with_the_held_out_image_of_its_own_caption(
+    sd: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "generate", drawing(HELD_OUT))
+    found = measured(sd, tmp_path)["memorization"]
+    assert found["chance"] == 16 / 29 and found["p"] > 0.05
+    rows = [json.loads(line) for line in (tmp_path / "model/memorization.jsonl").read_text().splitlines()]
+    assert all(min(row["distances"]["pixels"]) > 1 for row in rows), "no image is a copy of another"
+
+
+def test_what_was_made_is_used_again(sd: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "generate", drawing(PhantomDataset("validation", 14, 0, 64)))
+    first = measured(sd, tmp_path)["memorization"]
+    kept = sorted((tmp_path / "real/compared").iterdir())
+    assert len(kept) == 2
+    times = [path.stat().st_mtime_ns for path in kept]
+    drawn = sorted((tmp_path / "model/drawn").iterdir())
+    assert len(drawn) == 12
+    drawn[3].write_bytes(drawn[3].read_bytes()[:100])
+    calls: list[int] = []
+
+    def counted(model: Any, captions: Any, seeds: Sequence[int], *rest: Any) -> torch.Tensor:
+        calls.extend(seeds)
+        return drawing(PhantomDataset("validation", 14, 0, 64))(model, captions, seeds)
+
+    monkeypatch.setattr(module, "generate", counted)
+    assert measured(sd, tmp_path)["memorization"] == first
+    assert len(calls) == PARTS.batch_size, "only the batch whose image was damaged"
+    assert [path.stat().st_mtime_ns for path in sorted((tmp_path / "real/compared").iterdir())] == times
+    assert Image.open(drawn[3]).size == (64, 64)
+
+
+def test_a_pool_holds_each_picture_once() -> None:
+    class Twice:
+        def __len__(self) -> int:
+            return 2 * len(TRAINING)
+
+        def __getitem__(self, index: int) -> Any:
+            return TRAINING[index // 2]
+
+        def fingerprint(self, index: int) -> str:
+            return TRAINING.fingerprint(index // 2)
+
+    pool = Pool(Twice())  # type: ignore[arg-type]
+    assert len(pool) == 16 and pool.rows == [*range(0, 32, 2)]
+    assert torch.equal(pool[3].pixel_values, TRAINING[3].pixel_values) and pool.place[pool.fingerprint(5)] == 5
+
+
+# --- the recipe: report, card, limit --------------------------------------------------------------------------------
+
+
+def evaluate_argv(tmp_path: Path, *more: str) -> list[str]:
+    return [
+        "--base.name", str(save_tiny(tmp_path / "base")), "--output_dir", str(tmp_path / "out"), "--data.resolution", "64",
+        "--data.train_size", "16", "--data.test_size", "14", "--data.cache_dir", str(tmp_path / "cache"),
+        "--evaluation.generated_images", "12", "--evaluation.diversity_captions", "1", "--evaluation.diversity_samples", "2",
+        "--evaluation.features", "none", "--evaluation.bootstrap_samples", "20", "--evaluation.parts", "quality,memorization",
+        *more,
+    ]  # fmt: skip
+
+
+def test_copies_above_the_limit_end_the_recipe_with_an_error_and_a_report(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "generate", drawing(TRAINING))
+    recipe = recipe_module("evaluate")
+    argv = evaluate_argv(tmp_path, "--evaluation.memorization_limit", "0.2")
+    message = refusal_of(recipe.evaluate, recipe.EvaluateConfig, argv, capsys)
+    assert "the share of copies is 1.000, and evaluation.memorization_limit is 0.2" in message
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["arms"]["base"]["memorization"]["copies"] == 1
+    page, text = ((tmp_path / "out" / name).read_text() for name in ("report.html", "report.md"))
+    said = "base: About 100.0 % of the generated images are copies of training images"
+    assert said in page and said in text and page.count('<img alt="base, pair') == 10
+    assert "![base, pair 1: generated image" in text and (tmp_path / "out/figures/memorization-base-00.png").exists()
+
+    monkeypatch.setattr(module, "generate", never)
+    recipe.evaluate(
+        parse(recipe.EvaluateConfig, evaluate_argv(tmp_path))
+    )  # nothing is drawn again, and there is no limit
+    printed = capsys.readouterr().out
+    assert "base: memorization is already evaluated" in printed
+    argv = [*evaluate_argv(tmp_path)[:-1], "quality"]
+    recipe.evaluate(parse(recipe.EvaluateConfig, argv))
+    kept = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert kept["arms"]["base"]["memorization"] == metrics["arms"]["base"]["memorization"], "what was measured stays"
+
+
+def test_a_limit_without_the_measurement_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"memorization_limit is 0\.1, and parts lacks memorization"):
+        FullEvaluation(memorization_limit=0.1)
+
+
+def entry(**changed: Any) -> dict[str, Any]:
+    found = {"copies": 0.3, "copies_ci": [0.1, 0.5], "share": 0.65, "chance": 0.5, "p": 0.001, "least_p": 1e-6}
+    counts = {"space": "latents", "images": 40, "training_images": 50, "held_out_images": 50}
+    return {"localization": None, "quality": None, "cost": cost(), "memorization": found | counts | changed}
+
+
+def test_the_card_says_what_was_found_once(tmp_path: Path) -> None:
+    card = write_model_card(tmp_path, entry(), {}, {}, base_name="phantom", export={})
+    text = card.read_text()
+    assert "**Memorization.** About 30.0 % of the generated images are copies" in text
+    with pytest.raises(UserError, match=r"the share of copies is 0\.300, and evaluation.memorization_limit is 0\.25"):
+        judge_memorization(entry(), tmp_path, 0.25)
+    marked = card.read_text()
+    assert "**Memorization.** Not to be published: copies are above the limit of 0.25. About 30.0 %" in marked
+    judge_memorization(entry(), tmp_path, 0.3)
+    assert card.read_text() == text
+    card.write_text("# My own card\n")
+    judge_memorization(entry(), tmp_path, None)
+    assert card.read_text() == "# My own card\n"
+    judge_memorization(entry(p=0.06), tmp_path, 0.0)  # that may be chance
+    judge_memorization({key: value for key, value in entry().items() if key != "memorization"}, tmp_path, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({}, "About 30.0 % of the generated images are copies"),
+        (
+            {"p": 0.05},
+            "No sign of copies: 65.0 % of the generated images are nearer to a training than to a held-out image",
+        ),
+        (
+            {"p": 1.0, "least_p": 0.05},
+            "Memorization cannot be tested with 40 generated, 50 training and 50 held-out images",
+        ),
+    ],
+)
+def test_the_sentence_says_no_more_than_the_test(changed: dict[str, float], said: str) -> None:
+    found = parse_metrics({"arms": {"m": entry(**changed)}, "provenance": {}}).arms["m"].memorization
+    assert found is not None and memorization_sentence(found).startswith(said)
