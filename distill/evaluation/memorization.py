@@ -9,7 +9,6 @@ import json
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -107,7 +106,7 @@ def memorization(
     sizes = {"batch_size": min(config.batch_size, 32)} | process
     files = [cache_vectors(pool, make, run_dir / "real" / "compared", key, **sizes) for pool in pools]
     accelerator.wait_for_everyone()
-    entry: list[Any] = [None]
+    entry: list[JsonObject] = [{}]
     if accelerator.is_main_process:
         batches = (images[k : k + sizes["batch_size"]] for k in range(0, len(images), sizes["batch_size"]))
         with torch.no_grad():
@@ -116,11 +115,12 @@ def memorization(
         left_out = np.array([pools[1].place[held_out.fingerprint(row)] if row >= 0 else -1 for row in own])
         entry = [_compare(generated, files, left_out, pools, images, config, arm_dir)]
     broadcast_object_list(entry)
-    found: JsonObject = entry[0]
-    return found
+    return entry[0]
 
 
-def _vectors(model: Model, features: Features | None, device: torch.device, images: torch.Tensor) -> dict[str, Any]:
+def _vectors(
+    model: Model, features: Features | None, device: torch.device, images: torch.Tensor
+) -> dict[str, torch.Tensor]:
     """images: (batch, 3, height, width) in [-1, 1], rounded to 8 bits as files of images are."""
     rounded = ((images + 1) * 127.5).round() / 127.5 - 1
     latents = model.vae.encode(rounded.to(device, model.vae.dtype)).latent_dist.mean
