@@ -236,6 +236,101 @@ def test_a_paired_difference_is_turned_around() -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("key", "interval", "answer"),
+    [
+        ("word.auc", [0.01, 0.1], "better"), ("word.auc", [-0.1, -0.01], "worse"),
+        ("quality.fid", [0.01, 0.1], "worse"), ("quality.fid", [-0.1, -0.01], "better"),
+        ("quality.finding_auc", [0.01, 0.1], "better"), ("quality.kid", [-0.1, -0.01], "better"),
+        *((key, ends, "not separated") for key in ("word.auc", "quality.fid") for ends in ([0.0, 0.1], [-0.1, 0.0])),
+    ],
+)  # fmt: skip
+def test_a_verdict_has_the_direction_of_its_measure_and_so_has_its_colour(
+    key: str, interval: list[float], answer: str
+) -> None:
+    value, metric = sum(interval) / 2, next(m for m in METRICS if m.key == key)
+    arms, paired = {"a": arm(0.7, 20, 0.7), "b": arm(0.7, 20, 0.7)}, {"b - a": {key: {"value": value, "ci": interval}}}
+    results = parse_metrics({"arms": arms, "provenance": {}, "paired": paired})
+    opposite = {"better": "worse", "worse": "better", "not separated": "not separated"}[answer]
+    assert (compare(results, "b", "a", metric), compare(results, "a", "b", metric)) == (answer, opposite)
+    table = difference_table(results)
+    assert table is not None
+    assert [cell.tone for cell in table.rows[0][1:]] == [{"better": "good", "worse": "bad"}.get(answer, "")]  # type: ignore[union-attr]
+    if metric in (WORD_AUC, FID):
+        row = next(row for row in choose(arms, paired=paired).why[0].rows if row[0] == metric.label)
+        ours = compare(results, choose(arms, paired=paired).arm, choose(arms, paired=paired).others[0], metric)
+        signs = {
+            "better": ("▲ better", "good"),
+            "worse": ("▼ worse", "bad"),
+            "not separated": ("≈ not separated", "even"),
+        }
+        assert (row[2].text, row[2].tone) == signs[ours]
+
+
+def test_without_a_paired_difference_intervals_that_touch_separate_nothing() -> None:
+    def verdicts(ours: list[float], theirs: list[float], key: str) -> list[str]:
+        arms = {"a": arm(0.7, 20, 0.7), "b": arm(0.7, 20, 0.7)}
+        group, name = key.split(".")
+        for entry, ends in zip(arms.values(), (ours, theirs), strict=True):
+            part = entry["quality"] if group == "quality" else entry["localization"]["word"]
+            part |= {name: sum(ends) / 2, f"{name}_ci": ends}
+        results, metric = parse_metrics({"arms": arms, "provenance": {}}), next(m for m in METRICS if m.key == key)
+        return [compare(results, *pair, metric) for pair in (("a", "b"), ("b", "a"))]
+
+    assert verdicts([0.5, 0.625], [0.625, 0.75], "word.auc") == ["not separated"] * 2
+    assert verdicts([0.5, 0.625], [0.6875, 0.75], "word.auc") == ["worse", "better"]
+    assert verdicts([10, 20], [20, 30], "quality.fid") == ["not separated"] * 2
+    assert verdicts([10, 20], [21, 30], "quality.fid") == ["better", "worse"]
+
+
+def test_every_metric_has_its_direction() -> None:
+    lower = {"FID", "KID"}
+    neither = {"other image's AUC", "EOS AUC", "padding AUC", "diversity"}
+    for metric in METRICS:
+        assert metric.direction == (-1 if metric.name in lower else 0 if metric.name in neither else 1), metric.name
+        assert metric.label.removeprefix(metric.name) == {-1: " ↓", 0: "", 1: " ↑"}[metric.direction]
+    assert {metric.name for metric in METRICS} > lower | neither
+
+
+@pytest.mark.parametrize("ends", [[0.001, 0.1], [0.0, 0.1], None])
+def test_maps_depend_on_the_image_where_the_interval_is_above_0(ends: list[float] | None) -> None:
+    one = arm(0.7, 30, 0.7)
+    one["localization"]["word"] |= {"image_adds": 0.05, "image_adds_ci": ends}
+    one["localization"]["priors"] = {"centre": {"auc": 0.6, "auc_ci": [0.6, 0.68]}}  # its end is the start of a's
+    reasons = choose({"a": one}).reasons
+    assert ("The maps of a are not shown to depend on the image." in reasons) is (ends != [0.001, 0.1])
+    assert any("blind maps (centre)" in text for text in reasons)
+
+
+def test_the_rank_of_equal_values_is_the_best_of_them_and_quality_counts_once() -> None:
+    """`a` shares the first place in localization and is third in quality; `c` is first in quality, behind three others."""
+    places = {"c": (0.699, 30.0, 0.704), "d": (0.698, 30.1, 0.703), "a": (0.7, 30.2, 0.702), "b": (0.7, 30.3, 0.701)}
+    found = choose({name: arm(*values) for name, values in (places | {"e": (0.7, 30.4, 0.7)}).items()})
+    assert found.title == "First choice: a. 4 other models are not ruled out"
+    assert found.reasons[0] == "The numbers do not separate a from c, d, b and e; more seeds or images are needed."
+
+
+def test_what_was_not_compared_is_said_only_where_it_was_not() -> None:
+    alone = "There is no other fully measured model to compare it with."
+    quality, place = (f"{name} was not measured" for name in ("Quality", "Localization"))
+    for arms, expected in (
+        ({"a": arm(0.7, 30, 0.7)}, [alone]),
+        ({"a": arm(0.7, 30, 0.7), "b": arm(0.7, 30, 0.7)}, []),
+        ({"a": arm(0.7, 30, 0.7) | {"quality": None}}, [alone, quality]),
+        ({"a": arm(0.7, 30, 0.7) | {"localization": None}}, [alone, place]),
+    ):
+        reasons = choose(arms).reasons
+        said = [text for text in (alone, quality, place) if any(reason.startswith(text) for reason in reasons)]
+        assert said == expected
+
+
+@pytest.mark.parametrize(("fewer", "more", "is_said"), [(10, 11, False), (1000, 1099, False), (1000, 1101, True)])
+def test_compute_differs_above_a_tenth(fewer: int, more: int, is_said: bool) -> None:
+    arms = {"a": arm(0.7, 30, 0.7), "b": arm(0.7, 30, 0.7)}
+    arms["a"]["cost"]["steps"], arms["b"]["cost"]["steps"] = fewer, more
+    assert any("Compute differs" in text for text in choose(arms).reasons) is is_said
+
+
 def test_what_the_image_adds_goes_before_the_word_auc() -> None:
     arms = {"a": arm(0.8, 30, 0.7), "b": arm(0.8, 30, 0.7)}
     for name, adds in (("a", 0.01), ("b", 0.10)):
@@ -397,8 +492,9 @@ def test_formats() -> None:
     assert format_estimate(Estimate(), WORD_AUC) == (UNKNOWN, "")
     assert format_estimate(Estimate(55.46, 50.9, 60.3), FID) == ("55.5", "[50.9, 60.3]")
     assert format_estimate(Estimate(1.0), WORD_AUC) == ("1.000", "")
-    shown = [format_seconds(s) for s in (None, 8.21, 59.4, 252, 3780)]
-    assert shown == [UNKNOWN, "8.2s", "59s", "4m12s", "1h03m"]
+    assert format_estimate(Estimate(10.0), FID) == ("10.0", "") and format_estimate(Estimate(9.96), FID) == ("9.96", "")
+    shown = [format_seconds(s) for s in (None, 8.21, 10, 59.4, 60, 252, 3600, 3780)]
+    assert shown == [UNKNOWN, "8.2s", "10s", "59s", "1m00s", "4m12s", "1h00m", "1h03m"]
 
 
 def test_tables_hold_every_arm_and_the_colour_of_a_clear_difference() -> None:
