@@ -133,6 +133,9 @@ class TrainerConfig(Settings):
     """Steps of linear warm-up from 0."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Type that autocast computes in."""
+    compile: bool = False
+    """Compile the denoiser's blocks by torch.compile: minutes before the first step, then faster steps. Losses differ by
+    rounding. For long trainings on a GPU."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
     ema_decay: Inside | None = None

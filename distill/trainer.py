@@ -32,6 +32,7 @@ from distill.errors import Interrupted, UserError
 from distill.files import JsonObject, write_atomic
 from distill.interrupts import Stop, leave_signals_to_parent, noted
 from distill.memory import peak_memory_gb
+from distill.models.compilation import CompiledBlocks
 
 ENDLESS = ("constant",)
 """Learning rate schedules of which a step does not depend on max_steps, so that a training can be made longer."""
@@ -54,6 +55,13 @@ class HasState(Protocol):
     def state(self) -> dict[str, torch.Tensor]: ...
 
     def load_state(self, state: dict[str, torch.Tensor]) -> None: ...
+
+
+@runtime_checkable
+class HasDenoisers(Protocol):
+    """An objective with denoisers, whose blocks trainer.compile compiles."""
+
+    def denoisers(self) -> list[nn.Module]: ...
 
 
 @runtime_checkable
@@ -214,6 +222,8 @@ class _Loop:
             # A search at each step; an objective that knows nothing may need it.
             searches = not isinstance(objective, KnowsUnused) or objective.leaves_parameters_unused()
             accelerator.ddp_handler.find_unused_parameters = searches
+        compiled = objective.denoisers() if config.compile and isinstance(objective, HasDenoisers) else []
+        self.blocks = CompiledBlocks(compiled)
         self.model, self.optimizer = accelerator.prepare(objective, optimizer)
         self.step, self.seconds_before = 0, 0.0
         self.rows: list[str] = []
@@ -274,6 +284,7 @@ class _Loop:
             )
 
     def close(self) -> None:
+        self.blocks.close()
         # A later fit() has trackers of its own, and the accelerator would go on logging to these too.
         for tracker in self.accelerator.trackers:
             tracker.finish()
@@ -386,7 +397,7 @@ class _Loop:
         if self.ema is not None:
             self.ema.store(self.trainable)
             self.ema.copy_to(self.trainable)
-        with tf32(self.accelerator.device, allowed=False):
+        with tf32(self.accelerator.device, allowed=False), self.blocks.paused():
             for call in due:
                 call(self.step)
         if self.ema is not None:

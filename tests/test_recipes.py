@@ -401,6 +401,11 @@ def test_what_an_arm_needs_is_looked_for_at_start(
     ):
         assert expected in refusal("tradeoff", [*argv, *arms_argv(**({"frozen": ARMS["frozen"]} | arms))], capsys)
         assert not (tmp_path / "run").exists()
+    looked_into = {"text_encoder": "full", "method": TAUGHT | {"self_attention_weight": 1.0}}
+    compiled = [*arms_argv(frozen=ARMS["frozen"], a=looked_into), "--trainer.compile", "true"]
+    assert "a: trainer.compile: method.self_attention_weight looks into" in refusal(
+        "tradeoff", [*argv, *compiled], capsys
+    )
     none = ["--data.validation_size", "0", *arms_argv("frozen", "learnable", "gated")]
     assert "data.validation_size is 0, and the gate of gated looks" in refusal("tradeoff", [*argv, *none], capsys)
     assert "arms is empty; name at least one" in refusal("tradeoff", argv, capsys)

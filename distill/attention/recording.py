@@ -19,6 +19,7 @@ from diffusers.models.attention_processor import Attention
 from torch import nn
 
 from distill.errors import UserError
+from distill.models.compilation import IN_COMPILED_BLOCK
 from distill.models.family import Family, Kind, family_of_denoiser, unwrapped
 
 Reduce = Callable[[torch.Tensor], torch.Tensor]
@@ -126,14 +127,17 @@ class AttentionMaps:
         finally:
             self._stop_early = False
 
-    @torch.compiler.disable
-    def store(self, layer: str, probabilities: torch.Tensor) -> None:
+    def reduced(self, probabilities: torch.Tensor) -> torch.Tensor:
+        """What is kept of a layer's probabilities."""
         chosen = probabilities if self.rows is None else probabilities[self.rows()]
         # Autocast would multiply in half precision.
         with torch.autocast(probabilities.device.type, enabled=False):
-            reduced = self.reduce(chosen)
+            return self.reduce(chosen)
+
+    @torch.compiler.disable
+    def store(self, layer: str, reduced: torch.Tensor, places: int) -> None:
         # Gradient checkpointing computes a layer again inside backward: it must save the same tensors, hence the reduction
-        # above, and record nothing.
+        # before, and record nothing.
         if not self.active or layer in self._stored:
             return
         self.passes += not self._stored
@@ -142,7 +146,7 @@ class AttentionMaps:
             self.by_layer[layer] = self.by_layer[layer] + reduced
         else:
             self.by_layer[layer] = reduced
-        self.sizes[layer] = self.family.grid(self._latent_size, probabilities.shape[2])
+        self.sizes[layer] = self.family.grid(self._latent_size, places)
         self._end_if_complete()
 
     def _end_if_complete(self) -> None:
@@ -178,6 +182,8 @@ class RecordingAttnProcessor:
 
     def __init__(self, maps: AttentionMaps, layer: str, original: Any, max_places: int | None) -> None:
         self.maps, self.layer, self.original, self.max_places = maps, layer, original, max_places
+        self.kept: torch.Tensor | None = None  # of a compiled pass, until `hand_over`
+        self.places = 0
 
     def __call__(
         self,
@@ -208,11 +214,23 @@ class RecordingAttnProcessor:
         with torch.autocast(query.device.type, enabled=False):
             scores = (query.float() * attn.scale) @ key.float().transpose(-1, -2)
             probabilities = (scores if mask is None else scores + mask.float()).softmax(dim=-1)
-        self.maps.store(self.layer, probabilities)
+        reduced = self.maps.reduced(probabilities)
+        if getattr(attn, IN_COMPILED_BLOCK, False):
+            # An attribute leaves the compiled block with its output, where a call would break the graph. The layer's name is
+            # not read, so that all blocks of a size share a graph.
+            self.kept, self.places = reduced, probabilities.shape[2]
+        else:
+            self.maps.store(self.layer, reduced, probabilities.shape[2])
         attended = probabilities.to(value.dtype) @ value
         hidden_states = attended.transpose(1, 2).flatten(2)
         returned: torch.Tensor = attn.to_out[1](attn.to_out[0](hidden_states)) / attn.rescale_output_factor
         return returned
+
+    def hand_over(self, *hook: Any) -> None:
+        """Give what a compiled block kept to the recorder; a forward hook of that block."""
+        if self.kept is not None:
+            reduced, self.kept = self.kept, None
+            self.maps.store(self.layer, reduced, self.places)
 
 
 @contextmanager
@@ -236,10 +254,11 @@ def record_attention(
     ends included, all of the batch. rows: called at each layer, the part of the batch to keep (the conditional half
     under guidance).
 
-    Works with LoRA attached, quantized layers, torch.compile (each recorded layer breaks the graph, so not with
-    fullgraph=True), gradients and gradient checkpointing, whose second pass inside backward is not recorded. The output
-    of the denoiser stays what it was, to rounding. Processors are restored at the end, also after an error. Of
-    several recorders of a layer, the last opened records. Raises UserError for other attention, such as an IP-Adapter's.
+    Works with LoRA attached, quantized layers, gradients, gradient checkpointing, whose second pass inside backward is not
+    recorded, and torch.compile: blocks that trainer.compile has compiled stay whole, and elsewhere each recorded layer breaks
+    the graph, so not with fullgraph=True. The output of the denoiser stays what it was, to rounding. Processors are restored at
+    the end, also after an error. Of several recorders of a layer, the last opened records. Raises UserError for other
+    attention, such as an IP-Adapter's.
     """
     inner = unwrapped(denoiser)
     names = attention_layers(inner, layers, kind)
@@ -256,12 +275,15 @@ def record_attention(
     for name, module in modules.items():
         if not is_plain(module):
             raise UserError(f"{name} is not plain attention and cannot be recorded: {type(module.processor).__name__}")
-    handle = inner.register_forward_pre_hook(maps.see_inputs, with_kwargs=True)
+    handles = [inner.register_forward_pre_hook(maps.see_inputs, with_kwargs=True)]
     try:
         for name, module in modules.items():
             module.processor = RecordingAttnProcessor(maps, name, originals[name], max_places)
+            block = inner.get_submodule(name.rpartition(".")[0])
+            handles.append(block.register_forward_hook(module.processor.hand_over))
         yield maps
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
         for name, module in modules.items():
             module.processor = originals[name]

@@ -243,6 +243,10 @@ def _base_faults(config: RunConfig, evaluation: FullEvaluation, model: Model, ar
     for arm in arms.values():
         training, cached = arm.training, arm.trainer.cache_text_embeddings
         own = method_of(training.method, training.denoising).faults(model, training)
+        if arm.trainer.compile and getattr(training.method, "self_attention_weight", False):
+            own.append(
+                "trainer.compile: method.self_attention_weight looks into the compiled blocks; leave one of them out"
+            )
         if cached and training.text_encoder != "frozen":
             own.append("trainer.cache_text_embeddings needs a frozen text encoder; set it to false")
         if cached and training.method.needs_tokens:

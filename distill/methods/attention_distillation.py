@@ -106,6 +106,9 @@ class AttentionDistillation(Method):
     def teacher(self) -> Model:
         return self._teacher[0]
 
+    def denoisers(self) -> list[nn.Module]:
+        return [self.denoiser, self.teacher.denoiser]
+
     @property
     def _compares_attention(self) -> bool:
         match = self.match

@@ -145,6 +145,10 @@ class Method(nn.Module):
             self.text_encoders.train(mode and self.trains_text)
         return self
 
+    def denoisers(self) -> list[nn.Module]:
+        """The denoisers that run in each step."""
+        return [self.denoiser]
+
     def leaves_parameters_unused(self) -> bool:
         """Whether some of the trained parameters have no part in the loss. As one pass of the text encoders tells: SDXL reads
         the last layer of its first encoder nowhere."""
