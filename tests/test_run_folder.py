@@ -176,7 +176,7 @@ def test_a_launch_that_is_refused_leaves_nothing(tmp_path: Path) -> None:
 
 def test_recipes_hold_their_folder_while_they_run(tmp_path: Path) -> None:
     other = other_launch(tmp_path, "alone")
-    for name in ("finetune", "tradeoff", "evaluate", "compress", "distill_steps", "atlas", "robustness"):
+    for name in ("finetune", "tradeoff", "evaluate", "compress", "distill_steps", "atlas", "robustness", "explain"):
         words = ["--output_dir", str(tmp_path), *(["--arms", "{a: {}}"] if name == "tradeoff" else [])]
         with pytest.raises(UserError, match="another launch is at"):
             getattr(recipe_module(name), name)(config_of(name, *words))

@@ -79,6 +79,13 @@ def image_key(dataset: ImageCaptionDataset, index: int) -> str:
     return str(index) if own is None else own(index)
 
 
+def group_key(dataset: ImageCaptionDataset, index: int) -> str:
+    """What no two sides of a split may share: the patient, where the data set knows him, else the image."""
+    own = getattr(dataset, "patient", None)
+    patient = "" if own is None else own(index)
+    return f"patient {patient}" if patient else image_key(dataset, index)
+
+
 def region_fingerprint(dataset: ImageCaptionDataset, index: int) -> str:
     """Hash of what decides the regions of a sample: the data set's own `region_fingerprint(index)`, or its `fingerprint`."""
     own = getattr(dataset, "region_fingerprint", dataset.fingerprint)

@@ -59,6 +59,9 @@ class Rows:
     def __len__(self) -> int:
         return len(self.values)
 
+    def first(self, count: int) -> Rows:
+        return Rows(self.values[:count], self.groups[:count])
+
     def where(self, chosen: NDArray[np.bool_]) -> Rows:
         return Rows(self.values[chosen], self.groups[chosen])
 

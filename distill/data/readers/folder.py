@@ -280,7 +280,7 @@ def _entries(config: FolderData, columns: _Columns, root: Path, rows: list[Row],
         except ValueError as error:
             faults.append((place, str(error)))
             continue
-        image = ImageRecord(place, path.relative_to(real_root).as_posix(), path)
+        image = ImageRecord(place, path.relative_to(real_root).as_posix(), path, patient=patient)
         entry = entries.setdefault(path, _Entry(image, caption, split, patient))
         for what, first, value in (
             ("caption", entry.caption, caption),

@@ -38,13 +38,14 @@ class Annotation:
 @dataclass(slots=True)
 class ImageRecord:
     """One image file. name: path relative to root. frame: (width, height) that boxes refer to and were checked against by
-    the reader, None for the file's."""
+    the reader, None for the file's. patient: empty where unknown."""
 
     place: Place
     name: str
     path: Path
     frame: tuple[int, int] | None = None
     annotations: list[Annotation] = field(default_factory=list)
+    patient: str = ""
 
 
 @dataclass(frozen=True)

@@ -134,7 +134,7 @@ class MimicDataset(RecordDataset):
         samples = [
             SampleRecord(
                 study.path,
-                ImageRecord(study.place, study.path, real_root / study.path),
+                ImageRecord(study.place, study.path, real_root / study.path, patient=study.patient),
                 study.impression,
                 study.labels,
                 regions=(),
@@ -569,7 +569,7 @@ def _samples(
         ]
         if not rows:
             continue
-        image = ImageRecord(rows[0].place, path, root / path, rows[0].frame, annotations)
+        image = ImageRecord(rows[0].place, path, root / path, rows[0].frame, annotations, _patient(path))
         texts: dict[str, list[int]] = {}
         for number, row in enumerate(rows):
             texts.setdefault("" if captions is not None else key(row.text), []).append(number)

@@ -52,6 +52,7 @@ _IMAGE_SCHEMA = pyarrow.schema(
         "masks": pyarrow.list_(_TEXT),
         "segmentations": pyarrow.list_(pyarrow.large_string()),
         "phrases": pyarrow.list_(_TEXT),
+        "patient": _TEXT,
     }
 )
 _SAMPLE_SCHEMA = pyarrow.schema(
@@ -210,6 +211,11 @@ class RecordDataset:
         returned: str = self._images[self._samples[index]["image"]]["name"]
         return returned
 
+    def patient(self, index: int) -> str:
+        """Whose image it is, empty where the files do not say."""
+        returned: str = self._images[self._samples[index]["image"]]["patient"]
+        return returned
+
     def fingerprint(self, index: int) -> str:
         """Hash of the file's bytes as they were at the check, of the resolution and of the crop rule."""
         parts = (self._images[self._samples[index]["image"]]["sha256"], str(self.config.resolution), CROP_RULE)
@@ -256,15 +262,9 @@ class RecordDataset:
             image = eight_bits(open_image(path.read_bytes()))
         except Exception as error:  # Pillow raises many types
             raise UserError(f"'{path}' could be read when the data was checked, and no longer: {error}") from error
-        left, top, side = centre_square(*image.size)
-        square = image.resize(
-            (resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side)
-        )
-        pixels = torch.from_numpy(np.array(square, dtype=np.float32) / 127.5 - 1.0)
-        pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.expand(3, -1, -1)
         return Sample(
             id=sample["id"],
-            pixel_values=pixels.contiguous(),
+            pixel_values=square_pixels(image, resolution),
             caption=sample["caption"],
             regions=regions_of(row, sample["regions"], self.findings, resolution),
             labels=tuple(sample["labels"]),
@@ -317,6 +317,15 @@ class RecordDataset:
     def _captions(self) -> list[str]:
         """Distinct captions, in order."""
         return list(dict.fromkeys(self._samples.table.column("caption").to_pylist()))
+
+
+def square_pixels(image: Image.Image, resolution: int) -> torch.Tensor:
+    """The centre square of an image of mode L or RGB, (3, resolution, resolution) float32 in [-1, 1]."""
+    left, top, side = centre_square(*image.size)
+    square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+    pixels = torch.from_numpy(np.array(square, dtype=np.float32) / 127.5 - 1.0)
+    pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.expand(3, -1, -1)
+    return pixels.contiguous()
 
 
 class _Rows:
@@ -417,6 +426,7 @@ def _image_table(records: list[ImageRecord], inspected: Mapping[Path, Inspection
     columns: dict[str, list[Any]] = {
         "place": [str(record.place) for record in records],
         "name": [record.name for record in records],
+        "patient": [record.patient for record in records],
         "width": [image.width for image in images],
         "height": [image.height for image in images],
         "frame": frames,

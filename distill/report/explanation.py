@@ -1,0 +1,203 @@
+"""explain.json in plain English: what betrays generated images, in tables and three figures."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from PIL import Image
+
+from distill.files import JsonObject, write_atomic
+from distill.metrics.image_features import FEATURES
+from distill.report.document import Picture, Section, Table, markdown_section
+from distill.report.figures import chart
+from distill.report.tables import format_number
+
+GENERATED, VAE, BEYOND, CONTROL = (
+    "generated against real", "real through the VAE against real", "generated against real through the VAE",
+    "real against real",
+)  # fmt: skip
+"""Names of the comparisons in explain.json."""
+_BARS = 12
+
+
+def interval(entry: JsonObject, key: str) -> str:
+    """`.731 [.702, .760]`."""
+    low, high = entry[f"{key}_ci"]
+    return f"{format_number(entry[key], 2)} [{format_number(low, 2)}, {format_number(high, 2)}]"
+
+
+def is_chance(entry: JsonObject) -> bool:
+    """Whether the interval of the AUC holds .5."""
+    low, high = entry["auc_ci"]
+    return bool(low <= 0.5 <= high)
+
+
+def betrayers(entry: JsonObject, count: int = 3) -> list[JsonObject]:
+    """The first features that the detector surely uses: the interval of their importance is above 0."""
+    return [feature for feature in entry["features"] if feature["importance_ci"][0] > 0][:count]
+
+
+def _said(feature: JsonObject) -> str:
+    way = "lower" if feature["other"] < feature["real"] else "higher"
+    return f"{feature['name']} ({way}: {feature['other']:.3g}, and {feature['real']:.3g} in real images)"
+
+
+def change_sentence(change: JsonObject | None) -> str:
+    """What would have to change for one image to pass as real."""
+    if change is None:
+        return "No change of a single feature is enough to pass as real."
+    name, before, after = change["name"], change["before"], change["after"]
+    ratio = after / before - 1 if before * after > 0 else float("inf")
+    if abs(ratio) <= 1:
+        return f"It would pass as real if {name} were {abs(ratio):.0%} {'higher' if ratio > 0 else 'lower'}."
+    return f"It would pass as real if {name} were {after:.3g} instead of {before:.3g}."
+
+
+def sentences(comparisons: Mapping[str, JsonObject]) -> list[str]:
+    """The result, in a few sentences."""
+    main = comparisons[GENERATED]
+    if is_chance(main):
+        found = [f"The detector cannot tell generated from real images: AUC {interval(main, 'auc')}."]
+    else:
+        found = [f"A detector tells generated from real images with AUC {interval(main, 'auc')}."]
+        named = betrayers(main)
+        surely = "; ".join(map(_said, named)) if named else "many features, none of which is needed by itself"
+        found.append(f"What betrays them: {surely}.")
+    if VAE in comparisons:
+        found += _of_the_vae(main, comparisons[VAE], comparisons[BEYOND])
+    changes = main["changes"]
+    if changes["detected"] and changes["features"]:
+        name, share = next(iter(changes["features"].items()))
+        found.append(
+            f"Of the images that the detector finds, {changes['one_change_is_enough']:.0%} would pass as real with one feature "
+            f"changed, most often {name} ({share:.0%})."
+        )
+    control = comparisons[CONTROL]
+    fine = "as it should be" if is_chance(control) else "which should hold .5: the other numbers cannot be trusted"
+    return [*found, f"Real images against other real images: AUC {interval(control, 'auc')}, {fine}."]
+
+
+def _of_the_vae(main: JsonObject, vae: JsonObject, beyond: JsonObject) -> list[str]:
+    """Whose fault it is: the VAE's or the denoiser's."""
+    if is_chance(vae):
+        found = [f"The VAE alone leaves no trace that the detector finds: AUC {interval(vae, 'auc')}."]
+    else:
+        named = ", ".join(feature["name"] for feature in betrayers(vae)) or "many features together"
+        found = [f"The VAE alone betrays itself with AUC {interval(vae, 'auc')}, by {named}."]
+    if is_chance(beyond):
+        blame = (
+            ""
+            if is_chance(main)
+            else " What betrays the images is the VAE, and training the denoiser does not mend it."
+        )
+        return [
+            *found,
+            f"Against real images through the VAE, generated ones pass: AUC {interval(beyond, 'auc')}.{blame}",
+        ]
+    named = ", ".join(feature["name"] for feature in betrayers(beyond)) or "many features together"
+    return [*found, f"The denoiser's own faults have AUC {interval(beyond, 'auc')}, by {named}."]
+
+
+def importance_chart(entry: JsonObject) -> Picture:
+    """The first features with their intervals."""
+    rows = entry["features"][:_BARS][::-1]
+
+    def draw(figure: Figure) -> None:
+        axes, values = figure.subplots(), [row["importance"] for row in rows]
+        ends = [[value - row["importance_ci"][0] for value, row in zip(values, rows, strict=True)],
+                [row["importance_ci"][1] - value for value, row in zip(values, rows, strict=True)]]  # fmt: skip
+        axes.barh([row["name"] for row in rows], values, xerr=ends, color="#3f86d9", ecolor="#24303f")
+        axes.set_xlabel("AUC that unseen images lose when the feature is shuffled")
+
+    return chart("importance", "importance of the features; the values and intervals are in the table", 6.4, 4.2, draw)
+
+
+def dependence_chart(entry: JsonObject) -> Picture:
+    """One panel a feature."""
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, len(entry["dependence"]), sharey=True, squeeze=False)[0]
+        for axes, curve in zip(panels, entry["dependence"], strict=True):
+            axes.plot(curve["values"], curve["probability"], ".-", color="#3f86d9")
+            axes.axhline(0.5, color="#24303f", lw=0.8)
+            axes.set_title(curve["name"], fontsize=8)
+        panels[0].set_ylabel("probability of generated")
+
+    names = ", ".join(curve["name"] for curve in entry["dependence"])
+    return chart("dependence", f"mean probability of being generated over {names}", 11, 2.8, draw)
+
+
+def examples_chart(entry: JsonObject, images: Sequence[Image.Image]) -> Picture:
+    """Single images with what speaks for and against them."""
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(2, len(images), squeeze=False, height_ratios=(1.3, 1))
+        for (above, below), example, image in zip(panels.T, entry["examples"], images, strict=True):
+            above.imshow(image)
+            above.set_axis_off()
+            above.set_title(f"image {example['image']}: {example['score']:.0%} generated", fontsize=9)
+            _parts(below, example["parts"][::-1])
+
+    alt = "the most, a middling and the least betrayed image, with the features that speak for generated or real"
+    return chart("examples", alt, 3.4 * len(images), 5.2, draw)
+
+
+def _parts(axes: Axes, parts: Sequence[JsonObject]) -> None:
+    values = [part["logit"] for part in parts]
+    axes.barh([part["name"] for part in parts], values, color=["#d1495b" if v > 0 else "#3f86d9" for v in values])
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set_xlabel("logit: real < 0 < generated", fontsize=8)
+
+
+def sections(comparisons: Mapping[str, JsonObject], images: Sequence[Image.Image]) -> list[Section]:
+    """The parts of explain.md. images: those of the examples."""
+    main = comparisons[GENERATED]
+    rows = [
+        [name, interval(entry, "auc"), ", ".join(format_number(v, 2) for v in entry["per_set"]), betrayers_text(entry)]
+        for name, entry in comparisons.items()
+    ]
+    areas = Table(["", "AUC", "each set", "betrayed by"], rows)
+    kinds = Table(["kind", "importance"], [[k["name"], interval(k, "importance")] for k in main["kinds"]], "numbers")
+    features = Table(
+        ["feature", "importance", "AUC alone", "real", "generated", "unit"], [_row(f) for f in main["features"]]
+    )
+    single = [f"Image {e['image']} ({e['score']:.0%} generated). {change_sentence(e['change'])}" for e in main["examples"]
+              if e["score"] >= 0.5]  # fmt: skip
+    meaning = Table(["feature", "unit or range", "meaning"], [[f.name, f.unit, f.meaning] for f in FEATURES])
+    folds = "Intervals are 95 % over cross-validation folds; images of one patient or caption are never on both sides."
+    importance = (
+        "Importance is the AUC that is lost when a feature is shuffled among unseen images. Where several features say the "
+        "same, one may stand for all: look at the kinds, and at the AUC of a feature alone."
+    )
+    return [
+        Section("What betrays the generated images", sentences(comparisons), [importance_chart(main)], [areas]),
+        Section("How a feature betrays", ["The other features stay as they are."], [dependence_chart(main)]),
+        Section("Single images", single, [examples_chart(main, images)] if images else []),
+        Section("All features", [folds, importance], [], [kinds, features]),
+        Section("What the features mean", [], [], [meaning]),
+    ]
+
+
+def betrayers_text(entry: JsonObject) -> str:
+    return ", ".join(feature["name"] for feature in betrayers(entry)) or "–"
+
+
+def _row(feature: JsonObject) -> list[str]:
+    real, other = ("–" if v is None else f"{v:.3g}" for v in (feature["real"], feature["other"]))
+    unit = next(f.unit for f in FEATURES if f.name == feature["name"])
+    alone = format_number(feature["auc_alone"], 2)
+    return [feature["name"], interval(feature, "importance"), alone, real, other, unit]
+
+
+def write_explanation(folder: Path, comparisons: Mapping[str, JsonObject], images: Sequence[np.ndarray]) -> str:
+    """Write explain.md and figures/*.png; returns the text. images: (height, width, 3) uint8 of the examples."""
+    parts = sections(comparisons, [Image.fromarray(image) for image in images])
+    for picture in (picture for section in parts for picture in section.charts):
+        write_atomic(folder / "figures" / f"{picture.name}.png", picture.png)
+    text = "\n\n".join(["# What is wrong with the images", *map(markdown_section, parts)]) + "\n"
+    write_atomic(folder / "explain.md", text)
+    return text

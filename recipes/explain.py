@@ -1,0 +1,209 @@
+"""What betrays generated images: a detector on named features, against real held-out images.
+
+    accelerate launch recipes/explain.py --config recipes/configs/phantom/explain.yaml --run checkpoints/finetune
+    accelerate launch recipes/explain.py --config recipes/configs/phantom/explain.yaml --images FOLDER,FOLDER
+
+Writes explain.json, explain.md and figures/.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from distill.cli import main, to_yaml
+from distill.config import BaseConfig, FullEvaluation
+from distill.data_config import AnyData, PhantomData
+from distill.settings import Batch, Count, Seed, Settings, Text, Texts
+
+if TYPE_CHECKING:
+    import torch
+    from accelerate import Accelerator
+
+    from distill.data.sample import ImageCaptionDataset
+    from distill.evaluation.detection import Rows
+    from distill.files import JsonObject
+    from distill.models import Model
+
+
+class Drawing(Settings):
+    """How images are drawn of held-out captions."""
+
+    count: Annotated[Count, Field(ge=10)] = 200
+    """Real images that are compared, and images of each generated set."""
+    sets: Annotated[int, Field(ge=1, le=100)] = 2
+    """Generated sets, of the same captions with other seeds. Folders of `images` are a set each."""
+    num_inference_steps: Annotated[int, Field(ge=1, le=1000)] = 20
+    """Denoising steps of an image."""
+    guidance_scale: Annotated[float, Field(ge=0, le=1000)] = 4.0
+    """Classifier-free guidance; at most 1 switches it off."""
+    scheduler: Literal["base", "lcm"] = "base"
+    """Sampler: the base's own, or LCMScheduler for students of distill_steps.py (with guidance_scale 1)."""
+    batch_size: Batch = 16
+    """Images at a time. It changes the speed, not the images."""
+    seed: Seed = 1234
+    """Seed of the images and of the detector; image k uses seed + k."""
+
+    def full(self) -> FullEvaluation:
+        options = ("num_inference_steps", "guidance_scale", "scheduler", "batch_size", "seed")
+        return FullEvaluation.model_validate(self.model_dump(include=set(options)))
+
+
+class ExplainConfig(Settings):
+    """Say what betrays the images of a base, of a run on it, or of any folder.
+
+    accelerate launch recipes/explain.py --config recipes/configs/phantom/explain.yaml --run RUN
+    """
+
+    common: ClassVar[tuple[str, ...]] = ("base.name", "run", "images", "data.kind", "data.root", "output_dir")
+    base: BaseConfig = BaseConfig()
+    run: Text | None = None
+    """Run folder whose adapters or full weights are put on the base. None draws images of the base itself."""
+    images: Texts = ()
+    """Folders of images made by any tool, one a set; nothing is drawn then. They are cut and resized as the data are."""
+    through_vae: bool | None = None
+    """Also send real images through the base's VAE, to tell its faults from the denoiser's. None: unless `images` is set."""
+    data: AnyData = PhantomData()
+    drawing: Drawing = Drawing()
+    output_dir: Text = "checkpoints/explain"
+    """Where explain.json, explain.md and figures/ are written."""
+    dry_run: bool = False
+    """Check everything, print what would be compared, and stop."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ExplainConfig:
+        if self.images and self.run is not None:
+            raise ValueError(f"images is set, so that none are drawn, and run is {self.run}; leave one out")
+        return self
+
+    @property
+    def with_vae(self) -> bool:
+        return not self.images if self.through_vae is None else self.through_vae
+
+
+def explain(config: ExplainConfig) -> None:
+    from distill.experiment.folder import held
+    from distill.experiment.run import quiet_libraries
+
+    quiet_libraries()
+    with held(Path(config.output_dir), write=not config.dry_run):
+        explain_all(config)
+
+
+def explain_all(config: ExplainConfig) -> None:
+    from accelerate import Accelerator
+    from rich.console import Console
+
+    from distill.data.loading import load_dataset
+    from distill.data.readers.records import RecordDataset
+    from distill.evaluation.detection import check_installed
+    from distill.evaluation.explanation import one_of_each_image
+    from distill.files import provenance, write_json
+    from distill.models import load_model
+    from distill.report.explanation import sentences, write_explanation
+
+    accelerator = Accelerator()
+    console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False, markup=False)
+    check_installed()
+    test = load_dataset(config.data, "test")
+    chosen = one_of_each_image(test, 2 * config.drawing.count)
+    model = None
+    if config.with_vae or not config.images:
+        model = load_model(config.base, config.run).to(accelerator.device).freeze()
+        if isinstance(test, RecordDataset) and not config.images:
+            test.check_captions(model.tokenizers, model.max_tokens)
+    sets = sets_of(config, test, chosen[: config.drawing.count], model)
+    console.print(f"{len(chosen)} real images, and {len(sets)} sets of {len(sets[0][1])} generated ones")
+    if config.dry_run:
+        console.print(to_yaml(config) + "dry run: the data and the images are fine; nothing was written")
+        return
+    comparisons = compare_all(config, test, chosen, sets, model, accelerator)
+    if not accelerator.is_main_process:
+        return
+    folder, picture = Path(config.output_dir), sets[0][0]
+    shown = picture([example["image"] for example in comparisons["generated against real"]["examples"]])
+    arrays = ((shown.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
+    origin = provenance() | {"config": config.model_dump(mode="json")}
+    write_json(folder / "explain.json", {"comparisons": comparisons, "provenance": origin})
+    write_explanation(folder, comparisons, list(arrays))
+    console.print("\n".join(sentences(comparisons)))
+    console.print(f"numbers: {folder / 'explain.json'}\nnext: open {folder / 'explain.md'}")
+
+
+GeneratedSet = tuple["Callable[[Sequence[int]], torch.Tensor]", list[str]]
+"""Places -> images in [-1, 1], and the group of each."""
+
+
+def sets_of(
+    config: ExplainConfig, test: ImageCaptionDataset, chosen: Sequence[int], model: Model | None
+) -> list[GeneratedSet]:
+    """The folders of config.images, or images drawn of the captions of `chosen`."""
+    from distill.data.readers.image_folder import ImageFolder
+    from distill.data.sample import group_key
+    from distill.evaluation.evaluate import generate
+
+    if config.images:
+        folders = [ImageFolder(Path(name), config.data.resolution, config.drawing.count) for name in config.images]
+        return [(folder, folder.names) for folder in folders]
+    assert model is not None
+    options = config.drawing.full()
+
+    def drawn(number: int) -> Callable[[Sequence[int]], torch.Tensor]:
+        def picture(places: Sequence[int]) -> torch.Tensor:
+            indices = [chosen[place] for place in places]
+            seeds = [options.seed + index + 1_000_003 * number for index in indices]
+            captions = [test.caption(index) for index in indices]
+            return generate(model, captions, seeds, config.data.resolution, options) * 2 - 1
+
+        return picture
+
+    groups = [group_key(test, index) for index in chosen]
+    return [(drawn(number), groups) for number in range(config.drawing.sets)]
+
+
+def compare_all(
+    config: ExplainConfig,
+    test: ImageCaptionDataset,
+    chosen: Sequence[int],
+    sets: Sequence[GeneratedSet],
+    model: Model | None,
+    accelerator: Accelerator,
+) -> dict[str, JsonObject]:
+    """explain.json's comparisons, by name."""
+    import torch
+
+    from distill.data.sample import group_key
+    from distill.evaluation.detection import Pair, halves, through_vae
+    from distill.evaluation.explanation import compare, measure
+    from distill.report.explanation import BEYOND, CONTROL, GENERATED, VAE
+
+    count, seed = config.drawing.count, config.drawing.seed
+
+    def rows(picture: Callable[[Sequence[int]], torch.Tensor], groups: Sequence[str], label: str) -> Rows:
+        batch_size = config.drawing.batch_size
+        return measure(picture, groups, batch_size=batch_size, accelerator=accelerator, label=label)
+
+    def real(places: Sequence[int]) -> torch.Tensor:
+        return torch.stack([test[chosen[place]].pixel_values for place in places])
+
+    def decoded(places: Sequence[int]) -> torch.Tensor:
+        assert model is not None
+        return through_vae(model, real(places))
+
+    groups = [group_key(test, index) for index in chosen]
+    everyone = rows(real, groups, "real images")
+    first = everyone.first(count)
+    generated = [rows(picture, names, f"generated set {n}") for n, (picture, names) in enumerate(sets, 1)]
+    found = {GENERATED: compare([Pair(first, other) for other in generated], seed, images=True)}
+    if config.with_vae:
+        after = rows(decoded, groups[:count], "real images through the VAE")
+        found[VAE] = compare([Pair(first, after)], seed)
+        found[BEYOND] = compare([Pair(after, other) for other in generated], seed)
+    return found | {CONTROL: compare(halves(everyone, 3, seed), seed)}
+
+
+if __name__ == "__main__":
+    main(explain, ExplainConfig)

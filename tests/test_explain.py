@@ -1,0 +1,156 @@
+"""The recipe says in plain English what betrays images, of a model or of a folder, and whose fault it is."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from listed import Listed, sample
+from PIL import Image, ImageFilter
+from recipe import config_class_of, recipe_module, refusal_of
+from tiny import save_tiny
+
+from distill.cli import parse
+from distill.data.phantom.dataset import PhantomDataset
+from distill.data.readers.image_folder import ImageFolder
+from distill.data.sample import group_key
+from distill.errors import UserError
+from distill.evaluation import detection
+from distill.evaluation.explanation import one_of_each_image
+from distill.report import explanation
+from distill.report.explanation import BEYOND, CONTROL, GENERATED, VAE, change_sentence, sentences
+
+DATA = ["--data.resolution", "64", "--data.test_size", "40", "--drawing.count", "20", "--drawing.batch_size", "10"]
+
+
+@pytest.fixture(autouse=True)
+def one_round_of_folds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Half of the detectors."""
+    monkeypatch.setattr(detection, "REPEATS", 1)
+
+
+def run(tmp_path: Path, *argv: str) -> tuple[dict[str, Any], str]:
+    recipe = recipe_module("explain")
+    recipe.explain(parse(config_class_of(recipe), [*DATA, *argv, "--output_dir", str(tmp_path / "out")]))
+    found = json.loads((tmp_path / "out/explain.json").read_text(encoding="utf-8"))
+    return found["comparisons"], (tmp_path / "out/explain.md").read_text(encoding="utf-8")
+
+
+def folder_of_phantoms(folder: Path, count: int, blur: float) -> Path:
+    """Phantoms that are no test image, as files."""
+    folder.mkdir()
+    phantoms = PhantomDataset("train", count, 0, 64)
+    for i in range(count):
+        array = ((phantoms[i].pixel_values + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        Image.fromarray(array).filter(ImageFilter.GaussianBlur(blur)).save(folder / f"{i:03d}.png")
+    return folder
+
+
+def test_a_model_is_explained_beside_its_vae_and_the_control(tmp_path: Path) -> None:
+    save_tiny(tmp_path / "sd", "sd")
+    found, text = run(
+        tmp_path, "--base.name", str(tmp_path / "sd"), "--drawing.num_inference_steps", "1", "--drawing.sets", "1"
+    )
+    assert list(found) == [GENERATED, VAE, BEYOND, CONTROL]
+    main = found[GENERATED]
+    assert (
+        main["auc"] > 0.95
+        and main["per_set"] == [main["auc"]]
+        and main["images"] == {"real": 20, "other": 20, "sets": 1}
+    )
+    assert found[CONTROL]["auc_ci"][0] < 0.5 < found[CONTROL]["auc_ci"][1]
+    assert len(main["dependence"]) == 5 and len(main["examples"]) == 3
+    assert main["examples"][0]["score"] >= main["examples"][1]["score"] >= main["examples"][2]["score"]
+    assert {path.name for path in (tmp_path / "out/figures").iterdir()} == {
+        "importance.png", "dependence.png", "examples.png",
+    }  # fmt: skip
+    assert "A detector tells generated from real images with AUC 1.00" in text
+    assert "The VAE alone betrays itself with AUC" in text
+
+
+def test_a_folder_of_blurred_images_is_betrayed_by_its_sharpness(tmp_path: Path) -> None:
+    folder = folder_of_phantoms(tmp_path / "images", 20, 1.0)
+    found, text = run(tmp_path, "--images", str(folder))
+    assert list(found) == [GENERATED, CONTROL]
+    assert found[GENERATED]["kinds"][0]["name"] in ("detail", "sharpness")
+    sharpness = next(f for f in found[GENERATED]["features"] if f["name"] == "edge sharpness")
+    assert sharpness["auc_alone"] > 0.9 and sharpness["other"] < sharpness["real"]
+    assert "What the features mean" in text
+
+
+def test_damaged_and_equal_files_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = folder_of_phantoms(tmp_path / "images", 3, 0)
+    (folder / "001.png").write_bytes((folder / "000.png").read_bytes())
+    (folder / "002.png").write_bytes(b"no image")
+    recipe = recipe_module("explain")
+    argv = [*DATA, "--images", str(folder), "--output_dir", str(tmp_path / "out")]
+    message = refusal_of(recipe.explain, config_class_of(recipe), argv, capsys)
+    assert "'001.png' holds the same bytes as '000.png'" in message and "'002.png' cannot be read" in message
+    assert not (tmp_path / "out/explain.json").exists()
+    for path in folder.iterdir():
+        path.unlink()
+    with pytest.raises(UserError, match="holds no image"):
+        ImageFolder(folder, 64, 5)
+
+
+def test_images_of_a_folder_are_cut_and_resized_as_data_are(tmp_path: Path) -> None:
+    array = np.zeros((40, 80, 3), dtype=np.uint8)
+    array[:, 10:70] = 255
+    Image.fromarray(array).save(tmp_path / "wide.png")
+    images = ImageFolder(tmp_path, 32, 5)
+    assert images.names == ["wide.png"] and torch.equal(images([0]), torch.ones(1, 3, 32, 32))
+
+
+def test_images_of_one_patient_are_one_group() -> None:
+    class OfPatients(Listed):
+        def image_key(self, index: int) -> str:
+            return self.samples[index].id
+
+        def patient(self, index: int) -> str:
+            return "p1" if index < 2 else ""
+
+    names = ["a", "b", "c", "c", "d"]
+    dataset = OfPatients([sample(name, "edema") for name in names], {})
+    assert [group_key(dataset, i) for i in range(5)] == ["patient p1", "patient p1", "c", "c", "d"]
+    assert one_of_each_image(dataset, 10) == [0, 1, 2, 4] and one_of_each_image(dataset, 3) == [0, 1, 2]
+
+
+def entry(auc: float, half: float, *features: tuple[str, float]) -> dict[str, Any]:
+    named = [
+        {"name": name, "importance": low + 0.1, "importance_ci": [low, low + 0.2], "real": 0.2, "other": 0.1}
+        for name, low in features
+    ]
+    changes = {"detected": 8, "one_change_is_enough": 0.5, "features": {"noise": 0.25, "contrast": 0.25}}
+    return {"auc": auc, "auc_ci": [auc - half, auc + half], "features": named, "changes": changes}
+
+
+def test_the_sentences_say_whose_fault_it_is_and_whether_the_control_holds() -> None:
+    fine, found = entry(0.52, 0.1), entry(0.9, 0.05, ("edge sharpness", 0.2), ("noise", -0.1))
+    text = " ".join(sentences({GENERATED: found, VAE: fine, BEYOND: found, CONTROL: fine}))
+    assert "with AUC .90 [.85, .95]. What betrays them: edge sharpness (lower: 0.1, and 0.2 in real images)." in text
+    assert "The VAE alone leaves no trace" in text and "The denoiser's own faults have AUC .90" in text
+    assert "50% would pass as real with one feature changed, most often noise (25%)." in text
+    assert text.endswith("as it should be.")
+    text = " ".join(sentences({GENERATED: found, VAE: found, BEYOND: fine, CONTROL: found}))
+    assert "betrays itself with AUC .90 [.85, .95], by edge sharpness." in text
+    assert "training the denoiser does not mend it" in text and text.endswith("cannot be trusted.")
+    assert "cannot tell generated from real" in sentences({GENERATED: fine, CONTROL: fine})[0]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "said"),
+    [
+        (0.25, 0.28, "if edge sharpness were 12% higher."),
+        (-0.5, -0.25, "if edge sharpness were 50% lower."),
+        (0.01, 0.25, "if edge sharpness were 0.25 instead of 0.01."),
+        (-0.1, 0.1, "if edge sharpness were 0.1 instead of -0.1."),
+        (0.0, 0.1, "if edge sharpness were 0.1 instead of 0."),
+    ],
+)
+def test_a_counterfactual_is_said_in_percent_where_that_has_a_meaning(before: float, after: float, said: str) -> None:
+    assert change_sentence({"name": "edge sharpness", "before": before, "after": after}).endswith(said)
+    assert explanation.change_sentence(None).startswith("No change of a single feature")
