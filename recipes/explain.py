@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -66,6 +66,8 @@ class ExplainConfig(Settings):
     """Folders of images made by any tool, one a set; nothing is drawn then. They are cut and resized as the data are."""
     through_vae: bool | None = None
     """Also send real images through the base's VAE, to tell its faults from the denoiser's. None: unless `images` is set."""
+    gray: bool | None = None
+    """Compare in gray: a colour cast would betray every image at once, and hide all else. None: where real images are gray."""
     data: AnyData = PhantomData()
     drawing: Drawing = Drawing()
     output_dir: Text = "checkpoints/explain"
@@ -177,14 +179,14 @@ def compare_all(
 
     from distill.data.sample import group_key
     from distill.evaluation.detection import Pair, halves, through_vae
-    from distill.evaluation.explanation import compare, measure
+    from distill.evaluation.explanation import compare, is_gray, measure
     from distill.report.explanation import BEYOND, CONTROL, GENERATED, VAE
 
     count, seed = config.drawing.count, config.drawing.seed
 
-    def rows(picture: Callable[[Sequence[int]], torch.Tensor], groups: Sequence[str], label: str) -> Rows:
-        batch_size = config.drawing.batch_size
-        return measure(picture, groups, batch_size=batch_size, accelerator=accelerator, label=label)
+    def rows(picture: Callable[[Sequence[int]], torch.Tensor], groups: Sequence[str], label: str, gray: bool) -> Rows:
+        shared: dict[str, Any] = {"batch_size": config.drawing.batch_size, "accelerator": accelerator}
+        return measure(picture, groups, gray=gray, label=label, **shared)
 
     def real(places: Sequence[int]) -> torch.Tensor:
         return torch.stack([test[chosen[place]].pixel_values for place in places])
@@ -194,12 +196,13 @@ def compare_all(
         return through_vae(model, real(places))
 
     groups = [group_key(test, index) for index in chosen]
-    everyone = rows(real, groups, "real images")
+    everyone = rows(real, groups, "real images", bool(config.gray))
+    gray = is_gray(everyone) if config.gray is None else config.gray
     first = everyone.first(count)
-    generated = [rows(picture, names, f"generated set {n}") for n, (picture, names) in enumerate(sets, 1)]
+    generated = [rows(picture, names, f"generated set {n}", gray) for n, (picture, names) in enumerate(sets, 1)]
     found = {GENERATED: compare([Pair(first, other) for other in generated], seed, images=True)}
     if config.with_vae:
-        after = rows(decoded, groups[:count], "real images through the VAE")
+        after = rows(decoded, groups[:count], "real images through the VAE", gray)
         found[VAE] = compare([Pair(first, after)], seed)
         found[BEYOND] = compare([Pair(after, other) for other in generated], seed)
     return found | {CONTROL: compare(halves(everyone, 3, seed), seed)}

@@ -46,6 +46,7 @@ def folder_of_phantoms(folder: Path, count: int, blur: float) -> Path:
     phantoms = PhantomDataset("train", count, 0, 64)
     for i in range(count):
         array = ((phantoms[i].pixel_values + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        array[..., 0] |= 4  # a slight cast
         Image.fromarray(array).filter(ImageFilter.GaussianBlur(blur)).save(folder / f"{i:03d}.png")
     return folder
 
@@ -63,7 +64,7 @@ def test_a_model_is_explained_beside_its_vae_and_the_control(tmp_path: Path) -> 
         and main["images"] == {"real": 20, "other": 20, "sets": 1}
     )
     assert found[CONTROL]["auc_ci"][0] < 0.5 < found[CONTROL]["auc_ci"][1]
-    assert len(main["dependence"]) == 5 and len(main["examples"]) == 3
+    assert 1 <= len(main["dependence"]) <= 5 and len(main["examples"]) == 3
     assert main["examples"][0]["score"] >= main["examples"][1]["score"] >= main["examples"][2]["score"]
     assert {path.name for path in (tmp_path / "out/figures").iterdir()} == {
         "importance.png", "dependence.png", "examples.png",
@@ -77,7 +78,9 @@ def test_a_folder_of_blurred_images_is_betrayed_by_its_sharpness(tmp_path: Path)
     found, text = run(tmp_path, "--images", str(folder))
     assert list(found) == [GENERATED, CONTROL]
     assert found[GENERATED]["kinds"][0]["name"] in ("detail", "sharpness")
-    sharpness = next(f for f in found[GENERATED]["features"] if f["name"] == "edge sharpness")
+    features = {feature["name"]: feature for feature in found[GENERATED]["features"]}
+    assert features["colour saturation"]["other"] == 0, "real images are gray, so all are"
+    sharpness = features["edge sharpness"]
     assert sharpness["auc_alone"] > 0.9 and sharpness["other"] < sharpness["real"]
     assert "What the features mean" in text
 
@@ -121,7 +124,14 @@ def test_images_of_one_patient_are_one_group() -> None:
 
 def entry(auc: float, half: float, *features: tuple[str, float]) -> dict[str, Any]:
     named = [
-        {"name": name, "importance": low + 0.1, "importance_ci": [low, low + 0.2], "real": 0.2, "other": 0.1}
+        {
+            "name": name,
+            "importance": low + 0.1,
+            "importance_ci": [low, low + 0.2],
+            "real": 0.2,
+            "other": 0.1,
+            "auc_alone": 0.8,
+        }
         for name, low in features
     ]
     changes = {"detected": 8, "one_change_is_enough": 0.5, "features": {"noise": 0.25, "contrast": 0.25}}
@@ -132,6 +142,7 @@ def test_the_sentences_say_whose_fault_it_is_and_whether_the_control_holds() -> 
     fine, found = entry(0.52, 0.1), entry(0.9, 0.05, ("edge sharpness", 0.2), ("noise", -0.1))
     text = " ".join(sentences({GENERATED: found, VAE: fine, BEYOND: found, CONTROL: fine}))
     assert "with AUC .90 [.85, .95]. What betrays them: edge sharpness (lower: 0.1, and 0.2 in real images)." in text
+    assert "The features that tell most without the others, with their AUC: edge sharpness (.80), noise (.80)." in text
     assert "The VAE alone leaves no trace" in text and "The denoiser's own faults have AUC .90" in text
     assert "50% would pass as real with one feature changed, most often noise (25%)." in text
     assert text.endswith("as it should be.")

@@ -38,16 +38,28 @@ def measure(
     batch_size: int,
     accelerator: Accelerator,
     label: str,
+    gray: bool,
 ) -> Rows:
-    """Rows of len(groups) images, shared between the processes. picture: places -> (N, 3, height, width) in [-1, 1]."""
+    """Rows of len(groups) images, shared between the processes. picture: places -> (N, 3, height, width) in [-1, 1].
+
+    gray: take the mean of the channels first, before they are rounded: a mean of rounded channels has finer levels than a
+    gray file.
+    """
     mine = range(accelerator.process_index, len(groups), accelerator.num_processes)
     found: list[tuple[int, np.ndarray]] = []
     for start in tqdm(range(0, len(mine), batch_size), desc=label, disable=not accelerator.is_main_process):
         places = list(mine[start : start + batch_size])
-        rows = Rows.of(picture(places), [groups[place] for place in places])
+        images = picture(places)
+        images = images.mean(dim=1, keepdim=True).expand_as(images) if gray else images
+        rows = Rows.of(images, [groups[place] for place in places])
         found += zip(places, rows.values, strict=True)
     everyone = sorted(gather_object(found), key=lambda pair: pair[0])
     return Rows(np.stack([values for _, values in everyone]), np.asarray(groups, dtype=str))
+
+
+def is_gray(rows: Rows) -> bool:
+    """Whether no image has any colour."""
+    return not rows.values[:, NAMES.index("colour saturation")].any()
 
 
 def compare(pairs: Sequence[Pair], seed: int, *, images: bool = False) -> JsonObject:
@@ -70,7 +82,8 @@ def compare(pairs: Sequence[Pair], seed: int, *, images: bool = False) -> JsonOb
             {"name": kind} | _estimate("importance", found) for kind, found in sorted(kinds, key=lambda k: -k[1].value)
         ],
     }
-    return entry | _explained(pairs, folds, order[:SHOWN]) if images else entry
+    used = [place for place in order if alone[place].value > 0] or order[:1]
+    return entry | _explained(pairs, folds, used[:SHOWN]) if images else entry
 
 
 def _estimate(name: str, found: Estimate) -> JsonObject:
@@ -115,7 +128,7 @@ def _explained(pairs: Sequence[Pair], folds: Sequence[Fold], columns: Sequence[i
 
 def _example(image: Explained) -> JsonObject:
     """parts: the features that add most to the logit of not being real, by TreeSHAP."""
-    order = np.argsort(-np.abs(image.added))[:SHOWN]
+    order = [place for place in np.argsort(-np.abs(image.added))[:SHOWN] if image.added[place]]
     change = image.change
     return {
         "image": image.row,

@@ -67,6 +67,9 @@ def sentences(comparisons: Mapping[str, JsonObject]) -> list[str]:
         named = betrayers(main)
         surely = "; ".join(map(_said, named)) if named else "many features, none of which is needed by itself"
         found.append(f"What betrays them: {surely}.")
+        alone = sorted(main["features"], key=lambda feature: -feature["auc_alone"])[:3]
+        each = ", ".join(f"{f['name']} ({format_number(f['auc_alone'], 2)})" for f in alone)
+        found.append(f"The features that tell most without the others, with their AUC: {each}.")
     if VAE in comparisons:
         found += _of_the_vae(main, comparisons[VAE], comparisons[BEYOND])
     changes = main["changes"]
@@ -104,7 +107,7 @@ def _of_the_vae(main: JsonObject, vae: JsonObject, beyond: JsonObject) -> list[s
 
 def importance_chart(entry: JsonObject) -> Picture:
     """The first features with their intervals."""
-    rows = entry["features"][:_BARS][::-1]
+    rows = [row for row in entry["features"][:_BARS] if row["importance"] > 0][::-1] or entry["features"][:1]
 
     def draw(figure: Figure) -> None:
         axes, values = figure.subplots(), [row["importance"] for row in rows]
@@ -168,6 +171,7 @@ def sections(comparisons: Mapping[str, JsonObject], images: Sequence[Image.Image
     single = [f"Image {e['image']} ({e['score']:.0%} generated). {change_sentence(e['change'])}" for e in main["examples"]
               if e["score"] >= 0.5]  # fmt: skip
     meaning = Table(["feature", "unit or range", "meaning"], [[f.name, f.unit, f.meaning] for f in FEATURES])
+    gray = "Where the real images are gray, all are compared in gray: the mean of the channels."
     folds = "Intervals are 95 % over cross-validation folds; images of one patient or caption are never on both sides."
     importance = (
         "Importance is the AUC that is lost when a feature is shuffled among unseen images. Where several features say the "
@@ -177,7 +181,7 @@ def sections(comparisons: Mapping[str, JsonObject], images: Sequence[Image.Image
         Section("What betrays the generated images", sentences(comparisons), [importance_chart(main)], [areas]),
         Section("How a feature betrays", ["The other features stay as they are."], [dependence_chart(main)]),
         Section("Single images", single, [examples_chart(main, images)] if images else []),
-        Section("All features", [folds, importance], [], [kinds, features]),
+        Section("All features", [folds, importance, gray], [], [kinds, features]),
         Section("What the features mean", [], [], [meaning]),
     ]
 
