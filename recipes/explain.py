@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -185,8 +185,8 @@ def compare_all(
     count, seed = config.drawing.count, config.drawing.seed
 
     def rows(picture: Callable[[Sequence[int]], torch.Tensor], groups: Sequence[str], label: str, gray: bool) -> Rows:
-        shared: dict[str, Any] = {"batch_size": config.drawing.batch_size, "accelerator": accelerator}
-        return measure(picture, groups, gray=gray, label=label, **shared)
+        size = config.drawing.batch_size
+        return measure(picture, groups, batch_size=size, accelerator=accelerator, label=label, gray=gray)
 
     def real(places: Sequence[int]) -> torch.Tensor:
         return torch.stack([test[chosen[place]].pixel_values for place in places])
