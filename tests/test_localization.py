@@ -188,17 +188,17 @@ def test_selection_sums_groups_and_averages_words(words: int, pairs: list[set[in
 
 def force_attention(monkeypatch: pytest.MonkeyPatch, mask: torch.Tensor, inside: list[int], outside: int) -> None:
     """Every layer looks at tokens `inside` within the mask and at token `outside` elsewhere."""
-    store = AttentionMaps.store
+    reduced = AttentionMaps.reduced
 
-    def forced(self: AttentionMaps, layer: str, probabilities: torch.Tensor) -> None:
+    def forced(self: AttentionMaps, probabilities: torch.Tensor) -> torch.Tensor:
         side = math.isqrt(probabilities.shape[2])
         share = F.adaptive_avg_pool2d(mask[None].float(), side).flatten()[:, None]
         known = torch.zeros_like(probabilities)
         known[..., inside] = share / len(inside)
         known[..., outside] = 1 - share[:, 0]
-        store(self, layer, known)
+        return reduced(self, known)
 
-    monkeypatch.setattr(AttentionMaps, "store", forced)
+    monkeypatch.setattr(AttentionMaps, "reduced", forced)
 
 
 def test_attention_within_the_mask_scores_one_through_the_whole_path(

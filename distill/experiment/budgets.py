@@ -67,22 +67,18 @@ def inherit(accelerator: Accelerator, shorter: Path, arm: Arm) -> None:
     shorter: run folder of the same seed. An arm of the same steps takes its weights and results too.
     """
     source = shorter / arm.name
+
+    def left(folder: str, names: list[str]) -> set[str]:
+        return set(names) - set(_OF_THE_WAY) if Path(folder) == source and not arm.fixed_steps else set()
+
     if accelerator.is_main_process and not arm.folder.exists() and (source / "cost.json").is_file():
-        of_an_end = shutil.ignore_patterns(*(() if arm.fixed_steps else _OF_AN_END))
         with whole_folder(arm.folder) as partial:
-            shutil.copytree(
-                source,
-                partial,
-                ignore=lambda folder, names: of_an_end(folder, names) if Path(folder) == source else (),
-                dirs_exist_ok=True,
-            )
+            shutil.copytree(source, partial, ignore=left, dirs_exist_ok=True)
     accelerator.wait_for_everyone()
 
 
-_OF_AN_END = (
-    "cost.json", "metrics.json", "README.md", "*.safetensors", "pairs.jsonl", "samples", "unet", "transformer", "text_encoder*",
-)  # fmt: skip
-"""Files of a trained arm that are made anew when it is trained further."""
+_OF_THE_WAY = ("state", "train_log.jsonl", "localization_log.jsonl", "gate.json", "progress")
+"""What a training that goes on needs of one that ended. All else is made anew."""
 
 
 def _needed(arms: Mapping[str, Arm], arm: Arm) -> list[str]:
