@@ -14,8 +14,9 @@ from distill.data.phantom.dataset import PhantomDataset
 from distill.models.family import Model
 from distill.models.loading import load_model
 
-# The same examples in every run, so that a failure is of the change that it follows; others: --hypothesis-profile default
-settings.register_profile("repeatable", derandomize=True, print_blob=True)
+# The same examples in every run, so that a failure is of the change that it follows, and no limit of time, which a busy machine
+# breaks; others: --hypothesis-profile default
+settings.register_profile("repeatable", derandomize=True, print_blob=True, deadline=None)
 settings.load_profile("repeatable")
 
 

@@ -150,7 +150,7 @@ def true_auc(cells: Cells, subset: AttentionSubset) -> float:
 
 
 @given(cells=random_cells(), most=st.integers(1, 4))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_the_subset_is_never_worse_than_the_best_cell_and_no_change_improves_it(cells: Cells, most: int) -> None:
     choice = choose_subset(cells, CONFIG, most)
     subset = choice.subset
@@ -173,7 +173,7 @@ def test_the_subset_is_never_worse_than_the_best_cell_and_no_change_improves_it(
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1)), min_size=1, max_size=20))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_macro_mean_weighs_findings_alike(rows: list[tuple[int, float]]) -> None:
     findings, values = np.array([f for f, _ in rows]), np.array([v for _, v in rows])
     groups: dict[int, list[float]] = {}

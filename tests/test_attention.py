@@ -640,7 +640,7 @@ def test_aggregation_keeps_places_and_averages_layers() -> None:
 
 
 @given(st.integers(0, 2**32 - 1), st.floats(1e-3, 1e3), st.floats(-1e2, 1e2))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_normalized_maps_go_from_0_to_1_whatever_scale_and_offset(seed: int, scale: float, offset: float) -> None:
     maps = torch.randn(2, 3, 4, 5, generator=torch.Generator().manual_seed(seed)).double()
     found = normalize(maps * scale + offset)
@@ -744,7 +744,7 @@ ANY_TEXT = st.text(st.characters(exclude_categories=["Cs", "M"], exclude_charact
 
 
 @given(ANY_TEXT | st.lists(st.sampled_from(PIECES), max_size=30).map(" ".join))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_every_token_is_bos_word_eos_or_padding_of_any_text(prompt: str) -> None:
     tokenizer = tiny_tokenizer()
     groups = token_groups(tokenizer, prompt, 77)

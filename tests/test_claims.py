@@ -23,7 +23,7 @@ VALUES = st.lists(st.floats(-10, 10).map(lambda v: round(v, 3)), min_size=2, max
 
 
 @given(VALUES)
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_interval_is_that_of_scipy(values):
     if len(set(values)) == 1:
         assert student_interval(values) == pytest.approx((values[0], values[0]))
@@ -47,7 +47,7 @@ def test_the_interval_covers_as_often_as_it_says():
 
 
 @given(st.lists(st.integers(-5, 5), min_size=1, max_size=7))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_sign_flip_test_counts_all_flips(values):
     total, as_large = sum(values), 0
     for code in range(2 ** len(values)):

@@ -593,7 +593,7 @@ def test_a_check_says_nothing_of_values_that_are_not_the_users(yaml_file: Callab
     assert "warmup" not in faults_of(Recipe, "--config", broken, "--trainer.warmup_steps", "2000")
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_a_misspelt_key_gets_the_nearest_known_key(data: st.DataObject) -> None:
     known = sorted({key for key, kind in keys_of(Recipe) if kind in ("", "folder") and "NAME" not in key})
@@ -694,7 +694,7 @@ def test_any_file_gives_a_config_or_a_user_error(content: bytes, tmp_path: Path)
         assert str(path) in str(error)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     words=st.lists(
         st.sampled_from(sorted({f"--{key}" for key, _ in keys_of(Recipe)}))

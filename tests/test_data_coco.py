@@ -104,7 +104,7 @@ def test_rectangles_on_pixel_edges_are_exact() -> None:
     assert not polygon_mask([[5, 5, 9, 5, 7, 5]], 40, 30).any(), "no area"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data(), corners=st.integers(3, 12), x=st.floats(12, 38), y=st.floats(12, 28), radius=st.floats(3, 11))
 def test_polygons_cover_the_pixels_that_are_mostly_inside(
     data: Any, corners: int, x: float, y: float, radius: float

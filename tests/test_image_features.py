@@ -50,7 +50,7 @@ def test_names_are_told_apart_and_explained() -> None:
     assert all(feature.unit and feature.meaning.endswith(".") for feature in FEATURES)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.floats(-0.4, 0.4), st.integers(0, 5))
 def test_a_shift_of_brightness_moves_brightness_alone(images: torch.Tensor, shift: float, place: int) -> None:
     image = images[place : place + 1] * 0.9
@@ -58,7 +58,7 @@ def test_a_shift_of_brightness_moves_brightness_alone(images: torch.Tensor, shif
     assert change(image, image + shift, "mean brightness").item() == pytest.approx(shift / 2)
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(st.floats(0.2, 1.9), st.integers(0, 5))
 def test_a_change_of_contrast_moves_contrast_alone(images: torch.Tensor, factor: float, place: int) -> None:
     image = images[place : place + 1] * 0.5

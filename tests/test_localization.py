@@ -169,7 +169,7 @@ def test_phrase_mode_has_a_text_for_each_pair(sd: Model) -> None:
     pairs=st.lists(st.sets(st.integers(1, 60), min_size=1, max_size=5), min_size=1, max_size=3),
     spare=st.integers(0, 2),
 )
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_selection_sums_groups_and_averages_words(words: int, pairs: list[set[int]], spare: int) -> None:
     groups = torch.tensor([BOS] + [WORD] * words + [EOS] + [PADDING] * (75 - words))
     tokens = tuple(tuple(sorted(pair)) for pair in pairs)
@@ -325,7 +325,7 @@ def test_the_layers_of_vilouras_are_those_of_sd_or_at_the_same_depth() -> None:
 @given(
     x=st.floats(0, 60), y=st.floats(0, 60), width=st.floats(1, 64), height=st.floats(1, 64), size=st.integers(8, 200)
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_the_union_of_boxes_holds_the_pixels_whose_centre_is_in_a_box(
     x: float, y: float, width: float, height: float, size: int
 ) -> None:

@@ -29,7 +29,7 @@ from distill.losses import (
 
 BATCH, PLACES, TOKENS = 3, 6, 7
 SEEDS = st.integers(0, 2**32 - 1)
-few = settings(max_examples=25, deadline=None)
+few = settings(max_examples=25)
 
 
 def maps(seed: int, sharpness: float = 1.0, dtype: torch.dtype = torch.float64) -> torch.Tensor:

@@ -113,7 +113,6 @@ def rows_of(folder: Path) -> list[dict[str, Any]]:
 
 
 @given(st.integers(0, 1000), st.integers(1, 6))
-@settings(deadline=None)
 def test_areas_are_exact_with_and_without_ties(seed: int, values: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     ties = torch.randint(values, (3, 7, 9), generator=generator).float()
@@ -168,7 +167,6 @@ PAIRS = st.lists(st.tuples(st.sampled_from("fg"), st.integers(0, 12)), max_size=
 
 
 @given(PAIRS, st.randoms())
-@settings(deadline=None)
 def test_the_choice_of_others_depends_on_names_alone(pairs: list[tuple[str, int]], random: Any) -> None:
     def named(pairs: list[tuple[str, int]], order: list[int]) -> dict[Any, list[Any]]:
         chosen = choose_others([f for f, _ in pairs], [str(i) for _, i in pairs], order)

@@ -54,7 +54,7 @@ def rows_of(model: Model) -> TrainingRows:
 
 
 @given(length=st.integers(1, 40), batch=st.integers(1, 7), world=st.integers(1, 4), seed=st.integers(0, 2**32 - 1))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_each_epoch_visits_each_index_once_whatever_the_number_of_ranks(
     length: int, batch: int, world: int, seed: int
 ) -> None:
@@ -72,7 +72,7 @@ def test_each_epoch_visits_each_index_once_whatever_the_number_of_ranks(
 
 
 @given(first=st.integers(0, 30), seed=st.integers(0, 1000))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_a_sampler_that_starts_later_gives_the_rest(first: int, seed: int) -> None:
     whole = StepSampler(11, 3, seed, 1, 2, 0, 31)
     assert len(whole) == len(list(whole)) == 31

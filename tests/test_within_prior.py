@@ -28,7 +28,6 @@ def slow(values: torch.Tensor, mask: torch.Tensor, strata: torch.Tensor) -> floa
 
 
 @given(st.integers(0, 10**6), st.integers(1, 8), st.integers(1, 5))
-@settings(deadline=None)
 def test_areas_are_those_of_loops_over_pixels(seed: int, values: int, count: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     maps = torch.cat(
@@ -46,7 +45,6 @@ def test_with_one_stratum_it_is_the_area() -> None:
 
 
 @given(st.integers(0, 10**6), st.integers(2, 300))
-@settings(deadline=None)
 def test_a_map_that_is_any_function_of_the_stratum_has_one_half(seed: int, levels: int) -> None:
     """Increasing, decreasing or neither; and of a prior with fewer levels than strata, any function of the prior."""
     generator = torch.Generator().manual_seed(seed)
