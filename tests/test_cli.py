@@ -24,7 +24,7 @@ from distill.errors import UserError
 from distill.settings import Count, Inside, Positive, Probability, Settings, Text
 
 ROOT = Path(__file__).parents[1]
-quick = settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 class Drawn(Settings):
@@ -677,7 +677,7 @@ def test_a_broken_file_is_named_with_the_line(tmp_path: Path, content: bytes, ex
     assert "trainer.max_steps: expected a whole number of at least 1" in message
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     content=st.one_of(
         st.binary(max_size=60),

@@ -507,7 +507,7 @@ ANY = st.recursive(
 )
 
 
-@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_value_is_read_or_refused(root: Path, data: Any) -> None:
     documents = {"captions": captions_json(), "instances": instances_json()}

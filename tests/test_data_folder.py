@@ -98,7 +98,7 @@ def test_a_box_lands_on_what_it_surrounds_whatever_the_exif_orientation(
     assert region.boxes[0] == pytest.approx(((x - 25) * scale, y * scale, width * scale, height * scale))
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), width=st.integers(8, 90), height=st.integers(8, 90), resolution=st.sampled_from([16, 32, 61]))
 def test_boxes_and_masks_follow_the_pixels(root: Path, data, width: int, height: int, resolution: int) -> None:
     x, y = data.draw(st.integers(0, width - 4)), data.draw(st.integers(0, height - 4))
@@ -656,7 +656,7 @@ def test_any_box_value_is_finite_boxes_or_a_fault(value: object) -> None:
         assert all(np.isfinite(box).all() and box[2] > 0 and box[3] > 0 for box in boxes)
 
 
-HOSTILE = settings(max_examples=50, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+HOSTILE = settings(max_examples=50, suppress_health_check=[HealthCheck.function_scoped_fixture])
 CELL = st.sampled_from(["a.png", "b.png", "edema", "1,1,5,5", "", "|", ".", "..", "~", "text"]) | st.text(max_size=6)
 
 

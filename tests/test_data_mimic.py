@@ -521,7 +521,7 @@ def test_training_leaves_out_the_patients_of_mscxr(root: Path, caplog: pytest.Lo
 # --- geometry -----------------------------------------------------------------------------------------------------
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data(), width=st.integers(60, 400), height=st.integers(60, 400), short=st.integers(48, 90))
 def test_boxes_follow_an_image_that_was_made_smaller(
     root: Path, data: Any, width: int, height: int, short: int
@@ -679,7 +679,7 @@ ANY = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=2),
     max_leaves=6,
 )
-HOSTILE = settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+HOSTILE = settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def read_or_refuse(root: Path, shape: str) -> None:

@@ -181,7 +181,7 @@ def brute_force_iou(map_: np.ndarray, mask: np.ndarray) -> float:
     return iou(scale(map_) > 0.5, mask)
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(maps=tied_maps, masks=usable_masks)
 def test_values_equal_brute_force_with_ties(maps: np.ndarray, masks: np.ndarray) -> None:
     references = [
@@ -208,7 +208,7 @@ def test_values_equal_brute_force_with_ties(maps: np.ndarray, masks: np.ndarray)
         assert metric.skipped == np.isnan(expected).sum()
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(maps=tied_maps, masks=usable_masks, boxes=st.tuples(*[boxes_of_a_pair] * 3))
 def test_metrics_of_boxes_equal_brute_force(maps: np.ndarray, masks: np.ndarray, boxes: tuple[list[Box], ...]) -> None:
     rows = list(zip(maps.astype(np.float64), masks, boxes, strict=True))
@@ -229,7 +229,7 @@ def test_without_boxes_the_mask_is_the_box() -> None:
         assert torch.equal(kind().pair_scores(maps, masks).nan_to_num(-1.0), expected.nan_to_num(-1.0))
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(
     maps=arrays(
         np.float64, SHAPE, elements=st.sampled_from([-1e30, -2.5, -0.1, -0.0, 0.0, 1e-30, 0.1, 0.1 + 1e-12, 3.0])
@@ -299,7 +299,7 @@ def test_a_killed_evaluation_goes_on() -> None:
     assert len(resumed.values()[0]) == 8
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(maps=tied_maps, masks=usable_masks, factor=st.sampled_from([0.25, 2.0, 1024.0]), shift=st.integers(-8, 8))
 def test_scale_and_shift_change_nothing(maps: np.ndarray, masks: np.ndarray, factor: float, shift: int) -> None:
     original, mask = torch.from_numpy(maps), torch.from_numpy(masks)
@@ -309,7 +309,7 @@ def test_scale_and_shift_change_nothing(maps: np.ndarray, masks: np.ndarray, fac
         np.testing.assert_allclose(kind().pair_scores(factor * (original + shift), mask, boxes), scores, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 @given(maps=tied_maps, masks=usable_masks)
 def test_mirroring_image_and_boxes_changes_nothing(maps: np.ndarray, masks: np.ndarray) -> None:
     original, mask = torch.from_numpy(maps), torch.from_numpy(masks)
@@ -321,7 +321,7 @@ def test_mirroring_image_and_boxes_changes_nothing(maps: np.ndarray, masks: np.n
         np.testing.assert_allclose(other, scores, atol=1e-12)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(max_examples=15)
 @given(maps=tied_maps, masks=usable_masks)
 def test_exchange_of_inside_and_outside(maps: np.ndarray, masks: np.ndarray) -> None:
     map_, mask = torch.from_numpy(maps), torch.from_numpy(masks)

@@ -44,7 +44,7 @@ def blobs(count: int, size: int, noise: float) -> torch.Tensor:
     return torch.stack(result)
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(maps=some_maps)
 def test_min_max(maps: np.ndarray) -> None:
     scaled = min_max(torch.from_numpy(maps)).numpy()
@@ -56,7 +56,7 @@ def test_min_max(maps: np.ndarray) -> None:
             assert own.min() == 0 and own.max() == 1
 
 
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 @given(maps=some_maps, sigma=st.sampled_from([0.0, 0.1, 0.2, 0.5, 1.0, 2.5, 4.0]))
 def test_gaussian_smooth_equals_scipy(maps: np.ndarray, sigma: float) -> None:
     """Sides of 1 to 7 pixels, so that the mirrored border is met more than once."""
@@ -82,7 +82,7 @@ def brute_force_otsu(map_: np.ndarray) -> float:
     return float(low + (high - low) * (best + 0.5) / 256)
 
 
-@settings(deadline=None, max_examples=12)
+@settings(max_examples=12)
 @given(maps=tied_maps, scale=st.sampled_from([0.25, 1.0, 512.0]), shift=st.integers(-4, 4))
 def test_otsu_equals_the_best_of_all_splits(maps: np.ndarray, scale: float, shift: int) -> None:
     maps = scale * (maps + shift)
@@ -159,7 +159,7 @@ def test_thresholds_of_constant_and_of_unusable_maps(threshold: type) -> None:
         threshold(torch.zeros(4, 4))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(masks=some_masks)
 def test_majority_filter_equals_brute_force(masks: np.ndarray) -> None:
     expected = masks.copy()
@@ -187,7 +187,7 @@ def model(mask: np.ndarray) -> list[set[tuple[int, int]]]:
     return found
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(masks=some_masks, min_share=st.sampled_from([0.0, 0.25, 0.5, 1.0]))
 def test_remove_orphans_equals_brute_force(masks: np.ndarray, min_share: float) -> None:
     expected = np.zeros_like(masks)

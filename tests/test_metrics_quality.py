@@ -175,7 +175,7 @@ def test_diversity_errors() -> None:
         metric.update(pictures(1, 2, 10))
 
 
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 @given(
     scores=arrays(np.float32, (12, 3), elements=st.integers(-3, 3).map(float)),
     labels=arrays(np.bool_, (12, 3)),

@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from listed import WORDS, Listed, sample
 from sklearn.metrics import roc_auc_score
