@@ -22,9 +22,10 @@ from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
 from distill.evaluation import evaluate as module
 from distill.evaluation.evaluate import evaluate, held_out
-from distill.evaluation.images import read_png
+from distill.evaluation.images import read_png, save_png
 from distill.evaluation.memorization import Pool
 from distill.evaluation.results import parse_metrics
+from distill.experiment.images import read_images
 from distill.experiment.results import judge_memorization
 from distill.models.family import Model
 from distill.report import memorization_sentence, write_model_card
@@ -206,3 +207,72 @@ def test_the_card_says_what_was_found_once(tmp_path: Path) -> None:
 def test_the_sentence_says_no_more_than_the_test(changed: dict[str, float], said: str) -> None:
     found = parse_metrics({"arms": {"m": entry(**changed)}, "provenance": {}}).arms["m"].memorization
     assert found is not None and memorization_sentence(found).startswith(said)
+
+
+# --- images of other tools ------------------------------------------------------------------------------------------
+
+
+def image_folder(folder: Path, pictures: PhantomDataset, count: int = 12, size: int = 64) -> Path:
+    folder.mkdir()
+    rows = ["file_name,text,labels"]
+    for k in range(count):
+        save_png((pictures[k].pixel_values + 1) / 2, folder / f"{k}.png")
+        with Image.open(folder / f"{k}.png") as image:
+            image.resize((size, size)).save(folder / f"{k}.png")
+        rows.append(f'{k}.png,"{pictures.caption(k)}",{"|".join(pictures.labels(k))}')
+    (folder / "metadata.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+def test_images_of_another_tool_are_evaluated_and_no_denoiser_runs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "generate", never)
+    recipe = recipe_module("evaluate")
+    images = image_folder(tmp_path / "images", TRAINING, size=96)
+    argv = [*evaluate_argv(tmp_path)[:-1], "localization,quality,memorization", "--images", str(images)]
+    argv[argv.index("--evaluation.features") + 1] = "phantom"
+    recipe.evaluate(parse(recipe.EvaluateConfig, argv))
+    printed = capsys.readouterr().out
+    assert "images: 12 of 12 are cut and resized to 64 px, as the data is" in printed
+    assert "Localization was not measured: the choice is by quality alone." in printed
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert set(metrics["arms"]) == {"images"}
+    found = metrics["arms"]["images"]
+    assert found["localization"] is None and found["quality"]["images"] == 12 and found["quality"]["fid"] >= 0
+    assert found["quality"]["finding_auc"] is not None
+    assert found["memorization"]["share"] == 1 and found["memorization"]["held_out_images"] == 14
+    text = (tmp_path / "out/report.md").read_text()
+    assert "images: About 100.0 % of the generated images are copies" in text and "cannot be read" not in text
+
+
+@pytest.mark.parametrize(
+    ("damage", "said"),
+    [
+        (lambda folder: (folder / "metadata.csv").unlink(), "has neither metadata.csv nor metadata.jsonl"),
+        (lambda folder: (folder / "metadata.csv").write_text("file_name\n0.png\n"), "'text' is not a column"),
+        (lambda folder: (folder / "metadata.csv").write_text("file_name,text\n0.png,\n1.png,A.\n"), "row 2"),
+        (lambda folder: (folder / "metadata.csv").write_text("file_name,text\n0.png,A.\n"), "needs at least 2"),
+        (lambda folder: (folder / "1.png").write_bytes(b"no image"), "1.png"),
+        (
+            lambda folder: (folder / "1.png").write_bytes((folder / "0.png").read_bytes()),
+            "1.png and 0.png are the same",
+        ),
+    ],
+)
+def test_a_folder_that_cannot_be_evaluated_is_one_error(
+    tmp_path: Path, damage: Callable[[Path], Any], said: str
+) -> None:
+    folder = image_folder(tmp_path / "images", TRAINING, 3)
+    damage(folder)
+    with pytest.raises(UserError, match="--images") as caught:
+        read_images(folder, 64)
+    assert said in str(caught.value)
+
+
+def test_images_have_no_run_and_no_maps() -> None:
+    recipe = recipe_module("evaluate")
+    with pytest.raises(ValueError, match="give one of them"):
+        recipe.EvaluateConfig(images="a", run="b")
+    with pytest.raises(ValueError, match="add quality"):
+        recipe.EvaluateConfig(images="a", evaluation=FullEvaluation(parts=("localization",)))

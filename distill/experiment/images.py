@@ -1,0 +1,88 @@
+"""Evaluate images that another tool made; no denoiser runs."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+from distill.data.readers.folder import FolderDataset
+from distill.data.readers.records import RecordDataset
+from distill.data.sample import size_ids
+from distill.data_config import FolderData
+from distill.errors import UserError
+from distill.evaluation.evaluate import compare, finite, real_images
+from distill.evaluation.images import save_png
+from distill.evaluation.memorization import memorization
+from distill.experiment.run import Run
+from distill.files import JsonObject
+from distill.memory import peak_memory_gb
+from distill.models import load_model
+
+METADATA = ("metadata.csv", "metadata.jsonl")
+
+
+def read_images(folder: Path, resolution: int) -> RecordDataset:
+    """The images of a folder with metadata.csv or metadata.jsonl: columns file_name and text, and labels if there is one.
+
+    Raises UserError for missing captions, fewer than two images, damaged files, and files of the same bytes.
+    """
+    name = next((name for name in METADATA if (folder / name).is_file()), None)
+    if name is None:
+        raise UserError(
+            f"--images {folder} has neither {' nor '.join(METADATA)}; write one row an image, with the columns file_name and "
+            "text (its caption), and if you like labels"
+        )
+    try:
+        found = FolderDataset(
+            FolderData(
+                root=str(folder), metadata_file=name, resolution=resolution, test_split="all", split_column="none",
+                box_column="none", mask_column="none", phrase_column="none", patient_column="none",
+            ),
+            "test",
+        )  # fmt: skip
+    except UserError as error:
+        raise UserError(f"--images {folder} cannot be evaluated: {error}") from None
+    # Those of the labels: they have no boxes, by which a folder's findings are named otherwise.
+    found.findings = tuple(sorted({label for index in range(len(found)) for label in found.labels(index)}))
+    first: dict[str, str] = {}
+    for index in range(len(found)):
+        other = first.setdefault(found.fingerprint(index), found.image_key(index))
+        if other != found.image_key(index):
+            raise UserError(f"--images {folder}: {found.image_key(index)} and {other} are the same picture; keep one")
+    if len(found) < 2:
+        raise UserError(
+            f"--images {folder} has {len(found)} image; quality needs at least 2, and means little below 100"
+        )
+    return found
+
+
+def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
+    """The entry of metrics.json of `images`: quality and, if asked for, memorization. It has no localization.
+
+    FID and the others compare all images with evaluation.generated_images held-out ones. In memorization each image is
+    compared with all held-out images: which of them had its caption is not known.
+    """
+    config, accelerator, began = run.evaluation, run.accelerator, time.perf_counter()
+    against, resolution, arm_dir = run.against, run.config.data.resolution, run.folder / "images"
+    other = sum(size_ids(images, k)[:2] != (resolution, resolution) for k in range(len(images)))
+    if other:
+        run.say(f"images: {other:,} of {len(images):,} are cut and resized to {resolution} px, as the data is")
+    rows = range(len(images))
+    made = real_images(images, rows, against.features, accelerator, config.batch_size)
+    entry: JsonObject = {"localization": None, "quality": None}
+    if "quality" in config.parts:
+        entry["quality"] = compare(made, against.real, images, config, against.features) | {"diversity": None}
+    if "memorization" in config.parts:
+        assert run.train is not None
+        files = [arm_dir / "drawn" / f"{k:06d}.png" for k in rows]
+        for k in rows[accelerator.process_index :: accelerator.num_processes]:
+            save_png((images[k].pixel_values + 1) / 2, files[k])
+        model = load_model(run.base).to(accelerator.device).freeze()
+        entry["memorization"] = memorization(
+            model, run.test, run.train, files, [-1] * len(files), config, features=against.features,
+            accelerator=accelerator, arm_dir=arm_dir, run_dir=run.folder,
+        )  # fmt: skip
+    unknown = dict.fromkeys(("train_seconds", "steps", "trainable_parameters"))
+    cost = {"peak_memory_gb": peak_memory_gb(), "evaluation_seconds": time.perf_counter() - began}
+    returned: JsonObject = finite(entry | {"cost": unknown | cost})
+    return returned
