@@ -86,7 +86,8 @@ def _read_examples(run_dir: Path, arms: Sequence[str], notes: list[str]) -> list
         image = _read_image(run_dir, str(row.get("image")), notes)
         shown: dict[str, tuple[Image.Image | None, WordMaps | None]] = {}
         for arm in arms if image else ():
-            maps, drawn = None, _read_image(run_dir, f"{arm}/samples/{number:04d}.png", notes)
+            has_samples, maps = (run_dir / arm / "samples").is_dir(), None
+            drawn = _read_image(run_dir, f"{arm}/samples/{number:04d}.png", notes) if has_samples else None
             try:
                 maps = read_word_maps(run_dir / arm, number)
             except (OSError, ValueError) as error:
