@@ -177,6 +177,7 @@ def test_a_row_does_not_depend_on_the_other_images(images: torch.Tensor) -> None
     [
         (torch.zeros(1, 1, 64, 64), "got .1, 1, 64, 64."),
         (torch.zeros(1, 3, 64, 31), "at least 32 px"),
+        (torch.zeros(1, 3, 31, 64), "at least 32 px"),
         (torch.full((1, 3, 64, 64), float("nan")), "in .-1, 1."),
         (torch.full((1, 3, 64, 64), 1.5), "in .-1, 1."),
     ],

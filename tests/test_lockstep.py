@@ -13,6 +13,7 @@ from training import LORA, NO_DROPOUT, batch_of, generator, has_gradient, phanto
 
 from distill.config import BaseConfig
 from distill.data.rows import TrainingRows
+from distill.errors import UserError
 from distill.methods import method_of
 from distill.methods.options import DenoisingOptions, LockstepOptions
 from distill.methods.training import Training
@@ -28,6 +29,11 @@ def test_at_first_the_teacher_is_the_student_and_has_nothing_to_teach() -> None:
     assert all(abs(float(terms[name].detach())) < 1e-9 for name in ("token_kl", "place_kl", "mass"))
     torch.testing.assert_close(terms["teacher_denoising"], terms["denoising"])
     torch.testing.assert_close(terms["loss"], 2 * terms["denoising"])
+
+
+def test_layers_that_the_student_does_not_have_are_refused() -> None:
+    with pytest.raises(UserError, match="no cross-attention layer starts with 'up_blocks.9'"):
+        method_of(LockstepOptions(layers=("up_blocks.9",)), NO_DROPOUT).faults(prepared(), Training())
 
 
 @pytest.mark.parametrize("trained", ["full", "lora"])

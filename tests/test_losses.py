@@ -285,3 +285,20 @@ def test_half_precision_maps_are_reduced_in_float32(name: str, dtype: torch.dtyp
     found = MAP_LOSSES[name](p, q)
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, MAP_LOSSES[name](p.float(), q.float()), rtol=0, atol=0)
+
+
+def test_the_feature_loss_is_each_modules_squared_difference_over_the_teachers_mean_square() -> None:
+    torch.manual_seed(0)
+    teacher = {"a": torch.randn(3, 4, 5), "b": 10 * torch.randn(3, 2)}
+    student = {
+        name: value + scale * torch.randn(value.shape)
+        for (name, value), scale in zip(teacher.items(), (0.1, 3), strict=True)
+    }
+    rows = torch.tensor([True, False, True])
+    expected = [
+        sum(float((student[n][i] - teacher[n][i]).square().mean()) for i in (0, 2))
+        / 2
+        / float(teacher[n].square().mean())
+        for n in teacher
+    ]
+    assert float(feature_loss(teacher, student, rows)) == pytest.approx(sum(expected) / 2, rel=1e-5)

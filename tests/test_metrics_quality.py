@@ -285,8 +285,9 @@ def test_bootstrap_errors() -> None:
         macro_mean_interval([1.0, np.nan], [0, 0], [0, 1])
     with pytest.raises(ValueError, match="one label a value"):
         bootstrap_interval([1.0, 2.0], [0, 1, 2], np.mean)
-    with pytest.raises(ValueError, match="level"):
-        macro_mean_interval([1.0, 2.0], [0, 0], [0, 1], level=95)
+    for level in (0.0, 1.0, 1.5, 95):
+        with pytest.raises(ValueError, match="level"):
+            macro_mean_interval([1.0, 2.0], [0, 0], [0, 1], level=level)
 
 
 def test_a_thousand_resamples_are_quick() -> None:

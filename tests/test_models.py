@@ -376,3 +376,12 @@ def test_an_adapter_that_is_there_is_gone_on_with(bases: dict[str, Path]) -> Non
         UserError, match=r"an adapter of rank 2, alpha 4.* set lora.rank, lora.alpha and lora.denoiser_targets"
     ):
         add_lora(model.denoiser, lora.model_copy(update={"rank": 3}), lora_targets(model, lora, "denoiser"), "denoiser")
+
+
+def test_the_pooler_of_a_text_encoder_is_not_trained(sd: Model) -> None:
+    """BERT and its kin have one, and no denoiser reads it: its weights would only decay."""
+    encoder = nn.ModuleDict({"layer": nn.Linear(2, 2), "pooler": nn.Linear(2, 2)})
+    encoder.pooler = encoder["pooler"]
+    model = replace(sd, text_encoders=[encoder])  # type: ignore[list-item]
+    prepare_training(model, denoiser="frozen", text_encoder="full", lora=LoraConfig())
+    assert {name for name, p in encoder.named_parameters() if p.requires_grad} == {"layer.weight", "layer.bias"}

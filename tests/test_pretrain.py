@@ -68,6 +68,24 @@ def test_the_latents_of_a_new_autoencoder_get_a_deviation_of_1(tmp_path: Path, m
     assert [(objective.crop_px, objective.kl_weight) for objective in trained] == [(8, 1e-3)] * 2
 
 
+def test_the_psnr_of_an_autoencoder_is_the_mean_over_images() -> None:
+    """Half of the images come back darker by .2, half by .02: 20 and 40 dB of a range of 2."""
+
+    class Dims:
+        device = torch.device("cpu")
+
+        def encode(self, pixels: torch.Tensor) -> SimpleNamespace:
+            return SimpleNamespace(latent_dist=SimpleNamespace(mean=pixels))
+
+        def decode(self, pixels: torch.Tensor) -> SimpleNamespace:
+            steps = torch.tensor([0.2, 0.02]).repeat(len(pixels) // 2).view(-1, 1, 1, 1)
+            return SimpleNamespace(sample=pixels - steps)
+
+    images: Any = [SimpleNamespace(pixel_values=torch.full((3, 4, 4), place / 400)) for place in range(220)]
+    model: Any = SimpleNamespace(vae=Dims())
+    assert pretraining_record.vae_psnr_db(model, images) == pytest.approx(30.0, abs=1e-3)
+
+
 def test_recognition_counts_each_picture_for_its_own_caption(monkeypatch: pytest.MonkeyPatch) -> None:
     """The classifier is one that reads a picture's number; what is drawn are real pictures of others or of these captions."""
     pictures = PicturesDataset("test", 30, 0, 128, clear=True)

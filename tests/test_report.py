@@ -296,7 +296,8 @@ def test_every_metric_has_its_direction() -> None:
 def test_maps_depend_on_the_image_where_the_interval_is_above_0(ends: list[float] | None) -> None:
     one = arm(0.7, 30, 0.7)
     one["localization"]["word"] |= {"image_adds": 0.05, "image_adds_ci": ends}
-    one["localization"]["priors"] = {"centre": {"auc": 0.6, "auc_ci": [0.6, 0.68]}}  # its end is the start of a's
+    one["localization"]["word"] |= {"auc_ci": [0.68, 0.72]}
+    one["localization"]["priors"] = {"centre": {"auc": 0.6, "auc_ci": [0.6, 0.68]}}
     reasons = choose({"a": one}).reasons
     assert ("The maps of a are not shown to depend on the image." in reasons) is (ends != [0.001, 0.1])
     assert any("blind maps (centre)" in text for text in reasons)
@@ -579,9 +580,18 @@ def test_terminal_table_fits_eighty_columns_and_shows_brackets() -> None:
     console.print(terminal_table(make_metrics(("[bold]alpha[/bold]", "start"))))
     text = console.export_text()
     assert "[bold]alpha[/bold]" in text and "[.830, .870]" in text and "real images" in text
+    assert "95 % intervals under the values; ↑ higher is better" in text
 
 
 # ---------------------------------------------------------------------------------------------------------- the report
+
+
+def test_the_regions_of_an_example_are_boxes_on_its_picture(full_run: Path) -> None:
+    boxes = [a for tag, a in Page(full_run / "report.html").tags if a.get("class") == "box"]
+    assert boxes and {box["title"] for box in boxes} == {"edema"}
+    style = dict(part.split(":") for part in str(boxes[0]["style"]).split(";"))
+    percent = {name: float(value.removesuffix("%")) for name, value in style.items()}
+    assert percent == pytest.approx({"left": 15, "top": 100 / 3, "width": 25, "height": 100 / 3}, abs=0.01)
 
 
 def test_the_page_leads_with_the_choice(full_run: Path) -> None:

@@ -490,3 +490,25 @@ def test_each_fit_logs_to_a_tracker_of_its_own(tmp_path: Path) -> None:
         fit(objective, rows, config, accelerator=accelerator, output_dir=tmp_path / label, seed=0, label=label)
     assert accelerator.trackers == []
     assert len(list((tmp_path / "one").glob("events.out.*"))) == 1
+
+
+def test_a_parameter_without_a_gradient_in_a_step_stays_where_it_is(tmp_path: Path) -> None:
+    """Zeros in place of no gradient would let the optimizer's momentum and decay move it on."""
+
+    class Early(LeastSquares):
+        def __init__(self) -> None:
+            super().__init__()
+            self.early, self.seen = nn.Parameter(torch.ones(1)), []
+
+        def forward(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
+            terms = super().forward(batch, generator)
+            if not self.seen:
+                terms["loss"] = terms["loss"] + self.early.sum()
+            self.seen.append(float(self.early.detach()))
+            return terms
+
+    objective = Early()
+    train(objective, tmp_path, max_steps=4)
+    first, *later = [*objective.seen, float(objective.early)]
+    assert first == 1 > later[0] and later == [later[0]] * 4
+    assert [row["constant"] for row in log_of(tmp_path)] == [2.0] * 4, "the log has the mean over steps"

@@ -359,7 +359,7 @@ def judge(mutant: Mutant, source: str, tree: Path, tests: Tests, seconds: float)
         "time limit" if status is None else failure.read_text().split("\n")[0] if failure.exists() else f"exit {status}"
     )
     line = source.splitlines()[mutant.start[0] - 1].strip()
-    return {"name": mutant.name, "verdict": "survived" if status == 0 else "killed", "by": by if status else None,
+    return {"name": mutant.name, "verdict": "survived" if status == 0 else "killed", "by": by if status != 0 else None,
             "module": mutant.module, "line": line, "change": mutant.change, "tests": len(chosen),
             "seconds": round(time.monotonic() - start, 1)}  # fmt: skip
 
