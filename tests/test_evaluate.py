@@ -20,6 +20,7 @@ from training import prepared
 
 from distill.config import FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
+from distill.data.remembered import Remembered
 from distill.evaluation import evaluate as module
 from distill.evaluation import localization as localization_module
 from distill.evaluation.evaluate import (
@@ -33,8 +34,10 @@ from distill.evaluation.evaluate import (
     quality,
 )
 from distill.evaluation.kept import Batches, weights_of
+from distill.evaluation.protocols import RealLatents
 from distill.metrics import FIDELITY, MANIFOLD, Manifolds, frechet_distance, kernel_distance
 from distill.metrics.features import Features
+from distill.models import model_of
 from distill.models.family import Model
 from distill.report import validate_metrics
 
@@ -466,3 +469,48 @@ def test_either_part_can_be_had_alone(sd: Model, phantoms: PhantomDataset, tmp_p
     assert (tmp_path / "model/samples/0000.png").exists() is (part == "quality")
     whole = run_all(sd, phantoms, CONFIG, tmp_path / "whole", 64)
     assert found[part] == whole[part]
+
+
+def test_real_images_are_decoded_once_and_encoded_once_for_all_models(
+    sd: Model, phantoms: PhantomDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[int] = []
+    draw = PhantomDataset.__getitem__
+    monkeypatch.setattr(PhantomDataset, "__getitem__", lambda self, index: drawn.append(index) or draw(self, index))
+    encoded: list[int] = []
+    encode = sd.vae.encode
+    monkeypatch.setattr(sd.vae, "encode", lambda pixels: encoded.append(len(pixels)) or encode(pixels))
+    accelerator, config = Accelerator(), CONFIG.model_copy(update={"parts": ("localization",)})
+    against = held_out(phantoms, sd, config, None, accelerator=accelerator, run_dir=tmp_path)
+    shared: dict[str, Any] = {"resolution": 64, "accelerator": accelerator, "label": "m"}
+    first = evaluate(sd, against, config, arm_dir=tmp_path / "first", **shared)
+    assert len(drawn) == len(set(drawn))
+    shown = -(-len(against.examples) // config.batch_size)  # write_word_maps encodes the examples by themselves
+    batches = len(encoded) - shown
+    assert batches > 0
+    second = evaluate(sd, against, config, arm_dir=tmp_path / "second", **shared)
+    assert len(encoded) == batches + 2 * shown and len(drawn) == len(set(drawn))
+    assert first["localization"] == second["localization"]
+    with torch.no_grad():
+        weight = next(sd.vae.encoder.parameters())
+        kept = weight.clone()
+        weight.mul_(1.5)
+    try:
+        other = RealLatents()
+        assert other.of(sd.vae, (0,), lambda: torch.zeros(1)) is other.of(sd.vae, (0,), lambda: torch.ones(1))
+        changed = model_of(sd.pipeline)
+        evaluate(changed, replace(against, latents=other), config, arm_dir=tmp_path / "third", **shared)
+        assert len(encoded) == 2 * batches + 3 * shown
+    finally:
+        with torch.no_grad():
+            weight.copy_(kept)
+
+
+def test_samples_beyond_the_limit_are_not_kept(phantoms: PhantomDataset) -> None:
+    sample = phantoms[0]
+    size = sample.pixel_values.nbytes + sum(region.mask.nbytes for region in sample.regions)
+    kept = Remembered(phantoms, limit=size)
+    assert kept[0] is kept[0] and kept[1] is not kept[1] and len(kept) == len(phantoms)
+    assert kept.caption(1) == phantoms.caption(1) and kept.fingerprint(1) == phantoms.fingerprint(1)
+    with pytest.raises(AttributeError):
+        kept.regions_of_another_kind  # noqa: B018

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -32,3 +34,27 @@ def test_where_the_system_has_no_such_files_it_is_the_peak_of_the_process(
     before = peak_memory_gb()
     reset_peak_memory()
     assert peak_memory_gb() >= before > 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_freed_blocks_are_kept_until_they_are_returned() -> None:
+    code = """
+import sys, resource, torch
+from distill.memory import keep_freed_memory, return_freed_memory
+faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+held = lambda: int(open('/proc/self/statm').read().split()[1]) * resource.getpagesize()
+def work():
+    before = faults()
+    for _ in range(20):
+        torch.zeros(12_000_000)
+    return faults() - before
+plain = work()
+keep_freed_memory()
+work()
+kept, full = work(), held()
+return_freed_memory()
+print(plain, kept, full - held())
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    plain, kept, returned = map(int, done.stdout.split())
+    assert kept < plain / 10 and returned > 40e6

@@ -10,25 +10,26 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from diffusers import LCMScheduler
 from tqdm.auto import tqdm
 
 from distill.config import FullEvaluation
+from distill.data.remembered import Remembered
 from distill.data.sample import ImageCaptionDataset
 from distill.evaluation.images import is_image, save_png
 from distill.evaluation.kept import Batches, Kept, digest, features_key, packed, unpacked, weights_of
 from distill.evaluation.localization import localization, query_key
 from distill.evaluation.memorization import memorization
 from distill.evaluation.priors import priors_key
-from distill.evaluation.protocols import Query, queries, with_subset
+from distill.evaluation.protocols import Query, RealLatents, queries, with_subset
 from distill.evaluation.word_maps import write_word_maps
 from distill.files import JsonObject, write_atomic, write_tensors
 from distill.metrics import FIDELITY, Diversity, fidelity_resamples, finding_auroc, frechet_distance, frechet_interval
@@ -161,13 +162,18 @@ def quality(
     generated = Generated(
         sorted(order), *(_stack([unpacked(row[key]) for row in rows]) for key in ("values", "scores"))
     )
-    diversity = _diversity(kept, diversity_of, gather_object(varied), accelerator) if several else None
+    everyones = gather_object(varied)
+    diversity = _diversity(kept, diversity_of, everyones) if several and accelerator.is_main_process else None
     kept.close()
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         kept.merge()
         save_features(generated, dataset, features, arm_dir / "features.safetensors")
-    return compare(generated, real, dataset, config, features) | {"diversity": diversity}
+    found: list[JsonObject] = [{}]
+    if accelerator.is_main_process:
+        found = [compare(generated, real, dataset, config, features) | {"diversity": diversity}]
+    broadcast_object_list(found)
+    return found[0]
 
 
 def _jobs(order: Sequence[int], config: FullEvaluation) -> list[tuple[int, int]]:
@@ -209,16 +215,15 @@ def _sample(folder: Path, place: int) -> Path:
     return folder / f"{place:04d}.png"
 
 
-def _diversity(kept: Kept, made_of: str, varied: Sequence[tuple[int, np.ndarray]], accelerator: Accelerator) -> float:
-    """Of (caption, image) of all processes, or as it was kept."""
+def _diversity(kept: Kept, made_of: str, varied: Sequence[tuple[int, np.ndarray]]) -> float:
+    """Of (caption, image) of all processes, or as it was kept. On the main process."""
     if made_of in kept.entries:
         return float(kept.entries[made_of]["diversity"])
     metric = Diversity(sync_on_compute=False)
     for index in dict.fromkeys(i for i, _ in varied):
         metric.update(torch.from_numpy(np.stack([image for i, image in varied if i == index]))[None])
     found = float(metric.compute())
-    if accelerator.is_main_process:
-        kept.add({"made_of": made_of, "diversity": found})
+    kept.add({"made_of": made_of, "diversity": found})
     return found
 
 
@@ -333,6 +338,7 @@ class HeldOut:
     asked: Sequence[Query] = ()
     copied_from: ImageCaptionDataset | None = None
     run_dir: Path | None = None
+    latents: RealLatents = field(default_factory=RealLatents)
 
     def made_of(self, model: Model, weights: str, config: FullEvaluation, resolution: int) -> dict[str, JsonObject]:
         """Part of the evaluation -> the hashes and options that decide it. features: None where they were not loaded."""
@@ -406,6 +412,7 @@ def held_out(
     shows what the values are at this number of images when nothing is wrong. training: for the prior `mean_mask`.
     copied_from: the training images for memorization.
     """
+    dataset = Remembered(dataset)
     asked = queries(dataset, model, config, accelerator)
     examples = _shown(dataset, asked, config)
     if accelerator.is_main_process:
@@ -453,7 +460,11 @@ def evaluate(
     own: dict[str, Any] = shared | {"label": label, "weights": weights}
     located = drawn = None
     if "localization" in parts:
-        of_data: dict[str, Any] = {"training": against.training, "priors_dir": against.priors_dir}
+        of_data: dict[str, Any] = {
+            "training": against.training,
+            "priors_dir": against.priors_dir,
+            "latents": against.latents,
+        }
         located = localization(model, against.dataset, config, **own, **of_data)
     localization_seconds = time.perf_counter() - began
     if "localization" in parts:

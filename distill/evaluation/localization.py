@@ -7,8 +7,9 @@ Nothing is generated. Work is shared between the processes of `accelerate launch
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from distill.evaluation.protocols import (
     PROTOCOLS,
     Protocol,
     Query,
+    RealLatents,
     at_size,
     ground_truths,
     open_recorder,
@@ -75,36 +77,85 @@ class Scores:
         self.mass.update(torch.tensor(list(by_query.values()), dtype=torch.float64))
 
 
+@dataclass(frozen=True)
+class Recorded:
+    """What was recorded of one query. maps: (4 + pairs, height, width). causal: (pairs, 2, height, width)."""
+
+    number: int
+    query: Query
+    sample: Sample
+    maps: torch.Tensor
+    mass: torch.Tensor
+    causal: torch.Tensor | None
+
+    def parts(self, config: FullEvaluation) -> list[torch.Tensor]:
+        """For each of `map_tokens` its maps: one, or one a pair."""
+        several = PROTOCOLS[config.protocol].words == "finding"
+        word = self.maps[4 : 4 + len(self.query.findings)] if several else self.maps[1:2]
+        return [word, self.maps[2:3], self.maps[3:4], *(() if self.causal is None else self.causal.unbind(dim=1))]
+
+
+PIXELS_AT_ONCE = 2**22
+"""Of the maps that are scored together; a float64 copy of them takes 32 MB, and a metric makes several."""
+
+
 def score_rows(
-    number: int,
-    query: Query,
-    sample: Sample,
-    maps: torch.Tensor,
-    mass: torch.Tensor,
+    found: Sequence[Recorded],
     metrics: dict[str, dict[str, LocalizationMetric]],
     names: Sequence[str],
     config: FullEvaluation,
-    causal: torch.Tensor | None = None,
-) -> list[JsonObject]:
-    """The lines of one query; maps: (4 + pairs, height, width). causal: (pairs, 2, height, width)."""
-    protocol = PROTOCOLS[config.protocol]
-    masks, boxes = ground_truths(query, sample, names, config)
-    masks = masks.to(maps.device)
-    pairs = len(query.findings)
-    word = maps[4 : 4 + pairs] if protocol.words == "finding" else maps[1:2]
-    rows: list[JsonObject] = [
-        {"query": number, "image": query.image, "finding": f, "scores": {}, "mass": mass.tolist()} | packed
-        for f, packed in zip(query.findings, packed_pairs(query, maps, masks, config, causal), strict=True)
+    device: torch.device,
+) -> list[list[JsonObject]]:
+    """For each query its lines. The maps are on the CPU; those of one size are scored together on `device`."""
+    truths = [ground_truths(one.query, one.sample, names, config) for one in found]
+    rows: list[list[JsonObject]] = [
+        [
+            {"query": one.number, "image": one.query.image, "finding": f, "scores": {}, "mass": one.mass.tolist()}
+            | packed
+            for f, packed in zip(
+                one.query.findings, packed_pairs(one.query, one.maps, masks, config, one.causal), strict=True
+            )
+        ]
+        for one, (masks, _) in zip(found, truths, strict=True)
     ]
-    parts = [word, maps[2:3], maps[3:4], *(() if causal is None else causal.unbind(dim=1))]
-    for token, part in zip(map_tokens(config), parts, strict=True):
-        full = at_size(normalize(part), masks.shape[-2:], config).expand(pairs, -1, -1)
-        several = any(isinstance(metric, MixtureMetric) for metric in metrics[token].values())
-        predicted = mixture_masks(full) if several else None
-        for key, metric in metrics[token].items():
-            for row, value in zip(rows, metric.pair_scores(full, masks, boxes, predicted).tolist(), strict=True):
-                row["scores"].setdefault(token, {})[key] = value if np.isfinite(value) else None
+    for together in _of_one_size([masks for masks, _ in truths]):
+        masks = torch.cat([truths[place][0] for place in together]).to(device)
+        boxes = [box for place in together for box in truths[place][1]]
+        lines = [line for place in together for line in rows[place]]
+        for token, *parts in zip(map_tokens(config), *(found[place].parts(config) for place in together), strict=True):
+            pairs = [len(rows[place]) for place in together]
+            # A map that serves all pairs of its query is resized once.
+            owner = torch.repeat_interleave(
+                torch.arange(sum(map(len, parts))),
+                torch.tensor([n for part, n in zip(parts, pairs, strict=True) for n in _shares(len(part), n)]),
+            )
+            full = at_size(normalize(torch.cat(parts).to(device)), masks.shape[-2:], config)[owner.to(device)]
+            several = any(isinstance(metric, MixtureMetric) for metric in metrics[token].values())
+            predicted = mixture_masks(full) if several else None
+            for key, metric in metrics[token].items():
+                for line, value in zip(lines, metric.pair_scores(full, masks, boxes, predicted).tolist(), strict=True):
+                    line["scores"].setdefault(token, {})[key] = value if np.isfinite(value) else None
     return rows
+
+
+def _shares(maps: int, pairs: int) -> list[int]:
+    """How many pairs each map of a query serves."""
+    return [1] * maps if maps == pairs else [pairs]
+
+
+def _of_one_size(masks: Sequence[torch.Tensor]) -> Iterator[list[int]]:
+    """Places of masks of one size, at most PIXELS_AT_ONCE together."""
+    by_size: dict[torch.Size, list[int]] = {}
+    for place, own in enumerate(masks):
+        by_size.setdefault(own.shape[1:], []).append(place)
+    for size, places in by_size.items():
+        chunk: list[int] = []
+        for place in places:
+            if chunk and sum(len(masks[p]) for p in [*chunk, place]) * size.numel() > PIXELS_AT_ONCE:
+                yield chunk
+                chunk = []
+            chunk.append(place)
+        yield chunk
 
 
 OF_ROWS_IRRELEVANT = (
@@ -141,13 +192,14 @@ def localization(
     training: ImageCaptionDataset | None = None,
     priors_dir: Path | None = None,
     weights: str | None = None,
+    latents: RealLatents | None = None,
 ) -> JsonObject | None:
     """The `localization` entry of metrics.json, None without regions.
 
     Writes the examples' maps to maps.safetensors, and the scores of each pair to pairs.jsonl. Scores of an earlier call in
     `arm_dir` are used again where all that decides them is the same.
     priors_dir: adds the entry "priors" (see priors.py), kept there for the run's other models. training: for its mean masks.
-    weights: see kept.weights_of, before the weights were quantized.
+    weights: see kept.weights_of, before the weights were quantized. latents: of earlier models on the same data.
     """
     asked = queries(dataset, model, config, accelerator)
     if not asked:
@@ -157,7 +209,7 @@ def localization(
     weights = weights or weights_of(model)
     rows = _scored_rows(
         model, dataset, asked, config, names, weights,
-        accelerator=accelerator, arm_dir=arm_dir, examples=examples, label=label,
+        accelerator=accelerator, arm_dir=arm_dir, examples=examples, label=label, latents=latents,
     )  # fmt: skip
     scores = Scores(PROTOCOLS[config.protocol], config, accelerator.device)
     if accelerator.is_main_process:
@@ -199,6 +251,7 @@ def _scored_rows(
     arm_dir: Path,
     examples: Sequence[int],
     label: str,
+    latents: RealLatents | None,
 ) -> list[JsonObject]:
     """The lines of all pairs with their maps, in order, on the main process; also writes the examples' maps."""
     key, hashes = rows_key(config, weights), [query_key(dataset, query) for query in asked]
@@ -227,20 +280,25 @@ def _scored_rows(
             numbers = [order[place] for place in places]
             batch = [asked[n] for n in numbers]
             samples = [dataset[query.image] for query in batch]
-            inputs = prepare_inputs(model, samples, batch, accelerator.device)
+            inputs = prepare_inputs(model, samples, batch, accelerator.device, latents)
             recorder.cross.reduce = inputs.reduce
             found, mass = PROTOCOLS[config.protocol].maps(inputs, config, recorder)
             causal = causal_maps(inputs, batch, config, recorder.cross) if config.causal else [None] * len(batch)
-            for number, query, sample, own, own_mass, changed in zip(
-                numbers, batch, samples, found, mass, causal, strict=True
-            ):
-                rows = score_rows(
-                    number, query, sample, own, own_mass, scores.metrics, dataset.findings, config, changed
+            # One transfer for the batch: a wait for each map would leave the device idle.
+            recorded = [
+                Recorded(*one)
+                for one in zip(
+                    numbers, batch, samples, found.float().cpu(), mass.cpu(), [c if c is None else c.cpu() for c in causal],
+                    strict=True,
                 )
-                rows = [row | {"cluster": image_key(dataset, query.image)} for row in rows]
-                kept.add({"made_of": hashes[number], "rows": rows} | batches.mark(places))
-                word = normalize(own[4 : 4 + len(query.findings)]).cpu().float()
-                drawn |= {name: image.contiguous() for name, image in zip(names_of.get(number, ()), word, strict=False)}
+            ]  # fmt: skip
+            of_batch = score_rows(recorded, scores.metrics, dataset.findings, config, accelerator.device)
+            for one, rows in zip(recorded, of_batch, strict=True):
+                rows = [row | {"cluster": image_key(dataset, one.query.image)} for row in rows]
+                kept.add({"made_of": hashes[one.number], "rows": rows} | batches.mark(places))
+                if one.number in names_of:
+                    word = normalize(one.maps[4 : 4 + len(one.query.findings)])
+                    drawn |= {name: m.contiguous() for name, m in zip(names_of[one.number], word, strict=False)}
             bar.update(len(batch))
     bar.close()
     gathered = dict(gather_object(list(drawn.items())))

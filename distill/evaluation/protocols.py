@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 import hashlib
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -17,11 +18,12 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from diffusers import DDIMInverseScheduler, DDIMScheduler
+from diffusers import AutoencoderKL, DDIMInverseScheduler, DDIMScheduler
 
 from distill.attention.heat_maps import aggregate, normalize, to_image
 from distill.attention.recording import AttentionMaps, attention_layers, record_attention
 from distill.config import FullEvaluation
+from distill.data.cache import model_fingerprint
 from distill.data.sample import ImageCaptionDataset, Region, Sample
 from distill.errors import UserError
 from distill.metrics import (
@@ -198,12 +200,42 @@ class Inputs:
             yield maps.take()
 
 
-def prepare_inputs(model: Model, samples: Sequence[Sample], batch: Sequence[Query], device: torch.device) -> Inputs:
+class RealLatents:
+    """Latents of real images, kept from one model to the next: arms of a run share their VAE. Not for data that changes."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
+        self._vae: weakref.ref[AutoencoderKL] | None = None
+        self._weights = ""
+
+    def of(self, vae: AutoencoderKL, images: tuple[int, ...], encode: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Those of one batch, which is kept as a whole: the composition of a batch can change the last bits."""
+        if self._vae is None or self._vae() is not vae:
+            self._vae, self._weights = weakref.ref(vae), model_fingerprint(vae)
+        key = (self._weights, images)
+        if key not in self._kept:
+            self._kept[key] = encode()
+        return self._kept[key]
+
+
+def prepare_inputs(
+    model: Model,
+    samples: Sequence[Sample],
+    batch: Sequence[Query],
+    device: torch.device,
+    known: RealLatents | None = None,
+) -> Inputs:
     """Encode each query's image and text. Batches of any composition give the same rows, to rounding."""
-    columns = 4 + max(len(query.tokens) for query in batch)
-    pixels = torch.stack([sample.pixel_values for sample in samples]).to(device, model.vae.dtype)
-    with torch.autocast(device.type, enabled=False):  # stock VAEs overflow in half precision
-        latents = model.vae.encode(pixels).latent_dist.mean.float() * model.vae.config.scaling_factor
+    columns, images = 4 + max(len(query.tokens) for query in batch), tuple(query.image for query in batch)
+
+    def encode() -> torch.Tensor:
+        pixels = torch.stack([sample.pixel_values for sample in samples]).to(device, model.vae.dtype)
+        with torch.autocast(device.type, enabled=False):  # stock VAEs overflow in half precision
+            mean: torch.Tensor = model.vae.encode(pixels).latent_dist.mean
+        scale: float = model.vae.config.scaling_factor
+        return mean.float() * scale
+
+    latents = encode() if known is None else known.of(model.vae, images, encode)
     ids = [x.to(device) for x in model.tokenize([query.text for query in batch])]
     embeds, pooled = model.encode(ids)
     sizes = None
@@ -211,7 +243,7 @@ def prepare_inputs(model: Model, samples: Sequence[Sample], batch: Sequence[Quer
         sizes = torch.tensor([sample.size_ids for sample in samples], dtype=torch.float32, device=device)
     chosen = torch.stack([selection(query, columns) for query in batch]).to(device)
     conditions = Conditions(embeds, pooled, sizes)
-    return Inputs(model, latents, conditions, chosen, tuple(query.image for query in batch))
+    return Inputs(model, latents, conditions, chosen, images)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ from distill.errors import UserError, raise_all
 from distill.evaluation.evaluate import HeldOut, example_images, held_out
 from distill.experiment.arms import BASE, Arm
 from distill.files import code_version, write_atomic
+from distill.memory import keep_freed_memory
 from distill.methods import method_of
 from distill.methods.attention_distillation import check_same_shape
 from distill.metrics.features import load_features
@@ -131,6 +132,7 @@ def open_run(
     Raises UserError, before anything is written, with all faults of the data or the first of the rest.
     """
     quiet_libraries()
+    keep_freed_memory()
     code_version()
     folder, began = Path(config.output_dir), time.perf_counter()
     if not config.dry_run:
