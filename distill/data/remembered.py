@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from distill.data.sample import ImageCaptionDataset, Sample
 
@@ -33,5 +32,6 @@ class Remembered:
             self._left -= size
         return sample
 
-    def __getattr__(self, name: str) -> Any:  # what only some data sets have, such as regions() and image_key()
-        return getattr(self.__dict__["_dataset"], name)
+    def __getattr__(self, name: str) -> object:  # what only some data sets have, such as regions() and image_key()
+        found: object = getattr(self.__dict__["_dataset"], name)
+        return found
