@@ -1,6 +1,7 @@
 """What a training step costs, beside the loops of diffusers' example scripts.
 
     accelerate launch recipes/benchmark_training.py --config recipes/configs/phantom/benchmark_training.yaml
+    accelerate launch recipes/benchmark_training.py --config recipes/configs/sd/benchmark_training.yaml  # on a GPU, 8 minutes
 
 Our steps and theirs take turns in one process, at equal model, batch, precision and data. Theirs encode images and captions at
 each step, as those scripts do; ours read them from the caches, as our recipes do. The last line is one JSON object. The
@@ -13,13 +14,13 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from distill.cli import main
 from distill.config import EvaluationConfig, LoraConfig, RunConfig, TrainerConfig
 from distill.methods.options import AttentionDistillationOptions, KeyLockOptions
 from distill.methods.training import Training
-from distill.settings import Count, Text, once
+from distill.settings import Count, Positive, Text, Texts, once
 
 if TYPE_CHECKING:
     from distill.experiment.benchmark_training import Results
@@ -39,6 +40,10 @@ class BenchmarkTrainingConfig(RunConfig):
     parts: Annotated[tuple[Part, ...], Field(min_length=1), AfterValidator(once)] = get_args(Part)
     """speed: seconds a step. shares: where a step's time goes. memory: peak of each kind in a process of its own.
     start: seconds from the command to the first step."""
+    kinds: Texts = ()
+    """Kinds of step to measure: lora, lora_both, distilled, full, full_both, key_locked, pruned, compressed. Empty: all."""
+    limit_minutes: Positive = 480.0
+    """Stop after this time. What was measured by then is in benchmark.json."""
     turns: Count = 3
     """Turns of each kind of step."""
     steps: Count = 10
@@ -58,6 +63,13 @@ class BenchmarkTrainingConfig(RunConfig):
     )
     output_dir: Text = "checkpoints/benchmark_training"
     """Where benchmark.json is written."""
+
+    @model_validator(mode="after")
+    def _check_kinds(self) -> BenchmarkTrainingConfig:
+        known = [*kinds(self.lora), *kinds_of_smaller()]
+        if unknown := [name for name in self.kinds if name not in known]:
+            raise ValueError(f"kinds: {', '.join(unknown)} is none; there are {', '.join(known)}")
+        return self
 
 
 def kinds(lora: LoraConfig) -> dict[str, Training]:
@@ -101,16 +113,25 @@ def summary(results: Results, device: str) -> dict[str, float | str | None]:
     for name, (one, other) in RATIOS.items():
         both = seconds.get(one), seconds.get(other)
         found[name] = both[0] / both[1] if both[0] and both[1] else None
+    peaks = [results["kinds"].get(name, {}).get("peak_memory_gb") for name in RATIOS["distill_step_ratio"]]
+    found["distill_memory_ratio"] = peaks[0] / peaks[1] if peaks[0] and peaks[1] else None
     return found | {"first_step_seconds": results.get("first_step_seconds"), "device": device}
 
 
 def benchmark(config: BenchmarkTrainingConfig) -> None:
-    from distill.experiment.benchmark_training import measure
+    from distill.experiment.benchmark_training import Measurement
     from distill.files import provenance, write_json
 
-    results = measure(config, kinds(config.lora), kinds_of_smaller())
     path, origin = Path(config.output_dir) / "benchmark.json", provenance()
-    write_json(path, {**results, "config": config.model_dump(mode="json"), "provenance": origin})
+
+    def write(found: Results) -> None:
+        write_json(path, {**found, "config": config.model_dump(mode="json"), "provenance": origin})
+
+    own, smaller = (
+        {name: training for name, training in every.items() if not config.kinds or name in config.kinds}
+        for every in (kinds(config.lora), kinds_of_smaller())
+    )
+    results = Measurement(config, write).run(own, smaller)
     for kind, entry in results["kinds"].items():
         print(f"{kind}: " + ", ".join(f"{key} {value:.4g}" for key, value in entry.items() if isinstance(value, float)))
     print(f"all numbers: {path}")

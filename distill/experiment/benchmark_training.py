@@ -5,18 +5,20 @@ from __future__ import annotations
 import gc
 import json
 import os
+import signal
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TypedDict
+from typing import Any, Protocol, TypedDict
 
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -24,11 +26,13 @@ from transformers import CLIPTextConfig, CLIPTextModel
 from typing_extensions import Unpack
 
 from distill.config import BaseConfig, BlocksConfig, LoraConfig, RunConfig, TrainerConfig
+from distill.errors import UserError
 from distill.experiment.arms import Arm
 from distill.experiment.benchmark_memory import in_fresh_process
 from distill.experiment.peers import DiffusersTraining, Row, synchronize
 from distill.experiment.run import Run, open_run
 from distill.experiment.train import fit_arm
+from distill.files import provenance, read_json, write_json
 from distill.memory import peak_memory_gb
 from distill.methods.training import Training
 from distill.models import Model, load_model
@@ -61,6 +65,8 @@ class Plan(Protocol):
     def lora(self) -> LoraConfig: ...
     @property
     def trainer(self) -> TrainerConfig: ...
+    @property
+    def limit_minutes(self) -> float: ...
 
 
 class Entry(TypedDict, total=False):
@@ -76,11 +82,13 @@ class Entry(TypedDict, total=False):
 
 
 class Results(TypedDict, total=False):
-    """kinds: of each kind of step and peer."""
+    """kinds: of each kind of step and peer. failed: part -> why it has no result."""
 
     kinds: dict[str, Entry]
     flops_a_second_of_a_product: float
     first_step_seconds: float
+    environment: dict[str, str]
+    failed: dict[str, str]
 
 
 class Base(TypedDict, total=False):
@@ -125,12 +133,13 @@ class Bench:
         )
 
     def open_peers(self) -> None:
-        """diffusers' loops on models of their own, with the same images in memory."""
+        """diffusers' loops of the kinds that are open, on models of their own, with the same images in memory."""
         run = next(iter(self.arms.values()))[0]
         assert run.train is not None
         count = min(len(run.train), 8 * self.config.trainer.batch_size)
         rows: list[Row] = [(run.train[i].pixel_values, run.train.caption(i)) for i in range(count)]
-        for name, rank in (("diffusers_lora", self.config.lora.rank), ("diffusers_full", None)):
+        ranks = {"diffusers_lora": self.config.lora.rank, "diffusers_full": None}
+        for name, rank in ((name, ranks[name]) for name, kind in PEERS.items() if kind in self.arms):
             self.peers[name] = DiffusersTraining(
                 load_model(self.own.base), rows, self.config.trainer, run.accelerator, rank
             )
@@ -155,22 +164,28 @@ def open_smaller(bench: Bench, trainings: Mapping[str, Training]) -> None:
     bench.open(trainings, base=smaller, references={WHOLE: lambda: load_model(base)})
 
 
-def speed(bench: Bench) -> dict[str, Entry]:
-    """Name -> seconds a step of each turn, and images a second; all kinds and peers take turns."""
+def speed(bench: Bench, partial: Path) -> dict[str, Entry]:
+    """Name -> seconds a step of each turn, and images a second; all kinds and peers take turns. partial: gets what is known
+    after each turn."""
     bench.open_peers()
     found: dict[str, list[float]] = {}
     for _ in range(bench.config.turns):
         for name in (*bench.arms, *bench.peers):
             found.setdefault(name, []).append(bench.turn(name))
             gc.collect()
-    batch = bench.config.trainer.batch_size
+            write_json(partial, speed_of(found, bench.config.trainer.batch_size))
+    return speed_of(found, bench.config.trainer.batch_size)
+
+
+def speed_of(turns: Mapping[str, list[float]], batch: int) -> dict[str, Entry]:
+    """turns: seconds a step of each turn, by name."""
     return {
         name: {
             "seconds_a_step": statistics.median(values),
             "images_a_second": batch / statistics.median(values),
             "turns": values,
         }
-        for name, values in found.items()
+        for name, values in turns.items()
     }
 
 
@@ -216,12 +231,13 @@ def peak_flops(device: torch.device, mixed_precision: str) -> float:
     return 10 * 2 * size**3 / (time.perf_counter() - began)
 
 
-def first_step_seconds(config: Plan, scratch: Path) -> float:
-    """Seconds from the command of finetune.py to its first bar and its first logged step, where its caches are there."""
+def first_step_seconds(config: Plan, base: BaseConfig, scratch: Path, limit_s: float) -> float:
+    """Seconds from the command of finetune.py to its first logged step, where its caches are there. Raises UserError if it
+    ends before, or takes longer than limit_s."""
     folder = scratch / "first"
     recipe = Path(__file__).parents[2] / "recipes" / "finetune.py"
     options = {
-        "base.name": config.base.name, "trainer.max_steps": 2, "trainer.log_every_steps": 1, "trainer.tracker": "none",
+        "base.name": base.name, "trainer.max_steps": 2, "trainer.log_every_steps": 1, "trainer.tracker": "none",
         "trainer.batch_size": config.trainer.batch_size, "trainer.mixed_precision": config.trainer.mixed_precision,
         "evaluation.features": "none", "evaluation.generated_images": 1, "evaluation.localization_images": 1,
         "output_dir": folder,
@@ -229,14 +245,20 @@ def first_step_seconds(config: Plan, scratch: Path) -> float:
     command = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch", "--quiet", "--num_processes", "1"]
     command += [str(recipe), *(f"--{key}={value}" for key, value in options.items())]
     log, began = folder / "model" / "train_log.jsonl", time.perf_counter()
+    errors = (scratch / "first.log").open("w+", encoding="utf-8")
     process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)},
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)  # fmt: skip
+                               stdout=subprocess.DEVNULL, stderr=errors, start_new_session=True)  # fmt: skip
     try:
-        while process.poll() is None and not (log.exists() and log.stat().st_size):
+        while not (log.exists() and log.stat().st_size):
+            if process.poll() is not None or time.perf_counter() - began > limit_s:
+                errors.seek(0)
+                raise UserError(f"finetune.py has not come to its first step: {errors.read()[-1000:]}")
             time.sleep(0.05)
         return time.perf_counter() - began
     finally:
-        process.kill()
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        errors.close()
         process.wait()
 
 
@@ -251,31 +273,124 @@ def peak_of(config: Plan, base: BaseConfig, name: str, training: Training) -> fl
         return peak_memory_gb()
 
 
-def measure(config: Plan, kinds: dict[str, Training], smaller: Mapping[str, Training]) -> Results:
-    """All parts that the configuration asks for. kinds: of steps of the base; smaller: of a smaller U-Net."""
-    with tempfile.TemporaryDirectory() as folder, base_of(config, Path(folder)) as base:
+Kinds = Mapping[str, Training]
+"""Kind of step -> how it trains."""
+
+
+def environment(config: Plan) -> dict[str, str]:
+    """Device and versions, after a product of matrices in the type of the training."""
+    found = provenance()
+    device = Accelerator().device
+    peak = peak_flops(device, config.trainer.mixed_precision)
+    memory = f", {torch.cuda.get_device_properties(device).total_memory / 1e9:.0f} GB" if device.type == "cuda" else ""
+    return {
+        "device": f"{found['device']}{memory}",
+        "torch": torch.__version__,
+        "flops_a_second_of_a_product": f"{peak:.3g}",
+    }
+
+
+def speed_part(config: Plan, base: BaseConfig, kinds: Kinds, smaller: Kinds, partial: Path) -> Results:
+    with opened(config, base, kinds, smaller) as bench:
+        return {"kinds": speed(bench, partial)}
+
+
+def shares_part(config: Plan, base: BaseConfig, kinds: Kinds, smaller: Kinds, partial: Path) -> Results:
+    with opened(config, base, kinds, smaller) as bench:
+        device = next(iter(bench.arms.values()))[0].accelerator.device
+        found: Results = {
+            "kinds": {},
+            "flops_a_second_of_a_product": peak_flops(device, config.trainer.mixed_precision),
+        }
+        for name in bench.arms:
+            found["kinds"][name] = {"shares": shares(bench, name), "flops_a_step": flops_a_step(bench, name)}
+            write_json(partial, found["kinds"])
+        return found
+
+
+@contextmanager
+def opened(config: Plan, base: BaseConfig, kinds: Kinds, smaller: Kinds) -> Iterator[Bench]:
+    """Arms of all kinds, in a folder of their own."""
+    with tempfile.TemporaryDirectory() as folder:
         bench = Bench(config, base, Path(folder))
         bench.open(kinds)
-        device = next(iter(bench.arms.values()))[0].accelerator.device
-        results: Results = {"kinds": {}}
-        open_smaller(bench, smaller)
-        if "speed" in config.parts:
-            results["kinds"] = speed(bench)
-        if "shares" in config.parts:
-            peak = results["flops_a_second_of_a_product"] = peak_flops(device, config.trainer.mixed_precision)
-            for name in bench.arms:
-                entry = results["kinds"].setdefault(name, {})
-                entry["shares"] = shares(bench, name)
-                entry["flops_a_step"] = flops_a_step(bench, name)
-                if "seconds_a_step" in entry:
+        if smaller:
+            open_smaller(bench, smaller)
+        yield bench
+
+
+class Measurement:
+    """All parts that the configuration asks for, each in a process of its own, and what they have found so far."""
+
+    def __init__(self, config: Plan, write: Callable[[Results], object]) -> None:
+        self.config, self.write = config, write
+        self.results: Results = {"kinds": {}, "failed": {}}
+        self.ends = time.monotonic() + 60 * config.limit_minutes
+
+    def run(self, kinds: Kinds, smaller: Kinds) -> Results:
+        """kinds: of steps of the base; smaller: of a smaller U-Net. What fails or takes too long is in `failed`."""
+        config, parts = self.config, self.config.parts
+        with tempfile.TemporaryDirectory() as scratch, base_of(config, Path(scratch)) as base:
+            found = self._fresh("environment", environment, config)
+            if found is None:
+                return self.results
+            self.results["environment"] = found
+            self.write(self.results)
+            arguments = (config, base, kinds, smaller, Path(scratch) / "partial.json")
+            if "speed" in parts:
+                self._add(self._fresh("speed", speed_part, *arguments), arguments[-1])
+            if "start" in parts:
+                self._start(base, Path(scratch))
+            for name in self._of_memory(kinds) if "memory" in parts else ():
+                peak = self._fresh(f"memory of {name}", peak_of, config, base, name, kinds[PEERS.get(name, name)])
+                self._add({"kinds": {name: {"peak_memory_gb": peak}}} if peak else None)
+            if "shares" in parts:
+                self._add(self._fresh("shares", shares_part, *arguments), arguments[-1])
+        return self.results
+
+    @staticmethod
+    def _of_memory(kinds: Kinds) -> list[str]:
+        """Those of a ratio first."""
+        rest = [name for name in (*kinds, *PEERS) if PEERS.get(name, name) in kinds]
+        return sorted(rest, key=lambda name: name not in ("distilled", "lora_both"))
+
+    def _fresh(self, part: str, function: Callable[..., object], *arguments: object) -> Any:
+        """What the function gives in a process of its own; None if that fails."""
+        left = self.ends - time.monotonic()
+        print(f"{part}: at most {max(0.0, left):.0f} s", flush=True)
+        try:
+            if left <= 0:
+                raise TimeoutError("no time was left")
+            return in_fresh_process(function, *arguments, limit_s=left)
+        except (TimeoutError, UserError) as error:
+            print(f"{part} failed: {error}", flush=True)
+            self.results["failed"][part] = str(error)
+            self.write(self.results)
+            return None
+
+    def _add(self, found: Results | None, partial: Path | None = None) -> None:
+        """Take the results of a part, or what it had written when it failed."""
+        if found is None and partial is not None and partial.exists():
+            found = {"kinds": read_json(partial)}
+        for name, entry in (found or {}).get("kinds", {}).items():
+            self.results["kinds"].setdefault(name, {}).update(entry)
+        if partial is not None:
+            partial.unlink(missing_ok=True)
+        if found and "flops_a_second_of_a_product" in found:
+            peak = self.results["flops_a_second_of_a_product"] = found["flops_a_second_of_a_product"]
+            for entry in self.results["kinds"].values():
+                if "flops_a_step" in entry and "seconds_a_step" in entry:
                     entry["flops_share"] = entry["flops_a_step"] / entry["seconds_a_step"] / peak
-        if "memory" in config.parts:
-            for name, training in (kinds | {peer: kinds[ours] for peer, ours in PEERS.items()}).items():
-                peak = in_fresh_process(peak_of, config, base, name, training)
-                results["kinds"].setdefault(name, {})["peak_memory_gb"] = peak
-        if "start" in config.parts:
-            results["first_step_seconds"] = first_step_seconds(config, Path(folder))
-    return results
+        self.write(self.results)
+
+    def _start(self, base: BaseConfig, scratch: Path) -> None:
+        print("start", flush=True)
+        try:
+            limit = max(0.0, self.ends - time.monotonic())
+            self.results["first_step_seconds"] = first_step_seconds(self.config, base, scratch, limit)
+        except UserError as error:
+            self.results["failed"]["start"] = str(error)
+        self.write(self.results)
 
 
 @contextmanager
