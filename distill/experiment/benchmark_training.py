@@ -350,9 +350,8 @@ class Measurement:
 
     @staticmethod
     def _of_memory(kinds: Kinds) -> list[str]:
-        """Those of a ratio first."""
-        rest = [name for name in (*kinds, *PEERS) if PEERS.get(name, name) in kinds]
-        return sorted(rest, key=lambda name: name not in ("distilled", "lora_both"))
+        """Our kinds, and the peers of those."""
+        return [name for name in (*kinds, *PEERS) if PEERS.get(name, name) in kinds]
 
     def _fresh(self, part: str, function: Callable[..., object], *arguments: object) -> Any:
         """What the function gives in a process of its own; None if that fails."""
