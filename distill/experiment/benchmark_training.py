@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypedDict
+from typing import Protocol, TypedDict, TypeVar
 
 import torch
 from accelerate import Accelerator
@@ -273,6 +273,7 @@ def peak_of(config: Plan, base: BaseConfig, name: str, training: Training) -> fl
         return peak_memory_gb()
 
 
+T = TypeVar("T")
 Kinds = Mapping[str, Training]
 """Kind of step -> how it trains."""
 
@@ -353,14 +354,15 @@ class Measurement:
         """Our kinds, and the peers of those."""
         return [name for name in (*kinds, *PEERS) if PEERS.get(name, name) in kinds]
 
-    def _fresh(self, part: str, function: Callable[..., object], *arguments: object) -> Any:
+    def _fresh(self, part: str, function: Callable[..., T], *arguments: object) -> T | None:
         """What the function gives in a process of its own; None if that fails."""
         left = self.ends - time.monotonic()
         print(f"{part}: at most {max(0.0, left):.0f} s", flush=True)
         try:
             if left <= 0:
                 raise TimeoutError("no time was left")
-            return in_fresh_process(function, *arguments, limit_s=left)
+            found: T = in_fresh_process(function, *arguments, limit_s=left)
+            return found
         except (TimeoutError, UserError) as error:
             print(f"{part} failed: {error}", flush=True)
             self.results["failed"][part] = str(error)
