@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from training import prepared
 
 from distill.config import FullEvaluation
+from distill.data.cache import model_fingerprint
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.remembered import Remembered
 from distill.evaluation import evaluate as module
@@ -190,6 +191,8 @@ def test_real_images_in_place_of_generated_ones_have_fid_0_full_finding_auc_and_
     # The seeds of a caption's samples are 1,000,003 apart, so that draw_real gives the same image for each of them.
     assert result["diversity"] == pytest.approx(0, abs=1e-6)
     assert (result["images"], result["features"]) == (6, "means")
+    about = {"name": "means", "resize": "none", "dimensions": 4, "real_images": 6}
+    assert result["extractor"] == about | {"weights": model_fingerprint(Means())}
     assert sorted(p.name for p in (tmp_path / "arm/samples").iterdir()) == ["0000.png", "0001.png"]
     shown = (tmp_path / "arm/samples/0001.png").read_bytes()
     assert shown == (tmp_path / "real/0001.png").read_bytes(), "sample k is of the caption of example k"

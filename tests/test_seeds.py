@@ -135,7 +135,7 @@ def test_kid_and_manifolds_of_resamples_of_seeds_are_those_of_each_seed() -> Non
 
 
 def test_every_metric_of_quality_is_read_from_metrics_json() -> None:
-    assert {field.name for field in fields(Quality)} - {"images", "features"} == set(QUALITY)
+    assert {field.name for field in fields(Quality)} - {"images", "features", "extractor"} == set(QUALITY)
 
 
 # Run folders

@@ -22,6 +22,7 @@ from diffusers import LCMScheduler
 from tqdm.auto import tqdm
 
 from distill.config import FullEvaluation
+from distill.data.cache import model_fingerprint
 from distill.data.remembered import Remembered
 from distill.data.sample import ImageCaptionDataset
 from distill.evaluation.images import is_image, save_png
@@ -282,7 +283,15 @@ def compare(
             result["finding_auc"] = area["auc"]
             result["finding_auc_ci"] = list(area["auc_ci"]) if area["auc_ci"] else None
     used = {"features": features.name if features else None, "neighbours": config.neighbours}
-    return result | {"images": len(generated.indices)} | used
+    return result | {"images": len(generated.indices)} | used | {"extractor": _extractor(features, real)}
+
+
+def _extractor(features: Features | None, real: Generated) -> JsonObject | None:
+    """What FIDELITY rests on, besides the generated images."""
+    if features is None or real.features is None:
+        return None
+    about = {"name": features.name, "weights": model_fingerprint(features), "resize": features.resize}
+    return about | {"dimensions": real.features.shape[1], "real_images": len(real.indices)}
 
 
 def fidelity(real: torch.Tensor, generated: torch.Tensor, config: FullEvaluation) -> JsonObject:

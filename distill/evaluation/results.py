@@ -74,6 +74,20 @@ class Localization:
 
 
 @dataclass(frozen=True)
+class Extractor:
+    """What made the features that FID and the others compare. weights: their hash. resize: of an image, before them."""
+
+    name: str
+    weights: str
+    resize: str
+    dimensions: int
+    real_images: int
+
+    def __str__(self) -> str:
+        return f"{self.name} ({self.dimensions} dimensions, resize: {self.resize}, weights {self.weights[:12]})"
+
+
+@dataclass(frozen=True)
 class Quality:
     fid: AnyEstimate
     finding_auc: UnitEstimate
@@ -85,6 +99,11 @@ class Quality:
     recall: UnitEstimate = Estimate()
     density: Annotated[Estimate, 0.0, math.inf] = Estimate()
     coverage: UnitEstimate = Estimate()
+    extractor: Extractor | None = None
+
+    @property
+    def features_text(self) -> str:
+        return str(self.extractor or self.features or "none")
 
 
 @dataclass(frozen=True)

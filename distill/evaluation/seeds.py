@@ -191,10 +191,10 @@ def _values(entry: JsonObject) -> dict[str, float | None]:
 def _mean(entries: Sequence[Any]) -> Any:
     """Means of numbers at the same place, null where any is null; what is no number is the first's."""
     first = entries[0]
-    if isinstance(first, dict):
-        return {key: _mean([entry.get(key) for entry in entries]) for key in first}
     if any(entry is None for entry in entries):
         return None
+    if isinstance(first, dict):
+        return {key: _mean([entry.get(key) for entry in entries]) for key in first}
     if isinstance(first, float):
         return float(np.mean(entries))
     if isinstance(first, list) and len(first) == 2 and all(isinstance(v, float) for v in first):

@@ -1,7 +1,8 @@
-"""Named feature extractors for FID and finding classification."""
+"""Feature extractors for FID and finding classification, by name or from a local folder."""
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +10,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from transformers import ResNetForImageClassification
+from torch import Tensor, nn
+from transformers import AutoModel, ResNetForImageClassification
 
 from distill.errors import UserError
 
@@ -21,13 +22,14 @@ logger = logging.getLogger(__name__)
 class Features(nn.Module):
     """forward: (batch, 3, height, width) in [-1, 1] -> (features (batch, d), scores (batch, findings) or None).
 
-    findings: names of the columns of scores, lower case; empty without a classifier.
+    findings: names of the columns of scores, lower case; empty without a classifier. resize: what is done to an image first.
     """
 
     name: str
     findings: Sequence[str] = ()
+    resize: str = "none"
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         raise TypeError(f"{type(self).__name__} must define forward")
 
 
@@ -43,7 +45,7 @@ class PhantomFeatures(Features):
         self.model = ResNetForImageClassification.from_pretrained(folder).float().eval()
         self.findings = [self.model.config.id2label[i] for i in range(self.model.config.num_labels)]
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         features = self.model.resnet(images).pooler_output
         return features.flatten(1), self.model.classifier(features)
 
@@ -52,6 +54,7 @@ class InceptionFeatures(Features):
     """Inception v3 of torch-fidelity, 2048 dimensions (Heusel et al. 2017); it fetches its weights once."""
 
     name = "inception"
+    resize = "299 px, bilinear, as TensorFlow 1 does"
 
     def __init__(self) -> None:
         super().__init__()
@@ -66,7 +69,7 @@ class InceptionFeatures(Features):
         except OSError as error:
             raise UserError(f"evaluation.features inception: the weights cannot be fetched ({error})") from error
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.model(((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)).flatten(1), None
 
 
@@ -74,6 +77,7 @@ class XrvFeatures(Features):
     """DenseNet-121 of torchxrayvision on chest X-rays (Cohen et al. 2022): 1024 features and its pathologies' scores."""
 
     name = "xrv"
+    resize = "224 px, bilinear with antialiasing"
 
     def __init__(self) -> None:
         super().__init__()
@@ -92,9 +96,94 @@ class XrvFeatures(Features):
             p.replace("_", " ").lower().replace("effusion", "pleural effusion") for p in self.model.pathologies
         ]
 
-    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         gray = F.interpolate(images.mean(dim=1, keepdim=True), size=(224, 224), mode="bilinear", antialias=True) * 1024
         return self.model.features2(gray), self.model(gray)
+
+
+class FolderFeatures(Features):
+    """The pooled output, else the class token, of a vision model of transformers in a local folder, such as RadDINO.
+
+    Images are resized and normalized as preprocessor_config.json says. Nothing is fetched, and no code of the folder is run.
+    Raises UserError for a folder that does not hold all of a vision model.
+    """
+
+    mean: Tensor
+    std: Tensor
+    side_px: Tensor
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.name = folder.resolve().name
+        side, mean, std = _preprocessing(folder)
+        # Buffers, so that they are part of the hash of the extractor.
+        for name, value in (("mean", mean), ("std", std), ("side_px", side)):
+            self.register_buffer(name, torch.tensor(value))
+        self.resize = f"{side} px, bicubic with antialiasing"
+        try:
+            model, loaded = AutoModel.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
+                output_loading_info=True,
+            )  # fmt: skip
+        except Exception as error:  # a config.json can make it raise anything
+            raise _unusable(folder, f"transformers cannot load it: {_first_line(error)}") from error
+        if model.main_input_name != "pixel_values":
+            raise _unusable(folder, f"{type(model).__name__} reads {model.main_input_name}, and not images alone")
+        without_pooler = {key for key in loaded["missing_keys"] if not key.startswith("pooler.")}
+        if without_pooler or loaded["mismatched_keys"]:
+            raise _unusable(folder, f"its weights lack {min(without_pooler, default='some shapes of the config')}")
+        self.model, self.config, self.has_pooler = model.eval(), model.config, not loaded["missing_keys"]
+        try:
+            with torch.no_grad():
+                self(torch.zeros(1, 3, side, side))
+        except (ValueError, RuntimeError, AttributeError, TypeError) as error:
+            raise _unusable(folder, f"it takes no image of {side} px: {_first_line(error)}") from error
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        shape = (int(self.side_px),) * 2
+        pixels = F.interpolate((images.clamp(-1, 1) + 1) / 2, size=shape, mode="bicubic", antialias=True).clamp(0, 1)
+        found = self.model(pixel_values=(pixels - self.mean.view(1, 3, 1, 1)) / self.std.view(1, 3, 1, 1))
+        pooled = getattr(found, "pooler_output", None) if self.has_pooler else None
+        if pooled is None and found.last_hidden_state.ndim != 3:
+            raise ValueError(
+                f"its output is {tuple(found.last_hidden_state.shape)}, and no sequence with a class token"
+            )
+        return (found.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1), None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _unusable(folder: Path, reason: str) -> UserError:
+    return UserError(
+        f"evaluation.features {folder}: {reason}; give a folder with config.json, preprocessor_config.json and "
+        "*.safetensors of a vision model of transformers, such as a DINOv2"
+    )
+
+
+def _preprocessing(folder: Path) -> tuple[int, list[float], list[float]]:
+    """Side in pixels, and mean and standard deviation of each channel. Raises UserError where the folder does not say."""
+    if not folder.is_dir():
+        raise _unusable(folder, "it is a file" if folder.exists() else "there is no such folder")
+    path = folder / "preprocessor_config.json"
+    # An adapter would name another model, anywhere.
+    missing = [name for name in ("config.json", path.name) if not (folder / name).is_file()]
+    if missing or not list(folder.glob("*.safetensors")) or (folder / "adapter_config.json").exists():
+        raise _unusable(folder, f"it has no {' and no '.join(missing) or 'whole model as *.safetensors'}")
+    try:
+        said = json.loads(path.read_text(encoding="utf-8"))
+        size = said.get("crop_size") if said.get("do_center_crop") else None
+        size = size or said["size"]
+        side = size if isinstance(size, int) else int(size.get("height") or size["shortest_edge"])
+        normalizes = said.get("do_normalize", True)
+        mean, std = ([float(v) for v in said[key]] if normalizes else [plain] * 3
+                     for key, plain in (("image_mean", 0.0), ("image_std", 1.0)))  # fmt: skip
+        if not (8 <= side <= 4096 and len(mean) == len(std) == 3 and min(std) > 0):
+            raise ValueError(f"size {side}, image_mean {mean}, image_std {std}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise _unusable(folder, f"{path.name} does not say size, image_mean and image_std ({error!r})") from error
+    return side, mean, std
 
 
 EXTRACTORS: dict[str, type[Features]] = {
@@ -114,10 +203,14 @@ def load_features(name: str, *, phantom_data: bool) -> Features | None:
         if name == "none":
             logger.warning(
                 "no FID and no finding AUC: evaluation.features is auto and the data are not phantoms; "
-                "choose inception or xrv, whose weights are fetched once"
+                "choose inception or xrv, whose weights are fetched once, or the folder of a vision model of transformers"
             )
     if name == "none":
         return None
-    if name not in EXTRACTORS:
-        raise UserError(f"evaluation.features: no extractor {name!r}; available: auto, none, {', '.join(EXTRACTORS)}")
-    return EXTRACTORS[name]().eval().requires_grad_(False)
+    if name not in EXTRACTORS and not Path(name).exists():
+        raise UserError(
+            f"evaluation.features: no extractor {name!r}; available: auto, none, {', '.join(EXTRACTORS)}, or the folder of a "
+            "vision model of transformers, and there is no such folder"
+        )
+    found = EXTRACTORS[name]() if name in EXTRACTORS else FolderFeatures(Path(name))
+    return found.eval().requires_grad_(False)

@@ -73,7 +73,7 @@ def write_model_card(
     measured = Table(["metric", "value", "95 % interval", "meaning"], [row for row in rows if row[1] != UNKNOWN])
     word, quality = arm.localization and arm.localization.word, arm.quality
     sizes = [f"{word.images} held-out images with {word.pairs} image-finding pairs"] if word else []
-    sizes += [f"{quality.images} generated images (features: {quality.features or 'none'})"] if quality else []
+    sizes += [f"{quality.images} generated images (features: {quality.features_text})"] if quality else []
     origin = ", ".join(f"{key} {provenance[key]}" for key in ("commit", "date", "device") if provenance.get(key))
     parts = [
         "\n".join(["---", *front, "---"]),

@@ -169,5 +169,5 @@ def sample(results: Results) -> str:
     if word := next((a.localization.word for a in results.arms.values() if a.localization), None):
         parts.append(f"Localization: {word.images:,} held-out images, {word.pairs:,} image-finding pairs.")
     if drawn := next((arm.quality for arm in results.arms.values() if arm.quality), None):
-        parts.append(f"Quality: {drawn.images:,} generated images, features: {drawn.features or 'none'}.")
+        parts.append(f"Quality: {drawn.images:,} generated images, features: {drawn.features_text}.")
     return " ".join(parts)
