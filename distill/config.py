@@ -187,8 +187,6 @@ class EvaluationConfig(Settings):
     What was measured before is kept."""
     localization_images: Annotated[Count, HARMLESS] = 200
     """Held-out images whose attention maps are scored."""
-    protocol: Literal["ours", "dombrowski", "vilouras"] = "ours"
-    """How maps are made and compared. ours is fast; dombrowski and vilouras are as published, and much slower."""
     timesteps: Timesteps | None = None
     """ours: timesteps at which real latents are noised. None: those of localization.json, else 100, 250, 400, 550, 700."""
     layers: Texts = ()
@@ -226,6 +224,8 @@ class FullEvaluation(EvaluationConfig):
     """Quality and localization, measured on held-out images."""
 
     renamed: ClassVar[dict[str, str]] = {}
+    protocol: Literal["ours", "dombrowski", "vilouras"] = "ours"
+    """How maps are made and compared. ours is fast; dombrowski and vilouras are as published, and much slower."""
     ground_truth: Literal["auto", "mask", "boxes"] = "auto"
     """What maps are compared with; auto: masks for ours, boxes where there are any for the other protocols."""
     iou_threshold: Inside = 0.5

@@ -38,8 +38,8 @@ DENOISING = {
 }
 EVALUATION = dict.fromkeys(
     (
-        "ground_truth", "iou_threshold", "self_attention_power", "smoothing_sigma", "map_threshold", "orphan_share",
-        "quantization", "scheduler",
+        "protocol", "ground_truth", "iou_threshold", "self_attention_power", "smoothing_sigma", "map_threshold",
+        "orphan_share", "quantization", "scheduler",
     ),
     _EVALUATE_ONLY,
 )  # fmt: skip

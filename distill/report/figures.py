@@ -23,7 +23,7 @@ from distill.report.tables import FID, FINDING_AUC, WORD_AUC, Metric
 # Dark text and lines; in the SVG this very colour is replaced by `currentColor`, so that charts follow a dark page.
 _INK = "#24303f"
 # Middle tones, after Okabe and Ito: told apart by colour-blind readers, on white and on black.
-_COLOURS = ("#8a8f98", "#3f86d9", "#e0862b", "#2fa36b", "#b069c4", "#d1495b", "#2aa5b0", "#b59a1d", "#7a6ff0")
+COLOURS = ("#8a8f98", "#3f86d9", "#e0862b", "#2fa36b", "#b069c4", "#d1495b", "#2aa5b0", "#b59a1d", "#7a6ff0")
 _MARKERS = "osD^vPX<>"
 Curves = dict[str, dict[str, list[tuple[int, float]]]]  # {arm: {term: [(step, value)]}}
 _STYLE: Any = {
@@ -61,7 +61,7 @@ def _panel(name: str, alt: str, draw: Callable[[Axes], None]) -> Picture:
 
 
 def _colour(arms: Sequence[str], arm: str) -> str:
-    return _COLOURS[list(arms).index(arm) % len(_COLOURS)]
+    return COLOURS[list(arms).index(arm) % len(COLOURS)]
 
 
 def tradeoff_charts(results: Results, chosen: str | None) -> list[Picture]:
@@ -73,42 +73,23 @@ def tradeoff_charts(results: Results, chosen: str | None) -> list[Picture]:
 
         def draw(axes: Axes, points: Any = points, metric: Any = metric) -> None:
             for place, (arm, pair) in enumerate(points.items()):
-                style = _marker(place) | {"color": _colour(list(results.arms), arm), "label": arm}
-                _with_bars(axes, [pair], style)
+                style = marker(place) | {"color": _colour(list(results.arms), arm), "label": arm}
+                with_bars(axes, [pair], style)
                 if arm == chosen:
                     axes.plot(*(e.value for e in pair), "o", ms=17, mfc="none", mec=_INK, mew=1.6)
             axes.set_xlabel("word AUC (localization, right is better)")
-            _quality_axis(axes, metric, [pair[1].value for pair in points.values()])
+            quality_axis(axes, metric, [pair[1].value for pair in points.values()])
 
         alt = f"{metric.name} against word AUC of {', '.join(points)}; the values and intervals are in the table"
         charts += [_panel(f"tradeoff_{metric.key.split('.')[1]}", alt, draw)] if points else []
     return charts
 
 
-def front_chart(lines: Mapping[Metric, Mapping[str, Sequence[tuple[Estimate, Estimate]]]]) -> Picture:
-    """One panel a metric of quality, and in it one line an arm: its points (what the image adds, quality) in their order."""
-
-    def draw(figure: Figure) -> None:
-        panels = figure.subplots(1, len(lines), squeeze=False)[0]
-        for axes, (metric, arms) in zip(panels, lines.items(), strict=True):
-            for place, (arm, points) in enumerate(arms.items()):
-                _with_bars(
-                    axes, points, _marker(place) | {"color": _COLOURS[place % len(_COLOURS)], "label": arm, "lw": 1}
-                )
-            axes.set_xlabel("image adds (localization, right is better)")
-            _quality_axis(axes, metric, [y.value for points in arms.values() for _, y in points])
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
-
-    return chart(
-        "fronts", "quality against what the image adds, one line an arm; the values are in the tables", 9.0, 4.4, draw
-    )
-
-
-def _marker(place: int) -> dict[str, object]:
+def marker(place: int) -> dict[str, object]:
     return {"marker": _MARKERS[place % len(_MARKERS)], "ms": 8}
 
 
-def _with_bars(axes: Axes, points: Sequence[Sequence[Estimate]], style: Mapping[str, object]) -> None:
+def with_bars(axes: Axes, points: Sequence[Sequence[Estimate]], style: Mapping[str, object]) -> None:
     """Points (x, y) in one line, with the intervals of those that have one."""
     axes.plot(*([pair[axis].value for pair in points] for axis in (0, 1)), **style)  # type: ignore[arg-type]
     for pair in points:
@@ -117,7 +98,7 @@ def _with_bars(axes: Axes, points: Sequence[Sequence[Estimate]], style: Mapping[
         axes.errorbar(x, y, xerr=bars[0], yerr=bars[1], fmt="none", ecolor=style["color"])  # type: ignore[arg-type]
 
 
-def _quality_axis(axes: Axes, metric: Metric, values: Sequence[float | None]) -> None:
+def quality_axis(axes: Axes, metric: Metric, values: Sequence[float | None]) -> None:
     """Better is up."""
     axes.margins(0.12)
     axes.set_ylabel(f"{metric.name} ({'axis turned, ' if metric.direction < 0 else ''}up is better)")

@@ -7,13 +7,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.figure import Figure
 
 from distill.errors import UserError
 from distill.evaluation.claims import IN_LOGARITHMS, Comparison, compare, differences, student_interval
 from distill.files import JsonObject, provenance, read_json, write_atomic, write_json
 from distill.report import tables
 from distill.report.document import UNKNOWN, Picture, Section, Table, markdown_section
-from distill.report.figures import front_chart
+from distill.report.figures import COLOURS, chart, marker, quality_axis, with_bars
 
 Values = Mapping[int, Mapping[str, float | None]]
 """Training seed -> metric, such as "word.auc" -> value."""
@@ -189,10 +190,29 @@ def _front(curves: Curves, arms: Sequence[str]) -> Picture:
             known = [(x, y) for x, y in pairs if x.value is not None and y.value is not None]
             if known:
                 lines.setdefault(metric, {})[arm] = known
-    return front_chart(lines)
+    return _front_chart(lines)
 
 
 def _mean(point: Point, metric: tables.Metric) -> tables.Estimate:
     """Over seeds."""
     values = list(point.of(metric.key).values())
     return tables.Estimate(float(np.mean(values)), *(student_interval(values) or ())) if values else tables.Estimate()
+
+
+def _front_chart(
+    lines: Mapping[tables.Metric, Mapping[str, Sequence[tuple[tables.Estimate, tables.Estimate]]]],
+) -> Picture:
+    """One panel a metric of quality, and in it one line an arm: its points (what the image adds, quality) in their order."""
+
+    def draw(figure: Figure) -> None:
+        panels = figure.subplots(1, len(lines), squeeze=False)[0]
+        for axes, (metric, arms) in zip(panels, lines.items(), strict=True):
+            for place, (arm, points) in enumerate(arms.items()):
+                with_bars(axes, points, marker(place) | {"color": COLOURS[place % len(COLOURS)], "label": arm, "lw": 1})
+            axes.set_xlabel("image adds (localization, right is better)")
+            quality_axis(axes, metric, [y.value for points in arms.values() for _, y in points])
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
+
+    return chart(
+        "fronts", "quality against what the image adds, one line an arm; the values are in the tables", 9.0, 4.4, draw
+    )

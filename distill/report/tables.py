@@ -201,15 +201,11 @@ def mass_table(results: Results) -> Table | None:
 def cost_table(results: Results) -> Table:
     """Training, time, memory and size of each arm; columns that no arm has are left out."""
     columns: dict[str, list[str]] = {"model": list(results.arms)}
-    names = {"trainable_parameters": 0, "steps": 0, "image_passes": 0, "image_passes_with_teachers": 0}
-    names |= {
-        "peak_memory_gb": 2,
-        "denoiser_parameters": 0,
-        "text_encoder_parameters": 0,
-        "denoiser_gflops": 2,
-        "denoiser_passes_an_image": 0,
+    names = {
+        "trainable_parameters": 0, "steps": 0, "image_passes": 0, "image_passes_with_teachers": 0, "peak_memory_gb": 2,
+        "denoiser_parameters": 0, "text_encoder_parameters": 0, "denoiser_gflops": 2, "denoiser_passes_an_image": 0,
         "megabytes": 1,
-    }
+    }  # fmt: skip
     for key in ("train_seconds", "evaluation_seconds"):
         columns[key] = [format_seconds(getattr(arm.cost, key)) for arm in results.arms.values()]
     for key, decimals in names.items():
