@@ -9,7 +9,7 @@ from torchmetrics.image.kid import KernelInceptionDistance
 
 from distill.metrics.bootstrap import resample_counts
 from distill.metrics.fidelity import FIDELITY, MANIFOLD, Manifolds, fidelity_resamples, kernel_distance
-from distill.metrics.quality import _GivenFeatures
+from distill.metrics.quality import _GivenFeatures, frechet_distance
 
 
 def points(seed: int, rows: int, width: int = 6, shift: float = 0.0, scale: float = 1.0) -> torch.Tensor:
@@ -35,6 +35,22 @@ def test_kid_is_that_of_torchmetrics_with_all_images_in_one_subset() -> None:
     metric.update(generated, real=False)
     assert kernel_distance(real, generated)[0] == pytest.approx(float(metric.compute()[0]), rel=1e-9)
     assert kernel_distance(generated, real)[0] == pytest.approx(kernel_distance(real, generated)[0], rel=1e-12)
+
+
+@pytest.mark.parametrize(("rows", "width"), [(60, 6), (40, 64)])
+def test_fid_and_kid_are_those_of_torch_fidelity(rows: int, width: int) -> None:
+    """On the same features, also with fewer images than dimensions, where covariances are singular."""
+    fid = pytest.importorskip("torch_fidelity.metric_fid", exc_type=ImportError)
+    kid = pytest.importorskip("torch_fidelity.metric_kid", exc_type=ImportError)
+    real, generated = points(0, rows, width) + 3, points(1, rows, width, shift=3.3, scale=1.2)
+    sides = [fid.fid_features_to_statistics(side) for side in (real, generated)]
+    expected = fid.fid_statistics_to_metric(*sides, verbose=False)["frechet_inception_distance"]
+    assert frechet_distance(real, generated) == pytest.approx(expected, rel=1e-3)
+    found = kid.kid_features_to_metric(
+        real, generated, kid_subsets=1, kid_subset_size=rows, verbose=False, rng_seed=0, kid_kernel="poly",
+        kid_kernel_poly_degree=3, kid_kernel_poly_gamma=None, kid_kernel_poly_coef0=1.0,
+    )["kernel_inception_distance_mean"]  # fmt: skip
+    assert kernel_distance(real, generated)[0] == pytest.approx(found, rel=1e-3)
 
 
 def test_kid_of_a_resample_is_over_pairs_of_different_images() -> None:
