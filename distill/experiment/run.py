@@ -174,8 +174,6 @@ def open_run(
             held_out, test, tokens, evaluation, features, accelerator=accelerator, run_dir=folder,
             training=train if arms else None, copied_from=train,
         )  # fmt: skip
-        if isinstance(test, RecordDataset):
-            _ = opened.against  # a file that cannot be read is found before the training
         # Last, so that a configuration that is refused does not claim the folder.
         if accelerator.is_main_process:
             write_atomic(folder / "config.yaml", to_yaml(config))
