@@ -21,11 +21,7 @@ from distill.data_config import AnyData, PhantomData
 from distill.settings import Count, Positive, Settings, Text, once
 
 if TYPE_CHECKING:
-    from accelerate import Accelerator
-
-    from distill.data.sample import ImageCaptionDataset
     from distill.files import JsonObject
-    from distill.models import Model
 
 Part = Literal["overhead", "paper", "memory", "protocols", "scale", "full_size"]
 
@@ -49,6 +45,8 @@ class BenchmarkLocalizationConfig(Settings):
     """overhead: forward passes of each way."""
     memory_budget_gb: Positive = 24.0
     """full_size: memory that the largest batch must fit in, in units of 1e9 bytes."""
+    limit_minutes: Positive = 480.0
+    """Stop after this time; each part has its share. What was measured by then is in benchmark.json."""
     output_dir: Text = "checkpoints/benchmark_localization"
     """Where benchmark.json and the scores of each pair are written."""
     dry_run: bool = False
@@ -66,38 +64,6 @@ def scale_options(config: BenchmarkLocalizationConfig) -> list[str]:
     return options
 
 
-def measure(
-    config: BenchmarkLocalizationConfig, model: Model, dataset: ImageCaptionDataset, accelerator: Accelerator
-) -> JsonObject:
-    """Part -> its numbers."""
-    import torch
-
-    from distill.evaluation.evaluate import finite
-    from distill.experiment.benchmark_localization import against_paper, overheads, protocols, scale
-    from distill.experiment.benchmark_memory import full_size, in_fresh_process, memory_of_steps
-
-    device, evaluation, folder = accelerator.device, config.evaluation.full(), Path(config.output_dir)
-    results: JsonObject = {}
-    if "overhead" in config.parts:
-        results["overhead"] = overheads(model, config.evaluation.batch_size, config.repeats, device)
-    if "paper" in config.parts:
-        results["paper"] = against_paper(model, dataset, evaluation, device)
-    if "memory" in config.parts:
-        one, many = (in_fresh_process(memory_of_steps, config.base, config.run, steps) for steps in (1, 50))
-        ratio = max(many["peak_gb"] / one["peak_gb"], many["held_bytes"] / one["held_bytes"])
-        results["memory"] = {"steps_1": one, "steps_50": many, "memory_50_over_1": ratio}
-    if "protocols" in config.parts:
-        results["protocols"] = protocols(model, dataset, evaluation, folder, accelerator)
-    if "scale" in config.parts:
-        results["scale"] = scale(Path(__file__).with_name("evaluate.py"), scale_options(config), folder)
-    if "full_size" in config.parts:
-        results["full_size"] = full_size(config.memory_budget_gb, torch.float32)
-        if device.type == "cuda":
-            results["full_size_bf16"] = full_size(config.memory_budget_gb, torch.bfloat16)
-    found: JsonObject = finite(results)
-    return found
-
-
 def print_results(results: JsonObject, path: Path) -> None:
     """A line of each protocol and part, and one JSON object at the end."""
     for name, entry in results.get("protocols", {}).items():
@@ -105,7 +71,8 @@ def print_results(results: JsonObject, path: Path) -> None:
         shown = {key: (word[key], word[f"{key}_ci"]) for key in word if f"{key}_ci" in word and word[key] is not None}
         print(f"{name}: " + ", ".join(f"{key} {value:.3f} {interval}" for key, (value, interval) in shown.items()))
     for part, values in results.items():
-        print(f"{part}: " + json.dumps({k: v for k, v in values.items() if not isinstance(v, (dict, list))}))
+        if values:
+            print(f"{part}: " + json.dumps({k: v for k, v in values.items() if not isinstance(v, (dict, list))}))
     print(f"all numbers: {path}\nnext: accelerate launch recipes/evaluate.py --evaluation.protocol dombrowski")
     keys = {"paper": ("speedup_vs_paper", "auc_ours", "auc_paper"), "overhead": ("record_overhead", "peer_overhead")}
     keys["memory"] = ("memory_50_over_1",)
@@ -119,6 +86,7 @@ def benchmark(config: BenchmarkLocalizationConfig) -> None:
     from distill.data.loading import load_dataset
     from distill.errors import UserError
     from distill.evaluation.protocols import queries
+    from distill.experiment.benchmark_localization import Subject, jobs_of, measure
     from distill.experiment.run import quiet_libraries
     from distill.files import provenance, write_json
     from distill.models import load_model
@@ -129,7 +97,7 @@ def benchmark(config: BenchmarkLocalizationConfig) -> None:
     accelerator = Accelerator()
     if accelerator.num_processes > 1:
         raise UserError("the benchmark times one process, and starts others itself: launch it with --num_processes 1")
-    model = load_model(config.base, config.run).to(accelerator.device).freeze()
+    model = load_model(config.base, config.run)
     dataset = load_dataset(config.data, "test")
     asked = queries(dataset, model, config.evaluation.full())
     print(
@@ -139,10 +107,22 @@ def benchmark(config: BenchmarkLocalizationConfig) -> None:
     if config.dry_run:
         print("dry run: the data and the base are fine; nothing was written")
         return
-    results = measure(config, model, dataset, accelerator)
-    path = Path(config.output_dir) / "benchmark.json"
-    write_json(path, results | {"config": config.model_dump(mode="json"), "provenance": provenance()})
-    print_results(results, path)
+    del model
+    path, origin = Path(config.output_dir) / "benchmark.json", provenance()
+
+    def write(found: JsonObject) -> None:
+        write_json(path, {**found, "config": config.model_dump(mode="json"), "provenance": origin})
+
+    subject = Subject(config.base, config.run, config.data, config.evaluation.full(), Path(config.output_dir))
+    jobs = jobs_of(
+        subject,
+        config.parts,
+        repeats=config.repeats,
+        budget_gb=config.memory_budget_gb,
+        recipe=Path(__file__).with_name("evaluate.py"),
+        options=scale_options(config),
+    )
+    print_results(measure(jobs, config.limit_minutes, write), path)
 
 
 if __name__ == "__main__":

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from distill.attention.recording import record_attention
+from distill.config import BaseConfig, FullEvaluation
+from distill.data.phantom.dataset import PhantomDataset
+from distill.data_config import PhantomData
+from distill.evaluation.protocols import Recorder, dombrowski, prepare_inputs, queries
 from distill.experiment import benchmark_localization as benchmark
-from distill.experiment import benchmark_memory
+from distill.experiment import benchmark_memory, fresh_process
 from distill.models.family import Model
 
 
@@ -33,6 +40,43 @@ def test_overheads_are_medians_over_neighbours_without_the_first_two_turns(
     assert found["record_overhead"] == pytest.approx(0.5), "the median of .5, .1 and 2"
     assert found["peer_overhead"] is None and "map_difference" not in found
     assert sd.denoiser.attn_processors == processors and next(times, None) is None
+
+
+@torch.no_grad()
+def test_the_papers_way_is_the_mean_of_heads_layers_and_the_last_40_steps(sd: Model, phantoms: PhantomDataset) -> None:
+    config = FullEvaluation()
+    batch = queries(phantoms, sd, config)[:2]
+    inputs = prepare_inputs(sd, [phantoms[query.image] for query in batch], batch, torch.device("cpu"))
+    found = benchmark.paper_way(inputs, config)
+    # The protocol makes the same maps, and keeps no probabilities.
+    with record_attention(sd.denoiser, reduce=inputs.reduce) as maps:
+        expected, _ = dombrowski(inputs, config, Recorder(maps))
+    assert found.shape == expected.shape and found.std() > 0
+    torch.testing.assert_close(found[:, :4], expected[:, :4], atol=1e-2, rtol=0)
+
+
+def test_every_part_has_its_share_of_the_time_and_is_written_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    limits, written, row = [], [], {"peak_gb": 2.0, "held_bytes": 5}
+
+    def fresh(function: Any, *arguments: Any, limit_s: float) -> Any:
+        limits.append(limit_s)
+        if arguments[-1:] == ("vilouras",):
+            raise TimeoutError("it was stopped after 9 s")
+        steps = arguments[-1] if function is benchmark.memory_of_steps else 1
+        return {key: value * steps for key, value in row.items()} | {"nothing": math.nan}
+
+    monkeypatch.setattr(fresh_process, "in_fresh_process", fresh)
+    subject = benchmark.Subject(BaseConfig(), None, PhantomData(), FullEvaluation(), Path())
+    parts = ("overhead", "paper", "memory", "protocols", "scale", "full_size")
+    jobs = benchmark.jobs_of(subject, parts, repeats=2, budget_gb=3.0, recipe=Path("evaluate.py"), options=())
+    results = benchmark.measure(jobs, 1.5, lambda found: written.append(copy.deepcopy(found)))
+    assert set(results) == {*parts, "failed"} and results["failed"] == {
+        "protocols.vilouras": "it was stopped after 9 s"
+    }
+    assert set(results["protocols"]) == {"ours", "dombrowski"} and results["paper"] == row | {"nothing": None}
+    assert results["memory"]["memory_50_over_1"] == 50
+    assert limits == pytest.approx([90 / (len(jobs) - done) for done in range(len(jobs))], abs=1)
+    assert [len(found) for found in written] == [2, 3, 4, 4, 5, 5, 5, 6, 7] and written[-1] == results
 
 
 def test_the_pass_at_full_size_records_two_tokens_of_each_image(sd: Model, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import os
+import select
 import subprocess
 import sys
 import time
@@ -19,8 +20,8 @@ from recipe import ROOT, recipe_module
 from tiny import save_tiny
 
 from distill.errors import UserError
-from distill.experiment import benchmark_training
-from distill.experiment.benchmark_memory import in_fresh_process
+from distill.experiment import benchmark_training, fresh_process
+from distill.experiment.fresh_process import in_fresh_process
 from distill.files import write_json
 from distill.methods.training import Training
 
@@ -46,7 +47,7 @@ def test_ratios_say_how_many_times_faster_ours_is_and_how_much_dearer_a_method_i
     assert found["distill_step_ratio"] == pytest.approx(1.45) and found["key_lock_step_ratio"] == pytest.approx(1.05)
 
 
-def test_a_process_of_its_own_answers_fails_dies_or_is_stopped() -> None:
+def test_a_process_of_its_own_answers_fails_dies_or_is_stopped(tmp_path: Path) -> None:
     assert in_fresh_process(math.sqrt, 4.0, limit_s=60) == 2.0
     with pytest.raises(UserError, match="ValueError: .*"):
         in_fresh_process(math.sqrt, -1.0)
@@ -56,6 +57,16 @@ def test_a_process_of_its_own_answers_fails_dies_or_is_stopped() -> None:
     with pytest.raises(TimeoutError, match="stopped after 1 s"):
         in_fresh_process(time.sleep, 600, limit_s=1.0)
     assert time.monotonic() - began < 60
+
+
+def test_what_a_process_has_started_ends_with_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fresh_process, "GRACE_S", 0.5)
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reads = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    assert in_fresh_process(os.system, f"sleep 600 > {pipe} &") == 0
+    assert select.select([reads], [], [], 60)[0] and os.read(reads, 1) == b"", "nobody writes to it any more"
+    os.close(reads)
 
 
 def test_what_was_measured_is_written_though_a_part_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +86,7 @@ def test_what_was_measured_is_written_though_a_part_fails(tmp_path: Path, monkey
             raise UserError("CUDA error: an illegal memory access was encountered")
         return 1.5
 
-    monkeypatch.setattr(benchmark_training, "in_fresh_process", fresh)
+    monkeypatch.setattr(fresh_process, "in_fresh_process", fresh)
     kinds = {"lora": Training(), "lora_both": Training()}
     results = benchmark_training.Measurement(config, lambda found: written.append(copy.deepcopy(found))).run(kinds, {})
     assert results["kinds"] == {
@@ -84,9 +95,7 @@ def test_what_was_measured_is_written_though_a_part_fails(tmp_path: Path, monkey
     }
     assert set(results["failed"]) == {"speed", "memory of diffusers_lora"}
     assert written[0] == {"kinds": {}, "failed": {}, "environment": {"device": "a chip"}} and written[-1] == results
-    monkeypatch.setattr(
-        benchmark_training, "in_fresh_process", lambda *_, **__: (_ for _ in ()).throw(UserError("no GPU"))
-    )
+    monkeypatch.setattr(fresh_process, "in_fresh_process", lambda *_, **__: (_ for _ in ()).throw(UserError("no GPU")))
     assert benchmark_training.Measurement(config, written.append).run(kinds, {}) == {
         "kinds": {}, "failed": {"environment": "no GPU"},
     }  # fmt: skip

@@ -9,8 +9,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,12 @@ from tqdm.auto import tqdm
 
 from distill.attention.heat_maps import aggregate, normalize, select_tokens
 from distill.attention.recording import attention_layers, record_attention
-from distill.config import FullEvaluation
+from distill.config import BaseConfig, FullEvaluation
+from distill.data.loading import load_dataset
 from distill.data.sample import ImageCaptionDataset
+from distill.data_config import AnyData
 from distill.errors import UserError
+from distill.evaluation.evaluate import finite
 from distill.evaluation.localization import localization
 from distill.evaluation.protocols import (
     PROTOCOLS,
@@ -36,28 +39,29 @@ from distill.evaluation.protocols import (
     queries,
     with_subset,
 )
-from distill.experiment.benchmark_memory import Row, forward_inputs, seconds_of
+from distill.experiment.benchmark_memory import Row, forward_inputs, full_size, memory_of_steps, seconds_of
+from distill.experiment.fresh_process import Parts
+from distill.experiment.run import quiet_libraries
 from distill.metrics import PixelAUROC, macro_mean_interval
-from distill.models import Model
+from distill.models import Model, load_model
 
 
 def paper_way(inputs: Inputs, config: FullEvaluation) -> torch.Tensor:
     """Maps as Dombrowski et al. make them.
 
-    50 sequential steps; the probabilities of all heads, places and tokens of every layer and step are kept, and those of
-    the last 40 averaged at 64 x 64.
+    50 sequential steps; the heads' mean of all places and tokens of every layer and step is kept on the device, as their
+    code does, and the last 40 are averaged at 64 x 64.
     """
     model, kept = inputs.model, []
     family, noise = model.family, inputs.noise(50, config.seed)
-    with record_attention(model.denoiser, reduce=lambda probabilities: probabilities.cpu()) as maps:
+    with record_attention(model.denoiser) as maps:
         for place, timestep in enumerate(ddim_timesteps(model, 50)):
             noisy = family.add_noise(model, inputs.latents, noise[:, place], inputs.steps(timestep))
             family.predict(model.denoiser, noisy, inputs.steps(timestep), inputs.conditions)
             kept.append(maps.take())
             maps.start()
-    chosen = inputs.chosen.cpu()
     steps = [
-        aggregate({name: p.mean(dim=1) @ chosen for name, p in step.items()}, maps.sizes, (64, 64), mode="nearest")
+        aggregate({name: p @ inputs.chosen for name, p in step.items()}, maps.sizes, (64, 64), mode="nearest")
         for step in kept[10:]
     ]
     return torch.stack(steps).mean(dim=0)
@@ -242,14 +246,86 @@ def _numbers(value: object) -> Iterator[float]:
         yield value
 
 
-def protocols(
+def protocol(
     model: Model, dataset: ImageCaptionDataset, config: FullEvaluation, folder: Path, accelerator: Accelerator
-) -> Row:
-    """Every protocol with its own metrics on the same held-out images."""
-    found: Row = {}
-    for name in PROTOCOLS:
-        own = config.model_copy(update={"protocol": name})
-        began = time.perf_counter()
-        result = localization(model, dataset, own, accelerator=accelerator, arm_dir=folder / name, label=name)
-        found[name] = result and result | {"seconds": time.perf_counter() - began}
-    return found
+) -> Row | None:
+    """config.protocol with its own metrics."""
+    began, name = time.perf_counter(), config.protocol
+    result = localization(model, dataset, config, accelerator=accelerator, arm_dir=folder / name, label=name)
+    return result and result | {"seconds": time.perf_counter() - began}
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is measured; each part loads it in a process of its own."""
+
+    base: BaseConfig
+    run: str | None
+    data: AnyData
+    evaluation: FullEvaluation
+    folder: Path
+
+    def open(self) -> tuple[Model, Accelerator]:
+        quiet_libraries()
+        accelerator = Accelerator()
+        return load_model(self.base, self.run).to(accelerator.device).freeze(), accelerator
+
+    def overhead(self, repeats: int) -> Row:
+        model, accelerator = self.open()
+        return overheads(model, self.evaluation.batch_size, repeats, accelerator.device)
+
+    def paper(self) -> Row:
+        model, accelerator = self.open()
+        return against_paper(model, load_dataset(self.data, "test"), self.evaluation, accelerator.device)
+
+    def protocol(self, name: str) -> Row | None:
+        model, accelerator = self.open()
+        own = self.evaluation.model_copy(update={"protocol": name})
+        return protocol(model, load_dataset(self.data, "test"), own, self.folder, accelerator)
+
+
+Job = tuple[Callable[..., Row | None], tuple[object, ...]]
+
+
+def jobs_of(
+    subject: Subject, parts: Sequence[str], *, repeats: int, budget_gb: float, recipe: Path, options: Sequence[str]
+) -> dict[str, Job]:
+    """Name -> function and arguments of each measurement. recipe, options: see `scale`."""
+    jobs: dict[str, Job] = {}
+    if "overhead" in parts:
+        jobs["overhead"] = (subject.overhead, (repeats,))
+    if "paper" in parts:
+        jobs["paper"] = (subject.paper, ())
+    for steps in (1, 50) if "memory" in parts else ():
+        jobs[f"memory.steps_{steps}"] = (memory_of_steps, (subject.base, subject.run, steps))
+    for name in PROTOCOLS if "protocols" in parts else ():
+        jobs[f"protocols.{name}"] = (subject.protocol, (name,))
+    if "scale" in parts:
+        jobs["scale"] = (scale, (recipe, options, subject.folder))
+    if "full_size" in parts:
+        jobs["full_size"] = (full_size, (budget_gb, torch.float32))
+        if torch.cuda.is_available():
+            jobs["full_size_bf16"] = (full_size, (budget_gb, torch.bfloat16))
+    return jobs
+
+
+def measure(jobs: Mapping[str, Job], limit_minutes: float, write: Callable[[Row], object]) -> Row:
+    """Part -> its numbers, by the names of the jobs; a job gets an equal share of the time that is left. What fails or
+    takes longer is in "failed". write: called with all that is known after each."""
+    results: Row = {"failed": {}}
+    parts = Parts(limit_minutes, results["failed"], lambda: write(results))
+    for done, (name, (function, arguments)) in enumerate(jobs.items()):
+        found = parts.fresh(name, function, *arguments, share=1 / (len(jobs) - done))
+        if name in parts.failed:
+            continue
+        part, _, entry = name.partition(".")
+        if entry:
+            results.setdefault(part, {})[entry] = finite(found)
+        else:
+            results[part] = finite(found)
+        if name == "memory.steps_50" and "steps_1" in results["memory"]:
+            one, many = results["memory"]["steps_1"], results["memory"]["steps_50"]
+            ratio = max(many["peak_gb"] / one["peak_gb"], many["held_bytes"] / one["held_bytes"])
+            results["memory"]["memory_50_over_1"] = ratio
+        write(results)
+    return results

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import math
-import multiprocessing
 import time
-import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -18,7 +15,7 @@ from diffusers import UNet2DConditionModel
 from distill.attention.heat_maps import record_pipeline
 from distill.attention.recording import record_attention
 from distill.config import BaseConfig
-from distill.errors import UserError
+from distill.experiment.fresh_process import in_fresh_process
 from distill.experiment.run import quiet_libraries
 from distill.memory import peak_memory_gb
 from distill.models import load_model
@@ -45,41 +42,6 @@ def forward_inputs(unet: Any, batch: int, size: int, device: torch.device) -> Ro
         "timestep": torch.tensor(500, device=device),
         "encoder_hidden_states": embeds.to(device),
     }
-
-
-def in_fresh_process(function: Callable[..., object], *arguments: Any, limit_s: float | None = None) -> Any:
-    """`function(*arguments)` in a process that has done nothing before.
-
-    Raises TimeoutError after limit_s seconds, and UserError if the function fails or its process dies; the process then ends.
-    """
-    context = multiprocessing.get_context("spawn")
-    answer, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, function, arguments))
-    process.start()
-    sender.close()
-    try:
-        if not answer.poll(limit_s):
-            raise TimeoutError(f"it was stopped after {limit_s:.0f} s")
-        fault, value = answer.recv()
-    except EOFError:
-        process.join()
-        raise UserError(f"its process ended with status {process.exitcode}") from None
-    else:
-        process.join(10)
-    finally:
-        process.kill()
-        process.join()
-    if fault:
-        raise UserError(fault)
-    return value
-
-
-def _answer(sender: Connection, function: Callable[..., object], arguments: tuple[object, ...]) -> None:
-    try:
-        answer = ("", function(*arguments))
-    except Exception:
-        answer = (traceback.format_exc(), None)
-    sender.send(answer)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol, TypedDict, TypeVar
+from typing import Protocol, TypedDict
 
 import torch
 from accelerate import Accelerator
@@ -28,7 +28,7 @@ from typing_extensions import Unpack
 from distill.config import BaseConfig, BlocksConfig, LoraConfig, RunConfig, TrainerConfig
 from distill.errors import UserError
 from distill.experiment.arms import Arm
-from distill.experiment.benchmark_memory import in_fresh_process
+from distill.experiment.fresh_process import Parts
 from distill.experiment.peers import DiffusersTraining, Row, synchronize
 from distill.experiment.run import Run, open_run
 from distill.experiment.train import fit_arm
@@ -273,7 +273,6 @@ def peak_of(config: Plan, base: BaseConfig, name: str, training: Training) -> fl
         return peak_memory_gb()
 
 
-T = TypeVar("T")
 Kinds = Mapping[str, Training]
 """Kind of step -> how it trains."""
 
@@ -326,48 +325,33 @@ class Measurement:
     def __init__(self, config: Plan, write: Callable[[Results], object]) -> None:
         self.config, self.write = config, write
         self.results: Results = {"kinds": {}, "failed": {}}
-        self.ends = time.monotonic() + 60 * config.limit_minutes
+        self.parts = Parts(config.limit_minutes, self.results["failed"], lambda: write(self.results))
 
     def run(self, kinds: Kinds, smaller: Kinds) -> Results:
         """kinds: of steps of the base; smaller: of a smaller U-Net. What fails or takes too long is in `failed`."""
         config, parts = self.config, self.config.parts
         with tempfile.TemporaryDirectory() as scratch, base_of(config, Path(scratch)) as base:
-            found = self._fresh("environment", environment, config)
+            found = self.parts.fresh("environment", environment, config)
             if found is None:
                 return self.results
             self.results["environment"] = found
             self.write(self.results)
             arguments = (config, base, kinds, smaller, Path(scratch) / "partial.json")
             if "speed" in parts:
-                self._add(self._fresh("speed", speed_part, *arguments), arguments[-1])
+                self._add(self.parts.fresh("speed", speed_part, *arguments), arguments[-1])
             if "start" in parts:
                 self._start(base, Path(scratch))
             for name in self._of_memory(kinds) if "memory" in parts else ():
-                peak = self._fresh(f"memory of {name}", peak_of, config, base, name, kinds[PEERS.get(name, name)])
+                peak = self.parts.fresh(f"memory of {name}", peak_of, config, base, name, kinds[PEERS.get(name, name)])
                 self._add({"kinds": {name: {"peak_memory_gb": peak}}} if peak else None)
             if "shares" in parts:
-                self._add(self._fresh("shares", shares_part, *arguments), arguments[-1])
+                self._add(self.parts.fresh("shares", shares_part, *arguments), arguments[-1])
         return self.results
 
     @staticmethod
     def _of_memory(kinds: Kinds) -> list[str]:
         """Our kinds, and the peers of those."""
         return [name for name in (*kinds, *PEERS) if PEERS.get(name, name) in kinds]
-
-    def _fresh(self, part: str, function: Callable[..., T], *arguments: object) -> T | None:
-        """What the function gives in a process of its own; None if that fails."""
-        left = self.ends - time.monotonic()
-        print(f"{part}: at most {max(0.0, left):.0f} s", flush=True)
-        try:
-            if left <= 0:
-                raise TimeoutError("no time was left")
-            found: T = in_fresh_process(function, *arguments, limit_s=left)
-            return found
-        except (TimeoutError, UserError) as error:
-            print(f"{part} failed: {error}", flush=True)
-            self.results["failed"][part] = str(error)
-            self.write(self.results)
-            return None
 
     def _add(self, found: Results | None, partial: Path | None = None) -> None:
         """Take the results of a part, or what it had written when it failed."""
@@ -387,8 +371,8 @@ class Measurement:
     def _start(self, base: BaseConfig, scratch: Path) -> None:
         print("start", flush=True)
         try:
-            limit = max(0.0, self.ends - time.monotonic())
-            self.results["first_step_seconds"] = first_step_seconds(self.config, base, scratch, limit)
+            seconds = first_step_seconds(self.config, base, scratch, self.parts.left_s)
+            self.results["first_step_seconds"] = seconds
         except UserError as error:
             self.results["failed"]["start"] = str(error)
         self.write(self.results)

@@ -25,7 +25,7 @@ from distill.files import JsonObject, provenance, read_json, write_json
 from distill.memory import peak_memory_gb, peak_of_process_gb, reset_peak_memory
 from distill.models import load_model
 from distill.models.adapters import parameter_counts
-from distill.models.bits import quantize
+from distill.models.bits import fewer_bits
 from distill.models.stock import exported
 from distill.processes import process_state
 from distill.report import (
@@ -256,8 +256,7 @@ def dry_run_evaluation(run: Run, folder: str | None) -> None:
     }
     few = c.model_copy(update=change)
     model = load_model(config.base, folder).to(accelerator.device).freeze()
-    if c.quantization != "none":
-        quantize(model, c.quantization)
+    fewer_bits(model, c.dtype, c.quantization)
     with tempfile.TemporaryDirectory() as scratch:
         against = held_out(run.test, model, few, None, accelerator=accelerator, run_dir=Path(scratch))
         shared: dict[str, Any] = {"accelerator": accelerator, "arm_dir": Path(scratch), "label": "dry run"}
