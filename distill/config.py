@@ -249,6 +249,9 @@ class FullEvaluation(EvaluationConfig):
     explain, evaluate.py marks the model card and ends with an error. Needs memorization in parts. None sets no limit."""
     quantization: Annotated[Literal["none", "int8", "nf4"], HARMLESS] = "none"
     """Evaluate with the linear layers in 8 or 4 bits (distill/models/bits.py)."""
+    dtype: Annotated[Literal["fp32", "bf16", "fp16"], HARMLESS] = "fp32"
+    """Type that the denoiser computes in: bf16 and fp16 are faster on a GPU. All else stays fp32: text, sampler, VAE, attention
+    probabilities, metrics. The difference it makes is in recipes/README.md; models are compared in one type."""
     scheduler: Annotated[Literal["base", "lcm"], HARMLESS] = "base"
     """Sampler: the base's own, or LCMScheduler for students of distill_steps.py (with guidance_scale 1)."""
 

@@ -36,7 +36,7 @@ from distill.files import JsonObject, write_atomic, write_tensors
 from distill.metrics import FIDELITY, Diversity, fidelity_resamples, finding_auroc, frechet_distance, frechet_interval
 from distill.metrics.bootstrap import percentile_interval, resample_counts
 from distill.metrics.features import Features
-from distill.models.bits import megabytes, quantize
+from distill.models.bits import check_finite, fewer_bits, megabytes
 from distill.models.blocks import model_size
 from distill.models.family import Model
 from distill.tokens import Tokenizers
@@ -81,6 +81,7 @@ def generate(
     finally:
         pipeline.scheduler = own
     returned: torch.Tensor = images.float().cpu().clamp(0, 1)
+    check_finite(returned, config.dtype, "the images")
     return returned
 
 
@@ -228,7 +229,7 @@ def _diversity(kept: Kept, made_of: str, varied: Sequence[tuple[int, np.ndarray]
     return found
 
 
-OF_IMAGES = ("num_inference_steps", "guidance_scale", "scheduler", "quantization")
+OF_IMAGES = ("num_inference_steps", "guidance_scale", "scheduler", "quantization", "dtype")
 """Options of evaluation that change a generated image."""
 
 
@@ -383,7 +384,7 @@ OF_NO_NUMBER = ("parts", "batch_size", "memorization_limit")
 OF_QUALITY = ("generated_images", "diversity_captions", "diversity_samples", "num_inference_steps", "guidance_scale",
               "scheduler", "features", "neighbours")  # fmt: skip
 """Options of evaluation that change quality alone."""
-OF_BOTH = ("seed", "bootstrap_samples", "examples", "quantization")
+OF_BOTH = ("seed", "bootstrap_samples", "examples", "quantization", "dtype")
 """Options of evaluation that change quality as well as localization."""
 
 
@@ -462,8 +463,7 @@ def evaluate(
     began = time.perf_counter()
     parts, weights = config.parts if parts is None else parts, weights or weights_of(model)
     model.to(accelerator.device).freeze()
-    if config.quantization != "none":
-        quantize(model, config.quantization)
+    fewer_bits(model, config.dtype, config.quantization)
     stored = megabytes(model)
     shared: dict[str, Any] = {"accelerator": accelerator, "arm_dir": arm_dir, "examples": against.examples}
     own: dict[str, Any] = shared | {"label": label, "weights": weights}

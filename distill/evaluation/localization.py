@@ -44,6 +44,7 @@ from distill.evaluation.within_prior import within_priors
 from distill.files import JsonObject, write_atomic, write_tensors
 from distill.metrics import AttentionMass, LocalizationMetric, MixtureMetric, macro_mean_interval
 from distill.metrics.maps import mixture_masks
+from distill.models.bits import check_finite
 from distill.models.family import Model
 
 TOKEN_MAPS = MAP_TOKENS
@@ -283,12 +284,14 @@ def _scored_rows(
             inputs = prepare_inputs(model, samples, batch, accelerator.device, latents)
             recorder.cross.reduce = inputs.reduce
             found, mass = PROTOCOLS[config.protocol].maps(inputs, config, recorder)
+            found = found.float().cpu()
+            check_finite(found, config.dtype, "the maps")
             causal = causal_maps(inputs, batch, config, recorder.cross) if config.causal else [None] * len(batch)
             # One transfer for the batch: a wait for each map would leave the device idle.
             recorded = [
                 Recorded(*one)
                 for one in zip(
-                    numbers, batch, samples, found.float().cpu(), mass.cpu(), [c if c is None else c.cpu() for c in causal],
+                    numbers, batch, samples, found, mass.cpu(), [c if c is None else c.cpu() for c in causal],
                     strict=True,
                 )
             ]  # fmt: skip

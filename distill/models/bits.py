@@ -1,4 +1,4 @@
-"""Fewer bits: the linear layers of denoiser and text encoders in 8 or 4 bits, by bitsandbytes.
+"""Fewer bits: the denoiser in 16 bits, and the linear layers of denoiser and text encoders in 8 or 4 bits, by bitsandbytes.
 
 int8 is LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339) with its threshold of 6, nf4 the 4-bit NormalFloat of QLoRA
 (Dettmers et al. 2023, arXiv 2305.14314) in blocks of 64: what stock loading does with a BitsAndBytesConfig of load_in_8bit,
@@ -8,10 +8,13 @@ CPU too. Convolutions stay as they are.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
+import torch
 from torch import nn
 
+from distill.errors import UserError
+from distill.models.adapters import DTYPES
 from distill.models.family import Model
 
 Bits = Literal["int8", "nf4"]
@@ -24,6 +27,56 @@ class RoundedLinear(nn.Linear):
 
     bitsandbytes (0.50) on a CPU takes wrong scales where rows are no multiple of a block, and says nothing.
     """
+
+
+def fewer_bits(
+    model: Model, dtype: Literal["fp32", "bf16", "fp16"], quantization: Literal["none", "int8", "nf4"]
+) -> None:
+    """Evaluate in `dtype`, with linear layers of `quantization`; changes the model in place."""
+    if dtype != "fp32":
+        denoise_in(model, DTYPES[dtype])
+    if quantization != "none":
+        quantize(model, quantization)
+
+
+class Output(Protocol):
+    """Of a denoiser of diffusers."""
+
+    sample: torch.Tensor
+
+
+def denoise_in(model: Model, dtype: torch.dtype) -> None:
+    """Hold the denoiser in a type of 16 bits and compute in it, in place; what it reads and gives stays float32.
+
+    So text, noise, sampler and VAE are those of float32, and an image or a map differs by the denoiser's rounding alone.
+    """
+    name, place = model.family.timestep_input
+
+    def cast(value: object) -> object:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    def inputs(_: nn.Module, args: tuple[object, ...], kwargs: dict[str, object]) -> tuple[object, object]:
+        return (
+            tuple(value if i == place else cast(value) for i, value in enumerate(args)),
+            {key: value if key == name else cast(value) for key, value in kwargs.items()},
+        )
+
+    def outputs(_: nn.Module, args: object, output: tuple[torch.Tensor, ...] | Output) -> object:
+        if isinstance(output, tuple):
+            return tuple(value.float() for value in output)
+        output.sample = output.sample.float()
+        return output
+
+    model.denoiser.to(dtype)
+    model.denoiser.register_forward_pre_hook(inputs, with_kwargs=True)
+    model.denoiser.register_forward_hook(outputs)
+
+
+def check_finite(values: torch.Tensor, dtype: str, what: str) -> None:
+    """Raise UserError if the denoiser's type of 16 bits gave numbers that are none. fp16 ends at 65,504."""
+    if dtype != "fp32" and not bool(values.isfinite().all()):
+        other = "bf16 or fp32" if dtype == "fp16" else "fp32"
+        raise UserError(f"evaluation.dtype is {dtype}, and {what} are not finite; set it to {other}")
 
 
 def quantize(model: Model, bits: Bits) -> None:
