@@ -1,4 +1,4 @@
-# make demo       fine-tune arms from the embedded base, evaluate each, and write a report
+# make demo       fine-tune arms from the bundled base, evaluate each, and write a report
 # make test       fast tests            make test-slow   the long ones
 # make lint       ruff and mypy         make clean       environment and caches, never checkpoints
 # make mutants    hours: do the tests see MUTANTS small faults that are put into distill/?

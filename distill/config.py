@@ -38,7 +38,7 @@ class BaseConfig(Settings):
     """The model that is fine-tuned or evaluated."""
 
     name: Text = "phantom"
-    """`phantom` (the embedded base), a diffusers pipeline folder, a hub id, or a whole checkpoint (.safetensors)."""
+    """`phantom` (the bundled base), a diffusers pipeline folder, a hub id, or a whole checkpoint (.safetensors)."""
     single_file_config: Text | None = None
     """Folder or hub id of a pipeline with the configs of a whole checkpoint. None takes the original model's, from the hub."""
     revision: Text | None = None
@@ -60,15 +60,15 @@ class LoraConfig(Settings):
 
     renamed: ClassVar[dict[str, str]] = old.LORA
     rank: Annotated[int, Field(ge=1, le=4096)] = 8
-    """Rank of the update."""
+    """Rank of the update: 4 to 64 is usual. A higher one learns more and makes a larger file."""
     alpha: Annotated[float, Field(gt=0, le=65536)] = 8.0
     """The update is scaled by alpha / rank. Set it equal to rank for a scale of 1."""
     dropout: BelowOne = 0.0
     """Dropout on the adapter's input."""
     denoiser_targets: Texts = ()
-    """Layers of the denoiser that get an adapter, by the end of their names. Empty: to_q, to_k, to_v, to_out.0 for U-Nets."""
+    """Layers of the denoiser that get an adapter, by name suffix. Empty: to_q, to_k, to_v, to_out.0 for U-Nets."""
     text_encoder_targets: Texts = ()
-    """Layers of the text encoders that get an adapter, by the end of their names. Empty: q_proj, k_proj, v_proj, out_proj."""
+    """Layers of the text encoders that get an adapter, by name suffix. Empty: q_proj, k_proj, v_proj, out_proj."""
 
 
 class DenoisingConfig(Settings):
@@ -120,7 +120,7 @@ class TrainerConfig(Settings):
     text_encoder_learning_rate: Rate | None = None
     """Learning rate of the text encoder. None uses learning_rate."""
     optimizer: Literal["adamw", "adamw8bit"] = "adamw"
-    """AdamW of torch, or with 8-bit state of bitsandbytes."""
+    """adamw is torch's; adamw8bit, of bitsandbytes, keeps its state in 8 bits and takes less memory."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-2
     """Decoupled weight decay of AdamW."""
     adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
@@ -128,11 +128,11 @@ class TrainerConfig(Settings):
     max_grad_norm: Positive = 1.0
     """Gradients of a larger norm are scaled down to it."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Learning rate after the warm-up."""
+    """How the learning rate goes on after the warm-up: constant, or falling to 0 in a line or a cosine."""
     warmup_steps: Number = 0
     """Steps of linear warm-up from 0."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Type that autocast computes in."""
+    """Mixed precision of the training: bf16 for recent GPUs, fp16 for older ones, no for float32."""
     compile: bool = False
     """Compile the denoiser's blocks by torch.compile: minutes before the first step, then faster steps. Losses differ by
     rounding. For long trainings on a GPU."""
@@ -151,8 +151,8 @@ class TrainerConfig(Settings):
     tracker: Annotated[Literal["none", "tensorboard", "wandb"], HARMLESS] = "tensorboard"
     """Where the log goes in addition to train_log.jsonl."""
     checkpoint_every_steps: Annotated[Count | None, HARMLESS] = None
-    """Steps between two checkpoints; the same command continues from the newest. None writes one when Ctrl-C or SIGTERM stops
-    the training."""
+    """Steps between two checkpoints; the same command continues from the newest. One is always written when Ctrl-C or SIGTERM
+    stops the training; None writes no others."""
     keep_last_state_gb: Annotated[float, Field(ge=0, le=1e6), HARMLESS] = 1.0
     """Keep the state after the last step if it takes at most this many GB, so that a larger max_steps continues from it. It
     takes three times the size of the trained weights, four times with ema_decay. 0 keeps none."""
@@ -188,11 +188,13 @@ class EvaluationConfig(Settings):
     localization_images: Annotated[Count, HARMLESS] = 200
     """Held-out images whose attention maps are scored."""
     timesteps: Timesteps | None = None
-    """ours: timesteps at which real latents are noised. None: those of localization.json, else 100, 250, 400, 550, 700."""
+    """Protocol ours: timesteps at which real latents are noised. None: those of localization.json, else 100, 250, 400, 550,
+    700."""
     layers: Texts = ()
-    """ours: prefixes of the cross-attention layers to average. Empty takes the model's localization.json, or all."""
+    """Protocol ours: cross-attention layers to average, by name prefix such as up_blocks.1. Empty takes those of
+    localization.json, else all."""
     localization_text: Literal["caption", "phrase"] = "caption"
-    """Text that the maps are recorded for: the image's caption, or the region's phrase."""
+    """Prompt of the attention maps: the image's caption, or the region's phrase."""
     generated_images: Annotated[Count, HARMLESS] = 200
     """Images generated from held-out captions."""
     diversity_captions: Annotated[Count, HARMLESS] = 10
@@ -229,13 +231,14 @@ class FullEvaluation(EvaluationConfig):
     ground_truth: Literal["auto", "mask", "boxes"] = "auto"
     """What maps are compared with; auto: masks for ours, boxes where there are any for the other protocols."""
     iou_threshold: Inside = 0.5
-    """ours: the predicted region is where the min-max normalized map is above this."""
+    """Protocol ours: the predicted region is where the min-max normalized map is above this."""
     layer_scaling: Literal["none", "min_max"] = "none"
-    """ours: scale the map of each layer and timestep to 0 .. 1 before the mean, so that all weigh alike."""
+    """Protocol ours: scale the map of each layer and timestep to 0 .. 1 before the mean, so that all weigh alike."""
     self_attention_power: Annotated[int, Field(ge=0, le=100)] = 0
-    """ours: how often the map is multiplied by the self-attention."""
+    """Protocol ours: how often the map is multiplied by the self-attention, which sharpens it. 0 is off."""
     causal: Annotated[bool, HARMLESS] = False
-    """ours: also map where the prediction changes without the finding's words. Three more passes a finding and timestep."""
+    """Protocol ours: also map where the prediction changes without the finding's words. Three more passes a finding and
+    timestep."""
     smoothing_sigma: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Gaussian smoothing of the maps before they are compared, in pixels. 0 switches it off."""
     map_threshold: Literal["none", "otsu", "mixture"] = "none"
@@ -285,11 +288,11 @@ class MapEvaluation(Settings):
     localization_images: Count = 200
     """Held-out images whose attention maps are scored."""
     localization_text: Literal["caption", "phrase"] = "caption"
-    """Text that the maps are recorded for: the image's caption, or the region's phrase."""
+    """Prompt of the attention maps: the image's caption, or the region's phrase."""
     ground_truth: Literal["auto", "mask", "boxes"] = "auto"
     """What maps are compared with; auto: masks for ours, boxes where there are any for the other protocols."""
     iou_threshold: Inside = 0.5
-    """ours: the predicted region is where the min-max normalized map is above this."""
+    """Protocol ours: the predicted region is where the min-max normalized map is above this."""
     smoothing_sigma: Annotated[float, Field(ge=0, le=1000)] = 0.0
     """Gaussian smoothing of the maps before they are compared, in pixels. 0 switches it off."""
     map_threshold: Literal["none", "otsu", "mixture"] = "none"
@@ -317,11 +320,13 @@ class LayerEvaluation(MapEvaluation):
     """How attention maps are made and compared with regions, where no image is generated."""
 
     timesteps: Timesteps | None = None
-    """ours: timesteps at which real latents are noised. None: those of localization.json, else 100, 250, 400, 550, 700."""
+    """Protocol ours: timesteps at which real latents are noised. None: those of localization.json, else 100, 250, 400, 550,
+    700."""
     layers: Texts = ()
-    """ours: prefixes of the cross-attention layers to average. Empty takes the model's localization.json, or all."""
+    """Protocol ours: cross-attention layers to average, by name prefix such as up_blocks.1. Empty takes those of
+    localization.json, else all."""
     self_attention_power: Annotated[int, Field(ge=0, le=100)] = 0
-    """ours: how often the map is multiplied by the self-attention."""
+    """Protocol ours: how often the map is multiplied by the self-attention, which sharpens it. 0 is off."""
 
 
 class RunConfig(Settings):

@@ -1,4 +1,4 @@
-"""Make the embedded base and the phantom's classifier from nothing, as Stable Diffusion is made.
+"""Make the bundled base and the phantom's classifier from nothing, as Stable Diffusion is made.
 
     accelerate launch recipes/pretrain_phantom.py --config recipes/configs/phantom/pretrain.yaml
 
@@ -41,7 +41,7 @@ class RecordEvaluation(LayerEvaluation):
 
 
 class PretrainConfig(Settings):
-    """Make the embedded base and its classifiers from nothing, on generic captioned pictures.
+    """Make the bundled base and its classifiers from nothing, on generic captioned pictures.
 
     accelerate launch recipes/pretrain_phantom.py --config recipes/configs/phantom/pretrain.yaml
     """

@@ -59,7 +59,7 @@ def python_blocks(document: Path) -> list[tuple[int, str]]:
 
 @pytest.fixture(scope="module")
 def project(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The layout that the documents speak of: the embedded base, and the demo's run with one step an arm."""
+    """The layout that the documents speak of: the bundled base, and the demo's run with one step an arm."""
     root = tmp_path_factory.mktemp("project")
     (root / "checkpoints").mkdir()
     for folder in (PHANTOM_BASE, PHANTOM_CLASSIFIER):

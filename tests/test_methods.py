@@ -545,7 +545,7 @@ def test_a_checkpoint_of_the_tail_penalty_holds_what_was_measured() -> None:
         assert state and all(tensor.shape == (20,) for tensor in state.values())
 
 
-# --- objectives of the embedded base --------------------------------------------------------------------------------
+# --- objectives of the bundled base --------------------------------------------------------------------------------
 
 
 def test_contrastive_loss_is_smallest_for_the_right_pairs() -> None:

@@ -1,4 +1,4 @@
-"""The generic captioned pictures that the embedded base is made of."""
+"""The generic captioned pictures that the bundled base is made of."""
 
 from __future__ import annotations
 

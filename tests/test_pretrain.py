@@ -1,4 +1,4 @@
-"""The recipe that makes the embedded base: every stage for one step, and what it records of its own drawings."""
+"""The recipe that makes the bundled base: every stage for one step, and what it records of its own drawings."""
 
 from __future__ import annotations
 

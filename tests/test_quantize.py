@@ -100,7 +100,7 @@ def test_outputs_and_maps_stay_near(build: Callable[[], Any], bits: Any, most: f
 @pytest.mark.parametrize("shape", [(64, 8), (128, 33), (96, 96), (96, 3), (8, 5), (320, 64)])
 @pytest.mark.parametrize("bits", ["int8", "nf4"])
 def test_layers_of_any_shape(shape: tuple[int, int], bits: Any) -> None:
-    """Width 96 is in the embedded base, where bitsandbytes on a CPU would take another block's scale."""
+    """Width 96 is in the bundled base, where bitsandbytes on a CPU would take another block's scale."""
     torch.manual_seed(0)
     model = model_of(tiny_sd()).freeze()
     layer = model.text_encoders[0].extra = nn.Linear(*shape)

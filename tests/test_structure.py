@@ -22,7 +22,7 @@ KINDS = {options.model_fields["kind"].default for options in METHODS}
 CLASSES = {name for options, place in METHODS.items() for name in (options.__name__, place.partition(":")[2])}
 MODES = ("text_encoder", "denoiser")
 PRETRAINING = "pretraining.py"
-"""Trains the embedded base, which is no arm, with the diffusion loss."""
+"""Trains the bundled base, which is no arm, with the diffusion loss."""
 
 
 def texts(tree: ast.AST) -> Iterator[tuple[ast.Constant, str]]:

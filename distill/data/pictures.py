@@ -1,4 +1,4 @@
-"""Generic captioned pictures: what the embedded base is pretrained on, as Stable Diffusion is on web images.
+"""Generic captioned pictures: what the bundled base is pretrained on, as Stable Diffusion is on web images.
 
 Gray pictures of shapes, textures and pictograms. The pictograms carry the finding words of the phantom outside any chest
 (an "effusion" is liquid in the bottom of a jar, "atelectasis" a stack of thin plates), so that the base knows the words and

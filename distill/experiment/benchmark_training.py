@@ -389,7 +389,7 @@ def base_of(config: Plan, folder: Path) -> Iterator[BaseConfig]:
 
 
 def random_sd15() -> StableDiffusionPipeline:
-    """Stable Diffusion 1.5 by its published configuration, with random weights and the embedded base's tokenizer."""
+    """Stable Diffusion 1.5 by its published configuration, with random weights and the bundled base's tokenizer."""
     down, up = ("DownEncoderBlock2D",) * 4, ("UpDecoderBlock2D",) * 4
     vae = AutoencoderKL(
         down_block_types=down, up_block_types=up, block_out_channels=(128, 256, 512, 512), layers_per_block=2,

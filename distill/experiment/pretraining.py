@@ -1,4 +1,4 @@
-"""Stages that make the embedded base and the classifiers from nothing, on generic captioned pictures, never on phantoms."""
+"""Stages that make the bundled base and the classifiers from nothing, on generic captioned pictures, never on phantoms."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the embedded base can do on held-out images, recorded beside it."""
+"""What the bundled base can do on held-out images, recorded beside it."""
 
 from __future__ import annotations
 

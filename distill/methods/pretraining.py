@@ -1,4 +1,4 @@
-"""Objectives of the embedded base's other stages: text encoder, autoencoder, classifiers."""
+"""Objectives of the bundled base's other stages: text encoder, autoencoder, classifiers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The embedded base's architectures. recipes/pretrain_phantom.py trains them."""
+"""The bundled base's architectures. recipes/pretrain_phantom.py trains them."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ def load_model(base: BaseConfig, run: str | Path | None = None) -> Model:
     name = str(PHANTOM_BASE) if base.name == "phantom" else base.name
     if base.name == "phantom" and not PHANTOM_BASE.is_dir():
         raise UserError(
-            f"the embedded base is not at {PHANTOM_BASE}; install the project from its repository (pip install -e .) "
+            f"the bundled base is not at {PHANTOM_BASE}; install the project from its repository (pip install -e .) "
             "or make the base with recipes/pretrain_phantom.py"
         )
     path = Path(name) if os.path.exists(name) else _downloaded(name, base)
