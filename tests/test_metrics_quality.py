@@ -301,6 +301,20 @@ def test_a_thousand_resamples_are_quick() -> None:
     assert time.process_time() - start < 6
 
 
+def test_images_that_do_not_count_for_a_finding_are_as_if_they_were_not_there() -> None:
+    rng = np.random.default_rng(0)
+    scores, labels = torch.from_numpy(rng.normal(size=(60, 2))), torch.from_numpy(rng.random((60, 2)) < 0.4)
+    counted = torch.from_numpy(rng.random((60, 2)) < 0.6)
+    found = finding_auroc(scores, labels, samples=50, counted=counted)
+    alone = [finding_auroc(scores[own, k : k + 1], labels[own, k : k + 1])["auc"] for k, own in enumerate(counted.T)]
+    assert found["per_finding"] == pytest.approx(alone) and found["auc"] == pytest.approx(np.mean(alone))
+    assert found["auc"] != pytest.approx(finding_auroc(scores, labels)["auc"], abs=1e-3)
+    assert found["auc_ci"] is not None and found["auc_ci"][0] < found["auc"] < found["auc_ci"][1]
+    changed = torch.where(counted, scores, scores + 100)
+    assert finding_auroc(changed, labels, samples=50, counted=counted) == found
+    assert finding_auroc(scores, labels, counted=labels)["auc"] is None, "no image without the finding is left"
+
+
 # Feature extractors whose packages and weights are not here: a stand-in says what they are given.
 
 

@@ -33,6 +33,7 @@ from distill.report.summary import compare, difference, sample, summarize, termi
 from distill.report.tables import (
     DETAILS,
     FID,
+    KID,
     METRICS,
     WORD_AUC,
     cost_table,
@@ -548,6 +549,22 @@ def test_further_measures_of_quality_have_tables_of_their_own(tmp_path: Path) ->
     assert "-.100 \\[-.200, -.050\\]" in markdown
 
 
+def test_the_quality_of_each_finding_stands_beside_that_of_real_images(tmp_path: Path) -> None:
+    run, metrics = make_run(tmp_path, arms=("alpha",)), make_metrics(("alpha",))
+    one = {"images": 40, "real_images": 40, "kid": 0.5, "kid_ci": [-0.1, 0.75], "coverage": 0.25}
+    metrics["arms"]["alpha"]["quality"] |= {"per_finding": {"edema": one}, "too_few": {"pneumothorax": 3}}
+    metrics["real"]["quality"] |= {"per_finding": {"edema": one | {"images": 31, "kid": -0.01, "kid_ci": None}}}
+    (run / "metrics.json").write_text(json.dumps(metrics))
+    found = finding_table(parse_metrics(metrics), KID)
+    assert found is not None and found.head == ["KID ↓", "images", "alpha", "real images"]
+    assert found.rows == [
+        ["edema", "40", ".500 [-.100, .750]", "-.010"], ["pneumothorax", "3", UNKNOWN, UNKNOWN]
+    ]  # fmt: skip
+    markdown = write_report(run)[1].read_text(encoding="utf-8")
+    assert "## Each finding" in markdown and "Quality needs 20 generated and real images of a finding." in markdown
+    assert "| coverage ↑ | images | alpha | real images |" in markdown
+
+
 def test_tables_of_findings_mass_and_cost_have_an_arm_a_line_or_a_column() -> None:
     metrics = make_metrics(("a", "b"))
     for entry, auc, pairs, bos in zip(metrics["arms"].values(), (0.6, None), (5, 1234), (0.25, None), strict=True):
@@ -558,7 +575,7 @@ def test_tables_of_findings_mass_and_cost_have_an_arm_a_line_or_a_column() -> No
     metrics["arms"]["b"]["cost"]["steps"] = None
     results = parse_metrics(metrics)
     found, mass, cost = finding_table(results), mass_table(results), cost_table(results)
-    assert found is not None and found.head == ["finding", "pairs", "a", "b"]
+    assert found is not None and found.head == ["word AUC ↑", "pairs", "a", "b"]
     assert found.rows == [["edema", "1,234", ".600", UNKNOWN], ["mass", "5", ".600", UNKNOWN]]
     assert mass is not None and mass.head == ["attention mass", "bos", "words"]
     assert mass.rows == [["a", ".250", ".125"], ["b", UNKNOWN, ".125"]]

@@ -10,7 +10,8 @@ from typing import Literal
 import numpy as np
 
 from distill.config import NO_LABEL
-from distill.tokens import GAP, WORD_END, WORD_START
+from distill.data.sample import ImageCaptionDataset
+from distill.tokens import GAP, WORD_END, WORD_START, find_words
 
 MS_CXR_QUERY_WORDS: dict[str, tuple[str, ...]] = {
     "atelectasis": ("atelectasis", "atelectatic"),
@@ -54,6 +55,21 @@ def query_words_for(finding: str, overrides: Mapping[str, Sequence[str]]) -> tup
         return MS_CXR_QUERY_WORDS[name]
     own = [word for word in re.findall(r"[^\W_]+", unicodedata.normalize("NFC", name)) if word not in _FUNCTION_WORDS]
     return tuple(dict.fromkeys(form for word in own for form in _forms(word)))
+
+
+def negated_findings(dataset: ImageCaptionDataset, index: int) -> tuple[str, ...]:
+    """Findings that the caption of a row names and its labels lack: it negates or doubts them.
+
+    Words that also name a finding of the labels ("pleural") say nothing about another.
+    """
+    caption, labels = dataset.caption(index), set(dataset.labels(index))
+    spans = {finding: find_words(caption, dataset.query_words[finding]) for finding in dataset.findings}
+    taken = [span for finding in labels for span in spans.get(finding, ())]
+    return tuple(
+        finding
+        for finding, own in spans.items()
+        if own and finding not in labels and not any(a < end and start < b for a, b in own for start, end in taken)
+    )
 
 
 def _forms(word: str) -> Iterable[str]:

@@ -22,9 +22,9 @@ from diffusers import LCMScheduler
 from tqdm.auto import tqdm
 
 from distill.config import FullEvaluation
-from distill.data.cache import model_fingerprint
 from distill.data.remembered import Remembered
 from distill.data.sample import ImageCaptionDataset
+from distill.evaluation.fidelity import Generated, compare, finding_labels
 from distill.evaluation.images import is_image, save_png
 from distill.evaluation.kept import Batches, Kept, digest, features_key, packed, unpacked, weights_of
 from distill.evaluation.localization import localization, query_key
@@ -33,8 +33,7 @@ from distill.evaluation.priors import priors_key
 from distill.evaluation.protocols import Query, RealLatents, queries, with_subset
 from distill.evaluation.word_maps import write_word_maps
 from distill.files import JsonObject, write_atomic, write_tensors
-from distill.metrics import FIDELITY, Diversity, fidelity_resamples, finding_auroc, frechet_distance, frechet_interval
-from distill.metrics.bootstrap import percentile_interval, resample_counts
+from distill.metrics import Diversity
 from distill.metrics.features import Features
 from distill.models.bits import check_finite, fewer_bits, megabytes
 from distill.models.blocks import model_size
@@ -44,15 +43,6 @@ from distill.tokens import Tokenizers
 
 def _batches(items: Sequence[object], size: int) -> Iterator[Sequence[Any]]:
     return (items[start : start + size] for start in range(0, len(items), size))
-
-
-@dataclass(frozen=True)
-class Generated:
-    """Images of one model, on the CPU: (count, 3, height, width) float32 in [0, 1], by data set index, and what was scored."""
-
-    indices: list[int]
-    features: torch.Tensor | None
-    scores: torch.Tensor | None
 
 
 def sampler(model: Model, config: FullEvaluation) -> Any:
@@ -161,9 +151,8 @@ def quality(
     bar.close()
     everyone = usable | dict(gather_object(list(made.items())))
     rows = [row for _, row in sorted(((order[k], everyone[k]) for k in range(len(order))), key=lambda pair: pair[0])]
-    generated = Generated(
-        sorted(order), *(_stack([unpacked(row[key]) for row in rows]) for key in ("values", "scores"))
-    )
+    values, scores = (_stack([unpacked(row[key]) for row in rows]) for key in ("values", "scores"))
+    generated = Generated(sorted(order), values, scores, [dataset.labels(i) for i in sorted(order)])
     everyones = gather_object(varied)
     diversity = _diversity(kept, diversity_of, everyones) if several and accelerator.is_main_process else None
     kept.close()
@@ -239,15 +228,6 @@ def images_key(config: FullEvaluation, weights: str, resolution: int, features: 
     return digest(settings, weights, resolution, features_key(features))
 
 
-def finding_labels(
-    dataset: ImageCaptionDataset, indices: Sequence[int], features: Features
-) -> tuple[list[int], torch.Tensor]:
-    """Columns of the classifier's scores that are findings of the data, and (images, columns) bool: what captions say."""
-    columns = [i for i, name in enumerate(features.findings) if name in {f.lower() for f in dataset.findings}]
-    labels = [[features.findings[c] in {x.lower() for x in dataset.labels(i)} for c in columns] for i in indices]
-    return columns, torch.tensor(labels)
-
-
 def save_features(images: Generated, dataset: ImageCaptionDataset, features: Features | None, path: Path) -> None:
     """What FID and finding AUC are of: indices (N,), features (N, d), and where there are some scores and labels (N, findings).
 
@@ -262,53 +242,6 @@ def save_features(images: Generated, dataset: ImageCaptionDataset, features: Fea
             tensors |= {"scores": images.scores[:, columns].contiguous(), "labels": labels}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, tensors)
-
-
-def compare(
-    generated: Generated,
-    real: Generated,
-    dataset: ImageCaptionDataset,
-    config: FullEvaluation,
-    features: Features | None,
-) -> JsonObject:
-    """FIDELITY of two sets of features, and the finding AUC of the first against its captions; null where none."""
-    result: JsonObject = dict.fromkeys((*FIDELITY, *(f"{name}_ci" for name in FIDELITY)))
-    result |= {"finding_auc": None, "finding_auc_ci": None}
-    ours, theirs = generated.features, real.features
-    if features is not None and ours is not None and theirs is not None and min(len(ours), len(theirs)) >= 2:
-        result |= fidelity(theirs, ours, config)
-    if features is not None and generated.scores is not None:
-        columns, labels = finding_labels(dataset, generated.indices, features)
-        if columns:
-            area = finding_auroc(generated.scores[:, columns], labels, config.bootstrap_samples, config.seed)
-            result["finding_auc"] = area["auc"]
-            result["finding_auc_ci"] = list(area["auc_ci"]) if area["auc_ci"] else None
-    used = {"features": features.name if features else None, "neighbours": config.neighbours}
-    return result | {"images": len(generated.indices)} | used | {"extractor": _extractor(features, real)}
-
-
-def _extractor(features: Features | None, real: Generated) -> JsonObject | None:
-    """What FIDELITY rests on, besides the generated images."""
-    if features is None or real.features is None:
-        return None
-    about = {"name": features.name, "weights": model_fingerprint(features), "resize": features.resize}
-    return about | {"dimensions": real.features.shape[1], "real_images": len(real.indices)}
-
-
-def fidelity(real: torch.Tensor, generated: torch.Tensor, config: FullEvaluation) -> JsonObject:
-    """FIDELITY, each with the interval of resamples of the images of both sides. real: (N, d), generated: (M, d)."""
-    samples = min(config.bootstrap_samples, 200)
-    counts = [
-        np.concatenate(list(resample_counts(len(side), samples, config.seed + place)))
-        for place, side in enumerate((real, generated))
-    ]
-    found: JsonObject = {"fid": frechet_distance(real, generated)}
-    interval = frechet_interval(real, generated, samples, config.seed)
-    found["fid_ci"] = list(interval) if interval else None
-    for name, (value, resampled) in fidelity_resamples(real, generated, config.neighbours, *counts).items():
-        interval = percentile_interval(resampled, 0.95)
-        found |= {name: value, f"{name}_ci": list(interval) if interval else None}
-    return found
 
 
 @torch.no_grad()
@@ -330,7 +263,8 @@ def real_images(
         values, scores = _extract(features, (pixels + 1) / 2, accelerator.device)
         rows += list(zip(batch, values, scores, strict=True))
     rows = sorted(gather_object(rows), key=lambda row: row[0])
-    return Generated([r[0] for r in rows], _stack([r[1] for r in rows]), _stack([r[2] for r in rows]))
+    labels = [dataset.labels(row[0]) for row in rows]
+    return Generated([r[0] for r in rows], _stack([r[1] for r in rows]), _stack([r[2] for r in rows]), labels)
 
 
 @dataclass(frozen=True)
@@ -432,11 +366,10 @@ def held_out(
     real = real_images(dataset, first, features, accelerator, config.batch_size)
     if accelerator.is_main_process:
         save_features(real, dataset, features, run_dir / "real" / "features.safetensors")
-    result = compare(real, Generated([], None, None), dataset, config, features)
+    halves = Generated([], None, None)
     if features is not None and len(others) == len(first) >= 2:
         halves = real_images(dataset, others, features, accelerator, config.batch_size)
-        assert real.features is not None and halves.features is not None
-        result |= fidelity(real.features, halves.features, config)
+    result = compare(real, halves, dataset, config, features, is_floor=True)
     result |= {"diversity": None}
     return HeldOut(
         dataset, examples, features, real, result, training, run_dir / "real", asked, copied_from, run_dir

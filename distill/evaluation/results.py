@@ -12,6 +12,8 @@ from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_ty
 _TOLERANCE = 1e-6
 SIGNIFICANT = 0.05
 """Memorization is found where p is below."""
+FEWEST_IMAGES = 20
+"""Images of a finding, generated and real, below which its quality is not measured."""
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,18 @@ class Extractor:
 
 
 @dataclass(frozen=True)
+class FindingQuality:
+    """Of the images whose captions state one finding."""
+
+    images: int
+    real_images: int
+    kid: AnyEstimate
+    density: Annotated[Estimate, 0.0, math.inf] = Estimate()
+    coverage: UnitEstimate = Estimate()
+    finding_auc: UnitEstimate = Estimate()
+
+
+@dataclass(frozen=True)
 class Quality:
     fid: AnyEstimate
     finding_auc: UnitEstimate
@@ -99,7 +113,11 @@ class Quality:
     recall: UnitEstimate = Estimate()
     density: Annotated[Estimate, 0.0, math.inf] = Estimate()
     coverage: UnitEstimate = Estimate()
+    finding_auc_negated: UnitEstimate = Estimate()
+    finding_auc_unmentioned: UnitEstimate = Estimate()
     extractor: Extractor | None = None
+    per_finding: Mapping[str, FindingQuality] | None = None
+    too_few: Mapping[str, int] | None = None
 
     @property
     def features_text(self) -> str:
@@ -170,6 +188,16 @@ class Arm:
         estimate: Estimate = getattr(found, name, Estimate())
         return estimate
 
+    def each_finding(self, key: str) -> dict[str, tuple[int, Estimate]]:
+        """Finding -> its pairs or images, and `key` of it."""
+        part, name = key.split(".")
+        if part == "quality":
+            quality = self.quality or Quality(Estimate(), Estimate(), Estimate(), 0, None)
+            few = {finding: (count, Estimate()) for finding, count in (quality.too_few or {}).items()}
+            return {f: (one.images, getattr(one, name)) for f, one in (quality.per_finding or {}).items()} | few
+        located: TokenMap | None = getattr(self.localization, part, None)
+        return {f: (one.pairs, Estimate(one.auc)) for f, one in located.per_finding.items()} if located else {}
+
 
 @dataclass(frozen=True)
 class Difference:
@@ -194,6 +222,12 @@ class Results:
         """All training seeds of the run, which may be of one arm each."""
         seeds = (self.provenance.get("seeds") or {}).get("training")
         return tuple(seeds) if isinstance(seeds, list) else () if seeds is None else (seeds,)
+
+    @property
+    def with_real(self) -> dict[str, Arm]:
+        """All arms, and the real images as if they were one."""
+        real = Arm(None, (self.real or {}).get("quality"), Cost(*[None] * 5))
+        return dict(self.arms) | ({"real images": real} if self.real else {})
 
     @property
     def seeds_an_arm(self) -> int:

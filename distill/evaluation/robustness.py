@@ -23,6 +23,7 @@ from tqdm.auto import tqdm
 
 from distill.attention.recording import attention_layers
 from distill.config import FullEvaluation
+from distill.data.captions import negated_findings
 from distill.data.sample import ImageCaptionDataset, Sample
 from distill.evaluation.protocols import PROTOCOLS, Query, open_recorder, prepare_inputs, queries, with_subset
 from distill.files import JsonObject
@@ -164,9 +165,7 @@ def negation_queries(dataset: ImageCaptionDataset, model: Model, count: int) -> 
             if tokens:
                 named[finding] = tokens
         stated = [f for f in named if f in labels]
-        # Words that also name a stated finding ("pleural") say nothing about the absent one.
-        taken = {token for f in stated for token in named[f]}
-        absent = [f for f in named if f not in labels and not taken & set(named[f])]
+        absent = [f for f in negated_findings(dataset, index) if f in named]
         if stated and absent:
             order = [*stated, *absent]
             findings = tuple(list(dataset.findings).index(f) for f in order)

@@ -5,12 +5,14 @@ from __future__ import annotations
 import time
 from pathlib import Path
 
+from distill.data.captions import query_words_for
 from distill.data.readers.folder import FolderDataset
 from distill.data.readers.records import RecordDataset
 from distill.data.sample import size_ids
 from distill.data_config import FolderData
 from distill.errors import UserError
-from distill.evaluation.evaluate import compare, finite, real_images
+from distill.evaluation.evaluate import finite, real_images
+from distill.evaluation.fidelity import compare
 from distill.evaluation.images import save_png
 from distill.evaluation.memorization import memorization
 from distill.experiment.run import Run
@@ -44,6 +46,7 @@ def read_images(folder: Path, resolution: int) -> RecordDataset:
         raise UserError(f"--images {folder} cannot be evaluated: {error}") from None
     # Those of the labels: they have no boxes, by which a folder's findings are named otherwise.
     found.findings = tuple(sorted({label for index in range(len(found)) for label in found.labels(index)}))
+    found.query_words = {name: query_words_for(name, {}) for name in found.findings}
     first: dict[str, str] = {}
     for index in range(len(found)):
         other = first.setdefault(found.fingerprint(index), found.image_key(index))

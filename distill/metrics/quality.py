@@ -157,11 +157,18 @@ class FindingAUROC(TypedDict):
 
 
 def finding_auroc(
-    scores: Tensor, labels: Tensor, samples: int = 1000, seed: int = 0, level: float = 0.95
+    scores: Tensor,
+    labels: Tensor,
+    samples: int = 1000,
+    seed: int = 0,
+    level: float = 0.95,
+    *,
+    counted: Tensor | None = None,
 ) -> FindingAUROC:
     """Area under the ROC curve of each finding, by torchmetrics, and its mean over the findings ("auc").
 
-    scores: (N, F) float, any monotone scale. labels: (N, F) bool, what the caption says.
+    scores: (N, F) float, any monotone scale. labels: (N, F) bool, what the caption says. counted: (N, F) bool, the images
+    that count for a finding; None counts all.
     A finding that all images or none have has no area (None) and is left out of the mean. "auc_ci" is a percentile
     bootstrap over images, in which a finding is left out of the resamples that lack one of its classes.
     Raises ValueError on other shapes, labels that are not bool, NaN or inf.
@@ -173,18 +180,24 @@ def finding_auroc(
     if not scores.isfinite().all():
         raise ValueError(f"{int((~scores.isfinite()).sum())} of {scores.numel()} scores are NaN or inf")
     scores, labels = scores.cpu(), labels.cpu()
-    usable = [index for index, column in enumerate(labels.T) if column.any() and not column.all()]
+    rows = torch.ones_like(labels) if counted is None else counted.cpu()
+    classes = [(labels[:, index] & own, ~labels[:, index] & own) for index, own in enumerate(rows.T)]
+    usable = [index for index, both in enumerate(classes) if all(side.any() for side in both)]
     # torchmetrics takes a sigmoid of scores outside [0, 1], in which large logits become equal. Ranks keep their order.
     ranks = {index: torch.unique(scores[:, index], return_inverse=True)[1].double() / len(scores) for index in usable}
     per_finding: list[float | None] = [None] * scores.shape[1]
     for index in usable:
-        per_finding[index] = float(binary_auroc(ranks[index], labels[:, index].long()))
+        own = rows[:, index]
+        per_finding[index] = float(binary_auroc(ranks[index][own], labels[own, index].long()))
     if not usable:
         return {"auc": None, "auc_ci": None, "per_finding": per_finding}
 
     statistics = [np.empty(0)]
     for counts in resample_counts(len(scores), samples, seed):
-        columns = [weighted_auroc(ranks[index].numpy(), labels[:, index].numpy(), counts) for index in usable]
+        columns = [
+            weighted_auroc(ranks[index].numpy(), labels[:, index].numpy(), counts * rows[:, index].numpy())
+            for index in usable
+        ]
         statistics.append(mean_of_defined(np.stack(columns, axis=1)))
     return {
         "auc": float(np.mean([per_finding[index] for index in usable])),

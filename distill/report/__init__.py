@@ -8,11 +8,6 @@ from distill.report.summary import terminal_summary
 from distill.report.tables import terminal_table
 
 __all__ = [
-    "mark_model_card",
-    "memorization_sentence",
-    "terminal_summary",
-    "terminal_table",
-    "validate_metrics",
-    "write_model_card",
+    "mark_model_card", "memorization_sentence", "terminal_summary", "terminal_table", "validate_metrics", "write_model_card",
     "write_report",
-]
+]  # fmt: skip

@@ -22,6 +22,8 @@ GENERATED, VAE, BEYOND, CONTROL = (
 )  # fmt: skip
 """Names of the comparisons in explain.json."""
 _BARS = 12
+_MANY = "many features together"
+_OF_THE_VAE = " What betrays the images is the VAE, and training the denoiser does not mend it."
 
 
 def interval(entry: JsonObject, key: str) -> str:
@@ -89,20 +91,14 @@ def _of_the_vae(main: JsonObject, vae: JsonObject, beyond: JsonObject) -> list[s
     if is_chance(vae):
         found = [f"The VAE alone leaves no trace that the detector finds: AUC {interval(vae, 'auc')}."]
     else:
-        named = ", ".join(feature["name"] for feature in betrayers(vae)) or "many features together"
-        found = [f"The VAE alone betrays itself with AUC {interval(vae, 'auc')}, by {named}."]
+        found = [f"The VAE alone betrays itself with AUC {interval(vae, 'auc')}, by {betrayers_text(vae, _MANY)}."]
     if is_chance(beyond):
-        blame = (
-            ""
-            if is_chance(main)
-            else " What betrays the images is the VAE, and training the denoiser does not mend it."
-        )
-        return [
-            *found,
-            f"Against real images through the VAE, generated ones pass: AUC {interval(beyond, 'auc')}.{blame}",
-        ]
-    named = ", ".join(feature["name"] for feature in betrayers(beyond)) or "many features together"
-    return [*found, f"The denoiser's own faults have AUC {interval(beyond, 'auc')}, by {named}."]
+        passes = f"Against real images through the VAE, generated ones pass: AUC {interval(beyond, 'auc')}."
+        return [*found, passes + ("" if is_chance(main) else _OF_THE_VAE)]
+    return [
+        *found,
+        f"The denoiser's own faults have AUC {interval(beyond, 'auc')}, by {betrayers_text(beyond, _MANY)}.",
+    ]
 
 
 def importance_chart(entry: JsonObject) -> Picture:
@@ -186,8 +182,8 @@ def sections(comparisons: Mapping[str, JsonObject], images: Sequence[Image.Image
     ]
 
 
-def betrayers_text(entry: JsonObject) -> str:
-    return ", ".join(feature["name"] for feature in betrayers(entry)) or "–"
+def betrayers_text(entry: JsonObject, none: str = "–") -> str:
+    return ", ".join(feature["name"] for feature in betrayers(entry)) or none
 
 
 def _row(feature: JsonObject) -> list[str]:

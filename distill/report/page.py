@@ -118,8 +118,9 @@ def _sections(run_dir: Path, results: Results, charts: Sequence[Picture], notes:
     arms = list(results.arms)
     losses = figures.curve_charts(_curves(run_dir, arms, "train_log.jsonl", notes), arms, "loss")
     located = figures.curve_charts(_curves(run_dir, arms, "localization_log.jsonl", notes), arms, "localization")
-    found = (tables.difference_table(results), tables.mass_table(results), tables.finding_table(results))
-    paired, mass, findings = ([table] if table else [] for table in found)
+    found = (tables.difference_table(results), tables.mass_table(results))
+    paired, mass = ([table] if table else [] for table in found)
+    findings = [table for metric in tables.EACH_FINDING if (table := tables.finding_table(results, metric))]
     better = {1: "↑ higher", -1: "↓ lower", 0: "neither"}
     rows = [[m.name, better[m.direction], m.meaning] for m in tables.METRICS]
     meaning = Table(["metric", "better", "meaning"], [*rows, ["cost", better[-1], tables.COST]])
@@ -132,7 +133,7 @@ def _sections(run_dir: Path, results: Results, charts: Sequence[Picture], notes:
         Section("All models", [said, shares] if mass else [said], charts, [tables.results_table(results), *mass]),
         *memorization_section(run_dir, results),
         Section("Differences", [differs], [], paired),
-        Section("Word AUC of each finding", ["A finding with few pairs has a wide margin."], [], findings),
+        Section("Each finding", [tables.OF_FINDINGS], [], findings),
         Section("More measures", [], [], details, folded=True),
         Section("Training", [], [*losses, *located]),
         Section("Cost and size", [], [], [tables.cost_table(results)]),

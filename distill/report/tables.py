@@ -9,7 +9,7 @@ from rich import box
 from rich.table import Table as RichTable
 from rich.text import Text as RichText
 
-from distill.evaluation.results import Arm, Cost, Difference, Estimate, Results, parse_metrics
+from distill.evaluation.results import FEWEST_IMAGES, Difference, Estimate, Results, parse_metrics
 from distill.report.document import UNKNOWN, Cell, Table
 
 
@@ -30,13 +30,9 @@ class Metric:
 
 _WORD = "The chance that a finding's word map is higher inside the finding's region than outside. .5 is chance, 1 is perfect."
 _ADDS = "Word AUC of an image's own map minus that of other images' maps. 0 means that the map ignores the image."
-_WITHIN = (
-    "Word AUC among pixels where training images have the finding equally often. .5 is chance, also for blind maps."
-)
+_WITHIN = "Word AUC among pixels where training images have the finding equally often. A blind map has .5."
 _ENCODER = "Where the prediction changes if the finding's words are padding in the text. The AUC of that map."
-_DENOISER = (
-    "The same if the words are padding only after the text encoder, so that other tokens keep what they took over."
-)
+_DENOISER = "The same with padding only after the text encoder, so that other tokens keep what they took over."
 _FID = "Distance between features of generated and real images. Compare only values of one table."
 _FINDING = "A classifier of real images looks for the caption's findings in each generated image."
 WORD_AUC = Metric("word.auc", "word AUC", 1, _WORD)
@@ -59,11 +55,15 @@ RECALL = Metric("quality.recall", "recall", 1, "Share of real images that lie am
 DENSITY = Metric("quality.density", "density", 1, "How many real images lie around generated ones. 1 is ideal.")
 COVERAGE = Metric("quality.coverage", "coverage", 1, "Share of real images that have a generated one near them.")
 FINDING_AUC = Metric("quality.finding_auc", "finding AUC", 1, _FINDING)
+NEGATED = Metric("quality.finding_auc_negated", "finding AUC, negated", 1, "The same against captions that negate it.")
+UNNAMED = Metric("quality.finding_auc_unmentioned", "finding AUC, unnamed", 1, "The same against captions without it.")
 DIVERSITY = Metric("quality.diversity", "diversity", 0, "How much images of one caption differ, 1 - MS-SSIM.")
+EACH_FINDING = (WORD_AUC, KID, DENSITY, COVERAGE, FINDING_AUC)
+OF_FINDINGS = f"Few images give a wide margin. Quality needs {FEWEST_IMAGES} generated and real images of a finding."
 COST = "Images through a denoiser, forward 1 and backward 2, teachers and their training included, over the baseline's."
 MAIN = (WORD_AUC, IMAGE_ADDS, OTHER, CNR, TOP1, IOU, EOS_AUC, PADDING_AUC, FID, KID, FINDING_AUC, DIVERSITY)
 CAUSAL = (CAUSAL_ENCODER, CAUSAL_ENCODER_ADDS, CAUSAL_DENOISER, CAUSAL_DENOISER_ADDS)
-DETAILS = (WITHIN_PRIOR, *CAUSAL, PRECISION, RECALL, DENSITY, COVERAGE)
+DETAILS = (WITHIN_PRIOR, *CAUSAL, PRECISION, RECALL, DENSITY, COVERAGE, NEGATED, UNNAMED)
 """Shown in tables of their own."""
 METRICS = (*MAIN, *DETAILS)
 
@@ -122,8 +122,7 @@ def results_table(results: Results, wanted: Sequence[Metric] = MAIN) -> Table:
     cost if it is known."""
     shown = [m for m in wanted if any(arm.estimate(m.key).value is not None for arm in results.arms.values())]
     rows: list[list[str | Cell]] = []
-    real = Arm(None, (results.real or {}).get("quality"), Cost(*[None] * 5))
-    for name, arm in [*results.arms.items(), *([("real images", real)] if results.real else [])]:
+    for name, arm in results.with_real.items():
         rows.append([name, *(Cell(*format_estimate(arm.estimate(m.key), m)) for m in shown)])
     located = next((arm.localization for arm in results.arms.values() if arm.localization), None)
     for name, prior in ((located and located.priors) or {}).items():
@@ -134,8 +133,7 @@ def results_table(results: Results, wanted: Sequence[Metric] = MAIN) -> Table:
     head, costs = ["model", *(m.label for m in shown)], relative_costs(results)
     if costs and wanted is not DETAILS:
         head.append("cost")
-        for row in rows:
-            row.append(costs.get(str(row[0]), UNKNOWN))
+        rows = [[*row, costs.get(str(row[0]), UNKNOWN)] for row in rows]
     return Table(head, rows, "numbers", "results of all models")
 
 
@@ -177,16 +175,16 @@ def difference_table(results: Results, wanted: Sequence[Metric] = MAIN) -> Table
     return Table(["", *(m.label for m in shown)], rows, "numbers", "paired differences") if rows and shown else None
 
 
-def finding_table(results: Results) -> Table | None:
-    """Word AUC of every finding (rows) in every arm (columns); None where no arm has any."""
-    words = {name: arm.localization and arm.localization.word for name, arm in results.arms.items()}
-    findings = {name: word.per_finding if word else {} for name, word in words.items()}
+def finding_table(results: Results, metric: Metric = WORD_AUC) -> Table | None:
+    """Every finding (rows) in every arm and in real images (columns) that have any; None where none has."""
+    found = {name: own for name, arm in results.with_real.items() if (own := arm.each_finding(metric.key))}
     rows: list[list[str | Cell]] = []
-    for finding in dict.fromkeys(name for found in findings.values() for name in found):
-        cells = [found.get(finding) for found in findings.values()]
-        aucs = [UNKNOWN if cell is None or cell.auc is None else format_number(cell.auc, 3) for cell in cells]
-        rows.append([finding, format_count(max(cell.pairs for cell in cells if cell)), *aucs])
-    return Table(["finding", "pairs", *findings], rows, "numbers", "word AUC of each finding") if rows else None
+    for finding in dict.fromkeys(name for own in found.values() for name in own):
+        each = [own.get(finding, (0, Estimate())) for own in found.values()]
+        rows.append([finding, format_count(max(count for count, _ in each))])
+        rows[-1] += [" ".join(format_estimate(estimate, metric)).strip() for _, estimate in each]
+    what = "pairs" if metric is WORD_AUC else "images"
+    return Table([metric.label, what, *found], rows, "numbers", f"{metric.name} of each finding") if rows else None
 
 
 def mass_table(results: Results) -> Table | None:
