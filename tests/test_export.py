@@ -274,6 +274,18 @@ def test_another_alpha_in_the_file_makes_the_proof_fail(folder: Path, tmp_path: 
         prove_parity(make_trained(folder, case), mutated, "cpu")
 
 
+def test_the_proof_allows_a_small_output_the_rounding_of_numbers_near_one(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(folder, "sd", None)
+    outputs = iter([torch.full((2,), 0.01), torch.full((2,), 0.01 + 9e-6)])
+    monkeypatch.setattr("distill.models.export.fixed_output", lambda model, device: next(outputs))
+    assert prove_parity(model, model, "cpu") == pytest.approx(9e-6, rel=1e-3)
+    outputs = iter([torch.full((2,), 0.01), torch.full((2,), 0.01 + 1.1e-5)])
+    with pytest.raises(UserError, match="do not give the trained model's outputs"):
+        prove_parity(model, model, "cpu")
+
+
 def test_a_base_that_was_rounded_for_training_is_proved_as_strictly(folder: Path, tmp_path: Path) -> None:
     trained = make_trained(folder, "sd-lora")
     for module in (trained.denoiser, *trained.text_encoders):

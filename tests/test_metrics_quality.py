@@ -26,7 +26,7 @@ from distill.metrics import (
     macro_mean_interval,
     ms_ssim_betas,
 )
-from distill.metrics.bootstrap import resample_counts
+from distill.metrics.bootstrap import percentile_interval, resample_counts
 from distill.metrics.features import load_features
 
 
@@ -235,6 +235,12 @@ def test_bootstrap_interval_covers_the_mean_as_often_as_it_says() -> None:
         assert interval is not None
         hits += interval[0] <= 2.0 <= interval[1]
     assert 0.88 <= hits / 200 <= 0.99
+
+
+@pytest.mark.parametrize("level", [0.0, 1.0, 1.5, 95])
+def test_the_level_of_an_interval_is_a_share(level: float) -> None:
+    with pytest.raises(ValueError, match=f"level must be in .* got {level}"):
+        percentile_interval(np.array([1.0, 2.0]), level)
 
 
 def test_bootstrap_draws_clusters_and_not_rows() -> None:

@@ -33,7 +33,7 @@ from distill.methods.attention_distillation import check_same_shape
 from distill.methods.options import DenoisingOptions
 from distill.models.adapters import add_lora, check_lora_targets, lora_targets, parameter_counts, prepare_training
 from distill.models.export import adapter_state, export
-from distill.models.family import Model
+from distill.models.family import Model, text_faults
 from distill.models.loading import LORA_FILE, load_model
 from distill.trainer import fit, make_accelerator
 
@@ -66,6 +66,18 @@ def test_a_noise_schedule_has_steps_with_shares_of_noise(sd: Model, betas: list[
     assert faults == ([] if is_legal else [
         "scheduler: its betas must be in 0 .. 1; look at beta_start, beta_end and trained_betas"
     ])  # fmt: skip
+
+
+def test_a_tokenizer_makes_no_more_tokens_than_the_text_encoder_has_positions(
+    sd: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    positions = sd.text_encoders[0].config.max_position_embeddings
+    assert not text_faults(sd)
+    monkeypatch.setattr(sd.tokenizers[0], "model_max_length", positions + 1)
+    (fault,) = text_faults(sd)
+    assert (
+        f"model_max_length is {positions + 1}; expected a whole number of 3 to {positions}, the positions of" in fault
+    )
 
 
 def test_a_scheduler_without_a_share_of_signal_is_refused(sd: Model) -> None:

@@ -206,7 +206,8 @@ def test_the_same_command_again_neither_trains_nor_evaluates(
     run("finetune", argv)
     assert {name: ((folder / name).read_bytes(), (folder / name).stat().st_mtime_ns) for name in before} == before
     assert read_metrics(folder)["arms"] == arms and (folder / "config.yaml").read_bytes() == config
-    assert "model: already trained" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "model: already trained" in said and f"\nmodel: {folder}\n" in said and "\nbase: /" not in said
 
 
 def test_another_configuration_in_the_same_folder_is_refused(

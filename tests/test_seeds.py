@@ -28,6 +28,7 @@ from distill.evaluation.seeds import (
     of_resamples,
     run_folders,
 )
+from distill.experiment.sharing import share_base
 from distill.metrics import FIDELITY, fidelity_resamples, kernel_distance
 from distill.metrics.bootstrap import resample_counts
 from distill.metrics.quality import frechet_distance
@@ -321,3 +322,17 @@ def test_what_one_seed_lacks_has_no_mean(tmp_path: Path) -> None:
     found = combine(tmp_path, samples=2)["arms"]["frozen"]
     assert found["quality"]["finding_auc"] is None and found["quality"]["fid"] == 1.5
     assert found["per_seed"]["0"]["quality.finding_auc"] == 0.5 and found["per_seed"]["1"]["quality.fid"] == 2.0
+
+
+def test_the_evaluation_of_the_base_is_that_of_another_seed(tmp_path: Path) -> None:
+    (tmp_path / "seed-0" / "base" / "samples").mkdir(parents=True)
+    (tmp_path / "seed-0" / "base" / "samples" / "0000.png").write_bytes(b"drawn")
+    target = tmp_path / "seed-1" / "base"
+    share_base([tmp_path], target)
+    assert not target.exists(), "seed 0 is not complete"
+    (tmp_path / "seed-0" / "metrics.json").write_text("{}")
+    share_base([tmp_path], target)
+    assert (target / "samples" / "0000.png").read_bytes() == b"drawn"
+    (tmp_path / "seed-0" / "base" / "samples" / "0000.png").write_bytes(b"another")
+    share_base([tmp_path], target)
+    assert (target / "samples" / "0000.png").read_bytes() == b"drawn", "what is there stays"
