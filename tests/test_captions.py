@@ -71,6 +71,7 @@ def test_whole_words_in_any_case_with_hyphens_between() -> None:
         "pleural effusion",
         "pleural-effusion",
     ]
+    assert spans_of("pleural effusion", ("pleural", "pleural effusion")) == ["pleural effusion"], "the longest"
     assert find_words("anything", ()) == find_words("anything", ("", " ")) == find_words("", ("edema",)) == []
 
 

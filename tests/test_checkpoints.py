@@ -56,6 +56,20 @@ def killed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_every_file_is_on_the_disk_before_the_checkpoint_has_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flushed: set[str] = set()
+
+    def fsync(descriptor: int) -> None:
+        flushed.add(os.path.realpath(f"/proc/self/fd/{descriptor}"))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    train(LeastSquares(), tmp_path, max_steps=2, checkpoint_every_steps=2)
+    (folder,) = (tmp_path / "state").iterdir()
+    assert {Path(name).name for name in flushed} >= {path.name for path in folder.iterdir()}
+
+
 # Damage
 
 

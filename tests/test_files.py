@@ -62,6 +62,13 @@ def test_folders_are_made_and_what_was_written_is_read(tmp_path: Path) -> None:
     assert torch.equal(load_file(tmp_path / "c" / "d.safetensors")["t"], torch.arange(3.0))
 
 
+@pytest.mark.parametrize("length", range(8))
+def test_tensors_with_metadata_begin_at_a_multiple_of_eight_bytes(tmp_path: Path, length: int) -> None:
+    path = write_tensors(tmp_path / "a.safetensors", {"a": torch.ones(2)}, {"key": "v" * length})
+    assert int.from_bytes(path.read_bytes()[:8], "little") % 8 == 0
+    assert torch.equal(load_file(path)["a"], torch.ones(2))
+
+
 def test_json_without_a_number_that_is_not_finite(tmp_path: Path) -> None:
     path = write_json(tmp_path / "a.json", {"x": 1})
     with pytest.raises(ValueError, match="not JSON compliant"):
