@@ -28,6 +28,8 @@ HARMLESS = Field(json_schema_extra={ON_RESUME: "harmless"})
 made anew. An option without such a mark must stay as it was."""
 MAY_GROW = Field(json_schema_extra={ON_RESUME: "may_grow"})
 """Of an option that may be larger when a run folder is continued."""
+MAY_GAIN = Field(json_schema_extra={ON_RESUME: "may_gain"})
+"""Of a mapping that may have further entries when a run folder is continued."""
 
 
 def once(values: Many) -> Many:

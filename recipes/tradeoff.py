@@ -25,7 +25,7 @@ from distill.cli import main
 from distill.config import RunConfig, TrainerConfig
 from distill.configuration import renamed as old
 from distill.methods.training import ArmConfig
-from distill.settings import HARMLESS, Count, Seed, Text, Texts, once
+from distill.settings import HARMLESS, MAY_GAIN, Count, Seed, Text, Texts, once
 
 if TYPE_CHECKING:
     from distill.experiment.arms import Arm
@@ -50,7 +50,7 @@ class TradeoffConfig(RunConfig):
         "trainer.learning_rate", "output_dir",
     )  # fmt: skip
     renamed: ClassVar[dict[str, str]] = old.TRADEOFF
-    arms: dict[str, ArmConfig] = Field(default_factory=dict)
+    arms: Annotated[dict[str, ArmConfig], MAY_GAIN] = Field(default_factory=dict)
     """Name -> how the arm is trained: the options of finetune.py's model, `like` and learning rates of its own."""
     compare_to: Annotated[Texts, HARMLESS] = ()
     """Arms that all others are compared with. Empty takes the first."""

@@ -71,13 +71,19 @@ def test_every_option_that_may_not_differ_is_named_with_both_values(tmp_path: Pa
     ]
 
 
-def test_options_of_one_arm_are_named_and_an_arm_that_is_new(tmp_path: Path) -> None:
-    old = ["--arms", "{a: {max_steps: 5}, b: {denoiser: lora, lora: {rank: 2}}}"]
-    new = ["--arms", "{a: {max_steps: 6}, b: {denoiser: lora, lora: {rank: 4}}, c: {}}"]
+def test_options_of_one_arm_are_named_and_an_arm_that_is_gone(tmp_path: Path) -> None:
+    old = ["--arms", "{a: {max_steps: 5}, b: {denoiser: lora, lora: {rank: 2}}, c: {}, d: {}}"]
+    new = ["--arms", "{a: {max_steps: 6}, b: {denoiser: lora, lora: {rank: 4}}, d: {max_steps: 4}}"]
     with pytest.raises(UserError) as caught:
         claimed(tmp_path, "tradeoff", old, new)
-    lines = str(caught.value).splitlines()[1:]
-    assert lines == ["  - arms.b.lora.rank: 2 there, 4 now", "  - arms.c: none there, {} now"]
+    first, gone, last = str(caught.value).splitlines()[1:]
+    assert first == "  - arms.b.lora.rank: 2 there, 4 now" and last == "  - arms.d.max_steps: none there, 4 now"
+    assert gone.startswith("  - arms.c: {") and gone.endswith(" there, none now")
+
+
+def test_a_comparison_may_get_further_arms(tmp_path: Path) -> None:
+    new = "{a: {max_steps: 5}, b: {denoiser: lora, lora: {rank: 2}}}"
+    claimed(tmp_path, "tradeoff", ["--arms", "{a: {max_steps: 5}}"], ["--arms", new])
 
 
 @pytest.mark.parametrize(("old", "new", "passes"), [("5", "6", True), ("6", "5", False)])

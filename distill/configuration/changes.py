@@ -24,7 +24,7 @@ class Change:
     def is_allowed(self) -> bool:
         """Whether a run folder with the old value may be continued with the new one."""
         grows = self.rule == "may_grow" and isinstance(self.old, int) and isinstance(self.new, int)
-        return self.rule == "harmless" or (grows and self.new > self.old)
+        return self.rule in ("harmless", "new_entry") or (grows and self.new > self.old)
 
     def __str__(self) -> str:
         return f"{self.key}: {shown(self.old)} there, {shown(self.new)} now"
@@ -37,7 +37,8 @@ def changes(old: Any, new: Any, path: tuple[str, ...] = (), rule: str = "") -> I
             yield from changes(getattr(old, name), getattr(new, name), (*path, name), rule or _rule(type(new), name))
     elif isinstance(old, dict) and isinstance(new, dict):
         for name in old | new:
-            yield from changes(old.get(name), new.get(name), (*path, name), rule)
+            own = rule if rule != "may_gain" else "" if name in old else "new_entry"
+            yield from changes(old.get(name), new.get(name), (*path, name), own)
     elif isinstance(old, Settings) and isinstance(new, Settings):
         yield Change(dotted((*path, KIND)), getattr(old, KIND, None), getattr(new, KIND, None), rule)
     elif old != new:
