@@ -222,10 +222,21 @@ class EvaluationConfig(Settings):
         return FullEvaluation.model_validate(self.model_dump() | options)
 
 
+AnyPart = Literal["localization", "quality", "memorization", "utility"]
+AnyParts = Annotated[tuple[AnyPart, ...], Field(min_length=1), AfterValidator(once), HARMLESS]
+
+
 class FullEvaluation(EvaluationConfig):
     """Quality and localization, measured on held-out images."""
 
     renamed: ClassVar[dict[str, str]] = {}
+    parts: AnyParts = ("localization", "quality")  # type: ignore[assignment]
+    """What to measure: attention maps (localization), generated images (quality), copies of training images (memorization), and
+    how well classifiers learn from generated images (utility). What was measured before is kept."""
+    utility_steps: Annotated[Count, HARMLESS] = 300
+    """Training steps of each of the classifiers of utility."""
+    utility_seeds: Annotated[int, Field(ge=2, le=100), HARMLESS] = 5
+    """Seeds of the classifiers of utility, over which its intervals are. Each trains three classifiers."""
     protocol: Literal["ours", "dombrowski", "vilouras"] = "ours"
     """How maps are made and compared. ours is fast; dombrowski and vilouras are as published, and much slower."""
     ground_truth: Literal["auto", "mask", "boxes"] = "auto"

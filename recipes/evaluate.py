@@ -1,4 +1,4 @@
-"""Quality, localization and memorization of a base, of a trained run on it, or of a folder of images; writes the report.
+"""Quality, localization, memorization and utility of a base, of a trained run on it, or of a folder of images, and the report.
 
 accelerate launch recipes/evaluate.py --config recipes/configs/phantom/evaluate.yaml --run checkpoints/finetune
 """

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from recipe import recipe_module, refusal_of
+from test_memorization import drawing, evaluate_argv, image_folder
+from test_reuse import never
 
-from distill.evaluation.utility import Labelled, mean_auc, train_classifier, utility
+from distill.cli import parse
+from distill.config import EvaluationConfig
+from distill.data.phantom.dataset import PhantomDataset
+from distill.errors import UserError
+from distill.evaluation import evaluate as module
+from distill.evaluation.utility import FEWEST, Labelled, Task, mean_auc, train_classifier, utility
 
 
 def with_squares(count: int, seed: int) -> Labelled:
@@ -27,18 +38,96 @@ def wrong(data: Labelled) -> Labelled:
 
 def test_good_images_are_worth_as_much_as_real_ones_and_wrong_labels_nothing() -> None:
     real, held_out = with_squares(64, 0), with_squares(64, 1)
-    good = utility(real, with_squares(64, 2), held_out, steps=40, seeds=(0, 1))
-    assert good["real"]["auc"] > 0.9 and good["generated"]["auc"] > 0.9
-    assert good["generated_minus_real"]["per_seed"] == pytest.approx(
-        np.subtract(good["generated"]["per_seed"], good["real"]["per_seed"])
+    good = utility(real, with_squares(64, 2), held_out, steps=25, seeds=(0, 1))
+    assert good["real"] > 0.9 and good["generated"] > 0.9
+    assert good["generated_minus_real_per_seed"] == pytest.approx(
+        np.subtract(good["generated_per_seed"], good["real_per_seed"])
     )
-    assert good["images"] == {"real": 64, "generated": 64, "both": 128} and good["held_out"] == 64
-    assert good["real"]["auc_ci"][0] <= good["real"]["auc"] <= good["real"]["auc_ci"][1]
-    bad = mean_auc(train_classifier(wrong(with_squares(64, 2)), 40, 0), held_out)
-    assert abs(bad - 0.5) < 0.2 < good["generated"]["auc"] - bad
+    assert (good["images"], good["real_images"], good["held_out_images"]) == (64, 64, 64)
+    assert good["real_ci"][0] <= good["real"] <= good["real_ci"][1]
+    bad = mean_auc(train_classifier(wrong(with_squares(64, 2)), 25, 0), held_out)
+    assert abs(bad - 0.5) < 0.2 < good["generated"] - bad
 
 
 def test_a_classifier_is_decided_by_its_data_and_seed() -> None:
     data = with_squares(40, 0)
     first, again, other = (train_classifier(data, 3, seed)(data.images) for seed in (0, 0, 1))
     assert torch.equal(first, again) and not torch.equal(first, other)
+
+
+# --- the recipe -----------------------------------------------------------------------------------------------------
+
+
+def phantoms(count: int = 60) -> PhantomDataset:
+    return PhantomDataset("test", count, 0, 64)
+
+
+def test_no_patient_is_on_both_sides_and_findings_are_mixed_on_both() -> None:
+    class OfPatients(PhantomDataset):
+        def patient(self, index: int) -> str:
+            return f"p{index // 4}"
+
+    dataset = OfPatients("test", 60, 0, 64)
+    task = Task.of(dataset, range(0, 22))
+    assert list(task.tested) == list(range(24, 60)), "rows 22 and 23 are of the patient of row 21"
+    stated = {name: sum(name in dataset.labels(row) for row in task.tested) for name in task.findings}
+    assert stated and all(FEWEST <= count <= 36 - FEWEST for count in stated.values())
+    with pytest.raises(
+        UserError, match="trained on 58 images .*tested on the 2 other held-out ones.*leave utility out"
+    ):
+        Task.of(phantoms(), range(58))
+
+
+def test_each_image_keeps_its_own_labels() -> None:
+    dataset, rows = phantoms(), [*range(3, 40)]
+    task = Task(dataset, rows, range(40, 60), ("pleural effusion", "edema"))
+    found = task._labelled(rows, lambda row: dataset[row].pixel_values, dataset.labels)
+    assert found.labels.tolist() == [[name in dataset.labels(row) for name in task.findings] for row in rows]
+    alone = Labelled.of(dataset[rows[-1]].pixel_values[None], found.labels[-1:])
+    assert len(found) == 37 and torch.equal(found.images[-1:], alone.images)
+
+
+def argv_of(tmp_path: Path, *more: str) -> list[str]:
+    argv = evaluate_argv(tmp_path, "--evaluation.utility_steps", "3", "--evaluation.utility_seeds", "2", *more)
+    argv[argv.index("--data.test_size") + 1], argv[argv.index("--evaluation.generated_images") + 1] = "60", "30"
+    argv[argv.index("quality,memorization")] = "utility"
+    return argv
+
+
+def test_the_recipe_measures_utility_and_keeps_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(module, "generate", drawing(phantoms()))
+    recipe = recipe_module("evaluate")
+    recipe.evaluate(parse(recipe.EvaluateConfig, argv_of(tmp_path)))
+    found = json.loads((tmp_path / "out/metrics.json").read_text())["arms"]["base"]
+    assert found["quality"] is None and "memorization" not in found
+    utility = found["utility"]
+    assert (utility["images"], utility["real_images"], utility["held_out_images"]) == (30, 30, 30)
+    # The drawn images are the real ones.
+    assert utility["generated_per_seed"] == utility["real_per_seed"] and utility["generated_minus_real"] == 0
+    assert "| utility, over real ↑ |" in (tmp_path / "out/report.md").read_text()
+    monkeypatch.setattr(module, "generate", never)
+    recipe.evaluate(parse(recipe.EvaluateConfig, argv_of(tmp_path)))
+    assert "base: utility is already evaluated" in capsys.readouterr().out
+    recipe.evaluate(parse(recipe.EvaluateConfig, argv_of(tmp_path, "--evaluation.utility_steps", "2")))
+    printed = capsys.readouterr().out
+    assert "base: utility is measured anew: evaluation.utility_steps was 3 and is 2" in printed
+    argv = argv_of(tmp_path)
+    argv[argv.index("--evaluation.generated_images") + 1] = "59"
+    assert "tested on the 1 other held-out ones" in refusal_of(recipe.evaluate, recipe.EvaluateConfig, argv, capsys)
+
+
+def test_images_of_another_tool_have_a_utility(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "generate", never)
+    images = image_folder(tmp_path / "images", PhantomDataset("train", 16, 0, 64), 16)
+    recipe = recipe_module("evaluate")
+    recipe.evaluate(parse(recipe.EvaluateConfig, argv_of(tmp_path, "--images", str(images))))
+    utility = json.loads((tmp_path / "out/metrics.json").read_text())["arms"]["images"]["utility"]
+    assert (utility["images"], utility["real_images"], utility["held_out_images"]) == (16, 30, 30)
+    assert len(utility["both_per_seed"]) == 2 and utility["findings"]
+
+
+def test_an_arm_of_tradeoff_has_no_utility() -> None:
+    with pytest.raises(ValueError, match="utility"):
+        EvaluationConfig(parts=("utility",))  # type: ignore[arg-type]

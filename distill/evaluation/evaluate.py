@@ -25,12 +25,13 @@ from distill.config import FullEvaluation
 from distill.data.remembered import Remembered
 from distill.data.sample import ImageCaptionDataset
 from distill.evaluation.fidelity import Generated, compare, finding_labels
-from distill.evaluation.images import is_image, save_png
+from distill.evaluation.images import is_image, read_png, save_png
 from distill.evaluation.kept import Batches, Kept, digest, features_key, packed, unpacked, weights_of
 from distill.evaluation.localization import localization, query_key
 from distill.evaluation.memorization import memorization
 from distill.evaluation.priors import priors_key
 from distill.evaluation.protocols import Query, RealLatents, queries, with_subset
+from distill.evaluation.utility import Task
 from distill.evaluation.word_maps import write_word_maps
 from distill.files import JsonObject, write_atomic, write_tensors
 from distill.metrics import Diversity
@@ -286,7 +287,7 @@ class HeldOut:
 
     def made_of(self, model: Model, weights: str, config: FullEvaluation, resolution: int) -> dict[str, JsonObject]:
         """Part of the evaluation -> the hashes and options that decide it. features: None where they were not loaded."""
-        located = with_subset(config, model).model_dump(mode="json", exclude={*OF_NO_NUMBER, *OF_QUALITY})
+        located = with_subset(config, model).model_dump(mode="json", exclude={*OF_NO_NUMBER, *OF_QUALITY, *OF_UTILITY})
         drawn = config.model_dump(mode="json", include={*OF_QUALITY, *OF_BOTH})
         order = evaluation_order(self.dataset, self.examples, config.generated_images)
         captions = [[i, self.dataset.caption(i), self.dataset.fingerprint(i), self.dataset.labels(i)] for i in order]
@@ -295,6 +296,7 @@ class HeldOut:
         compared: list[list[str]] | None = None
         if self.copied_from is not None and "memorization" in config.parts:
             compared = [[pool.fingerprint(i) for i in range(len(pool))] for pool in (self.copied_from, self.dataset)]
+        tested = [[self.dataset.fingerprint(i), self.dataset.labels(i)] for i in range(len(self.dataset))]
         extracted = digest(features_key(self.features)) if self.features else None
         return {
             "localization": {"weights": weights, "data": digest(pairs, told, self.examples), "options": located},
@@ -310,6 +312,12 @@ class HeldOut:
                 "features": extracted,
                 "options": {key: drawn[key] for key in (*OF_IMAGES, "seed", "bootstrap_samples", "generated_images")},
             },
+            "utility": {
+                "weights": weights,
+                "data": digest(captions, tested, resolution),
+                "options": {key: drawn[key] for key in (*OF_IMAGES, "seed", "generated_images")}
+                | config.model_dump(mode="json", include={*OF_UTILITY}),
+            },
         }
 
 
@@ -318,6 +326,8 @@ OF_NO_NUMBER = ("parts", "batch_size", "memorization_limit")
 OF_QUALITY = ("generated_images", "diversity_captions", "diversity_samples", "num_inference_steps", "guidance_scale",
               "scheduler", "features", "neighbours")  # fmt: skip
 """Options of evaluation that change quality alone."""
+OF_UTILITY = ("utility_steps", "utility_seeds")
+"""Options of evaluation that change utility alone."""
 OF_BOTH = ("seed", "bootstrap_samples", "examples", "quantization", "dtype")
 """Options of evaluation that change quality as well as localization."""
 
@@ -389,7 +399,7 @@ def evaluate(
     weights: str | None = None,
 ) -> JsonObject:
     """{"localization", "quality", "size", "seconds": {"localization_seconds", "evaluation_seconds"}} of one model, and
-    "memorization" if that is measured.
+    "memorization" and "utility" if they are measured.
 
     parts: those to measure, by default config.parts; the others are None. weights: kept.weights_of the model.
     """
@@ -411,8 +421,8 @@ def evaluate(
     localization_seconds = time.perf_counter() - began
     if "localization" in parts:
         write_word_maps(model, against.dataset, config, **shared)
-    looks_for_copies = "memorization" in parts
-    if "quality" in parts or looks_for_copies:
+    of_images = [part for part in ("memorization", "utility") if part in parts]
+    if "quality" in parts or of_images:
         drawn = quality(
             model,
             against.dataset,
@@ -420,12 +430,14 @@ def evaluate(
             resolution=resolution,
             features=against.features,
             real=against.real,
-            keep_images=looks_for_copies,
+            keep_images=bool(of_images),
             **own,
         )
-    copied: JsonObject = {}
-    if looks_for_copies:
-        copied = {"memorization": _memorization(model, against, config, accelerator, arm_dir)}
+    more: JsonObject = {}
+    if "memorization" in parts:
+        more["memorization"] = _memorization(model, against, config, accelerator, arm_dir)
+    if "utility" in parts:
+        more["utility"] = _utility(against, config, accelerator, arm_dir)
     seconds = {
         "localization_seconds": localization_seconds,
         "evaluation_seconds": time.perf_counter() - began,
@@ -437,7 +449,7 @@ def evaluate(
     returned: JsonObject = finite(
         {"localization": located, "quality": drawn if "quality" in parts else None, "size": size, "seconds": seconds}
     )
-    return returned | copied
+    return returned | more
 
 
 def _memorization(
@@ -450,6 +462,19 @@ def _memorization(
         accelerator=accelerator, arm_dir=arm_dir, run_dir=against.run_dir,
     )  # fmt: skip
     return found
+
+
+def _utility(against: HeldOut, config: FullEvaluation, accelerator: Accelerator, arm_dir: Path) -> JsonObject:
+    images, own = drawn_images(against.dataset, against.examples, config, arm_dir)
+    found: list[JsonObject] = [{}]
+    if accelerator.is_main_process:
+        task = Task.of(against.dataset, own)
+        found[0] = task.measure(
+            len(images), lambda k: read_png(images[k]) * 2 - 1, lambda k: against.dataset.labels(own[k]),
+            steps=config.utility_steps, seeds=config.utility_seeds,
+        )  # fmt: skip
+    broadcast_object_list(found)
+    return found[0]
 
 
 def finite(value: object) -> Any:

@@ -149,6 +149,21 @@ class Memorization:
 
 
 @dataclass(frozen=True)
+class Utility:
+    """AUC on real images of classifiers that are trained on generated images, on real ones, and on both; see
+    evaluation/utility.py."""
+
+    generated: UnitEstimate
+    real: UnitEstimate
+    both: UnitEstimate
+    generated_minus_real: Annotated[Estimate, -1.0, 1.0]
+    both_minus_real: Annotated[Estimate, -1.0, 1.0]
+    images: int
+    real_images: int
+    held_out_images: int
+
+
+@dataclass(frozen=True)
 class Cost:
     train_seconds: Positive | None
     steps: int | None
@@ -180,11 +195,12 @@ class Arm:
     size: Size | None = None
     per_seed: Mapping[str, Mapping[str, float | None]] | None = None
     memorization: Memorization | None = None
+    utility: Utility | None = None
 
     def estimate(self, key: str) -> Estimate:
         """`key` as in `paired`: "word.auc", "quality.fid"."""
         part, name = key.split(".")
-        found = getattr(self if part == "quality" else self.localization, part, None)
+        found = getattr(self if part in ("quality", "utility") else self.localization, part, None)
         estimate: Estimate = getattr(found, name, Estimate())
         return estimate
 

@@ -1,12 +1,12 @@
 """Are generated images of use? A small classifier of findings is trained on them and tested on real held-out images.
 
-Beside it stand one that is trained on as many real images of the same captions, and one that is trained on both. All
-take the same number of steps.
+Beside it stand one that is trained on real images (those of the same captions, where a model drew the generated ones), and
+one that is trained on both. All take the same number of steps.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -15,11 +15,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from distill.data.sample import ImageCaptionDataset, group_key
+from distill.errors import UserError
 from distill.evaluation.claims import student_interval
 from distill.files import JsonObject
 from distill.metrics import finding_auroc
 
 SIDE_PX, BATCH, LEARNING_RATE = 64, 32, 2e-3
+TESTED_IMAGES = 2000
+"""Real images, at most, that the classifiers are tested on."""
+FEWEST = 5
+"""A finding is asked for where this many images have it, and as many do not, in training as in testing."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +37,8 @@ class Labelled:
 
     @classmethod
     def of(cls, images: Tensor, labels: Tensor) -> Labelled:
-        """images: (N, 3, height, width) in [-1, 1]."""
-        gray = images.mean(dim=1, keepdim=True)
+        """images: (N, 3, height, width) in [-1, 1], rounded to 8 bits as files of images are."""
+        gray = (((images + 1) * 127.5).round() / 127.5 - 1).mean(dim=1, keepdim=True)
         return cls(F.interpolate(gray, (SIDE_PX, SIDE_PX), mode="bilinear", antialias=True), labels)
 
     def __len__(self) -> int:
@@ -82,7 +88,8 @@ def mean_auc(model: nn.Module, data: Labelled) -> float:
 
 
 def utility(real: Labelled, generated: Labelled, held_out: Labelled, *, steps: int, seeds: Sequence[int]) -> JsonObject:
-    """{"real", "generated", "both", "generated_minus_real", "both_minus_real"}, each {"auc", "auc_ci", "per_seed"}.
+    """AUC on `held_out` of a classifier trained on "real", "generated" and "both", and the differences "generated_minus_real"
+    and "both_minus_real"; each with NAME_ci and NAME_per_seed.
 
     Intervals are Student's t over training seeds, differences are paired by seed; the held-out images are the same.
     """
@@ -93,10 +100,67 @@ def utility(real: Labelled, generated: Labelled, held_out: Labelled, *, steps: i
     for name in ("generated", "both"):
         pairs = zip(scores[name], scores["real"], strict=True)
         scores[f"{name}_minus_real"] = [ours - theirs for ours, theirs in pairs]
-    counts = {name: len(data) for name, data in arms.items()}
-    return {name: _summary(values) for name, values in scores.items()} | {"images": counts, "held_out": len(held_out)}
+    found: JsonObject = {"images": len(generated), "real_images": len(real), "held_out_images": len(held_out)}
+    for name, values in scores.items():
+        ends = student_interval(values)
+        found |= {name: float(np.mean(values)), f"{name}_ci": list(ends) if ends else None, f"{name}_per_seed": values}
+    return found
 
 
-def _summary(values: Sequence[float]) -> Mapping[str, object]:
-    ends = student_interval(values)
-    return {"auc": float(np.mean(values)), "auc_ci": list(ends) if ends else None, "per_seed": list(values)}
+@dataclass(frozen=True)
+class Task:
+    """real: rows of the data set whose images one classifier is trained on. tested: rows of other patients, or images."""
+
+    dataset: ImageCaptionDataset
+    real: Sequence[int]
+    tested: Sequence[int]
+    findings: Sequence[str]
+
+    @classmethod
+    def of(cls, dataset: ImageCaptionDataset, real: Sequence[int]) -> Task:
+        """Raises UserError where too few images are left to be tested on."""
+        taken = {group_key(dataset, row) for row in real}
+        tested = [row for row in range(len(dataset)) if group_key(dataset, row) not in taken][:TESTED_IMAGES]
+        sides = [[{name.lower() for name in dataset.labels(row)} for row in rows] for rows in (real, tested)]
+        names = sorted(set().union(*(labels for side in sides for labels in side)))
+        findings = [name for name in names if all(_is_mixed(name, side) for side in sides)]
+        if not findings:
+            raise UserError(
+                f"evaluation.parts has utility: classifiers are trained on {len(real):,} images (evaluation.generated_images) "
+                f"and tested on the {len(tested):,} other held-out ones, and no finding is in {FEWEST} of both and absent from "
+                f"{FEWEST} of both. Give more held-out images, another evaluation.generated_images, or leave utility out"
+            )
+        return cls(dataset, real, tested, findings)
+
+    def measure(
+        self,
+        count: int,
+        image: Callable[[int], Tensor],
+        labels: Callable[[int], Sequence[str]],
+        *,
+        steps: int,
+        seeds: int,
+    ) -> JsonObject:
+        """The entry `utility` of `count` generated images. image: number -> (3, height, width) in [-1, 1]."""
+
+        def own(row: int) -> Tensor:
+            return self.dataset[row].pixel_values
+
+        generated = self._labelled(range(count), image, labels)
+        real, tested = (self._labelled(rows, own, self.dataset.labels) for rows in (self.real, self.tested))
+        return utility(real, generated, tested, steps=steps, seeds=range(seeds)) | {"findings": list(self.findings)}
+
+    def _labelled(
+        self, rows: Sequence[int], image: Callable[[int], Tensor], labels: Callable[[int], Sequence[str]]
+    ) -> Labelled:
+        parts = []
+        for batch in (rows[start : start + BATCH] for start in range(0, len(rows), BATCH)):
+            said = [{name.lower() for name in labels(row)} for row in batch]
+            known = torch.tensor([[finding in names for finding in self.findings] for names in said])
+            parts.append(Labelled.of(torch.stack([image(row) for row in batch]), known))
+        return Labelled(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
+
+
+def _is_mixed(name: str, labels: Sequence[set[str]]) -> bool:
+    stated = sum(name in own for own in labels)
+    return FEWEST <= stated <= len(labels) - FEWEST

@@ -11,10 +11,11 @@ from distill.data.readers.records import RecordDataset
 from distill.data.sample import size_ids
 from distill.data_config import FolderData
 from distill.errors import UserError
-from distill.evaluation.evaluate import finite, real_images
+from distill.evaluation.evaluate import evaluation_order, finite, real_images
 from distill.evaluation.fidelity import compare
 from distill.evaluation.images import save_png
 from distill.evaluation.memorization import memorization
+from distill.evaluation.utility import Task
 from distill.experiment.run import Run
 from distill.files import JsonObject
 from distill.memory import peak_memory_gb
@@ -60,7 +61,7 @@ def read_images(folder: Path, resolution: int) -> RecordDataset:
 
 
 def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
-    """The entry of metrics.json of `images`: quality and, if asked for, memorization. It has no localization.
+    """The entry of metrics.json of `images`: quality and, if asked for, memorization and utility. It has no localization.
 
     FID and the others compare all images with evaluation.generated_images held-out ones. In memorization each image is
     compared with all held-out images: which of them had its caption is not known.
@@ -84,6 +85,12 @@ def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
         entry["memorization"] = memorization(
             model, run.test, run.train, files, [-1] * len(files), config, features=against.features,
             accelerator=accelerator, arm_dir=arm_dir, run_dir=run.folder,
+        )  # fmt: skip
+    if "utility" in config.parts:
+        task = Task.of(run.test, evaluation_order(run.test, run.examples, config.generated_images))
+        entry["utility"] = task.measure(
+            len(images), lambda k: images[k].pixel_values, images.labels,
+            steps=config.utility_steps, seeds=config.utility_seeds,
         )  # fmt: skip
     unknown = dict.fromkeys(("train_seconds", "steps", "trainable_parameters"))
     cost = {"peak_memory_gb": peak_memory_gb(), "evaluation_seconds": time.perf_counter() - began}

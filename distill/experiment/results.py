@@ -37,12 +37,13 @@ from distill.report import (
     write_report,
 )
 
-PARTS = ("localization", "quality", "memorization")
+PARTS = ("localization", "quality", "memorization", "utility")
 """Parts of an evaluation, as entries of metrics.json."""
 FILES = {
     "localization": ("pairs.jsonl", "maps.safetensors", "word_maps.safetensors"),
     "quality": ("features.safetensors", "samples/*.png"),
     "memorization": ("memorization.jsonl", "memorization/*.png"),
+    "utility": (),
 }
 """Part -> what it leaves in the arm's folder, from which numbers and report are made."""
 

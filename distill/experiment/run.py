@@ -29,7 +29,8 @@ from distill.data.readers.splits import VALIDATION_SPLITS
 from distill.data.rows import check_training_text
 from distill.data_config import PhantomData
 from distill.errors import UserError, raise_all
-from distill.evaluation.evaluate import HeldOut, example_images, held_out
+from distill.evaluation.evaluate import HeldOut, evaluation_order, example_images, held_out
+from distill.evaluation.utility import Task
 from distill.experiment.arms import BASE, Arm
 from distill.files import code_version, write_atomic
 from distill.memory import keep_freed_memory
@@ -168,6 +169,8 @@ def open_run(
     if advice and accelerator.device.type == "cpu":
         opened.say(advice)
     opened.examples = example_images(test, model, evaluation, accelerator)
+    if "utility" in evaluation.parts:
+        Task.of(test, evaluation_order(test, opened.examples, evaluation.generated_images))
     if not config.dry_run:
         tokens = Tokenizers(model.tokenizers, model.max_tokens)  # not the model, whose weights would stay in memory
         opened.make_against = partial(

@@ -57,13 +57,16 @@ COVERAGE = Metric("quality.coverage", "coverage", 1, "Share of real images that 
 FINDING_AUC = Metric("quality.finding_auc", "finding AUC", 1, _FINDING)
 NEGATED = Metric("quality.finding_auc_negated", "finding AUC, negated", 1, "The same against captions that negate it.")
 UNNAMED = Metric("quality.finding_auc_unmentioned", "finding AUC, unnamed", 1, "The same against captions without it.")
+UTILITY = Metric("utility.generated", "utility", 1, "AUC on real images of a classifier trained on generated ones.")
+UTILITY_GAIN = Metric("utility.generated_minus_real", "utility, over real", 1, "Utility minus that of real images.")
+BOTH_GAIN = Metric("utility.both_minus_real", "utility, both over real", 1, "The same of real and generated images.")
 DIVERSITY = Metric("quality.diversity", "diversity", 0, "How much images of one caption differ, 1 - MS-SSIM.")
 EACH_FINDING = (WORD_AUC, KID, DENSITY, COVERAGE, FINDING_AUC)
 OF_FINDINGS = f"Few images give a wide margin. Quality needs {FEWEST_IMAGES} generated and real images of a finding."
 COST = "Images through a denoiser, forward 1 and backward 2, teachers and their training included, over the baseline's."
-MAIN = (WORD_AUC, IMAGE_ADDS, OTHER, CNR, TOP1, IOU, EOS_AUC, PADDING_AUC, FID, KID, FINDING_AUC, DIVERSITY)
+MAIN = (WORD_AUC, IMAGE_ADDS, OTHER, CNR, TOP1, IOU, EOS_AUC, PADDING_AUC, FID, KID, FINDING_AUC, UTILITY, DIVERSITY)
 CAUSAL = (CAUSAL_ENCODER, CAUSAL_ENCODER_ADDS, CAUSAL_DENOISER, CAUSAL_DENOISER_ADDS)
-DETAILS = (WITHIN_PRIOR, *CAUSAL, PRECISION, RECALL, DENSITY, COVERAGE, NEGATED, UNNAMED)
+DETAILS = (WITHIN_PRIOR, *CAUSAL, PRECISION, RECALL, DENSITY, COVERAGE, NEGATED, UNNAMED, UTILITY_GAIN, BOTH_GAIN)
 """Shown in tables of their own."""
 METRICS = (*MAIN, *DETAILS)
 
