@@ -20,7 +20,9 @@ from distill.evaluation.claims import LOWER_IS_BETTER, student_interval
 from distill.experiment import train
 from distill.experiment.arms import arms_of
 from distill.experiment.budgets import inherit, passes_of, spend
+from distill.files import read_json, write_json
 from distill.methods.training import ArmConfig
+from distill.report.proof import write_proof
 from distill.report.tables import METRICS
 
 TAUGHT = {"kind": "attention_distillation", "teacher": "teacher"}
@@ -132,6 +134,44 @@ def test_metrics_with_a_margin_have_a_better_side() -> None:
     measured = recipe_module("tradeoff").MEASURED
     assert {key for key, direction in directions.items() if direction and key in measured} == set(measured)
     assert {key for key in measured if directions[key] < 0} == set(LOWER_IS_BETTER)
+
+
+@pytest.mark.parametrize("has_maps", [True, False])
+def test_the_proof_says_of_each_arm_whether_it_is_as_good_as_its_parents(tmp_path: Path, has_maps: bool) -> None:
+    values = {  # arm -> budget -> word AUC and FID of three seeds
+        "plain": {2: ([0.70, 0.72, 0.71], [40, 42, 41]), 4: ([0.74, 0.75, 0.76], [30, 31, 32])},
+        "better": {2: ([0.71, 0.73, 0.72], [38, 40, 39]), 4: ([0.75, 0.76, 0.77], [29, 30, 31])},
+        "worse": {4: ([0.60, 0.66, 0.63], [30, 31, 32])},
+    }
+    folders = {budget: tmp_path / f"budget-{budget}" for budget in (2, 4)}
+    for budget, folder in folders.items():
+        arms = {
+            name: {
+                "cost": {"steps": budget, "image_passes_with_teachers": 3 * budget},
+                "per_seed": {
+                    str(seed): {"word.auc": auc, "quality.fid": fid} | ({"word.image_adds": 0.1} if has_maps else {})
+                    for seed, auc, fid in zip((5, 6, 7), *found[budget], strict=True)
+                },
+            }
+            for name, found in values.items()
+            if budget in found
+        }
+        write_json(folder / "metrics.json", {"arms": arms, "provenance": {}})
+    margins = {"word.auc": -0.01, "quality.fid": 0.05}
+    path = write_proof(tmp_path, folders, arms=["plain", "better", "worse"], compare_to=["plain"], margins=margins)
+    lines = path.read_text(encoding="utf-8").replace("\\", "").splitlines()
+    rows = [line for line in lines if line.startswith(("| better | plain", "| worse | plain"))]
+    assert [row.split(" | ")[2] for row in rows] == ["2", "4", "4"] and not any(
+        "| plain | plain" in line for line in lines
+    )
+    assert ["✓" in row.split(" | ")[3] for row in rows] == [True, True, False]
+    assert "+.010 [+.010, +.010] ✓ | -5 % [-5 %, -5 %] ✓ | yes |" in rows[0] and rows[2].endswith("| no |")
+    assert "+0 % [+0 %, +0 %] ✓" in rows[2] and any("word AUC (-.010) | FID (+5 %) | all met" in line for line in lines)
+    proof = read_json(tmp_path / "proof.json")
+    assert proof["seeds"] == [5, 6, 7] and proof["arms"]["better"]["lengths"]["4"]["word.auc"]["mean"] == pytest.approx(
+        0.76
+    )
+    assert (tmp_path / "fronts.png").is_file() == any("fronts.png" in line for line in lines) == has_maps
 
 
 @pytest.mark.slow

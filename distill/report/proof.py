@@ -76,7 +76,7 @@ def write_proof(
     compare_to: Sequence[str],
     margins: Mapping[str, float],
 ) -> Path:
-    """Write proof.json, proof.md and fronts.png into `folder`; returns proof.md.
+    """Write proof.json, proof.md and, if both sides were measured, fronts.png into `folder`; returns proof.md.
 
     folders: budget -> folder with seed-N and their metrics.json. arms: those that are compared with `compare_to`; further
     ones, such as teachers, are only listed.
@@ -86,10 +86,12 @@ def write_proof(
     comparisons = compare_all(curves, arms, [name for name in compare_to if name in curves], margins)
     write_json(folder / "proof.json", _document(curves, comparisons, margins, folders))
     shown = [name for name in dict.fromkeys((*compare_to, *arms)) if name in curves]
-    write_atomic(folder / "fronts.png", _front(curves, shown).png)
+    picture = _front(curves, shown)
+    if picture:
+        write_atomic(folder / "fronts.png", picture.png)
     sections = [_verdicts(comparisons, margins), *(_budget(curves, shown, budget) for budget in folders)]
-    text = "# Arms at equal cost\n\n" + _HOW + "\n\n![quality against localization](fronts.png)\n\n"
-    return write_atomic(folder / "proof.md", text + "\n\n".join(map(markdown_section, sections)) + "\n")
+    parts = ["# Arms at equal cost", _HOW, *(["![quality against localization](fronts.png)"] if picture else [])]
+    return write_atomic(folder / "proof.md", "\n\n".join([*parts, *map(markdown_section, sections)]) + "\n")
 
 
 _HOW = (
@@ -181,8 +183,8 @@ def _budget(curves: Curves, arms: Sequence[str], budget: int) -> Section:
     return Section(f"Budget {budget:,}", [], [], [table])
 
 
-def _front(curves: Curves, arms: Sequence[str]) -> Picture:
-    """What the image adds against finding AUC and FID, through the budgets."""
+def _front(curves: Curves, arms: Sequence[str]) -> Picture | None:
+    """What the image adds against finding AUC and FID, through the budgets; None where one side was not measured."""
     lines: dict[tables.Metric, dict[str, list[tuple[tables.Estimate, tables.Estimate]]]] = {}
     for metric in (tables.FINDING_AUC, tables.FID):
         for arm in arms:
@@ -190,7 +192,7 @@ def _front(curves: Curves, arms: Sequence[str]) -> Picture:
             known = [(x, y) for x, y in pairs if x.value is not None and y.value is not None]
             if known:
                 lines.setdefault(metric, {})[arm] = known
-    return _front_chart(lines)
+    return _front_chart(lines) if lines else None
 
 
 def _mean(point: Point, metric: tables.Metric) -> tables.Estimate:
