@@ -1,4 +1,8 @@
-"""Checkpoints of a training: folders state/step-N, each with a manifest of checksums. A damaged one is never read."""
+"""Checkpoints of a training: folders state/step-N, each with a manifest of checksums. A damaged one is never read.
+
+state/best-N.safetensors holds the weights of the best look so far. A checkpoint names the one that was the best when it was
+written, which stays as long as the checkpoint does.
+"""
 
 from __future__ import annotations
 
@@ -18,11 +22,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from distill.errors import UserError
-from distill.files import JsonObject
+from distill.files import JsonObject, write_tensors
 
 KEPT = 2
 """Checkpoints kept, the newest."""
 MANIFEST, FACTS, LOG = "manifest.json", "state.json", "train_log.jsonl"
+BEST = "best"
+"""Entry of FACTS: the best look, see `Best`; absent where the last weights are exported."""
 TRAINED, LOOP, METHOD = "trainable.safetensors", "optimizer.pt", "method.safetensors"
 UNREADABLE = (
     OSError, ValueError, TypeError, KeyError, AttributeError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError
@@ -43,6 +49,21 @@ class Checkpoint:
     loop: dict[str, Any]
     log: str
     method: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def best(self) -> Best | None:
+        """The best look until then, where the weights of one are to be exported."""
+        entry = self.facts.get(BEST)
+        return Best(**entry) if entry else None
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best look so far. score: higher is better. sha256: of its file."""
+
+    step: int
+    score: float
+    sha256: str
 
 
 class Damaged(Exception):
@@ -90,7 +111,62 @@ def write(parent: Path, checkpoint: Checkpoint) -> Path:
     kept = [step for step in steps_in(parent) if step <= checkpoint.step][:KEPT]
     for step in set(steps_in(parent)) - set(kept):
         shutil.rmtree(folder_of(parent, step), ignore_errors=True)
+    forget_best(parent, checkpoint.best)
     return folder
+
+
+def best_file(parent: Path, step: int) -> Path:
+    return parent / f"best-{step:08d}.safetensors"
+
+
+def write_best(
+    parent: Path, step: int, score: float, trained: dict[str, torch.Tensor], method: dict[str, torch.Tensor]
+) -> Best:
+    """Write the weights of the best look, and what the method keeps, in the place of those of the one before."""
+    path = best_file(parent, step)
+    parts = {f"{part}/{k}": v for part, own in (("trained", trained), ("method", method)) for k, v in own.items()}
+    write_tensors(path, parts, {"step": str(step)})
+    best = Best(step, score, _sha256(path, flush=True))
+    forget_best(parent, best)
+    return best
+
+
+def check_best(parent: Path, best: Best) -> None:
+    """Raise Damaged unless the weights of the best look are as they were written."""
+    path = best_file(parent, best.step)
+    try:
+        is_whole = _sha256(path) == best.sha256
+    except OSError as error:
+        raise Damaged(f"{path.name}: {_reason(error)}") from error
+    if not is_whole:
+        raise Damaged(f"{path.name} is not as it was written")
+
+
+def read_best(parent: Path, step: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """The trained parameters at the best look, and what the method keeps; see `check_best`."""
+    found = load_file(best_file(parent, step))
+    trained, method = (
+        {key.removeprefix(part): value for key, value in found.items() if key.startswith(part)}
+        for part in ("trained/", "method/")
+    )
+    return trained, method
+
+
+def forget_best(parent: Path, but: Best | None) -> None:
+    """Remove the weights of all looks that no checkpoint names, but those of this one."""
+    named = [_best_step(folder_of(parent, step)) for step in steps_in(parent)] + [but.step if but else None]
+    kept = {best_file(parent, step) for step in named if step is not None}
+    for path in parent.glob("best-*.safetensors"):
+        if path not in kept:
+            path.unlink(missing_ok=True)
+
+
+def _best_step(folder: Path) -> int | None:
+    """The look that a checkpoint names as the best; None where there is none, or the checkpoint cannot be read."""
+    try:
+        return int(json.loads((folder / FACTS).read_text(encoding="utf-8"))[BEST]["step"])
+    except UNREADABLE:
+        return None
 
 
 def newest(parent: Path, say: Callable[[str], None]) -> Checkpoint | None:
@@ -99,7 +175,10 @@ def newest(parent: Path, say: Callable[[str], None]) -> Checkpoint | None:
     for step in steps:
         try:
             check(folder_of(parent, step))
-            return read(folder_of(parent, step))
+            found = read(folder_of(parent, step))
+            if found.best is not None:
+                check_best(parent, found.best)
+            return found
         except Damaged as damage:
             say(f"{folder_of(parent, step)} is damaged and is not used: {damage}")
     if steps:
@@ -143,11 +222,13 @@ def read(folder: Path) -> Checkpoint:
 
 
 def keep_only(parent: Path, step: int) -> None:
-    """Remove all checkpoints but that of `step`, and the folder if nothing is left."""
+    """Remove all checkpoints but that of `step` with the look that it names, and the folder if nothing is left."""
     if not parent.is_dir():
         return
+    folder = folder_of(parent, step)
+    best = _best_step(folder)
     for path in parent.iterdir():
-        if path.name != folder_of(parent, step).name:
+        if path != folder and (best is None or path != best_file(parent, best)):
             _remove(path)
     if not any(parent.iterdir()):
         parent.rmdir()

@@ -158,14 +158,15 @@ class TrainerConfig(Settings):
     takes three times the size of the trained weights, four times with ema_decay. 0 keeps none."""
     sample_every_steps: Annotated[Count | None, HARMLESS] = None
     """Steps between two sets of sample images. None draws none."""
-    localize_every_steps: Annotated[Count | None, HARMLESS] = None
-    """Steps between two measurements of localization on validation images. None makes none."""
+    validate_every_steps: Annotated[Count | None, HARMLESS] = None
+    """Steps between two looks at validation images: the diffusion loss with fixed noise, localization, and the finding AUC of
+    32 drawn images where evaluation.features has a classifier. None makes none."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainerConfig:
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}, above max_steps, {self.max_steps}; lower it")
-        for name in ("checkpoint_every_steps", "sample_every_steps", "localize_every_steps"):
+        for name in ("checkpoint_every_steps", "sample_every_steps", "validate_every_steps"):
             every = getattr(self, name)
             if every is not None and every > self.max_steps:
                 raise ValueError(
@@ -381,6 +382,26 @@ class TrainingRunConfig(RunConfig):
     @property
     def training_seed(self) -> int:
         return self.seed
+
+
+Keep = Literal["last", "loss", "image_adds", "word_auc", "finding_auc"]
+
+
+class FinetuningRunConfig(TrainingRunConfig):
+    """What every recipe has that can export weights of an earlier step than the last."""
+
+    keep: Keep = "last"
+    """Weights that are exported: after the last step, or at the look (trainer.validate_every_steps) with the lowest validation
+    loss, or the highest image_adds, word_auc or finding_auc. Of equal looks the first. Let validate_every_steps divide
+    max_steps, so that the last weights are looked at too. It takes one more copy of the trained weights on the disk."""
+
+    @model_validator(mode="after")
+    def _check_keep(self) -> FinetuningRunConfig:
+        if self.keep != "last" and self.trainer.validate_every_steps is None:
+            raise ValueError(
+                f"keep is {self.keep}, and trainer.validate_every_steps is not set; set it, or set keep to last"
+            )
+        return self
 
 
 class BlocksConfig(Settings):

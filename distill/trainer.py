@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -24,7 +25,7 @@ from tqdm.auto import tqdm
 
 from distill import checkpoints
 from distill.agreement import Control, Finite
-from distill.checkpoints import Checkpoint
+from distill.checkpoints import BEST, Best, Checkpoint, Damaged
 from distill.config import TrainerConfig
 from distill.devices import loader_processes, tf32
 from distill.draws import shared_generator
@@ -74,12 +75,13 @@ class KnowsUnused(Protocol):
 @dataclass(frozen=True)
 class FitResult:
     """What a training cost. seconds: wall clock of the steps, checkpoints included, and without samples and looks at
-    localization. peak_memory_gb: see `peak_memory_gb`."""
+    validation images. peak_memory_gb: see `peak_memory_gb`. best: the look whose weights are left; None for the last ones."""
 
     steps: int
     seconds: float
     peak_memory_gb: float
     trainable_parameters: int
+    best: Best | None = None
 
 
 class StepSampler(Sampler[list[int]]):
@@ -146,7 +148,8 @@ def fit(
     collate: Collate | None = None,
     parameter_groups: Sequence[dict[str, Any]] | None = None,
     on_sample: Callable[[int], None] | None = None,
-    on_localize: Callable[[int], None] | None = None,
+    on_validate: Callable[[int], float | None] | None = None,
+    keep_best: bool = False,
     label: str = "train",
     fingerprints: Mapping[str, str] | None = None,
 ) -> FitResult:
@@ -154,8 +157,10 @@ def fit(
 
     objective: forward(batch, generator) -> {"loss": scalar, every other term by name: scalar}.
     parameter_groups: lists of parameters with their own `lr`; default: all trainable ones at config.learning_rate.
-    on_sample, on_localize: called with the step every config.sample_every_steps, localize_every_steps, on every process,
+    on_sample, on_validate: called with the step every config.sample_every_steps, validate_every_steps, on every process,
     with the averaged weights where config.ema_decay asks for them.
+    keep_best: leave the weights of the step for which on_validate gave the highest number, of equal ones the first; those
+    after the last step where it gave none. It must give the same number on every process.
     fingerprints: hashes of what the training depends on, by a name for the user; a checkpoint with others is refused.
     Writes train_log.jsonl and state/step-*; continues from the newest whole checkpoint.
     Raises UserError on a non-finite loss, a data set smaller than needed, nothing to train, a checkpoint of another
@@ -174,7 +179,13 @@ def fit(
     if sum(len(g["params"]) for g in groups) != len(named):
         raise ValueError("parameter_groups must cover every trainable parameter once")
     loop = _Loop(objective, named, groups, config, accelerator, output_dir, seed, label, dict(fingerprints or {}))
-    looks = [(on_sample, config.sample_every_steps), (on_localize, config.localize_every_steps)]
+
+    def validate(step: int) -> None:
+        score = on_validate(step) if on_validate else None
+        if keep_best:
+            loop.keep_if_best(score)
+
+    looks = [(on_sample, config.sample_every_steps), (on_validate and validate, config.validate_every_steps)]
     try:
         return loop.run(dataset, collate, [(call, every) for call, every in looks if call and every])
     finally:
@@ -226,6 +237,7 @@ class _Loop:
         self.blocks = CompiledBlocks(compiled)
         self.model, self.optimizer = accelerator.prepare(objective, optimizer)
         self.step, self.seconds_before = 0, 0.0
+        self.best: Best | None = None
         self.rows: list[str] = []
         self.finite = Finite(accelerator)
         self.sums: dict[str, torch.Tensor] = {}
@@ -265,12 +277,15 @@ class _Loop:
         if self.count:
             self._log()
         self.finite.check(self._fault)
-        if self.ema is not None:
+        if self.best is not None:
+            self._take_best(self.best)
+        elif self.ema is not None:
             self.ema.copy_to(self.trainable)
         seconds = self._seconds()
         accelerator.wait_for_everyone()
         self.model.eval()
-        return FitResult(config.max_steps, seconds, peak_memory_gb(), sum(p.numel() for p in self.trainable))
+        count = sum(p.numel() for p in self.trainable)
+        return FitResult(config.max_steps, seconds, peak_memory_gb(), count, self.best)
 
     def _stop_if_asked(self, stop: Stop) -> None:
         """All processes at the same step, with a checkpoint."""
@@ -405,6 +420,32 @@ class _Loop:
         self.model.train()
         self.began += time.perf_counter() - began
 
+    def keep_if_best(self, score: float | None) -> None:
+        """Write the weights of a look that is better than all before it."""
+        if score is None or not math.isfinite(score) or (self.best is not None and score <= self.best.score):
+            return
+        method = self.method.state() if self.method is not None else {}
+        self.best = Best(self.step, score, "")  # the main process alone knows the hash
+
+        def write() -> None:
+            self.best = checkpoints.write_best(self.folder, self.step, score, *self._on_cpu(method))
+
+        self.control.on_main(write)
+
+    def _take_best(self, best: Best) -> None:
+        """Give the student the weights of the best look."""
+
+        def check() -> None:
+            try:
+                checkpoints.check_best(self.folder, best)
+            except Damaged as damage:
+                raise UserError(
+                    f"{self.label}: {damage}; the same command goes on from a checkpoint, or from the beginning"
+                ) from damage
+
+        self.control.on_main(check)
+        self._set(*checkpoints.read_best(self.folder, best.step))
+
     def _checkpoint_is_due(self) -> bool:
         config = self.config
         if self.step == config.max_steps:
@@ -431,16 +472,28 @@ class _Loop:
             "sums": gathered[:, :-1],
             "norm": gathered[0, -1],
         }
-        facts = {"seconds": self._seconds()} | self._identity()
+        facts: JsonObject = {"seconds": self._seconds()} | self._identity()
+        if self.best is not None:
+            facts[BEST] = asdict(self.best)
         method = self.method.state() if self.method is not None else {}
 
         def write() -> None:
-            trained, own = (
-                {k: v.detach().cpu().contiguous() for k, v in part} for part in (self.named, method.items())
-            )
+            trained, own = self._on_cpu(method)
             checkpoints.write(self.folder, Checkpoint(self.step, facts, trained, loop, "".join(self.rows), own))
 
         self.control.on_main(write)
+
+    def _on_cpu(self, method: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+        """The trained parameters, and what the method keeps, as they are written."""
+        trained, own = ({k: v.detach().cpu().contiguous() for k, v in part} for part in (self.named, method.items()))
+        return trained, own
+
+    def _set(self, trained: dict[str, torch.Tensor], method: dict[str, torch.Tensor]) -> None:
+        """Take what `_on_cpu` gave."""
+        for name, p in self.named:
+            p.data.copy_(trained[name])
+        if self.method is not None and method:
+            self.method.load_state(method)
 
     def _identity(self) -> JsonObject:
         """What a checkpoint says of its training, to be compared when it is read."""
@@ -464,6 +517,7 @@ class _Loop:
                 write_atomic(self.log_path, found[0].log)
             else:
                 self.log_path.unlink(missing_ok=True)
+            checkpoints.forget_best(self.folder, None)
 
         self.control.on_main(look)
         step = self.control.largest(found[0].step if found[0] else 0)
@@ -505,8 +559,7 @@ class _Loop:
 
     def _load(self, checkpoint: Checkpoint) -> None:
         loop, means = checkpoint.loop, checkpoint.loop["means"]
-        for name, p in self.named:
-            p.data.copy_(checkpoint.trained[name])
+        self._set(checkpoint.trained, checkpoint.method)
         parts = {
             "optimizer": self.optimizer,
             "scheduler": self.scheduler,
@@ -516,13 +569,11 @@ class _Loop:
         for name, part in parts.items():
             if part is not None:
                 part.load_state_dict(loop[name])
-        if self.method is not None and checkpoint.method:
-            self.method.load_state(checkpoint.method)
         sums = means["sums"][self.accelerator.process_index].to(self.accelerator.device)
         self.sums, self.count = dict(zip(means["names"], sums.unbind(), strict=True)), means["count"]
         self.grad_norm = means["norm"]
         self.step, self.seconds_before = checkpoint.step, float(checkpoint.facts["seconds"])
-        self.rows = checkpoint.log.splitlines(keepends=True)
+        self.rows, self.best = checkpoint.log.splitlines(keepends=True), checkpoint.best
 
 
 def _moved(batch: AnyBatch, device: torch.device) -> AnyBatch:

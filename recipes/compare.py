@@ -31,7 +31,7 @@ TRAINING_DATA = {
 SPEED = {"batch_size", "parts"}
 """Of evaluation: what changes no number."""
 KEPT = (
-    "pairs.jsonl", "features.safetensors", "maps.safetensors", "train_log.jsonl", "localization_log.jsonl", "samples",
+    "pairs.jsonl", "features.safetensors", "maps.safetensors", "train_log.jsonl", "validation_log.jsonl", "samples",
 )  # fmt: skip
 """Of an arm's folder: what numbers and report are made from."""
 

@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import ClassVar
 
 from distill.cli import main
-from distill.config import TrainingRunConfig
+from distill.config import FinetuningRunConfig
 from distill.configuration import renamed as old
 from distill.methods.options import AttentionDistillationOptions
 from distill.methods.training import Trained, Training
 from distill.settings import Text
 
 
-class DistillAttentionConfig(TrainingRunConfig, Training):
+class DistillAttentionConfig(FinetuningRunConfig, Training):
     """Fine-tune with the text encoder trained, and keep a teacher's cross-attention.
 
     accelerate launch recipes/distill_attention.py --config recipes/configs/phantom/distill_attention.yaml

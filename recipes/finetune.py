@@ -10,13 +10,13 @@ from __future__ import annotations
 from typing import ClassVar
 
 from distill.cli import main
-from distill.config import TrainingRunConfig
+from distill.config import FinetuningRunConfig
 from distill.configuration import renamed as old
 from distill.methods.training import Trained, Training
 from distill.settings import Text
 
 
-class FinetuneConfig(TrainingRunConfig, Training):
+class FinetuneConfig(FinetuningRunConfig, Training):
     """Fine-tune a text-to-image model on captioned images.
 
     accelerate launch recipes/finetune.py --config recipes/configs/phantom/finetune.yaml

@@ -8,6 +8,7 @@ the last to end reports them all; with several seeds, give each process another 
 
 With `budgets`, all arms get the same image-passes, teachers included, and are compared at each budget:
 OUTPUT/budget-N/seed-M are run folders as without, and proof.json and proof.md say which arm is as good as its parents.
+With trainer.validate_every_steps too, looks.md says whether looks at validation images rank the budgets as held-out images do.
 
 The losses are in distill/methods/; the loop is `fit` in distill/trainer.py.
 """
@@ -116,6 +117,7 @@ def at_equal_cost(config: TradeoffConfig, folder: Path) -> None:
     """All arms at every budget, with every seed."""
     from distill.experiment.budgets import budget_folder
     from distill.experiment.sharing import finish_seeds, share_base
+    from distill.experiment.signals import write_signals
     from distill.processes import process_state
     from distill.report.proof import write_proof
 
@@ -133,7 +135,10 @@ def at_equal_cost(config: TradeoffConfig, folder: Path) -> None:
         compared = [name for name, arm in config.arms.items() if arm.max_steps is None]
         parents = config.compare_to or tuple(compared)[:1]
         proof = write_proof(folder, folders, arms=compared, compare_to=parents, margins=config.margins)
-        print(f"at equal cost: {proof}\n        {folder / 'proof.json'}\nnext: open {proof}")
+        print(f"at equal cost: {proof}\n        {folder / 'proof.json'}")
+        if looks := write_signals(folder, folders):
+            print(f"looks at validation images and held-out quality: {looks}")
+        print(f"next: open {proof}")
 
 
 def one_seed(

@@ -61,9 +61,10 @@ def train(
     *,
     on: Any = None,
     scaler: torch.amp.GradScaler | None = None,
+    score: Any = None,
     **options: Any,
 ) -> FitResult:
-    """fit(). scaler: as accelerate has one for fp16 on a GPU."""
+    """fit(). scaler: as accelerate has one for fp16 on a GPU. score: of a step, by which the best weights are kept."""
     config = settings_of(**options)
     accelerator = fresh_accelerator(config, folder)
     if scaler is not None:
@@ -71,8 +72,9 @@ def train(
     data = points() if dataset is None else dataset
     collate = Batch.stack if data and isinstance(data[0], Batch) else None
     return fit(
-        objective, data, config, accelerator=accelerator, output_dir=folder, seed=5, on_sample=on, collate=collate
-    )
+        objective, data, config, accelerator=accelerator, output_dir=folder, seed=5, on_sample=on, collate=collate,
+        on_validate=score, keep_best=score is not None,
+    )  # fmt: skip
 
 
 def log_of(folder: Path) -> list[dict[str, float]]:

@@ -106,7 +106,7 @@ def test_options_that_do_not_fit_are_refused(
 def test_an_arm_goes_on_from_its_state_and_one_of_the_same_length_keeps_its_weights(
     fixed: bool, tmp_path: Path
 ) -> None:
-    files = {"state/step-00000002/model.safetensors", "train_log.jsonl", "localization_log.jsonl"}
+    files = {"state/step-00000002/model.safetensors", "train_log.jsonl", "validation_log.jsonl"}
     ends = {"cost.json", "metrics.json", "README.md", "lora.safetensors", "unet/config.json", "samples/0000.png"}
     for name in files | ends:
         path = tmp_path / "shorter/a" / name

@@ -63,7 +63,9 @@ REFUSED = [
     ("finetune", "--trainer.warmup_steps=1001", "warmup_steps is 1001, above max_steps, 1000"),
     ("finetune", "--trainer.checkpoint_every_steps=1001", "checkpoint_every_steps is 1001, above max_steps, 1000"),
     ("finetune", "--trainer.sample_every_steps=1001", "sample_every_steps is 1001, above max_steps, 1000"),
-    ("finetune", "--trainer.localize_every_steps=1001", "localize_every_steps is 1001, above max_steps, 1000"),
+    ("finetune", "--keep=loss", "keep is loss, and trainer.validate_every_steps is not set"),
+    ("tradeoff", "--keep=loss", "unknown key keep"),
+    ("finetune", "--trainer.validate_every_steps=1001", "validate_every_steps is 1001, above max_steps, 1000"),
     ("finetune", "--evaluation.timesteps=[100,100]", "evaluation.timesteps: expected each only once, got 100"),
     ("finetune", "--evaluation.timesteps=[2147483647]", "evaluation.timesteps[0]: expected"),
     ("robustness", "--evaluation.timesteps=[7,7]", "evaluation.timesteps: expected each only once, got 7"),
@@ -206,7 +208,7 @@ def violations(config: Settings) -> Iterator[str]:
         if isinstance(part, tuple) and len(set(part)) < len(part) and not all(isinstance(v, float) for v in part):
             yield f"a value several times in {part}"
         if isinstance(part, TrainerConfig):
-            every = (part.checkpoint_every_steps, part.sample_every_steps, part.localize_every_steps, part.warmup_steps)
+            every = (part.checkpoint_every_steps, part.sample_every_steps, part.validate_every_steps, part.warmup_steps)
             if any(steps is not None and steps > part.max_steps for steps in every):
                 yield "steps above max_steps"
             if not (1e-12 <= part.learning_rate <= 1 and part.weight_decay <= 1):

@@ -31,7 +31,7 @@ TRAINING = [
     "--trainer.batch_size", "2", "--trainer.tracker", "none", "--trainer.log_every_steps", "1",
     "--trainer.checkpoint_every_steps", "1", "--trainer.learning_rate", "1e-2",
 ]  # fmt: skip
-LOOKS = ["--trainer.sample_every_steps", "1", "--trainer.localize_every_steps", "1"]
+LOOKS = ["--trainer.sample_every_steps", "1", "--trainer.validate_every_steps", "1"]
 FULL = ["--denoiser", "full", "--text_encoder", "full"]
 FROM_RUN = ["--run", "FOLDER/run"]
 TAUGHT = {"kind": "attention_distillation", "teacher": "base"}
@@ -62,6 +62,7 @@ def method(kind: str) -> list[str]:
 
 CASES = {
     "finetune": Case("finetune", [*TRAINING, *LOOKS, "--lora.rank", "2"], 8),
+    "keep": Case("finetune", [*TRAINING, *LOOKS, "--lora.rank", "2", "--keep", "word_auc"], 8),
     "longer": Case(
         "finetune", [*TRAINING, "--lora.rank", "2"], 8, ("--trainer.max_steps", "2"), ("open out/.README.md",)
     ),

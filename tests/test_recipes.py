@@ -29,6 +29,7 @@ from distill import checkpoints
 from distill.cli import parse
 from distill.config import BaseConfig
 from distill.errors import UserError
+from distill.evaluation import validation
 from distill.experiment import results, sharing, train
 from distill.experiment.run import Run
 from distill.methods import key_lock
@@ -455,7 +456,8 @@ def test_seeds_are_trained_evaluated_and_compared_in_one_report(
     names: tuple[str, ...], work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Arms with the denoiser by LoRA and two seeds; then a third seed into the same folder, which trains only its own."""
-    monkeypatch.setattr(train, "LOCALIZE_IMAGES", 2)
+    monkeypatch.setattr(validation, "IMAGES", 2)
+    monkeypatch.setattr(validation, "DRAWN", 2)
     gated = ARMS["gated"] | {"method": ARMS["gated"]["method"] | {"gate_images": 4}}
     own = ARMS | {"gated": gated, "rali_arm": {k: v for k, v in ARMS["rali_arm"].items() if k != "like"} | ARMS["rali"]}
     arms = {name: own[name] | LORA for name in names}
@@ -463,7 +465,7 @@ def test_seeds_are_trained_evaluated_and_compared_in_one_report(
     training[training.index("--evaluation.features") + 1] = "phantom"
     argv = [
         "--base.name", str(work / "sd"), *arms_argv(**arms), "--compare_to", "[frozen,learnable]",
-        "--trainer.localize_every_steps", "1", "--data.validation_size", "4",
+        "--trainer.validate_every_steps", "1", "--data.validation_size", "4",
         "--data.cache_dir", str(work / "cache"), "--output_dir", str(tmp_path / "run"), *training,
     ]  # fmt: skip
     run("tradeoff", [*argv, "--seeds", "[0,1]"])
@@ -495,7 +497,7 @@ def test_seeds_are_trained_evaluated_and_compared_in_one_report(
         n for n, groups in gate["auc"]["teacher"].items() if groups["words"] >= gate["auc"]["reference"][n]["words"]
     ]
     assert gate["layers"] == better and set(gate["groups"]) <= {"words", "eos", "padding"}
-    looks = log_rows(folder / "seed-0/gated/localization_log.jsonl")
+    looks = log_rows(folder / "seed-0/gated/validation_log.jsonl")
     assert [row["step"] for row in looks] == [1, 2]
     assert (folder / "report.html").exists() and (folder / "seed-0/report.html").exists()
 
@@ -808,7 +810,19 @@ def validation_without_boxes(work: Path, tmp: Path) -> list[str]:
     """Boxes of all images but the one that the gate looks at."""
     rows = ['train,edema,"8,8,20,20"', "val,,", 'test,edema,"8,8,20,20"', 'train,edema,"8,8,20,20"']
     data = make_folder(tmp / "data", "file_name,text,split,finding,bbox", lambda i: f"Edema.,{rows[i]}")
-    return [*folder_argv(data), "--trainer.localize_every_steps", "1"]
+    return [*folder_argv(data), "--trainer.validate_every_steps", "1", "--keep", "word_auc"]
+
+
+def no_classifier(work: Path, tmp: Path) -> list[str]:
+    looks = ["--trainer.validate_every_steps", "1", "--data.validation_size", "2"]
+    return [*TRAINING, *looks, "--keep", "finding_auc"]
+
+
+def one_caption(work: Path, tmp: Path) -> list[str]:
+    argv = no_classifier(work, tmp)
+    argv[argv.index("--evaluation.features") + 1] = "phantom"
+    argv[argv.index("--data.validation_size") + 1] = "1"
+    return argv
 
 
 @pytest.mark.parametrize(
@@ -818,10 +832,13 @@ def validation_without_boxes(work: Path, tmp: Path) -> list[str]:
         (
             validation_without_boxes,
             [
-                "none of the 1 has one: column bbox of metadata.csv holds none for the findings of these rows",
+                "keep word_auc needs validation images with a box or mask of a finding, and none of the 1 has one: "
+                "column bbox of metadata.csv holds none for the findings of these rows",
                 "the validation split is called validation, val, valid",
             ],
         ),
+        (no_classifier, ["keep is finding_auc, evaluation.features none, and evaluation.parts localization, quality"]),
+        (one_caption, ["keep is finding_auc, and no finding of the classifier", "all of the first 1 validation captions"]),
         (no_such_base, ["base.name: no folder", "nowhere"]),
         (no_data_folder, ["data.root", "nowhere", "is not a folder"]),
         (odd_resolution, ["data.resolution is 100", "multiple of 8", "evaluation.timesteps must be in 0 .. 999"]),

@@ -141,7 +141,7 @@ def make_run(
         rows = [{"step": s, "loss": 0.3 + 2 / s, "lr": 1e-4, "extra": 0.1} for s in range(10, 501, 10)]
         (run_dir / name / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
         located = [{"step": s, "images": 10, "word": {"auc": 0.6 + s / 2000}} for s in (100, 200, 300)]
-        (run_dir / name / "localization_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in located))
+        (run_dir / name / "validation_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in located))
     (run_dir / "metrics.json").write_text(json.dumps(make_metrics(arms)))
     return run_dir
 

@@ -41,7 +41,7 @@ def claimed(folder: Path, name: str, old: list[str], new: list[str]) -> None:
 HARMLESS = [
     "--trainer.num_workers", "2", "--trainer.log_every_steps", "3", "--trainer.tracker", "none", "--output_dir", "x",
     "--trainer.checkpoint_every_steps", "5", "--trainer.sample_every_steps", "5", "--data.cache_dir", "elsewhere",
-    "--trainer.localize_every_steps", "7", "--evaluation.generated_images", "3", "--evaluation.features", "none",
+    "--trainer.validate_every_steps", "7", "--evaluation.generated_images", "3", "--evaluation.features", "none",
 ]  # fmt: skip
 
 

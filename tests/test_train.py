@@ -10,14 +10,17 @@ from typing import Any, cast
 
 import numpy as np
 import pytest
+import torch
 from listed import WORDS, Listed, sample
 from PIL import Image
 from recipe import recipe_module
+from safetensors.torch import load_file
 from tiny import save_tiny
 
 from distill.cli import parse
 from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
+from distill.evaluation.validation import SCORES, Looks, read_looks
 from distill.experiment import train
 from distill.experiment.arms import Arm
 from distill.experiment.run import Run, open_run
@@ -40,8 +43,40 @@ def opened(base: str, folder: Path, *words: str) -> tuple[Run, Arm]:
     argv = ["--base.name", base, "--output_dir", str(folder), *SMALL, *words]
     config = parse(recipe_module("finetune").FinetuneConfig, argv)
     training = Training.model_validate(config.model_dump(include=set(Training.model_fields)))
-    arm = Arm("model", folder, training, config.trainer, config.evaluation.full())
+    arm = Arm("model", folder, training, config.trainer, config.evaluation.full(), keep=config.keep)
     return open_run(config, {"model": arm}, compare_to=("base",)), arm
+
+
+def test_what_is_exported_is_the_best_look_and_the_cost_says_which(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a training of as many steps exports, also after a kill; other options of the looks are then refused."""
+    monkeypatch.setitem(SCORES, "loss", lambda row: -abs(row["step"] - 2.25))  # step 2 of 3 is the best
+    looks = ["--trainer.validate_every_steps", "1", "--keep", "loss", "--data.validation_size", "2"]
+    looks += ["--trainer.max_steps", "3", "--trainer.checkpoint_every_steps", "1"]
+
+    def trained(folder: Path, *words: str) -> tuple[Any, dict[str, Any]]:
+        cost = train.train_arm(*opened(base, folder, "--denoiser", "full", *words))
+        return cost, load_file(folder / "unet/diffusion_pytorch_model.safetensors")
+
+    expected = trained(tmp_path / "shorter", "--trainer.max_steps", "2")[1]
+    look = Looks.look
+
+    def dying(self: Looks, model: Model, step: int) -> Any:
+        if step == 3:
+            raise Stopped
+        return look(self, model, step)
+
+    with monkeypatch.context() as killed, pytest.raises(Stopped):
+        killed.setattr(Looks, "look", dying)
+        trained(tmp_path / "kept", *looks)
+    with pytest.raises(UserError, match=r"options of evaluation.* changed"):
+        trained(tmp_path / "kept", *looks, "--evaluation.guidance_scale", "2")
+    cost, found = trained(tmp_path / "kept", *looks)
+    assert cost["kept"] == {"step": 2, "rule": "loss", "value": 0.25} and cost["steps"] == 3
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+    rows = read_looks(tmp_path / "kept/model/validation_log.jsonl")
+    assert list(rows) == [1, 2, 3] and rows[1]["finding_auc"] is None and rows[1]["word"]["auc"] is not None
 
 
 class Stopped(Exception):

@@ -16,7 +16,7 @@ from fitting import fresh_accelerator, log_of, settings_of
 from recipe import ROOT
 from safetensors.torch import load_file
 from training import EXAMPLES
-from two_processes import run
+from two_processes import looked, run
 
 STOPS = ("not finite", "signal", "full disk", "damage")
 
@@ -70,7 +70,7 @@ def assert_equal_to_one_process(folder: Path, alone: Path, kind: str) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left of trainings that one of them stops, and of a method."""
     folder = tmp_path_factory.mktemp("two")
-    launch(folder, "said", *STOPS, "denoising", "denoising-sdxl")
+    launch(folder, "said", *STOPS, "look", "denoising", "denoising-sdxl")
     return folder
 
 
@@ -118,6 +118,17 @@ def test_a_disk_that_is_full_for_one_process_stops_all(two: Path) -> None:
 def test_both_processes_skip_a_damaged_checkpoint(two: Path) -> None:
     for process in found(two, "damage"):
         assert "error" not in process and process["steps"] == [8, 6]
+
+
+def test_two_processes_look_as_one_does(two: Path, tmp_path: Path) -> None:
+    first, second = found(two, "look")
+    assert first == second
+    alone = looked(tmp_path, fresh_accelerator(settings_of(), tmp_path))
+    assert first.keys() == alone.keys() >= {"validation_loss", "finding_auc", "word", "mass"}
+    for name in ("validation_loss", "finding_auc", "pairs"):
+        assert first[name] == pytest.approx(alone[name], rel=1e-5), name
+    assert first["word"] == pytest.approx(alone["word"], rel=1e-4)
+    assert not (two / "look" / "look.partial").exists()
 
 
 def assert_each_error_is_said_once(by: list[dict[str, str]]) -> None:

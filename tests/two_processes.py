@@ -19,12 +19,18 @@ import torch
 from accelerate import Accelerator
 from fitting import LeastSquares, points, settings_of
 from safetensors.torch import save_file
+from tiny import tiny_sd
 from torch import nn
 from training import example
 
 from distill import checkpoints, cli
+from distill.config import FullEvaluation
 from distill.data.batch import Batch
+from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import Interrupted, UserError
+from distill.evaluation.validation import Looks
+from distill.metrics.features import load_features
+from distill.models import model_of
 from distill.settings import Settings
 from distill.trainer import fit, make_accelerator
 
@@ -87,6 +93,15 @@ def run(scenario: str, folder: Path, accelerator: Accelerator) -> dict[str, Any]
     return found
 
 
+def looked(folder: Path, accelerator: Accelerator) -> dict[str, Any]:
+    """A look at validation images."""
+    config = FullEvaluation(timesteps=(300,), num_inference_steps=1, batch_size=2)
+    dataset = PhantomDataset("validation", 5, resolution=64)
+    features = load_features("phantom", phantom_data=True)
+    looks = Looks(dataset, config, config, 64, features, accelerator, folder / "look.partial")
+    return looks.look(model_of(tiny_sd()), 7)
+
+
 def said(rank: int, accelerator: Accelerator) -> dict[str, str]:
     """What this process prints for an error of both, of the second alone, and for a different one of each."""
 
@@ -113,7 +128,10 @@ def main() -> None:
         accelerator = make_accelerator(settings_of(), folder)
         accelerator.wait_for_everyone()
         rank = accelerator.process_index
-        found = said(rank, accelerator) if scenario == "said" else run(scenario, folder, accelerator)
+        if scenario in ("said", "look"):
+            found = said(rank, accelerator) if scenario == "said" else looked(folder, accelerator)
+        else:
+            found = run(scenario, folder, accelerator)
         (folder / f"{rank}.json").write_text(json.dumps(found))
         accelerator.wait_for_everyone()
 

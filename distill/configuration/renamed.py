@@ -27,6 +27,7 @@ TRAINER = {
     "adam_beta2": "set adam_betas, a list of two, in the same group",
     "keep_checkpoints": "leave it out: the newest two stay",
     "localize_images": "leave it out: 100 images are looked at",
+    "localize_every_steps": "it is validate_every_steps now, in the same group",
 }
 DENOISING = {
     "arm_weight": f"{_SUPERVISED}, arm_weight",

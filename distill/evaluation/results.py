@@ -164,6 +164,21 @@ class Utility:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """The look whose weights are exported, by the rule of the option keep. value: of what the rule names."""
+
+    step: int
+    rule: str
+    value: float
+
+    def __str__(self) -> str:
+        what = {"loss": "lowest validation loss"}.get(self.rule, f"highest {self.rule} on validation images")
+        return (
+            f"the weights of step {self.step:,} are exported, which had the {what}, {self.value:.4g} (keep {self.rule})"
+        )
+
+
+@dataclass(frozen=True)
 class Cost:
     train_seconds: Positive | None
     steps: int | None
@@ -172,6 +187,7 @@ class Cost:
     trainable_parameters: int | None
     image_passes: int | None = None
     image_passes_with_teachers: int | None = None
+    kept: Kept | None = None
 
 
 @dataclass(frozen=True)
@@ -196,6 +212,11 @@ class Arm:
     per_seed: Mapping[str, Mapping[str, float | None]] | None = None
     memorization: Memorization | None = None
     utility: Utility | None = None
+
+    @property
+    def exported(self) -> list[str]:
+        """Which weights are exported, where they are not those after the last step."""
+        return [str(self.cost.kept)] if self.cost.kept else []
 
     def estimate(self, key: str) -> Estimate:
         """`key` as in `paired`: "word.auc", "quality.fid"."""
@@ -232,6 +253,11 @@ class Results:
     real: Mapping[str, Quality | None] | None = None
     paired: Mapping[str, Mapping[str, Difference]] | None = None
     compare_to: Sequence[str] = ()
+
+    @property
+    def exported(self) -> list[str]:
+        """Sentences that say of which step the exported weights are, of arms where it is not the last."""
+        return [f"{name}: {sentence}." for name, arm in self.arms.items() for sentence in arm.exported]
 
     @property
     def seeds(self) -> tuple[int, ...]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from distill.config import FullEvaluation, TrainerConfig
+from distill.config import FullEvaluation, Keep, TrainerConfig
 from distill.errors import raise_all
 from distill.files import JsonObject
 from distill.methods.training import ArmConfig, Training
@@ -25,7 +25,8 @@ BASE = "base"
 class Arm:
     """One way to train the base, with all its options.
 
-    folder: where its export goes. needs: arms to train before it. fixed_steps: it has max_steps of its own.
+    folder: where its export goes. needs: arms to train before it. fixed_steps: it has max_steps of its own. keep: which
+    weights are exported, see `FinetuningRunConfig`.
     """
 
     name: str
@@ -35,6 +36,7 @@ class Arm:
     evaluation: FullEvaluation
     needs: tuple[str, ...] = ()
     fixed_steps: bool = False
+    keep: Keep = "last"
 
 
 def can_be_arm(name: str) -> bool:

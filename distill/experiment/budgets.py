@@ -77,7 +77,7 @@ def inherit(accelerator: Accelerator, shorter: Path, arm: Arm) -> None:
     accelerator.wait_for_everyone()
 
 
-_OF_THE_WAY = ("state", "train_log.jsonl", "localization_log.jsonl", "gate.json", "progress")
+_OF_THE_WAY = ("state", "train_log.jsonl", "validation_log.jsonl", "gate.json", "progress")
 """What a training that goes on needs of one that ended. All else is made anew."""
 
 

@@ -15,7 +15,7 @@ from distill.processes import process_state
 
 LOCKS = ".locks"
 """Folder of the locks in a run folder."""
-_LEFTOVER = re.compile(r"\..+\.\d+(\.\d+)?\.tmp|(export|step-\d+|)\.partial")
+_LEFTOVER = re.compile(r"\..+\.\d+(\.\d+)?\.tmp|(export|look|step-\d+|)\.partial")
 """Names of what is written before it is renamed, see distill/files.py."""
 
 

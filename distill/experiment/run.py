@@ -30,13 +30,15 @@ from distill.data.rows import check_training_text
 from distill.data_config import PhantomData
 from distill.errors import UserError, raise_all
 from distill.evaluation.evaluate import HeldOut, evaluation_order, example_images, held_out
+from distill.evaluation.fidelity import finding_labels
 from distill.evaluation.utility import Task
+from distill.evaluation.validation import DRAWN
 from distill.experiment.arms import BASE, Arm
 from distill.files import code_version, write_atomic
 from distill.memory import keep_freed_memory
 from distill.methods import method_of
 from distill.methods.attention_distillation import check_same_shape
-from distill.metrics.features import load_features
+from distill.metrics.features import Features, load_features
 from distill.models import Model, load_model
 from distill.models.adapters import check_lora_targets, lora_targets, parameter_counts
 from distill.models.loading import LORA_FILE
@@ -57,7 +59,8 @@ class Run:
     base: what the arms are trained from. evaluation: of every model, unless an arm has its own. references: further models
     that methods may name, such as the model that a smaller one is made of. data_hashes: of the training rows of each arm.
     weight_hashes: of the models that were loaded, by the name that they were asked for by.
-    examples: held-out images that are shown. make_against: draws or reads the real images of the evaluation.
+    examples: held-out images that are shown. features: of quality. make_against: draws or reads the real images of the
+    evaluation.
     """
 
     config: RunConfig
@@ -76,6 +79,7 @@ class Run:
     data_hashes: dict[str, dict[str, str]] = field(default_factory=dict)
     weight_hashes: dict[str, str] = field(default_factory=dict)
     examples: Sequence[int] = ()
+    features: Features | None = None
     make_against: Callable[[], HeldOut] | None = None
 
     @cached_property
@@ -156,9 +160,9 @@ def open_run(
     _check_references(opened, model)
     _check_captions(opened, model)
     _check_data(opened, model)
-    features = None
     if "quality" in evaluation.parts or looks_for_copies:
-        features = load_features(evaluation.features, phantom_data=isinstance(config.data, PhantomData))
+        opened.features = load_features(evaluation.features, phantom_data=isinstance(config.data, PhantomData))
+    _check_keep(opened)
     total = parameter_counts(model.denoiser)[0] + sum(parameter_counts(t)[0] for t in model.text_encoders)
     sizes = f"{len(train):,} training and {len(test):,} held-out images" if train else f"{len(test):,} held-out images"
     opened.say(
@@ -174,7 +178,7 @@ def open_run(
     if not config.dry_run:
         tokens = Tokenizers(model.tokenizers, model.max_tokens)  # not the model, whose weights would stay in memory
         opened.make_against = partial(
-            held_out, test, tokens, evaluation, features, accelerator=accelerator, run_dir=folder,
+            held_out, test, tokens, evaluation, opened.features, accelerator=accelerator, run_dir=folder,
             training=train if arms else None, copied_from=train,
         )  # fmt: skip
         # Last, so that a configuration that is refused does not claim the folder.
@@ -284,19 +288,41 @@ def _load_validation(config: RunConfig, arms: Mapping[str, Arm]) -> PhantomDatas
     """The validation images, where something looks at them. Raises UserError if they cannot serve."""
     gate = [arm.name for arm in arms.values() if arm.training.method.needs_validation]
     trainer = config.trainer_options
-    looks = trainer is not None and trainer.localize_every_steps
+    looks = trainer is not None and trainer.validate_every_steps
     if not gate and not (arms and looks):
         return None
-    asks = f"the gate of {gate[0]}" if gate else "trainer.localize_every_steps"
+    kept = [f"keep {arm.keep}" for arm in arms.values() if arm.keep in ("image_adds", "word_auc")]
+    located = [f"the gate of {name}" for name in gate] + kept
+    asks = (*located, "trainer.validate_every_steps")[0]
     if isinstance(config.data, PhantomData) and config.data.validation_size == 0:
         raise UserError(f"data.validation_size is 0, and {asks} looks at validation images; give at least 1")
     validation = load_dataset(config.data, "validation")
-    if not any(validation.findings) or not any(validation[i].regions for i in range(len(validation))):
+    if located and not (any(validation.findings) and any(validation[i].regions for i in range(len(validation)))):
         raise UserError(
             f"{asks} needs validation images with a box or mask of a finding, and none of the {len(validation):,} has one"
             f"{_why_no_regions(validation)}"
         )
     return validation
+
+
+def _check_keep(run: Run) -> None:
+    """UserError where looks are to be judged by the finding AUC, and there will be none."""
+    if not any(arm.keep == "finding_auc" for arm in run.arms.values()):
+        return
+    assert run.validation is not None
+    if run.features is None or not run.features.findings:
+        raise UserError(
+            f"keep is finding_auc, evaluation.features {run.evaluation.features}, and evaluation.parts "
+            f"{', '.join(run.evaluation.parts)}: no classifier of findings is loaded; set features to xrv (or phantom, on "
+            "phantom data) with quality in parts, or keep to loss"
+        )
+    images = range(min(DRAWN, len(run.validation)))
+    _, labels = finding_labels(run.validation, images, run.features)
+    if not any(column.any() and not column.all() for column in labels.T):
+        raise UserError(
+            f"keep is finding_auc, and no finding of the classifier ({', '.join(run.features.findings)}) is in some and not in "
+            f"all of the first {len(images)} validation captions; set keep to loss"
+        )
 
 
 def _why_no_regions(dataset: PhantomDataset | RecordDataset) -> str:

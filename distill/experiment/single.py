@@ -17,11 +17,11 @@ from distill.methods.training import Training
 def train_one(config: Any, *, compared_with: Mapping[str, Path] | None = None) -> None:
     """Train one model; evaluate the base, the run folders of `compared_with`, and the model; write the report.
 
-    config: a TrainingRunConfig that is a Training too.
+    config: a FinetuningRunConfig that is a Training too.
     """
     folder, others = Path(config.output_dir), dict(compared_with or {})
     training = Training.model_validate(config.model_dump(include=set(Training.model_fields)))
-    arm = Arm("model", folder, training, config.trainer, config.evaluation.full())
+    arm = Arm("model", folder, training, config.trainer, config.evaluation.full(), keep=config.keep)
     with held(folder, write=not config.dry_run):
         run = open_run(config, {"model": arm}, compare_to=("base", *others))
         if config.dry_run:

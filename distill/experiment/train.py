@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import cast
 
@@ -19,20 +20,23 @@ from distill import checkpoints
 from distill.cli import to_yaml
 from distill.data.batch import Batch
 from distill.data.cache import cache_latents, cache_text_embeddings, model_fingerprint, weights_fingerprint
+from distill.data.remembered import Remembered
 from distill.data.rows import TrainingRows, row_fingerprints, training_caption
 from distill.data.sample import hash_of, region_fingerprint
 from distill.devices import loader_processes
 from distill.draws import generator_at
 from distill.errors import UserError
 from distill.evaluation.atlas import compute_cells, gather_pairs, macro_mean
-from distill.evaluation.evaluate import generate
+from distill.evaluation.evaluate import OF_NO_NUMBER, generate
 from distill.evaluation.images import save_png
-from distill.evaluation.localization import localization
+from distill.evaluation.kept import features_key
+from distill.evaluation.results import Kept
+from distill.evaluation.validation import LOG, SCORES, Looks, write_look
 from distill.experiment.arms import BASE, Arm
 from distill.experiment.cost import ForwardPasses, training_passes, with_teachers
 from distill.experiment.gate_looks import GateLooks, Look
 from distill.experiment.run import Run
-from distill.files import JsonObject, read_json, write_atomic, write_json
+from distill.files import JsonObject, read_json, write_json
 from distill.memory import reset_peak_memory
 from distill.methods import method_of
 from distill.methods.base import Context
@@ -41,8 +45,11 @@ from distill.models.adapters import DTYPES, parameter_counts, prepare_training
 from distill.models.export import export, prove_parity
 from distill.trainer import FitResult, StepSampler, fit
 
-LOCALIZE_IMAGES = 100
-"""Validation images of each measurement during the training."""
+_NOT_OF_LOOKS = (
+    *OF_NO_NUMBER, "localization_images", "generated_images", "diversity_captions", "diversity_samples", "bootstrap_samples",
+    "examples", "neighbours", "features", "quantization", "dtype",
+)  # fmt: skip
+"""Options of evaluation that change no look. The extractor of features itself counts, and not its name."""
 
 
 def train_arm(run: Run, arm: Arm) -> JsonObject:
@@ -74,7 +81,7 @@ def train_arm(run: Run, arm: Arm) -> JsonObject:
         "trainable_parameters": result.trainable_parameters,
         "training_images": len(run.train),
         "training_data": _training_data(run, arm),
-    }
+    } | _kept(run, arm, result)
     if run.accelerator.is_main_process:
         written = export(model, arm.folder)
         loaded = load_model(run.base, run=arm.folder)
@@ -86,6 +93,19 @@ def train_arm(run: Run, arm: Arm) -> JsonObject:
         checkpoints.keep_only(log_dir / "state", result.steps)
     run.accelerator.wait_for_everyone()
     return cost
+
+
+def _kept(run: Run, arm: Arm, result: FitResult) -> JsonObject:
+    """Which weights are exported, where they are not meant to be the last."""
+    if arm.keep == "last":
+        return {}
+    if result.best is None:
+        run.say(f"{arm.name}: no look has a value for keep {arm.keep}; the weights after the last step are exported")
+        return {}
+    score = result.best.score
+    kept = Kept(result.best.step, arm.keep, -score if arm.keep == "loss" else score)
+    run.say(f"{arm.name}: {kept}")
+    return {"kept": asdict(kept)}
 
 
 def _training_data(run: Run, arm: Arm) -> dict[str, str]:
@@ -173,6 +193,7 @@ def fit_arm(run: Run, arm: Arm, log_dir: Path) -> tuple[Model, FitResult, float,
     if not dry:
         hashes |= _training_data(run, arm) | _validation_fingerprint(run, arm)
     besides = time.perf_counter() - began
+    looks = _Validation(run, arm, log_dir) if trainer.validate_every_steps and not dry else None
     text_rate = trainer.text_encoder_learning_rate or trainer.learning_rate
     result = fit(
         method,
@@ -184,7 +205,8 @@ def fit_arm(run: Run, arm: Arm, log_dir: Path) -> tuple[Model, FitResult, float,
         collate=Batch.stack,
         parameter_groups=method.parameter_groups(trainer.learning_rate, text_rate),
         on_sample=lambda step: _sample(run, arm, model, log_dir / "progress" / f"step-{step:06d}.png"),
-        on_localize=lambda step: _localize(run, model, log_dir, step),
+        on_validate=None if looks is None else partial(looks.look, model),
+        keep_best=arm.keep != "last",
         label=arm.name,
         fingerprints=hashes,
     )
@@ -202,12 +224,17 @@ def _weights_hash(run: Run, key: str, model: Model) -> str:
 
 
 def _validation_fingerprint(run: Run, arm: Arm) -> dict[str, str]:
-    """Of the validation images that the method looks at before the first step."""
-    data = run.validation
-    if data is None or not arm.training.method.needs_validation:
+    """Of the validation images that the weights depend on, and of the options of looks where one of these is exported."""
+    data, keeps = run.validation, arm.keep != "last"
+    if data is None or not (arm.training.method.needs_validation or keeps):
         return {}
     of_row = (data.fingerprint, data.caption, lambda i: region_fingerprint(data, i))
-    return {"validation images": hash_of(part(i) for i in range(len(data)) for part in of_row)}
+    found = {"validation images": hash_of(part(i) for i in range(len(data)) for part in of_row)}
+    if keeps:
+        options = [part.model_dump_json(exclude={*_NOT_OF_LOOKS}) for part in (run.evaluation, arm.evaluation)]
+        used = [*options, str(features_key(run.features)), str(arm.trainer.validate_every_steps), arm.keep]
+        found["options of evaluation, or trainer.validate_every_steps,"] = hash_of(used)
+    return found
 
 
 def _student(run: Run, arm: Arm, hashes: dict[str, str]) -> Model:
@@ -373,36 +400,25 @@ def _sample(run: Run, arm: Arm, model: Model, path: Path) -> None:
     save_png(torch.cat(list(images), dim=-1), path)
 
 
-@torch.no_grad()
-def _localize(run: Run, model: Model, log_dir: Path, step: int) -> None:
-    """A line of localization_log.jsonl: AUC, CNR and mass of the token groups on validation images, in this step's state."""
-    assert run.validation is not None
-    few = run.evaluation.model_copy(update={"localization_images": LOCALIZE_IMAGES, "bootstrap_samples": 1})
-    frozen = DTYPES[run.config.base.frozen_dtype]
-    with (
-        tempfile.TemporaryDirectory() as scratch,
-        torch.autocast(run.accelerator.device.type, frozen, enabled=frozen != torch.float32),
-    ):
-        found = localization(
-            model, run.validation, few, accelerator=run.accelerator, arm_dir=Path(scratch), label=f"step {step}"
-        )
-    if found is None or not run.accelerator.is_main_process:
-        return
-    row: JsonObject = {"step": step, "images": found["word"]["images"], "pairs": found["word"]["pairs"]}
-    row |= {token: {key: found[token][key] for key in ("auc", "cnr", "top1")} for token in ("word", "eos", "padding")}
-    path = log_dir / "localization_log.jsonl"
-    # Not those of a run that was killed after this step and continues from a checkpoint before it.
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []
-    lines = [line for line in lines if _step_of(line) < step] + [json.dumps(row | {"mass": found["mass"]})]
-    write_atomic(path, "\n".join(lines) + "\n")
+class _Validation:
+    """Looks at validation images while an arm trains, as rows of validation_log.jsonl."""
 
+    def __init__(self, run: Run, arm: Arm, log_dir: Path) -> None:
+        assert run.validation is not None
+        self.run, self.arm, self.path = run, arm, log_dir / LOG
+        self.looks = Looks(
+            Remembered(run.validation), run.evaluation, arm.evaluation, run.config.data.resolution, run.features,
+            run.accelerator, log_dir / "look.partial",
+        )  # fmt: skip
 
-def _step_of(line: str) -> float:
-    """The step of a row of a log; infinite for a row that a power loss tore."""
-    try:
-        return float(json.loads(line)["step"])
-    except (ValueError, TypeError, KeyError):
-        return math.inf
+    def look(self, model: Model, step: int) -> float | None:
+        """Write a row; returns how good the weights are, by the arm's rule."""
+        frozen = DTYPES[self.run.config.base.frozen_dtype]
+        with torch.autocast(self.run.accelerator.device.type, frozen, enabled=frozen != torch.float32):
+            row = self.looks.look(model, step)
+        if self.run.accelerator.is_main_process:
+            write_look(self.path, row)
+        return None if self.arm.keep == "last" else SCORES[self.arm.keep](row)
 
 
 def dry_run(run: Run) -> None:

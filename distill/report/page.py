@@ -25,6 +25,7 @@ from distill.report.document import Picture, Section, Table, escape_markdown, ma
 from distill.report.memorization import memorization_section
 from distill.report.summary import RULE, sample, summarize
 
+_CURVES = {"auc": "AUC", "image_adds": "image adds"}  # of a look at maps
 _NO_CURVE = ("step", "grad_norm", "lr", "seconds", "epoch", "images", "pairs")  # columns of the logs
 
 
@@ -106,7 +107,8 @@ def _curves(run_dir: Path, arms: Sequence[str], name: str, notes: list[str]) -> 
     curves: figures.Curves = {}
     for arm in arms:
         for row in _read_jsonl(run_dir / arm / name, notes):
-            flat = row | {f"{key} AUC": value.get("auc") for key, value in row.items() if isinstance(value, dict)}
+            maps = [(key, value) for key, value in row.items() if isinstance(value, dict)]
+            flat = row | {f"{key} {_CURVES[k]}": v for key, value in maps for k, v in value.items() if k in _CURVES}
             for term, value in flat.items():
                 usable = type(value) in (int, float) and math.isfinite(value) and type(row.get("step")) is int
                 if usable and term not in _NO_CURVE and not term.startswith("lr"):
@@ -117,7 +119,7 @@ def _curves(run_dir: Path, arms: Sequence[str], name: str, notes: list[str]) -> 
 def _sections(run_dir: Path, results: Results, charts: Sequence[Picture], notes: list[str]) -> list[Section]:
     arms = list(results.arms)
     losses = figures.curve_charts(_curves(run_dir, arms, "train_log.jsonl", notes), arms, "loss")
-    located = figures.curve_charts(_curves(run_dir, arms, "localization_log.jsonl", notes), arms, "localization")
+    looks = figures.curve_charts(_curves(run_dir, arms, "validation_log.jsonl", notes), arms, "validation")
     found = (tables.difference_table(results), tables.mass_table(results))
     paired, mass = ([table] if table else [] for table in found)
     findings = [table for metric in tables.EACH_FINDING if (table := tables.finding_table(results, metric))]
@@ -135,7 +137,7 @@ def _sections(run_dir: Path, results: Results, charts: Sequence[Picture], notes:
         Section("Differences", [differs], [], paired),
         Section("Each finding", [tables.OF_FINDINGS], [], findings),
         Section("More measures", [], [], details, folded=True),
-        Section("Training", [], [*losses, *located]),
+        Section("Training", results.exported, [*losses, *looks]),
         Section("Cost and size", [], [], [tables.cost_table(results)]),
         Section("What the numbers mean", [], [], [meaning]),
     ]
@@ -172,7 +174,7 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     """Write report.html (one self-contained file) and report.md (with figures/*.png) from the files of a run folder.
 
     Reads metrics.json, and where they exist real/examples.jsonl with its images and each arm's word_maps.safetensors,
-    samples/, train_log.jsonl and localization_log.jsonl. What cannot be read is said in the report. Raises UserError where
+    samples/, train_log.jsonl and validation_log.jsonl. What cannot be read is said in the report. Raises UserError where
     metrics.json cannot be read, and ValueError where it is not of the documented form (see `parse_metrics`).
     """
     results, notes = parse_metrics(read_json(run_dir / "metrics.json")), list[str]()

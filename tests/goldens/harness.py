@@ -207,7 +207,7 @@ def metrics(root: Path) -> Values:
     for name, prefix in BESIDES.items():
         for path in root.rglob(name):
             add(label_of(path.parent, root), json.loads(path.read_text(encoding="utf-8")), prefix)
-    for path in root.rglob("localization_log.jsonl"):
+    for path in root.rglob("validation_log.jsonl"):
         for row in rows_of(path):
             add(label_of(path.parent, root), row, f"localization_log/{row['step']}")
     for path in root.rglob("pairs.jsonl"):
