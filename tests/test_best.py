@@ -54,6 +54,28 @@ def test_a_look_without_a_value_is_not_kept_and_without_any_the_last_weights_are
     assert some.best is not None and some.best.step == 3
 
 
+class WithState(LeastSquares):
+    """An objective that counts its steps, and says so to a checkpoint."""
+
+    count = 0
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
+        self.count += 1
+        return super().forward(batch, generator)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        return {"count": torch.tensor(self.count)}
+
+    def load_state(self, state: dict[str, torch.Tensor]) -> None:
+        self.count = int(state["count"])
+
+
+def test_what_a_method_keeps_is_that_of_the_best_look_too(tmp_path: Path) -> None:
+    objective = WithState()
+    train(objective, tmp_path, score=score, **STEPS)
+    assert objective.count == 4
+
+
 def test_the_training_itself_does_not_change(tmp_path: Path) -> None:
     train(LeastSquares(), tmp_path / "a", score=score, **STEPS)
     train(LeastSquares(), tmp_path / "b", max_steps=8)
@@ -76,14 +98,14 @@ def killed(folder: Path, step: int, during: str, **options: Any) -> None:
             train(LeastSquares(), folder, on=kill_at(step), score=score, **STEPS, **after, **options)
 
 
-@pytest.mark.parametrize("every", [1, 2, 3, None])
+@pytest.mark.parametrize("every", [3, None])
 @pytest.mark.parametrize("during", ["before", "after"])
-def test_a_training_that_is_killed_at_any_step_leaves_the_same(tmp_path: Path, every: int | None, during: str) -> None:
+def test_a_training_that_is_killed_leaves_the_same(tmp_path: Path, every: int | None, during: str) -> None:
     expected = of_step(4, tmp_path)
-    for step in range(1, 9):
+    at_most = 1 if every is None else 3
+    for step in (1, 4, 5, 7):
         folder, resumed = tmp_path / str(step), LeastSquares()
         killed(folder, step, during, checkpoint_every_steps=every)
-        at_most = 1 if every is None else 3
         assert len(list((folder / "state").glob("best-*"))) <= at_most
         result = train(resumed, folder, score=score, checkpoint_every_steps=every, **STEPS)
         assert result.best is not None and result.best.step == 4

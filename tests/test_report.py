@@ -86,6 +86,8 @@ def arm(auc: float, fid: float, finding_auc: float, trained: bool = True) -> dic
 
 def make_metrics(arms: tuple[str, ...] = tuple(ARMS), **more: Any) -> dict[str, Any]:
     entries = {name: arm(*ARMS.get(name, ARMS["gamma"]), trained=name != "start") for name in arms}
+    if "gamma" in entries:
+        entries["gamma"]["cost"]["kept"] = {"step": 200, "rule": "loss", "value": 0.12345}
     provenance = {
         "commit": "0123abc", "device": "cpu", "seeds": {"training": 0},
         "config": {"base": {"name": "phantom"}, "evaluation": {"timesteps": [100, 400]}}, "seconds": {"cache": 12.0},
@@ -140,7 +142,9 @@ def make_run(
         _write_maps(run_dir / name, captions)
         rows = [{"step": s, "loss": 0.3 + 2 / s, "lr": 1e-4, "extra": 0.1} for s in range(10, 501, 10)]
         (run_dir / name / "train_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-        located = [{"step": s, "images": 10, "word": {"auc": 0.6 + s / 2000}} for s in (100, 200, 300)]
+        located = [
+            {"step": s, "images": 10, "word": {"auc": 0.6 + s / 2000, "image_adds": s / 9999}} for s in (100, 200, 300)
+        ]
         (run_dir / name / "validation_log.jsonl").write_text("".join(json.dumps(row) + "\n" for row in located))
     (run_dir / "metrics.json").write_text(json.dumps(make_metrics(arms)))
     return run_dir
@@ -631,7 +635,12 @@ def test_markdown_links_exactly_the_pictures_that_were_written(full_run: Path) -
     assert markdown.startswith("# Take gamma") or markdown.startswith("## Take gamma")
     linked = set(re.findall(r"\]\((.*?)\)", markdown))
     figures = {link for link in linked if link.startswith("figures/")}
-    assert figures == {f"figures/{path.name}" for path in (full_run / "figures").iterdir()} and len(figures) == 5
+    assert figures == {f"figures/{path.name}" for path in (full_run / "figures").iterdir()} and len(figures) == 6
+    assert "word image adds over the training steps" in markdown
+    assert (
+        "gamma: the weights of step 200 are exported, which had the lowest validation loss, 0.1235 (keep loss)."
+        in markdown
+    )
     examples = [*full_run.glob("real/*.png"), *full_run.glob("*/samples/*.png")]
     assert linked - figures == {str(path.relative_to(full_run)) for path in examples} and len(examples) > 3
 
@@ -886,6 +895,7 @@ def test_card_is_one_screen_with_the_loading_code_first(tmp_path: Path) -> None:
     for shown in (
         "\\[.830, .870\\]",
         "2,345,678",
+        "the weights of step 200 are exported, which had the lowest validation loss, 0.1235 (keep loss)",
         "0123abc",
         "100 held-out images",
         "200 generated images",
