@@ -25,8 +25,8 @@ from distill.report.document import Picture, Section, Table, escape_markdown, ma
 from distill.report.memorization import memorization_section
 from distill.report.summary import RULE, sample, summarize
 
-_CURVES = {"auc": "AUC", "image_adds": "image adds"}  # of a look at maps
 _NO_CURVE = ("step", "grad_norm", "lr", "seconds", "epoch", "images", "pairs")  # columns of the logs
+_OF_MAPS = (("auc", "AUC"), ("image_adds", "image adds"))
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,7 @@ def _curves(run_dir: Path, arms: Sequence[str], name: str, notes: list[str]) -> 
     for arm in arms:
         for row in _read_jsonl(run_dir / arm / name, notes):
             maps = [(key, value) for key, value in row.items() if isinstance(value, dict)]
-            flat = row | {f"{key} {_CURVES[k]}": v for key, value in maps for k, v in value.items() if k in _CURVES}
+            flat = row | {f"{key} {shown}": value.get(k) for key, value in maps for k, shown in _OF_MAPS}
             for term, value in flat.items():
                 usable = type(value) in (int, float) and math.isfinite(value) and type(row.get("step")) is int
                 if usable and term not in _NO_CURVE and not term.startswith("lr"):
