@@ -20,7 +20,10 @@ from distill.data.readers.image_folder import ImageFolder
 from distill.data.sample import group_key
 from distill.errors import UserError
 from distill.evaluation import detection
+from distill.evaluation import explanation as module
+from distill.evaluation.detection import Change, Explained
 from distill.evaluation.explanation import one_of_each_image
+from distill.metrics.image_features import FEATURES
 from distill.report import explanation
 from distill.report.explanation import BEYOND, CONTROL, GENERATED, VAE, change_sentence, sentences
 
@@ -165,3 +168,18 @@ def test_the_sentences_say_whose_fault_it_is_and_whether_the_control_holds() -> 
 def test_a_counterfactual_is_said_in_percent_where_that_has_a_meaning(before: float, after: float, said: str) -> None:
     assert change_sentence({"name": "edge sharpness", "before": before, "after": after}).endswith(said)
     assert explanation.change_sentence(None).startswith("No change of a single feature")
+
+
+def test_an_image_that_no_single_change_would_pass_counts_as_detected(monkeypatch: pytest.MonkeyPatch) -> None:
+    nothing = np.zeros(len(FEATURES))
+    images = [
+        Explained(0, 0, 0.9, nothing, Change(1, 2.0, 3.0)), Explained(1, 0, 0.8, nothing, None),
+        Explained(2, 0, 0.3, nothing, None),
+    ]  # fmt: skip
+    monkeypatch.setattr(detection, "explain_images", lambda pairs, folds: iter(images))
+    found = module._explained([], [], [])
+    name = FEATURES[1].name
+    assert found["changes"] == {"detected": 2, "one_change_is_enough": 0.5, "features": {name: 0.5}}
+    assert [example["change"] for example in found["examples"]] == [
+        {"name": name, "before": 2.0, "after": 3.0}, None, None,
+    ]  # fmt: skip
