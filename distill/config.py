@@ -234,9 +234,9 @@ class FullEvaluation(EvaluationConfig):
     parts: AnyParts = ("localization", "quality")  # type: ignore[assignment]
     """What to measure: attention maps (localization), generated images (quality), copies of training images (memorization), and
     how well classifiers learn from generated images (utility). What was measured before is kept."""
-    utility_steps: Annotated[Count, HARMLESS] = 300
+    utility_steps: Annotated[Count, HARMLESS] = 200
     """Training steps of each of the classifiers of utility."""
-    utility_seeds: Annotated[int, Field(ge=2, le=100), HARMLESS] = 5
+    utility_seeds: Annotated[int, Field(ge=2, le=100), HARMLESS] = 4
     """Seeds of the classifiers of utility, over which its intervals are. Each trains three classifiers."""
     protocol: Literal["ours", "dombrowski", "vilouras"] = "ours"
     """How maps are made and compared. ours is fast; dombrowski and vilouras are as published, and much slower."""

@@ -19,7 +19,7 @@ from tiny import save_tiny
 from distill.cli import parse
 from distill.methods import METHODS
 
-DATA = ["--data.resolution", "64", "--data.test_size", "4", "--data.validation_size", "4"]
+DATA = ["--data.resolution", "64", "--data.train_size", "4", "--data.test_size", "4", "--data.validation_size", "4"]
 MAPS = ["--evaluation.localization_images", "2", "--evaluation.bootstrap_samples", "10"]
 EVALUATION = [
     *DATA, *MAPS, "--evaluation.generated_images", "2", "--evaluation.features", "none", "--evaluation.timesteps", "300",
@@ -27,7 +27,7 @@ EVALUATION = [
     "--evaluation.examples", "1",
 ]  # fmt: skip
 TRAINING = [
-    *EVALUATION, "--data.train_size", "4", "--data.cache_dir", "FOLDER/cache", "--trainer.max_steps", "3",
+    *EVALUATION, "--data.cache_dir", "FOLDER/cache", "--trainer.max_steps", "3",
     "--trainer.batch_size", "2", "--trainer.tracker", "none", "--trainer.log_every_steps", "1",
     "--trainer.checkpoint_every_steps", "1", "--trainer.learning_rate", "1e-2",
 ]  # fmt: skip

@@ -28,10 +28,11 @@ from tiny import save_tiny, tiny_sd
 from distill import checkpoints
 from distill.cli import parse
 from distill.config import BaseConfig
+from distill.data_config import CocoData
 from distill.errors import UserError
 from distill.evaluation import validation
 from distill.experiment import results, sharing, train
-from distill.experiment.run import Run
+from distill.experiment.run import Run, _prior_images
 from distill.methods import key_lock
 from distill.methods.key_lock import Merged
 from distill.models.adapters import parameter_counts
@@ -225,26 +226,31 @@ def test_another_configuration_in_the_same_folder_is_refused(
 def test_evaluate_gives_the_numbers_that_the_training_run_gave(finetuned: tuple[Path, list[str]], work: Path) -> None:
     folder, _ = finetuned
     out = work / "evaluated"
-    run(
-        "evaluate",
-        ["--base.name", str(work / "v"), "--run", str(folder), "--output_dir", str(out), *PHANTOM, *EVALUATION],
-    )
-    assert files_of(out) == (RUN_FILES - {"real/mean_masks.safetensors"}) | arm_files("base") | arm_files("model")
+    argv = ["--base.name", str(work / "v"), "--run", str(folder), "--output_dir", str(out), "--data.train_size", "6"]
+    run("evaluate", [*argv, *PHANTOM, *EVALUATION])
+    assert files_of(out) == RUN_FILES | arm_files("base") | arm_files("model")
     there, here = read_metrics(folder)["arms"], read_metrics(out)["arms"]
     for arm in ("base", "model"):
         assert here[arm]["quality"] == there[arm]["quality"]
-        priors = [entry[arm]["localization"].pop("priors") for entry in (here, there)]
-        # The mean mask is of training images, and evaluate.py reads none.
-        assert priors[0]["mean_mask"] is None and priors[1]["mean_mask"] is not None
-        for entry in (here, there):
-            for token in ("word", "eos", "padding"):
-                within = [entry[arm]["localization"][token].pop(f"within_prior{end}") for end in ("", "_ci", "_pairs")]
-                assert within[:2] == [None, None] if entry is here else 0 <= within[0] <= 1 and within[2] > 0
         assert here[arm]["localization"] == there[arm]["localization"]
-        assert priors[0]["centre"]["auc"] == priors[1]["centre"]["auc"]
+        assert here[arm]["localization"]["priors"]["mean_mask"]["training_images"] > 0, "of the training split's masks"
         assert here[arm]["cost"]["train_seconds"] is None
     for name in ("base/samples/0000.png", "model/samples/0000.png", "real/0000.png", "real/examples.jsonl"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_evaluate_without_training_images_says_what_it_does_not_measure(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = make_folder(tmp_path / "data", "file_name,text,finding,box", lambda i: f'Edema {i}.,edema,"8,8,20,20"')
+    argv = ["--base.name", str(work / "v"), "--output_dir", str(tmp_path / "out"), "--evaluation.parts", "localization"]
+    argv += ["--data.kind", "folder", "--data.root", str(data), "--data.resolution", "64", *FOLDER_COLUMNS, *EVALUATION]
+    run("evaluate", [*argv, "--data.test_split", "all"])
+    said = capsys.readouterr().out
+    assert "the mean training mask and the AUC within the prior are not measured: there are no training images" in said
+    assert read_metrics(tmp_path / "out")["arms"]["base"]["localization"]["priors"]["mean_mask"] is None
+    found, why = _prior_images(CocoData(root=str(data)))
+    assert found is None and "with data.kind coco evaluate.py opens no training images" in why
 
 
 def test_distill_attention_learns_from_a_run_folder(finetuned: tuple[Path, list[str]], work: Path) -> None:

@@ -19,14 +19,12 @@ from distill.experiment import run as run_module
 from distill.models.loading import LORA_FILE
 
 EVALUATION = [
-    "--data.resolution", "64", "--data.test_size", "6", "--evaluation.localization_images", "2",
+    "--data.resolution", "64", "--data.train_size", "4", "--data.test_size", "6", "--evaluation.localization_images", "2",
     "--evaluation.generated_images", "2", "--evaluation.features", "phantom", "--evaluation.num_inference_steps", "1",
     "--evaluation.diversity_captions", "1", "--evaluation.diversity_samples", "2", "--evaluation.timesteps", "300",
     "--evaluation.examples", "1", "--evaluation.bootstrap_samples", "10",
 ]  # fmt: skip
 TRAINER = [
-    "--data.train_size",
-    "4",
     "--trainer.max_steps",
     "1",
     "--trainer.batch_size",

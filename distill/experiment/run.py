@@ -27,7 +27,7 @@ from distill.data.loading import load_dataset, refuse_shared_pictures
 from distill.data.readers.records import RecordDataset
 from distill.data.readers.splits import VALIDATION_SPLITS
 from distill.data.rows import check_training_text
-from distill.data_config import PhantomData
+from distill.data_config import DataConfig, FolderData, PhantomData
 from distill.errors import UserError, raise_all
 from distill.evaluation.evaluate import HeldOut, evaluation_order, example_images, held_out
 from distill.evaluation.fidelity import finding_labels
@@ -151,8 +151,9 @@ def open_run(
         test = load_dataset(config.data, "test")
         looks_for_copies = "memorization" in evaluation.parts
         train = load_dataset(config.data, "train") if arms or looks_for_copies else None
+        prior, no_prior = (train, "") if train or "localization" not in evaluation.parts else _prior_images(config.data)
         validation = _load_validation(config, arms)
-        refuse_shared_pictures(train, test, validation)
+        refuse_shared_pictures(train or prior, test, validation)
     opened = Run(
         config, folder, accelerator, base or config.base, arms, evaluation, train, test, validation,
         references or {}, compare_to,
@@ -169,6 +170,8 @@ def open_run(
         f"{opened.base.name}: {total / 1e6:,.1f} M parameters in denoiser and text encoder; {sizes} at "
         f"{config.data.resolution} px; {accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
+    if no_prior:
+        opened.say(f"the mean training mask and the AUC within the prior are not measured: {no_prior}")
     advice = thread_advice(torch.get_num_threads(), accelerator.num_processes)
     if advice and accelerator.device.type == "cpu":
         opened.say(advice)
@@ -179,7 +182,7 @@ def open_run(
         tokens = Tokenizers(model.tokenizers, model.max_tokens)  # not the model, whose weights would stay in memory
         opened.make_against = partial(
             held_out, test, tokens, evaluation, opened.features, accelerator=accelerator, run_dir=folder,
-            training=train if arms else None, copied_from=train,
+            training=prior, copied_from=train,
         )  # fmt: skip
         # Last, so that a configuration that is refused does not claim the folder.
         if accelerator.is_main_process:
@@ -323,6 +326,20 @@ def _check_keep(run: Run) -> None:
             f"keep is finding_auc, and no finding of the classifier ({', '.join(run.features.findings)}) is in some and not in "
             f"all of the first {len(images)} validation captions; set keep to loss"
         )
+
+
+def _prior_images(data: DataConfig) -> tuple[PhantomDataset | RecordDataset | None, str]:
+    """The training images for the priors of localization where nothing else reads them, or why there are none.
+
+    Their masks and boxes are read, not their captions. A folder's files are all checked with its test split; those of other
+    kinds would take hours.
+    """
+    if not isinstance(data, (PhantomData, FolderData)):
+        return None, f"with data.kind {data.kind} evaluate.py opens no training images; tradeoff.py does"
+    try:
+        return load_dataset(data, "train"), ""
+    except UserError as error:
+        return None, f"there are no training images ({str(error).partition(chr(10))[0]})"
 
 
 def _why_no_regions(dataset: PhantomDataset | RecordDataset) -> str:

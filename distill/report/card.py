@@ -22,8 +22,6 @@ _LIMITS = (
     "Limits: not for clinical use. Generated images are not meant to show a real patient. The numbers hold for these held-out "
     "images and one training seed. The licences of the base and of the training data apply."
 )
-
-
 _MEMORIZATION = "**Memorization.**"
 
 
