@@ -377,7 +377,7 @@ def test_maps_no_better_than_blind_ones_are_called_so() -> None:
     under = arm(0.6, 20, 0.9)
     under["localization"]["word"] |= {"auc": 0.46, "auc_ci": [0.44, 0.48]}
     found = choose({"a": one, "b": under})
-    assert "The word AUC of b is below .5: the maps are higher outside the findings than inside." in found.reasons
+    assert "The word AUC of b is below .5: the maps are higher outside findings than inside." in found.reasons
     under["localization"]["word"]["auc_ci"] = [0.4, 0.5]
     assert not any("below .5" in text for text in choose({"a": one, "b": under}).reasons)
     one["localization"]["priors"]["centre"] |= {"within_prior": 0.49, "within_prior_ci": [0.48, 0.5]}

@@ -146,11 +146,9 @@ def _blind(results: Results, arm: str) -> list[str]:
         better += [name.replace("_", " ")] if ours is not None and theirs is not None and ours <= theirs else []
     if better:
         found.append(f"By word AUC, {arm} is not shown to be better than blind maps ({_and(better)}).")
-    highs = {name: one.estimate(WORD_AUC.key).high for name, one in results.arms.items()}
-    if under := [name for name, high in highs.items() if high is not None and high < 0.5]:
-        found.append(
-            f"The word AUC of {_and(under)} is below .5: the maps are higher outside the findings than inside."
-        )
+    words = {name: one.estimate(WORD_AUC.key) for name, one in results.arms.items()}
+    if under := [name for name, word in words.items() if word.high is not None and word.high < 0.5]:
+        found.append(f"The word AUC of {_and(under)} is below .5: the maps are higher outside findings than inside.")
     if adds.value is not None and (adds.low is None or adds.low <= 0):
         found.append(f"The maps of {arm} are not shown to depend on the image.")
     return found

@@ -121,8 +121,7 @@ def flatten(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def results_table(results: Results, wanted: Sequence[Metric] = MAIN) -> Table:
-    """One row an arm, the real images, and each map that does not look at the image; the `wanted` metrics if measured, and the
-    cost if it is known."""
+    """One row an arm, real images and blind maps: the `wanted` metrics that are measured, and the cost if it is known."""
     shown = [m for m in wanted if any(arm.estimate(m.key).value is not None for arm in results.arms.values())]
     rows: list[list[str | Cell]] = []
     for name, arm in results.with_real.items():
@@ -184,8 +183,8 @@ def finding_table(results: Results, metric: Metric = WORD_AUC) -> Table | None:
     rows: list[list[str | Cell]] = []
     for finding in dict.fromkeys(name for own in found.values() for name in own):
         each = [own.get(finding, (0, Estimate())) for own in found.values()]
-        rows.append([finding, format_count(max(count for count, _ in each))])
-        rows[-1] += [" ".join(format_estimate(estimate, metric)).strip() for _, estimate in each]
+        cells = (" ".join(format_estimate(estimate, metric)).strip() for _, estimate in each)
+        rows.append([finding, format_count(max(count for count, _ in each)), *cells])
     what = "pairs" if metric is WORD_AUC else "images"
     return Table([metric.label, what, *found], rows, "numbers", f"{metric.name} of each finding") if rows else None
 
