@@ -517,7 +517,6 @@ class _Loop:
                 write_atomic(self.log_path, found[0].log)
             else:
                 self.log_path.unlink(missing_ok=True)
-            checkpoints.forget_best(self.folder, None)
 
         self.control.on_main(look)
         step = self.control.largest(found[0].step if found[0] else 0)

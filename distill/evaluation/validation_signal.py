@@ -1,7 +1,7 @@
 """Do looks at validation images tell which weights are good on held-out images? Rank correlations within trainings.
 
 The unit is the training: each has one Spearman correlation between its looks and what the same weights score on held-out
-images. Their mean has a 95 % interval of Student's t over trainings, as in claims.py.
+images. Their mean has a 95 % interval of Student's t over trainings, as in claims.py, cut off at -1 and 1.
 """
 
 from __future__ import annotations
@@ -71,6 +71,7 @@ def agreements(looks: Looked, held_out: Measured) -> list[Agreement]:
                     counts.append(len(pairs))
             if per_seed:
                 values = list(per_seed.values())
-                interval = student_interval(values)
+                ends = student_interval(values)
+                interval = None if ends is None else (max(-1.0, ends[0]), min(1.0, ends[1]))
                 found.append(Agreement(rule, metric, per_seed, float(np.mean(values)), interval, min(counts)))
     return found

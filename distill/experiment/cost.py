@@ -1,7 +1,7 @@
 """What a training costs in image-passes: one image through a denoiser, forward 1 and backward 2.
 
 Teachers and models that are trained beside the student count as the student does. Not counted: what gradient checkpointing
-computes again inside backward, the text encoders and the VAE, and looks at samples and localization while it trains.
+computes again inside backward, the text encoders and the VAE, and samples and looks at validation images while it trains.
 """
 
 from __future__ import annotations
