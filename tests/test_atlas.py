@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
 import shutil
-import socket
-import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,10 +14,10 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from listed import WORDS, Listed, sample
+from pair import in_two_processes
 from PIL import Image
 from recipe import config_class_of, recipe_module, refusal_of
 from sklearn.metrics import roc_auc_score
@@ -229,11 +226,7 @@ def test_a_region_that_fills_the_image_is_left_out(sd: Model, accelerator: Accel
         compute_cells(sd, Listed([whole], WORDS), CONFIG, [600], accelerator=accelerator)
 
 
-def _rank(rank: int, port: int, base: str, folder: str) -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)  # a forked process has the parent's
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-    os.environ |= {"MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    torch.set_num_threads(1)
+def _rank(rank: int, base: str, folder: str) -> None:
     accelerator = Accelerator(cpu=True)
     model = load_model(BaseConfig(name=base)).freeze()
     found = [few_choice(model, accelerator, images) for images in (1, 3)]
@@ -250,14 +243,7 @@ def few_choice(model: Model, accelerator: Accelerator, images: int) -> tuple[int
 
 def test_two_processes_choose_what_one_chooses(base: Path, sd: Model, accelerator: Accelerator, tmp_path: Path) -> None:
     """Also of one image, where a process has no pair."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # A spawned process imports everything again, for many seconds; a forked one must not meet the parent's threads.
-    start_method = "fork" if sys.platform == "linux" else "spawn"
-    torch.multiprocessing.start_processes(
-        _rank, args=(port, str(base), str(tmp_path)), nprocs=2, start_method=start_method
-    )
+    in_two_processes(_rank, str(base), str(tmp_path))
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2))
     assert one[0] == two[0] == 2
     for place, images in enumerate((1, 3), start=1):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +10,7 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from full_size import ARCHITECTURES, full_size
+from pair import in_two_processes
 from recipe import recipe_module, refusal_of
 from test_recipes import PHANTOM, TRAINING, UNET_FILE, files_of, log_rows, read_metrics
 from tiny import save_tiny, tiny_sd, tiny_sdxl
@@ -319,10 +318,8 @@ def test_a_run_of_adapters_becomes_a_smaller_model_that_stock_diffusers_loads(
     assert {name: (out / name).read_bytes() for name in kept} == kept and files_of(out) == files
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
+def _rank(rank: int, folder: str) -> None:
     """One of two processes: makes the same base in earnest, as a dry run, and for a command that is refused."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
     root = Path(folder)
     argv = ["--base.name", str(root / "base"), "--blocks.remove_mid_block", "true", "--output_dir"]
 
@@ -348,10 +345,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
 
 def test_one_of_two_processes_writes_what_both_read(tmp_path: Path) -> None:
     save_tiny(tmp_path / "base")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    in_two_processes(_rank, str(tmp_path))
     names = [json.loads((tmp_path / f"names-{rank}.json").read_text()) for rank in (0, 1)]
     assert names[0] == names[1] and (tmp_path / "written").read_text() == "0\n0\n0\n"
     assert (Path(names[0][0]) / "unet" / UNET_FILE).exists()

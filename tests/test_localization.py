@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import socket
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -21,6 +19,7 @@ from diffusers import DDIMScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from listed import WORDS, Listed, sample
+from pair import in_two_processes
 from safetensors.torch import load_file
 from tiny import save_tiny, tiny_sd
 
@@ -534,10 +533,7 @@ def test_means_and_intervals_are_over_images_and_findings(
         assert found["auc_ci"] == pytest.approx(expected, abs=1e-6)
 
 
-def _rank(rank: int, port: int, base: str, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
-    torch.set_num_threads(1)
+def _rank(rank: int, base: str, folder: str) -> None:
     model = load_model(BaseConfig(name=base)).freeze()
     dataset = PhantomDataset("test", 8, 0, 64)
     config = CONFIG.model_copy(update=dict(localization_images=7, batch_size=2))
@@ -557,11 +553,8 @@ def test_two_processes_give_the_metrics_of_one(
     sd: Model, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
 ) -> None:
     base = save_tiny(tmp_path / "base", "sd")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     (tmp_path / "two").mkdir()
-    torch.multiprocessing.spawn(_rank, (port, str(base), str(tmp_path / "two")), nprocs=2)
+    in_two_processes(_rank, str(base), str(tmp_path / "two"))
     config = CONFIG.model_copy(update=dict(localization_images=7, batch_size=2))
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as the two have: another number of threads sums in another order

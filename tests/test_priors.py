@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
@@ -19,6 +17,7 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from listed import WORDS, Listed, sample
+from pair import in_two_processes
 from sklearn.metrics import roc_auc_score
 from test_seeds import write_run
 
@@ -483,9 +482,7 @@ def test_priors_are_in_the_entry_of_localization(sd: Model, accelerator: Acceler
     assert (tmp_path / "real/priors.json").exists(), "kept for the run's other models"
 
 
-def _rank(rank: int, port: int, folder: str) -> None:
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}  # fmt: skip
+def _rank(rank: int, folder: str) -> None:
     held_out, training = rectangles("a", 7), rectangles("t", 9, seed=1)
     shared: dict[str, Any] = {"accelerator": Accelerator(cpu=True), "folder": Path(folder)}
     found = [priors(held_out, training, asked_of(held_out), CONFIG, **shared) for _ in range(2)]
@@ -493,10 +490,7 @@ def _rank(rank: int, port: int, folder: str) -> None:
 
 
 def test_two_processes_give_the_priors_of_one(accelerator: Accelerator, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    torch.multiprocessing.spawn(_rank, (port, str(tmp_path)), nprocs=2)
+    in_two_processes(_rank, str(tmp_path))
     held_out = rectangles("a", 7)
     one = priors(held_out, rectangles("t", 9, seed=1), asked_of(held_out), CONFIG, accelerator=accelerator)
     for rank in (0, 1):

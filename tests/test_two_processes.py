@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from fitting import fresh_accelerator, log_of, settings_of
+from pair import free_port
 from recipe import ROOT
 from safetensors.torch import load_file
 from training import EXAMPLES
@@ -23,12 +23,9 @@ STOPS = ("not finite", "signal", "full disk", "damage")
 
 def launch(folder: Path, *scenarios: str) -> None:
     """Run scenarios of two_processes.py on two processes, as `accelerate launch --cpu --num_processes 2` does."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     shared = {
         "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "ACCELERATE_USE_CPU": "true", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
-        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1",
+        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
     command = [sys.executable, str(ROOT / "tests/two_processes.py"), str(folder), *scenarios]
     started = [

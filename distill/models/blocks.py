@@ -174,17 +174,29 @@ def model_size(model: Model, resolution: int) -> dict[str, float | int]:
     The last is for one pass of one image, as torch counts matrix products and convolutions: two operations for each
     multiplication and addition.
     """
-    inner = unwrapped(model.denoiser)
-    with torch.device("meta"):
-        shell = type(inner).from_config(inner.config)
-    inputs = model.family.example_inputs(model, 1, resolution // model.vae_factor, "meta")
-    with torch.device("meta"), FlopCounterMode(display=False) as counter:
-        model.family.predict(shell, *inputs)
     return {
-        "denoiser_parameters": _parameters(inner),
+        "denoiser_parameters": _parameters(unwrapped(model.denoiser)),
         "text_encoder_parameters": sum(map(_parameters, model.text_encoders)),
-        "denoiser_gflops": counter.get_total_flops() / 1e9,
+        "denoiser_gflops": _flops(model, resolution // model.vae_factor) / 1e9,
     }
+
+
+_COUNTED: dict[tuple[object, ...], int] = {}
+"""Of this process: the arms of a run are of one architecture, and counting takes seconds."""
+
+
+def _flops(model: Model, side: int) -> int:
+    inner = unwrapped(model.denoiser)
+    inputs = model.family.example_inputs(model, 1, side, "meta")
+    latents, _, conditions = inputs
+    config = sorted((key, repr(value)) for key, value in inner.config.items() if not key.startswith("_"))
+    pooled = conditions.pooled.shape if conditions.pooled is not None else None
+    of = (type(inner), *config, latents.shape, conditions.embeds.shape, pooled)
+    if of not in _COUNTED:
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            model.family.predict(type(inner).from_config(inner.config), *inputs)
+        _COUNTED[of] = counter.get_total_flops()
+    return _COUNTED[of]
 
 
 def _parameters(module: nn.Module) -> int:

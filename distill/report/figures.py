@@ -42,6 +42,7 @@ def chart(name: str, alt: str, width: float, height: float, draw: Callable[[Figu
         draw(figure)
         png, svg = io.BytesIO(), io.StringIO()
         figure.savefig(png, format="png", dpi=150, facecolor="white")
+        figure.set_layout_engine("none")  # the places stay, and are not computed again
         nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
         figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
     text = re.sub(r"^.*?(?=<svg)", "", svg.getvalue(), flags=re.DOTALL)
