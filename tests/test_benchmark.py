@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 import torch
 
+from distill.attention.heat_maps import aggregate
 from distill.attention.recording import record_attention
 from distill.config import BaseConfig, FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data_config import PhantomData
-from distill.evaluation.protocols import Recorder, dombrowski, prepare_inputs, queries
+from distill.evaluation.protocols import ddim_timesteps, prepare_inputs, queries
 from distill.experiment import benchmark_localization as benchmark
 from distill.experiment import benchmark_memory, fresh_process
 from distill.models.family import Model
@@ -47,12 +48,13 @@ def test_the_papers_way_is_the_mean_of_heads_layers_and_the_last_40_steps(sd: Mo
     config = FullEvaluation()
     batch = queries(phantoms, sd, config)[:2]
     inputs = prepare_inputs(sd, [phantoms[query.image] for query in batch], batch, torch.device("cpu"))
-    found = benchmark.paper_way(inputs, config)
-    # The protocol makes the same maps, and keeps no probabilities.
+    noise, expected = inputs.noise(50, config.seed), torch.zeros(())
     with record_attention(sd.denoiser, reduce=inputs.reduce) as maps:
-        expected, _ = dombrowski(inputs, config, Recorder(maps))
-    assert found.shape == expected.shape and found.std() > 0
-    torch.testing.assert_close(found[:, :4], expected[:, :4], atol=1e-2, rtol=0)
+        for place, timestep in list(enumerate(ddim_timesteps(sd, 50)))[10:]:
+            noisy = sd.family.add_noise(sd, inputs.latents, noise[:, place], inputs.steps(timestep))
+            sd.family.predict(sd.denoiser, noisy, inputs.steps(timestep), inputs.conditions)
+            expected = expected + aggregate(maps.by_layer, maps.sizes, (64, 64), mode="nearest") / 40
+    torch.testing.assert_close(benchmark.paper_way(inputs, config), expected, atol=1e-6, rtol=0)
 
 
 def test_every_part_has_its_share_of_the_time_and_is_written_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:

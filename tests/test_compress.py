@@ -12,7 +12,7 @@ from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from full_size import ARCHITECTURES, full_size
 from pair import in_two_processes
 from recipe import recipe_module, refusal_of
-from test_recipes import PHANTOM, TRAINING, UNET_FILE, files_of, log_rows, read_metrics
+from test_recipes import MAPS_ONLY, PHANTOM, TRAINING, UNET_FILE, files_of, log_rows, read_metrics
 from tiny import save_tiny, tiny_sd, tiny_sdxl
 from torch import nn
 from training import batch_of, distilling, generator
@@ -215,6 +215,7 @@ def test_operations_are_those_of_a_real_pass(build: Any) -> None:
             torch.zeros(1, 77, unet.config.cross_attention_dim),
             added_cond_kwargs=added,
         )
+    assert model_size(model, 128)["denoiser_gflops"] > counted / 1e9, "an image of another size"
     size = model_size(model, 64)
     assert size["denoiser_gflops"] == pytest.approx(counted / 1e9, rel=1e-6)
     assert size["denoiser_parameters"] == parameter_counts(unet)[0]
@@ -272,6 +273,7 @@ def test_a_run_of_adapters_becomes_a_smaller_model_that_stock_diffusers_loads(
     argv = ["--base.name", str(tmp_path / "base"), "--run", str(teacher_run), "--output_dir", str(out), *TRAINING]
     argv += ["--blocks.layers_per_block", "1", "--blocks.remove_mid_block", "true", "--text_encoder", "full"]
     argv += ["--method.mass_weight", "0.5", "--bits", "[int8,nf4]", "--data.cache_dir", str(tmp_path / "cache")]
+    argv += MAPS_ONLY
     compress(argv)
     metrics = read_metrics(out)
     assert list(metrics["arms"]) == ["teacher", "pruned", "model", "model_int8", "model_nf4"]

@@ -298,7 +298,7 @@ def test_one_batch_overfits() -> None:
     batch = batch_of(model)
     optimizer = torch.optim.AdamW([p for p in method.parameters() if p.requires_grad], lr=1e-2)
     losses = []
-    for _ in range(100):
+    for _ in range(40):
         loss = method(batch, generator(3))["loss"]
         loss.backward()
         optimizer.step()

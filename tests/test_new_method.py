@@ -58,6 +58,7 @@ OPTIONS = [
     "1e-2", "--evaluation.localization_images", "3", "--evaluation.generated_images", "3", "--evaluation.features", "none",
     "--evaluation.num_inference_steps", "2", "--evaluation.diversity_captions", "1", "--evaluation.timesteps", "300",
     "--evaluation.diversity_samples", "2", "--evaluation.examples", "1", "--evaluation.bootstrap_samples", "10",
+    "--evaluation.parts", "localization",
 ]  # fmt: skip
 
 

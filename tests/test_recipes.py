@@ -73,6 +73,8 @@ TRAINER = [
     "--trainer.log_every_steps", "1",
 ]  # fmt: skip
 TRAINING = [*PHANTOM, "--data.train_size", "6", *TRAINER, *EVALUATION]
+MAPS_ONLY = ["--evaluation.parts", "localization"]
+"""For tests that look at no generated image."""
 ARM_FILES = {
     "drawn.jsonl", "maps.safetensors", "metrics.json", "pairs.jsonl", "samples/0000.png", "scored.jsonl",
     "word_maps.safetensors",
@@ -359,7 +361,7 @@ def test_arms_like_others_have_options_of_their_own(
         "fast": {"like": "frozen", "learning_rate": 1e-2},
     }
     argv = ["--base.name", str(work / "sd"), "--output_dir", str(out), *arms_argv("frozen", **variants), *TRAINING]
-    run("tradeoff", [*argv, "--data.cache_dir", str(work / "cache")])
+    run("tradeoff", [*argv, *MAPS_ONLY, "--data.cache_dir", str(work / "cache")])
     assert list(read_metrics(out)["arms"]) == ["base", "frozen", *variants]
     terms = {name: log_rows(out / name / "train_log.jsonl")[-1] for name in variants}
     taught = {name: row["loss"] - row["denoising"] for name, row in terms.items()}
@@ -461,7 +463,8 @@ def test_arms_that_cannot_be_read_are_refused_in_one_message(
 def test_seeds_are_trained_evaluated_and_compared_in_one_report(
     names: tuple[str, ...], work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Arms with the denoiser by LoRA and two seeds; then a third seed into the same folder, which trains only its own."""
+    """Arms with the denoiser by LoRA: a seed of a command of its own, and one or two more into the same folder, which train
+    only their own."""
     monkeypatch.setattr(validation, "IMAGES", 2)
     monkeypatch.setattr(validation, "DRAWN", 2)
     gated = ARMS["gated"] | {"method": ARMS["gated"]["method"] | {"gate_images": 4}}
@@ -474,12 +477,24 @@ def test_seeds_are_trained_evaluated_and_compared_in_one_report(
         "--trainer.validate_every_steps", "1", "--data.validation_size", "4",
         "--data.cache_dir", str(work / "cache"), "--output_dir", str(tmp_path / "run"), *training,
     ]  # fmt: skip
-    run("tradeoff", [*argv, "--seeds", "[0,1]"])
-    folder = tmp_path / "run"
+    folder, seeds = tmp_path / "run", (7, 0) if len(names) == 3 else (7, 0, 1)
+    trained = []
+    fit = train.fit
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        trained.append(kwargs["label"])
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(train, "fit", counted)
+    run("tradeoff", [*argv, "--seeds", "[7]", "--output_dir", str(folder / "seed-7")])
+    assert trained == list(names)
+    run("tradeoff", [*argv, "--seeds", json.dumps(seeds)])
+    assert trained == list(names) * len(seeds), "a seed that is there is read"
     metrics = read_metrics(folder)
     assert list(metrics["arms"]) == ["base", *names] and metrics["compare_to"] == ["frozen", "learnable"]
     assert {"learnable - frozen", *(f"{n} - {o}" for n in names[2:] for o in names[:2])} == set(metrics["paired"])
-    each = [read_metrics(folder / f"seed-{seed}")["arms"] for seed in (0, 1)]
+    assert metrics["provenance"]["seeds"]["training"] == sorted(seeds)
+    each = [read_metrics(folder / f"seed-{seed}")["arms"] for seed in seeds]
     for name in names:
         values = [found[name]["localization"]["word"]["auc"] for found in each]
         assert metrics["arms"][name]["localization"]["word"]["auc"] == pytest.approx(np.mean(values))
@@ -506,20 +521,6 @@ def test_seeds_are_trained_evaluated_and_compared_in_one_report(
     looks = log_rows(folder / "seed-0/gated/validation_log.jsonl")
     assert [row["step"] for row in looks] == [1, 2]
     assert (folder / "report.html").exists() and (folder / "seed-0/report.html").exists()
-
-    trained = []
-    fit = train.fit
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        trained.append(kwargs["label"])
-        return fit(*args, **kwargs)
-
-    monkeypatch.setattr(train, "fit", counted)
-    run("tradeoff", [*argv, "--seeds", "[7]", "--output_dir", str(folder / "seed-7")])
-    assert trained == list(names)
-    run("tradeoff", [*argv, "--seeds", "[7,0]"])
-    assert trained == list(names), "a seed that is there is read"
-    assert read_metrics(folder)["provenance"]["seeds"]["training"] == [0, 1, 7]
 
 
 def test_locked_keys_are_merged_into_stock_weights(
@@ -575,7 +576,7 @@ def test_locked_keys_in_half_precision_and_a_merge_that_is_worse_than_none(
 
 def test_a_student_continues_from_its_teacher(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """At its first step it is its teacher, so that the maps differ by nothing; at its second they differ."""
-    argv = ["--base.name", str(work / "sd"), "--data.cache_dir", str(work / "cache"), *TRAINING]
+    argv = ["--base.name", str(work / "sd"), "--data.cache_dir", str(work / "cache"), *TRAINING, *MAPS_ONLY]
     run("tradeoff", [*argv, *arms_argv("frozen", "continued"), "--output_dir", str(tmp_path / "run")])
     first, second = log_rows(tmp_path / "run/continued/train_log.jsonl")
     assert max(first[name] for name in ("token_kl", "place_kl", "mass")) < 1e-6 < second["place_kl"]

@@ -8,7 +8,7 @@ CPU too. Convolutions stay as they are.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -39,12 +39,6 @@ def fewer_bits(
         quantize(model, quantization)
 
 
-class Output(Protocol):
-    """Of a denoiser of diffusers."""
-
-    sample: torch.Tensor
-
-
 def denoise_in(model: Model, dtype: torch.dtype) -> None:
     """Hold the denoiser in a type of 16 bits and compute in it, in place; what it reads and gives stays float32.
 
@@ -61,11 +55,9 @@ def denoise_in(model: Model, dtype: torch.dtype) -> None:
             {key: value if key == name else cast(value) for key, value in kwargs.items()},
         )
 
-    def outputs(_: nn.Module, args: object, output: tuple[torch.Tensor, ...] | Output) -> object:
-        if isinstance(output, tuple):
-            return tuple(value.float() for value in output)
-        output.sample = output.sample.float()
-        return output
+    def outputs(_: nn.Module, args: object, output: object) -> object:
+        # Families and pipelines ask for a tuple.
+        return tuple(value.float() for value in output) if isinstance(output, tuple) else output
 
     model.denoiser.to(dtype)
     model.denoiser.register_forward_pre_hook(inputs, with_kwargs=True)

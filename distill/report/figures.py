@@ -43,8 +43,7 @@ def chart(name: str, alt: str, width: float, height: float, draw: Callable[[Figu
         png, svg = io.BytesIO(), io.StringIO()
         figure.savefig(png, format="png", dpi=150, facecolor="white")
         figure.set_layout_engine("none")  # the places stay, and are not computed again
-        nothing = {"Date": None, "Creator": None, "Format": None, "Type": None}
-        figure.savefig(svg, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(svg, format="svg", transparent=True, metadata=dict.fromkeys("Date Creator Format Type".split()))
     text = re.sub(r"^.*?(?=<svg)", "", svg.getvalue(), flags=re.DOTALL)
     # Identifiers are shared by the whole page, so they carry the chart's name.
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
