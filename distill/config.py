@@ -38,7 +38,7 @@ class BaseConfig(Settings):
     """The model that is fine-tuned or evaluated."""
 
     name: Text = "phantom"
-    """`phantom` (the bundled base), a diffusers pipeline folder, a hub id, or a whole checkpoint (.safetensors)."""
+    """`phantom` (the bundled base), a diffusers pipeline folder, a hub id, or a model in one .safetensors file."""
     single_file_config: Text | None = None
     """Folder or hub id of a pipeline with the configs of a whole checkpoint. None takes the original model's, from the hub."""
     revision: Text | None = None
@@ -237,7 +237,7 @@ class FullEvaluation(EvaluationConfig):
     utility_steps: Annotated[Count, HARMLESS] = 200
     """Training steps of each of the classifiers of utility."""
     utility_seeds: Annotated[int, Field(ge=2, le=100), HARMLESS] = 4
-    """Seeds of the classifiers of utility, over which its intervals are. Each trains three classifiers."""
+    """Seeds of the utility classifiers; the intervals are over seeds. Each seed trains three classifiers."""
     protocol: Literal["ours", "dombrowski", "vilouras"] = "ours"
     """How maps are made and compared. ours is fast; dombrowski and vilouras are as published, and much slower."""
     ground_truth: Literal["auto", "mask", "boxes"] = "auto"

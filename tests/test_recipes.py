@@ -105,6 +105,18 @@ def run(name: str, argv: list[str]) -> None:
     getattr(recipe, name)(parse(getattr(recipe, CLASSES[name]), argv))
 
 
+def names_of_trained(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Gets the name of each arm that is trained from now on."""
+    names, fit = [], train.fit
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        names.append(kwargs["label"])
+        return fit(*args, **kwargs)
+
+    monkeypatch.setattr(train, "fit", counted)
+    return names
+
+
 def refusal(name: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     recipe = recipe_module(name)
     return refusal_of(getattr(recipe, name), getattr(recipe, CLASSES[name]), argv, capsys)
@@ -326,14 +338,7 @@ def test_tradeoff_continues_with_the_arm_that_is_missing(
     log = [{k: v for k, v in row.items() if k != "seconds"} for row in log_rows(folder / "lora/train_log.jsonl")]
     words = read_metrics(folder)["arms"]["lora"]["localization"]["word"]
     shutil.rmtree(folder / "lora")
-    trained = []
-    fit = train.fit
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        trained.append(kwargs["label"])
-        return fit(*args, **kwargs)
-
-    monkeypatch.setattr(train, "fit", counted)
+    trained = names_of_trained(monkeypatch)
     run("tradeoff", argv)
     assert trained == ["lora"]
     assert {name: (folder / name).read_bytes() for name in before} == before
@@ -478,14 +483,7 @@ def test_seeds_are_trained_evaluated_and_compared_in_one_report(
         "--data.cache_dir", str(work / "cache"), "--output_dir", str(tmp_path / "run"), *training,
     ]  # fmt: skip
     folder, seeds = tmp_path / "run", (7, 0) if len(names) == 3 else (7, 0, 1)
-    trained = []
-    fit = train.fit
-
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        trained.append(kwargs["label"])
-        return fit(*args, **kwargs)
-
-    monkeypatch.setattr(train, "fit", counted)
+    trained = names_of_trained(monkeypatch)
     run("tradeoff", [*argv, "--seeds", "[7]", "--output_dir", str(folder / "seed-7")])
     assert trained == list(names)
     run("tradeoff", [*argv, "--seeds", json.dumps(seeds)])
