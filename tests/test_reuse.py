@@ -89,7 +89,6 @@ def test_a_run_whose_adapter_is_another_is_measured_anew_and_its_base_is_not(
     assert after["model"]["quality"]["fid"] != before["model"]["quality"]["fid"]
 
 
-@pytest.mark.slow
 def test_either_part_alone_and_more_images(
     work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

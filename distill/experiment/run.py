@@ -151,7 +151,8 @@ def open_run(
         test = load_dataset(config.data, "test")
         looks_for_copies = "memorization" in evaluation.parts
         train = load_dataset(config.data, "train") if arms or looks_for_copies else None
-        prior, no_prior = (train, "") if train or "localization" not in evaluation.parts else _prior_images(config.data)
+        # Also where images alone are measured: it decides whether maps that were measured before are still of this data.
+        prior, no_prior = (train, "") if train else _prior_images(config.data)
         validation = _load_validation(config, arms)
         refuse_shared_pictures(train or prior, test, validation)
     opened = Run(
@@ -170,7 +171,7 @@ def open_run(
         f"{opened.base.name}: {total / 1e6:,.1f} M parameters in denoiser and text encoder; {sizes} at "
         f"{config.data.resolution} px; {accelerator.num_processes} process(es) on {accelerator.device.type}"
     )
-    if no_prior:
+    if no_prior and "localization" in evaluation.parts:
         opened.say(f"the mean training mask and the AUC within the prior are not measured: {no_prior}")
     advice = thread_advice(torch.get_num_threads(), accelerator.num_processes)
     if advice and accelerator.device.type == "cpu":
