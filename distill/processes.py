@@ -85,5 +85,18 @@ def thread_advice(threads: int, processes: int) -> str | None:
     )
 
 
+def ignored_by_launch(mixed_precision: str, gradient_accumulation_steps: int) -> list[str]:
+    """A sentence for each setting of `accelerate launch` that is not used, because these of the trainer say otherwise."""
+    found = []
+    for key, ours in (
+        ("mixed_precision", mixed_precision),
+        ("gradient_accumulation_steps", gradient_accumulation_steps),
+    ):
+        launched = os.environ.get(f"ACCELERATE_{key.upper()}", "").lower()
+        if launched not in ("", "no", "1", str(ours)):
+            found.append(f"accelerate launch names {key} {launched}; it is not used: trainer.{key} is {ours}")
+    return found
+
+
 if __name__ == "__main__":
     print(free_cores())

@@ -10,6 +10,7 @@ import pytest
 from recipe import ROOT
 
 from distill import processes
+from distill.config import TrainerConfig
 
 
 @pytest.mark.parametrize(
@@ -55,3 +56,32 @@ def test_the_makefile_reads_a_number_of_threads() -> None:
         [sys.executable, ROOT / "distill" / "processes.py"], capture_output=True, text=True, check=True
     )
     assert 1 <= int(printed.stdout) <= len(processes.cores())
+
+
+@pytest.mark.parametrize(
+    ("launched", "trainer", "told"),
+    [
+        ({}, {}, []),
+        ({"MIXED_PRECISION": "no", "GRADIENT_ACCUMULATION_STEPS": "1"}, {"mixed_precision": "bf16"}, []),
+        ({"MIXED_PRECISION": "bf16"}, {"mixed_precision": "bf16"}, []),
+        ({"MIXED_PRECISION": "bf16"}, {}, ["mixed_precision bf16; it is not used: trainer.mixed_precision is no"]),
+        (
+            {"MIXED_PRECISION": "FP16", "GRADIENT_ACCUMULATION_STEPS": "4"},
+            {"mixed_precision": "bf16", "gradient_accumulation_steps": 2},
+            [
+                "mixed_precision fp16; it is not used: trainer.mixed_precision is bf16",
+                "gradient_accumulation_steps 4; it is not used: trainer.gradient_accumulation_steps is 2",
+            ],
+        ),
+    ],
+)
+def test_settings_of_the_launch_that_the_configuration_decides_are_told(
+    launched: dict[str, str], trainer: dict[str, object], told: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for key in ("MIXED_PRECISION", "GRADIENT_ACCUMULATION_STEPS"):
+        monkeypatch.delenv(f"ACCELERATE_{key}", raising=False)
+    for key, value in launched.items():
+        monkeypatch.setenv(f"ACCELERATE_{key}", value)
+    options = TrainerConfig.model_validate(trainer)
+    said = processes.ignored_by_launch(options.mixed_precision, options.gradient_accumulation_steps)
+    assert said == [f"accelerate launch names {sentence}" for sentence in told]

@@ -43,7 +43,7 @@ from distill.models import Model, load_model
 from distill.models.adapters import check_lora_targets, lora_targets, parameter_counts
 from distill.models.loading import LORA_FILE
 from distill.models.single_file import is_adapter
-from distill.processes import thread_advice
+from distill.processes import ignored_by_launch, thread_advice
 from distill.settings import Settings
 from distill.tokens import Tokenizers
 from distill.trainer import make_accelerator
@@ -165,17 +165,7 @@ def open_run(
     if "quality" in evaluation.parts or looks_for_copies:
         opened.features = load_features(evaluation.features, phantom_data=isinstance(config.data, PhantomData))
     _check_keep(opened)
-    total = parameter_counts(model.denoiser)[0] + sum(parameter_counts(t)[0] for t in model.text_encoders)
-    sizes = f"{len(train):,} training and {len(test):,} held-out images" if train else f"{len(test):,} held-out images"
-    opened.say(
-        f"{opened.base.name}: {total / 1e6:,.1f} M parameters in denoiser and text encoder; {sizes} at "
-        f"{config.data.resolution} px; {accelerator.num_processes} process(es) on {accelerator.device.type}"
-    )
-    if no_prior and "localization" in evaluation.parts:
-        opened.say(f"the mean training mask and the AUC within the prior are not measured: {no_prior}")
-    advice = thread_advice(torch.get_num_threads(), accelerator.num_processes)
-    if advice and accelerator.device.type == "cpu":
-        opened.say(advice)
+    _say_what_runs(opened, model, no_prior)
     opened.examples = example_images(test, model, evaluation, accelerator)
     if "utility" in evaluation.parts:
         Task.of(test, evaluation_order(test, opened.examples, evaluation.generated_images))
@@ -191,6 +181,26 @@ def open_run(
         accelerator.wait_for_everyone()
     opened.seconds["checks"] = time.perf_counter() - began
     return opened
+
+
+def _say_what_runs(run: Run, model: Model, no_prior: str) -> None:
+    """no_prior: why the training split, which blind maps are made from, is not there."""
+    total = parameter_counts(model.denoiser)[0] + sum(parameter_counts(t)[0] for t in model.text_encoders)
+    held_out = f"{len(run.test):,} held-out images"
+    sizes = f"{len(run.train):,} training and {held_out}" if run.train else held_out
+    device, processes = run.accelerator.device.type, run.accelerator.num_processes
+    run.say(
+        f"{run.base.name}: {total / 1e6:,.1f} M parameters in denoiser and text encoder; {sizes} at "
+        f"{run.config.data.resolution} px; {processes} process(es) on {device}"
+    )
+    if no_prior and "localization" in run.evaluation.parts:
+        run.say(f"the mean training mask and the AUC within the prior are not measured: {no_prior}")
+    threads = thread_advice(torch.get_num_threads(), processes)
+    if threads and device == "cpu":
+        run.say(threads)
+    if trainer := run.config.trainer_options:
+        for ignored in ignored_by_launch(trainer.mixed_precision, trainer.gradient_accumulation_steps):
+            run.say(ignored)
 
 
 def quiet_libraries() -> None:

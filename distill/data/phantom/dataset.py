@@ -1,7 +1,7 @@
 """Procedural chest radiographs with findings, exact masks and radiology-like captions. No patient, no file, no limit.
 
-A row is drawn in two steps: a `Scene` (phantom_scene.py; microseconds) from which the caption follows (phantom_captions.py),
-and its pixels (phantom_pixels.py). The scene lives in units of half the image side, so a resolution changes the sampling
+A row is drawn in two steps: a `Scene` (scene.py; microseconds) from which the caption follows (captions.py),
+and its pixels (pixels.py). The scene lives in units of half the image side, so a resolution changes the sampling
 and not the layout. Radiological convention: the patient's right is on the image's left; captions use the patient's side.
 
 Picture sheet: python -m distill.data.phantom --output sheet.png --rows 4 --columns 6 --seed 0 --outlines
