@@ -156,7 +156,8 @@ def fit(
     """Train what requires a gradient in `objective` for config.max_steps optimizer steps.
 
     objective: forward(batch, generator) -> {"loss": scalar, every other term by name: scalar}.
-    parameter_groups: lists of parameters with their own `lr`; default: all trainable ones at config.learning_rate.
+    parameter_groups: lists of parameters with their own `lr`, and `until`, the step after which they stay as they are, or
+    None; default: all trainable ones at config.learning_rate.
     on_sample, on_validate: called with the step every config.sample_every_steps, validate_every_steps, on every process,
     with the averaged weights where config.ema_decay asks for them.
     keep_best: leave the weights of the step for which on_validate gave the highest number, of equal ones the first; those
@@ -203,7 +204,7 @@ class _Loop:
         self,
         objective: nn.Module,
         named: list[tuple[str, nn.Parameter]],
-        groups: list[dict[str, object]],
+        groups: list[dict[str, Any]],
         config: TrainerConfig,
         accelerator: Accelerator,
         output_dir: Path,
@@ -216,6 +217,9 @@ class _Loop:
         self.folder, self.log_path = output_dir / "state", output_dir / checkpoints.LOG
         self.method = objective if isinstance(objective, HasState) else None
         self.fingerprints, self.control = fingerprints, Control(accelerator, output_dir)
+        self.until: list[tuple[list[nn.Parameter], int]] = [
+            (group["params"], group["until"]) for group in groups if group.get("until") is not None
+        ]
         optimizer = _optimizer(groups, config, accelerator.device)
         self.scheduler = get_scheduler(
             {"constant": "constant_with_warmup"}.get(config.lr_schedule, config.lr_schedule),
@@ -349,6 +353,7 @@ class _Loop:
                 accelerator.backward(terms["loss"])
             with record_function("optimizer"):
                 if accelerator.sync_gradients:
+                    self._leave_alone()
                     norm: torch.Tensor = accelerator.clip_grad_norm_(self.trainable, self.config.max_grad_norm)
                     self.grad_norm = norm
                     if accelerator.scaler is None:  # which else skips steps whose gradient is not finite
@@ -367,6 +372,13 @@ class _Loop:
             if self.ema is not None:
                 self.ema.step(self.trainable)
         return True
+
+    def _leave_alone(self) -> None:
+        """Parameters whose steps are over: without a gradient the optimizer passes them by, weight decay included."""
+        for parameters, until in self.until:
+            if self.step >= until:
+                for parameter in parameters:
+                    parameter.grad = None
 
     def _seconds(self) -> float:
         return self.seconds_before + time.perf_counter() - self.began
@@ -582,7 +594,7 @@ def _moved(batch: AnyBatch, device: torch.device) -> AnyBatch:
     return batch.to(device, non_blocking=True)
 
 
-def _optimizer(groups: list[dict[str, object]], config: TrainerConfig, device: torch.device) -> torch.optim.Optimizer:
+def _optimizer(groups: list[dict[str, Any]], config: TrainerConfig, device: torch.device) -> torch.optim.Optimizer:
     options: dict[str, Any] = {
         "lr": config.learning_rate,
         "betas": config.adam_betas,

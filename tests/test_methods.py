@@ -286,6 +286,9 @@ def test_denoiser_and_text_encoder_have_learning_rates_of_their_own(text_encoder
     method = denoising_of(model)
     groups = method.parameter_groups(1e-3, 1e-5)
     assert [group["lr"] for group in groups] == [1e-3, 1e-5][: 1 if text_encoder == "frozen" else 2]
+    assert all(group["until"] is None for group in groups)
+    ends = [group["until"] for group in method.parameter_groups(1e-3, 1e-5, 7)]
+    assert ends == [None, 7][: len(groups)]
     modules = [method.denoiser, method.text_encoders]
     for group, module in zip(groups, modules, strict=False):
         assert [id(p) for p in group["params"]] == [id(p) for p in module.parameters() if p.requires_grad]

@@ -438,6 +438,8 @@ def test_arms_that_cannot_be_read_are_refused_in_one_message(
         "e": {"lora": {"rank": 2}},
         "f": {"method": {"kind": "distillation"}},
         "g": {"denoising": {"paraphrases": {"edema": ["x"]}}},
+        "h": {"text_encoder": "frozen", "text_encoder_steps": 2},
+        "i": {"denoiser": "frozen", "text_encoder": "full", "text_encoder_steps": 2},
     }
     argv = ["--base.name", str(work / "sd"), "--output_dir", str(tmp_path / "run"), *TRAINING, *arms_argv(**arms)]
     message = refusal("tradeoff", argv, capsys)
@@ -449,6 +451,8 @@ def test_arms_that_cannot_be_read_are_refused_in_one_message(
         "arms.e: lora options are set, and nothing is trained by LoRA",
         "arms.f.method.kind: expected one of denoising, attention_distillation",
         "arms.g.denoising: paraphrases are given, and training_text is not paraphrases",
+        "arms.h: text_encoder_steps is set, and text_encoder is frozen; train both parts",
+        "arms.i: text_encoder_steps is set, and denoiser is frozen; train both parts",
     ):
         assert expected in message, expected
     assert not (tmp_path / "run").exists()

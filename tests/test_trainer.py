@@ -162,6 +162,32 @@ def test_each_parameter_group_has_its_learning_rate(tmp_path: Path) -> None:
         fit(objective, points(), config, parameter_groups=groups[:1], **arguments)
 
 
+def test_a_group_stays_as_it_is_after_its_last_step(tmp_path: Path) -> None:
+    def trained(steps: int, until: int | None, folder: str, first: int | None = None) -> LeastSquares:
+        objective = LeastSquares()
+        for length in [*([first] if first else []), steps]:
+            objective = LeastSquares()  # goes on from the checkpoint of the length before
+            config = settings_of(max_steps=length, weight_decay=0.1, warmup_steps=0, lr_schedule="constant")
+            linear = objective.linear
+            groups = [{"params": [linear.weight], "lr": 1e-2}, {"params": [linear.bias], "lr": 1e-2, "until": until}]
+            fit(
+                objective, points(), config, parameter_groups=groups, seed=0, output_dir=tmp_path / folder,
+                accelerator=fresh_accelerator(config, tmp_path / folder),
+            )  # fmt: skip
+        return objective
+
+    two, six = trained(2, None, "two"), trained(6, None, "six")
+    stopped, resumed = trained(6, 2, "stopped"), trained(6, 2, "resumed", first=4)
+    assert torch.equal(stopped.linear.bias, two.linear.bias) and not torch.equal(two.linear.bias, six.linear.bias)
+    assert not torch.equal(stopped.linear.weight, two.linear.weight)
+    for a, b in zip(stopped.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(a, b)
+    norms = [row["grad_norm"] for row in log_of(tmp_path / "stopped")]
+    assert norms[:2] == [row["grad_norm"] for row in log_of(tmp_path / "six")][:2]
+    assert log_of(tmp_path / "stopped")[2]["loss"] == log_of(tmp_path / "six")[2]["loss"]
+    assert norms[2] < log_of(tmp_path / "six")[2]["grad_norm"]  # the gradient of the bias is no part of it
+
+
 def test_the_optimizer_has_the_options_that_are_given() -> None:
     config = settings_of(learning_rate=0.25, adam_betas=(0.5, 0.75), weight_decay=0.125)
     optimizer = _optimizer([{"params": [nn.Parameter(torch.zeros(1))]}], config, torch.device("cpu"))

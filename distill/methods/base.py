@@ -159,11 +159,17 @@ class Method(nn.Module):
         read = torch.stack([part.float().sum() for part in states if part is not None]).sum()
         return any(gradient is None for gradient in torch.autograd.grad(read, trained, allow_unused=True))
 
-    def parameter_groups(self, learning_rate: float, text_encoder_learning_rate: float) -> ParameterGroups:
-        """The trainable parameters, with their learning rates."""
+    def parameter_groups(
+        self, learning_rate: float, text_encoder_learning_rate: float, text_encoder_steps: int | None = None
+    ) -> ParameterGroups:
+        """The trainable parameters, with their learning rates, and "until": the step after which they stay as they are."""
+        parts = (
+            (self.denoiser, learning_rate, None),
+            (self.text_encoders, text_encoder_learning_rate, text_encoder_steps),
+        )
         groups = [
-            {"params": [p for p in module.parameters() if p.requires_grad], "lr": rate}
-            for module, rate in ((self.denoiser, learning_rate), (self.text_encoders, text_encoder_learning_rate))
+            {"params": [p for p in module.parameters() if p.requires_grad], "lr": rate, "until": until}
+            for module, rate, until in parts
         ]
         return [group for group in groups if group["params"]]
 

@@ -51,9 +51,11 @@ class Lockstep(AttentionDistillation):
         self.teacher_denoiser = teacher.denoiser  # a part of the module: it trains, and checkpoints hold it
         self.compare_with(teacher)
 
-    def parameter_groups(self, learning_rate: float, text_encoder_learning_rate: float) -> ParameterGroups:
+    def parameter_groups(
+        self, learning_rate: float, text_encoder_learning_rate: float, text_encoder_steps: int | None = None
+    ) -> ParameterGroups:
         own = [p for p in self.teacher_denoiser.parameters() if p.requires_grad]
-        groups = super().parameter_groups(learning_rate, text_encoder_learning_rate)
+        groups = super().parameter_groups(learning_rate, text_encoder_learning_rate, text_encoder_steps)
         return [*groups, {"params": own, "lr": learning_rate}]
 
     def passes(self, step: int, images: int) -> int:

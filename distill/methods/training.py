@@ -21,6 +21,8 @@ class Training(Settings):
     """How the denoiser, such as the U-Net, is trained."""
     text_encoder: Trained = "frozen"
     """How the text encoders are trained."""
+    text_encoder_steps: Count | None = None
+    """Train the text encoders for this many steps; then they stay as they are. None trains them to the end."""
     method: AnyOptions = DenoisingOptions()
     """denoising: the diffusion loss. The others add a teacher's maps, locked keys, labels, masks, or a penalty."""
     lora: LoraConfig = LoraConfig()
@@ -39,6 +41,9 @@ class Training(Settings):
                 raise ValueError(
                     f"lora.{part}_targets is set, and {part} is {how}; set it to lora, or leave the targets out"
                 )
+        if self.text_encoder_steps is not None and "frozen" in (self.denoiser, self.text_encoder):
+            part = "text_encoder" if self.text_encoder == "frozen" else "denoiser"
+            raise ValueError(f"text_encoder_steps is set, and {part} is frozen; train both parts, or leave it out")
         if self.denoiser == self.text_encoder == "frozen":
             raise ValueError("nothing is trained: denoiser and text_encoder are both frozen")
         return self
