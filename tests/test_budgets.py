@@ -23,7 +23,7 @@ from distill.experiment.budgets import inherit, passes_of, spend
 from distill.files import read_json, write_json
 from distill.methods.training import ArmConfig
 from distill.report.proof import write_proof
-from distill.report.tables import METRICS
+from distill.report.tables import METRICS, format_number
 
 TAUGHT = {"kind": "attention_distillation", "teacher": "teacher"}
 ARMS: dict[str, dict[str, Any]] = {
@@ -172,6 +172,65 @@ def test_the_proof_says_of_each_arm_whether_it_is_as_good_as_its_parents(tmp_pat
         0.76
     )
     assert (tmp_path / "fronts.png").is_file() == any("fronts.png" in line for line in lines) == has_maps
+
+
+def test_the_tables_of_the_proof_hold_what_was_measured(tmp_path: Path) -> None:
+    """One seed has no interval and proves nothing; an arm without a metric gets a dash; the base is not trained."""
+
+    def arm_of(steps: int | None, cost: int | None, *seeds: tuple[float | None, float | None]) -> dict[str, Any]:
+        each = {str(k): {"word.auc": auc, "quality.fid": fid} for k, (auc, fid) in enumerate(seeds, 3)}
+        return {"cost": {"steps": steps, "image_passes_with_teachers": cost}, "per_seed": each}
+
+    both = {2: {"a": arm_of(1000, 3500, (0.6, 20.0), (0.64, 30.0)), "base": arm_of(None, None, (0.5, 9.0))},
+            4: {"a": arm_of(2000, 7000, (0.7, 20.0)), "b": arm_of(900, 6999, (0.75, None), (0.5, 10.0)),
+                "taught": arm_of(1, 3, (0.1, 1.0))}}  # fmt: skip
+    folders = {budget: tmp_path / f"budget-{budget}" for budget in both}
+    origin = {"config": {"x": 1}, "commits": ["abc"], "counts": {"n": 2}, "seconds": 3}
+    for budget, arms in both.items():
+        write_json(folders[budget] / "metrics.json", {"arms": arms, "provenance": origin | {"counts": {"n": budget}}})
+    margins = {"word.auc": -0.01, "quality.fid": 0.05}
+    path = write_proof(tmp_path, folders, arms=["b", "gone"], compare_to=["a", "gone"], margins=margins)
+    text = path.read_text(encoding="utf-8").replace("\\", "")
+    assert text.startswith("# Arms at equal cost\n\nA budget is in steps") and text.endswith("|\n")
+    assert "taught" not in text and "fronts.png" not in text and "| base" not in text
+    tables = [[line for line in part.splitlines() if line.startswith("|")] for part in text.split("## ")[1:]]
+    assert tables[0] == [
+        "| arm | minus | budget | word AUC (-.010) | FID (+5 %) | all met |", "| --- | ---: | ---: | ---: | ---: | ---: |",
+        "| b | a | 4 | +.050 | – | no |",
+    ]  # fmt: skip
+    assert tables[1][0] == "| arm | steps | image-passes | word AUC ↑ | FID ↓ |"
+    assert [row.split(" | ")[0] for row in tables[1][2:]] == ["| a"]
+    half = student_interval([0.6, 0.64])
+    assert half is not None
+    ends = ", ".join(format_number(end, 3) for end in half)
+    assert tables[1][2].startswith(f"| a | 1,000 | 3,500 | .620 [{ends}] | 25.0 [")
+    assert tables[2][2:] == [
+        "| a | 2,000 | 7,000 | .700 | 20.0 |", tables[2][3],
+    ] and tables[2][3].startswith("| b | 900 | 6,999 | .625 [") and tables[2][3].endswith(" | 10.0 |")  # fmt: skip
+    document = read_json(tmp_path / "proof.json")
+    assert (
+        document["seeds"] == [3, 4] and document["margins"] == margins and set(document["arms"]) == {"a", "b", "taught"}
+    )
+    assert document["arms"]["a"]["cost"] == 7000
+    lengths = document["arms"]["a"]["lengths"]
+    assert (
+        lengths["2"]["steps"] == 1000
+        and lengths["2"]["cost"] == 3500
+        and lengths["4"]["word.auc"]["t_interval"] is None
+    )
+    assert lengths["2"]["quality.fid"]["mean"] == 25.0
+    assert document["arms"]["a"]["per_seed"] == {
+        "3": {"2": {"word.auc": 0.6, "quality.fid": 20.0}, "4": {"word.auc": 0.7, "quality.fid": 20.0}},
+        "4": {"2": {"word.auc": 0.64, "quality.fid": 30.0}},
+    }
+    (one,) = document["comparisons"]
+    assert one["per_seed"] == {"3": pytest.approx(0.05)} and one["t_interval"] is None and one["met"] is False
+    assert "interval" not in one and document["provenance"]["counts"] == {"n": 4}
+    assert document["provenance"]["config"] == {"x": 1} and document["provenance"]["commits"] == ["abc"]
+    assert "seconds" not in document["provenance"]
+    write_json(folders[2] / "metrics.json", {"arms": {"a": arm_of(5, None)}, "provenance": origin})
+    with pytest.raises(UserError, match="budget-2: the cost of a in image-passes is unknown"):
+        write_proof(tmp_path, folders, arms=["a"], compare_to=["a"], margins=margins)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,10 +24,11 @@ from distill.config import BaseConfig, BlocksConfig, LoraConfig
 from distill.errors import UserError
 from distill.experiment.derive import derived_base
 from distill.losses import token_attention_kl
+from distill.models import blocks as pruning
 from distill.models.adapters import parameter_counts, prepare_training
 from distill.models.blocks import model_size, name_in_teacher, pruned_config, pruned_subset, pruned_unet
 from distill.models.export import export, prove_parity
-from distill.models.family import AttentionSubset
+from distill.models.family import AttentionSubset, Model
 from distill.models.loading import load_model, model_of
 
 RECIPE = recipe_module("compress")
@@ -379,3 +381,27 @@ def test_a_compression_that_cannot_be_is_refused_and_leaves_nothing(
     assert "is a whole pipeline" in refusal([*again, "--run", str(tmp_path / "base")])
     compress(again)
     assert read_metrics(tmp_path / "out")["arms"]["model"]["cost"]["steps"] == 2
+
+
+def test_a_pass_is_timed_as_the_median_of_turns_after_two(sd: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first two of each model take 900 s; then 1, 2, 3 ... s and 10 times as long."""
+    clock, passes, asked = [0.0], {"one": 0, "other": 0}, []
+
+    def model_named(name: str, scale: float) -> Any:
+        def predict(denoiser: Any, *inputs: Any) -> torch.Tensor:
+            passes[name] += 1
+            clock[0] += 900.0 if passes[name] <= 2 else scale * (passes[name] - 2)
+            return torch.zeros(())
+
+        def example_inputs(model: Any, batch: int, side: int, device: torch.device) -> tuple[Any, ...]:
+            asked.append((batch, side, device))
+            return ()
+
+        family = SimpleNamespace(predict=predict, example_inputs=example_inputs)
+        return SimpleNamespace(denoiser=sd.denoiser, vae_factor=8, family=family)
+
+    monkeypatch.setattr(pruning.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(pruning, "TIMED_PASSES", 3)
+    found = pruning.seconds_a_pass({"one": model_named("one", 1.0), "other": model_named("other", 10.0)}, 64, 4)
+    assert found == {"one": 2.0, "other": 20.0} and passes == {"one": 5, "other": 5}
+    assert set(asked) == {(4, 8, torch.device("cpu"))}

@@ -94,3 +94,48 @@ def test_a_default_changes_on_purpose_only() -> None:
         for group, options in recorded.items()
     }
     assert held == recorded
+
+
+LIMITS = ROOT / "tests/goldens/limits.json"
+BOUNDS = {
+    "minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "maxLength", "minItems", "maxItems",
+    "multipleOf", "pattern", "on_resume",
+}  # fmt: skip
+
+
+def bounds_of(schema: object) -> Iterator[str]:
+    """`minimum 1` of each bound in the schema of one option, without those of the groups that it refers to."""
+    if isinstance(schema, dict):
+        yield from (f"{key} {value}" for key, value in schema.items() if key in BOUNDS)
+        for key, value in schema.items():
+            if key not in ("default", "$ref"):
+                yield from bounds_of(value)
+    elif isinstance(schema, list):
+        for item in schema:
+            yield from bounds_of(item)
+
+
+def limits() -> dict[str, dict[str, list[str]]]:
+    """Group -> option -> what its values are bounded by, of all recipes."""
+    recipes = (ROOT / "recipes").glob("*.py")
+    groups = {group for path in recipes for group in groups_of(config_class_of(recipe_module(path.stem)))}
+    found = {
+        group.__qualname__: {
+            name: bounds
+            for name, schema in group.model_json_schema()["properties"].items()
+            if (bounds := sorted(set(bounds_of(schema))))
+        }
+        for group in groups
+    }
+    return {group: options for group, options in found.items() if options}
+
+
+def test_a_limit_changes_on_purpose_only() -> None:
+    """A run folder of today must be legal tomorrow: change a limit, and what may change in a run folder, in goldens/limits.json
+    too. A new option need not be there."""
+    recorded, now = json.loads(LIMITS.read_text(encoding="utf-8")), limits()
+    held = {
+        group: {k: now.get(group, {}).get(k, "this option is gone, or has no limit") for k in options}
+        for group, options in recorded.items()
+    }
+    assert held == recorded

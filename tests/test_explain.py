@@ -183,3 +183,80 @@ def test_an_image_that_no_single_change_would_pass_counts_as_detected(monkeypatc
     assert [example["change"] for example in found["examples"]] == [
         {"name": name, "before": 2.0, "after": 3.0}, None, None,
     ]  # fmt: skip
+
+
+def test_the_page_has_all_numbers_in_tables(tmp_path: Path) -> None:
+    names = [FEATURES[k].name for k in range(6)]
+    found = entry(0.9, 0.05, (names[0], 0.25), (names[1], 0.0), *((name, 0.1) for name in names[2:]))
+    found["features"][2] |= {"real": None, "other": None}
+    for place, feature in enumerate(found["features"]):
+        feature["auc_alone"] = 0.5 + place / 100
+    dependence = [{"name": names[0], "values": [0.0, 1.0], "probability": [0.0, 1.0]}]
+    kinds = [{"name": "detail", "importance": 0.3, "importance_ci": [0.2, 0.4]}]
+    parts = [{"name": names[0], "logit": 1.0}]
+    changes = [{"name": names[1], "before": 0.25, "after": 0.5}, None, {"name": names[1], "before": 0.25, "after": 0.5}]
+    examples = [
+        {"image": i, "score": score, "parts": parts, "change": change}
+        for i, score, change in zip((3, 8, 9), (0.96, 0.5, 0.49), changes, strict=True)
+    ]
+    found |= {"per_set": [0.9, 0.912], "dependence": dependence, "kinds": kinds, "examples": examples}
+    fine = entry(0.52, 0.1) | {"per_set": [0.52]}
+    pages = explanation.sections({GENERATED: found, CONTROL: fine}, [])
+    assert [page.title for page in pages] == [
+        "What betrays the generated images", "How a feature betrays", "Single images", "All features", "What the features mean",
+    ]  # fmt: skip
+    first, how, single, every, meaning = pages
+    assert first.text == sentences({GENERATED: found, CONTROL: fine})
+    assert first.tables[0].rows == [
+        [GENERATED, ".90 [.85, .95]", ".90, .91", f"{names[0]}, {names[2]}, {names[3]}"],
+        [CONTROL, ".52 [.42, .62]", ".52", "–"],
+    ]
+    assert f"; {names[2]} (unknown in all images of one side); " in first.text[1]
+    alone = f"with their AUC: {names[5]} (.55), {names[4]} (.54), {names[3]} (.53)."
+    assert any(alone in text for text in first.text)
+    assert [c.name for c in (*first.charts, *how.charts)] == ["importance", "dependence"] and not single.charts
+    assert single.text == [
+        f"Image 3 (96% generated). It would pass as real if {names[1]} were 100% higher.",
+        "Image 8 (50% generated). No change of a single feature is enough to pass as real.",
+    ]
+    kinds_table, features_table = every.tables
+    assert kinds_table.rows == [["detail", ".30 [.20, .40]"]]
+    units = [feature.unit for feature in FEATURES]
+    assert features_table.rows[0] == [names[0], ".35 [.25, .45]", ".50", "0.2", "0.1", units[0]]
+    assert features_table.rows[2][3:] == ["–", "–", units[2]] and len(features_table.rows) == 6
+    assert meaning.tables[0].rows == [[f.name, f.unit, f.meaning] for f in FEATURES]
+    images = [np.full((4, 4, 3), 9, np.uint8)] * 3
+    text = explanation.write_explanation(tmp_path, {GENERATED: found, CONTROL: fine}, images)
+    assert text == (tmp_path / "explain.md").read_text(encoding="utf-8") and text.endswith("|\n")
+    assert text.startswith("# What is wrong with the images\n\n## What betrays the generated images\n\n")
+    shown = {path.stem for path in (tmp_path / "figures").iterdir()}
+    assert shown == {"importance", "dependence", "examples"} and text.count("](figures/") == 3
+
+
+@pytest.mark.parametrize(
+    ("ends", "chance"), [([0.5, 0.6], True), ([0.4, 0.5], True), ([0.51, 0.6], False), ([0.3, 0.49], False)]
+)
+def test_chance_is_where_the_interval_holds_a_half(ends: list[float], chance: bool) -> None:
+    assert explanation.is_chance({"auc_ci": ends}) is chance
+
+
+def test_without_a_feature_that_is_needed_many_betray_together() -> None:
+    fine, found = entry(0.52, 0.1), entry(0.9, 0.05, ("noise", -0.1))
+    said = sentences({GENERATED: found, VAE: found, BEYOND: found, CONTROL: fine})
+    assert said[1] == "What betrays them: many features, none of which is needed by itself."
+    assert "The VAE alone betrays itself with AUC .90 [.85, .95], by many features together." in said
+    assert "The denoiser's own faults have AUC .90 [.85, .95], by many features together." in said
+    assert any("higher" in text for text in sentences({GENERATED: higher(), CONTROL: fine}))
+    for missing in ({"detected": 0}, {"features": {}}):
+        nothing = found | {"changes": found["changes"] | missing}
+        assert not any("would pass" in text for text in sentences({GENERATED: nothing, CONTROL: fine}))
+    only_chance = sentences({GENERATED: fine, VAE: found, BEYOND: fine, CONTROL: fine})
+    assert any(text.endswith("generated ones pass: AUC .52 [.42, .62].") for text in only_chance), (
+        "nothing betrays them"
+    )
+
+
+def higher() -> dict[str, Any]:
+    found = entry(0.9, 0.05, ("noise", 0.2))
+    found["features"][0] |= {"other": 0.4}
+    return found

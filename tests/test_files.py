@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import math
 import os
+import platform
+import subprocess
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from distill import files
 from distill.errors import UserError
 from distill.files import read_json, whole_folder, write_atomic, write_json, write_tensors
 
@@ -77,3 +82,35 @@ def test_json_without_a_number_that_is_not_finite(tmp_path: Path) -> None:
     path.write_text("{")
     with pytest.raises(UserError, match="cannot read .*a.json"):
         read_json(path)
+
+
+def test_provenance_names_the_commit_and_whether_files_differ_from_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = {
+        ("git", "status", "--porcelain", "--untracked-files=no"): " M a.py\n",
+        ("git", "rev-parse", "HEAD"): "abc\n",
+    }
+
+    def run(command: list[str], **options: Any) -> Any:
+        assert (options["cwd"] / "files.py").is_file() and options["check"] and options["timeout"] == 10
+        return SimpleNamespace(stdout=answers[tuple(command)])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    version = files.code_version.__wrapped__
+    assert version() == ("abc", True)
+    answers["git", "status", "--porcelain", "--untracked-files=no"] = "\n"
+    assert version() == ("abc", False)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise subprocess.CalledProcessError(128, "git")
+
+    monkeypatch.setattr(subprocess, "run", fails)
+    assert version() == (None, None), "no checkout"
+    monkeypatch.setattr(files, "code_version", lambda: ("abc", True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "a chip")
+    found = files.provenance()
+    assert (found["commit"], found["uncommitted_changes"], found["device"]) == ("abc", True, "a chip")
+    assert found["versions"]["torch"] == torch.__version__ and set(found["versions"]) == set(files.PACKAGES)
+    assert datetime.fromisoformat(found["date"]).utcoffset() == timedelta(0) and "." not in found["date"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert files.provenance()["device"] == f"CPU ({platform.machine()})" and files._version("no such package") is None

@@ -185,3 +185,121 @@ def test_a_row_does_not_depend_on_the_other_images(images: torch.Tensor) -> None
 def test_what_is_no_image_is_refused(images_: torch.Tensor, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         image_features(images_)
+
+
+def by_loops(image: np.ndarray) -> list[float]:
+    """Every feature of one (3, height, width) image in [-1, 1] again, pixel by pixel, as FEATURES says."""
+    pixels = (image.astype(np.float64) + 1) / 2
+    gray = pixels.mean(axis=0)
+    height, width = gray.shape
+    deviation = gray.std()
+    z = (gray - gray.mean()) / deviation
+    levels = [np.clip(np.floor((z + 3) / 6 * count), 0, count - 1).astype(int) for count in (64, 16)]
+    clipped_share = np.mean([v <= 0.5 / 255 or v >= 254.5 / 255 for v in gray.ravel()])
+    found = [gray.mean(), clipped_share, deviation, np.quantile(gray, 0.99) - np.quantile(gray, 0.01)]
+    found += [*np.quantile(z, [0.1, 0.5, 0.9]), np.mean(z**3), bits(levels[0].ravel())]
+    found += spectrum(z * np.outer(np.hanning(height), np.hanning(width)))
+
+    gradient, laplacian, grain, patterns = [], [], [], []
+    around = [(0, -1), (-1, -1), (-1, 0), (-1, 1), (0, 1), (1, 1), (1, 0), (1, -1)]
+    for i in range(1, height - 1):
+        for j in range(1, width - 1):
+            gradient.append(np.hypot(z[i, j + 1] - z[i, j - 1], z[i + 1, j] - z[i - 1, j]) / 2)
+            laplacian.append(z[i, j + 1] + z[i, j - 1] + z[i + 1, j] + z[i - 1, j] - 4 * z[i, j])
+            grain.append(abs(np.sum(z[i - 1 : i + 2, j - 1 : j + 2] * np.outer([1, -2, 1], [1, -2, 1]))))
+            patterns.append(tuple(z[i + a, j + b] > z[i, j] + 1e-9 for a, b in around))
+    median = sorted(grain)[(len(grain) - 1) // 2]
+    found += [np.mean(gradient), np.quantile(gradient, 0.99), np.var(laplacian), 1.4826 * median / 6]
+
+    side = min(height, width) // 8
+    squares = [
+        z[i * side : (i + 1) * side, j * side : (j + 1) * side]
+        for i in range(height // side)
+        for j in range(width // side)
+    ]
+    steps = [*np.diff(levels[1], axis=0).ravel(), *np.diff(levels[1], axis=1).ravel()]
+    found += [
+        np.mean([part.std() for part in squares]),
+        np.mean(np.square(steps)),
+        np.mean([1 / (1 + s * s) for s in steps]),
+    ]
+    found.append(bits([sum(2**k for k, bit in enumerate(one) if bit) for one in patterns]))
+
+    weight = np.maximum(0, z - np.quantile(z, 0.01))
+    frame = min(height, width) // 16
+    edge = [z[i, j] for i in range(height) for j in range(width)
+            if min(i, height - 1 - i) < frame or min(j, width - 1 - j) < frame]  # fmt: skip
+    dark = z < otsu(levels[0].ravel())
+    found += [np.mean(z * z[:, ::-1]), np.sum(weight * np.linspace(-1, 1, width)) / weight.sum()]
+    found += [np.sum(weight * np.linspace(-1, 1, height)[:, None]) / weight.sum(), np.mean(edge)]
+    found += [
+        np.mean(box(dark, 0.2, 0.8, 0.2)),
+        bright_width(box(dark, 0.5, 0.7, 0.1)),
+        np.mean(box(z, 0.5, 0.7, 0.35)),
+    ]
+    found.append(np.mean(pixels.max(axis=0) - pixels.min(axis=0)) / deviation)
+    ratios = []
+    for jumps in (np.abs(np.diff(z, axis=1)).mean(axis=0), np.abs(np.diff(z, axis=0)).mean(axis=1)):
+        at = [v for k, v in enumerate(jumps) if k % 8 == 7]
+        ratios.append(np.mean(at) / np.mean([v for k, v in enumerate(jumps) if k % 8 != 7]))
+    return [float(value) for value in [*found, np.mean(ratios)]]
+
+
+def bits(values: Collection[int] | np.ndarray) -> float:
+    shares = np.unique(np.asarray(values), return_counts=True)[1] / len(values)
+    return float(-np.sum(shares * np.log2(shares)))
+
+
+def spectrum(windowed: np.ndarray) -> list[float]:
+    height, width = windowed.shape
+    power = np.abs(np.fft.fft2(windowed)) ** 2
+    power[0, 0] = 0
+    bands, rings = np.zeros(4), [[] for _ in range(17)]  # type: ignore[var-annotated]
+    for i in range(height):
+        for j in range(width):
+            frequency = 2 * np.hypot(min(i, height - i) / height, min(j, width - j) / width)
+            bands[sum(frequency >= end for end in (0.125, 0.25, 0.5))] += power[i, j]
+            if 1 <= (ring := int(np.round(frequency * 16))) <= 16:
+                rings[ring].append(power[i, j])
+    energy = np.log10([np.mean(ring) for ring in rings[1:]])
+    place = np.log10(np.arange(1, 17))
+    slope, start = np.polyfit(place, energy, 1)
+    return [*(bands / power.sum()), slope, np.sqrt(np.mean((energy - start - slope * place) ** 2))]
+
+
+def otsu(levels: np.ndarray) -> float:
+    """The end of the level that parts dark from bright best."""
+    centres = (levels + 0.5) / 64 * 6 - 3
+
+    def between(level: int) -> float:
+        dark, bright = centres[levels <= level], centres[levels > level]
+        return float(len(dark) * len(bright) * (dark.mean() - bright.mean()) ** 2) if len(dark) and len(bright) else 0.0
+
+    return float((max(range(63), key=between) + 1) / 64 * 6 - 3)
+
+
+def box(values: np.ndarray, top: float, bottom: float, margin: float) -> np.ndarray:
+    height, width = values.shape
+    left = int(margin * width)
+    return values[int(top * height) : int(np.ceil(bottom * height)), left : width - left]
+
+
+def bright_width(dark: np.ndarray) -> float:
+    shares, half = [], dark.shape[1] // 2
+    for row in dark:
+        places = np.flatnonzero(row)
+        if row[:half].any() and row[-half:].any():
+            shares.append(1 - len(places) / (places[-1] - places[0] + 1))
+    return sorted(shares)[(len(shares) - 1) // 2] if len(shares) > len(dark) / 2 else float("nan")
+
+
+@pytest.mark.parametrize(("height", "width", "gain"), [(48, 65, 0.5), (57, 40, 3.0)])
+def test_every_feature_is_that_of_loops_over_pixels(height: int, width: int, gain: float) -> None:
+    """Grains of several sizes in colour, part of them clipped."""
+    rng = np.random.default_rng(height)
+    noise = sum(ndimage.gaussian_filter(rng.normal(size=(3, height, width)), (0, s, s)) * s for s in (0.5, 2, 5))
+    image = np.clip(gain * noise + 0.1, -1, 1)
+    expected = by_loops(image)
+    row = image_features(torch.from_numpy(image)[None])[0].tolist()
+    for name, ours, theirs in zip(NAMES, row, expected, strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-5, abs=1e-6, nan_ok=True), name

@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -58,3 +59,27 @@ print(plain, kept, full - held())
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     plain, kept, returned = map(int, done.stdout.split())
     assert kept < plain / 10 and returned > 40e6
+
+
+def test_on_a_gpu_it_is_what_was_allocated_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    held = {"peak": 3_500_000_000}
+    monkeypatch.setattr(memory, "_peaks", [0.0])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: held["peak"])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: held.update(peak=1_000_000_000))
+    assert peak_memory_gb() == 3.5
+    reset_peak_memory()
+    assert peak_memory_gb() == 1.0 and peak_of_process_gb() == 3.5
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("freebsd", 1024)])
+def test_other_systems_count_bytes_or_kilobytes(
+    platform: str, unit: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(memory, "PROCESS", tmp_path)
+    monkeypatch.setattr(memory.resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=2_000_000))
+    monkeypatch.setattr(sys, "platform", platform)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert peak_memory_gb() == pytest.approx(2_000_000 * unit / 1e9)
+    (tmp_path / "status").write_text("Name: x\nVmHWM:\t  1500000 kB\n")
+    assert peak_memory_gb() == pytest.approx(1.536)

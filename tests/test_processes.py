@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from recipe import ROOT
+from torch.distributed import TCPStore
 
 from distill import processes
 from distill.config import TrainerConfig
@@ -85,3 +88,46 @@ def test_settings_of_the_launch_that_the_configuration_decides_are_told(
     options = TrainerConfig.model_validate(trainer)
     said = processes.ignored_by_launch(options.mixed_precision, options.gradient_accumulation_steps)
     assert said == [f"accelerate launch names {sentence}" for sentence in told]
+
+
+def test_idle_ticks_are_those_without_work_and_of_waiting_for_disks(monkeypatch: pytest.MonkeyPatch) -> None:
+    content = "cpu  9 9 9 9 9 9 9 9 9 9\ncpu0 1 2 3 4 5 6 7 8 90 91\ncpu12 10 0 0 30 5 0 0 0 0 0\nintr 5 6\n"
+    monkeypatch.setattr(Path, "read_text", lambda self: {"/proc/stat": content}[str(self)])
+    assert processes._idle_ticks() == {0: (9, 36), 12: (35, 45)}
+
+
+def test_all_cores_are_free_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: list[float] = []
+    monkeypatch.setattr(time, "sleep", waited.append)
+    monkeypatch.setattr(processes, "cores", lambda: {0, 1, 5})
+    processes.free_cores()
+    assert waited == [0.5]
+
+    def missing() -> None:
+        raise OSError
+
+    monkeypatch.setattr(processes, "_idle_ticks", missing)
+    assert processes.free_cores() == 3
+
+
+def test_cores_are_all_where_the_system_knows_no_other_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    for count, expected in ((3, {0, 1, 2}), (None, {0})):
+        monkeypatch.setattr(os, "cpu_count", lambda count=count: count)
+        assert processes.cores() == expected
+
+
+def test_one_process_of_a_launch_is_the_first_to_say_something(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", str(store.port))
+    said = [processes.is_first_to_say(message) for message in ("a", "a", "b", "a", "b")]
+    assert said == [True, False, True, False, False]
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert processes.is_first_to_say("a"), "there is no other"
+    monkeypatch.delenv("WORLD_SIZE")
+    assert processes.is_first_to_say("a")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("MASTER_ADDR")
+    assert processes.is_first_to_say("a"), "twice is better than never"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
@@ -22,6 +23,7 @@ from transformers import (
 from distill.config import BaseConfig, LoraConfig
 from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
+from distill.models import text_encoder
 from distill.models.adapters import prepare_training
 from distill.models.export import export, prove_parity
 from distill.models.family import Model
@@ -244,3 +246,48 @@ def test_multi_label_tokens_need_labels_and_room() -> None:
         multi_label_encoder([], width=16, max_tokens=12)
     with pytest.raises(UserError, match="max_tokens is 3, and 2 labels need 2 more"):
         multi_label_encoder(["Edema", "opacity"], width=16, max_tokens=3)
+
+
+@pytest.mark.parametrize("batch_size", [32, 7])
+def test_the_projection_and_its_quality_are_those_of_least_squares(
+    sd: Model, batch_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 25 captions the 1st, 11th and 21st are held out; words that one of the two lacks count nowhere."""
+    rng, captions = np.random.default_rng(0), [str(i) for i in range(25)]
+    mix, theirs, ours = rng.normal(size=(5, 16)), {}, {}
+    for caption in captions:
+        new = rng.normal(size=(3, 5))
+        old = new @ mix + 0.5 * rng.normal(size=(3, 16)) + 1.0
+        keys = [("word", k) for k in range(3)]
+        theirs[caption] = dict(zip([*keys, ("word", 9)], torch.from_numpy(np.vstack([old, old[:1]])), strict=True))
+        ours[caption] = dict(
+            zip([*keys[::-1], ("word", 8)], torch.from_numpy(np.vstack([new[::-1], new[:1]])), strict=True)
+        )
+    seen: list[int] = []
+
+    def by_word(model: Model, part: list[str]) -> Any:
+        seen.append(len(part))
+        return [(theirs if model is sd else ours)[caption] for caption in part]
+
+    monkeypatch.setattr(text_encoder, "_by_word", by_word)
+    pipeline, quality = text_encoder.swap_text_encoder(
+        sd, sd.text_encoders[0], sd.tokenizers[0], captions, batch_size=batch_size
+    )
+    assert sum(seen) == 50 and max(seen) == min(batch_size, 25)
+    rows = {held: [(ours[c]["word", k].numpy(), theirs[c]["word", k].numpy()) for i, c in enumerate(captions)
+                   for k in range(3) if (i % 10 == 0) == held] for held in (True, False)}  # fmt: skip
+    (held, wanted), (a, b) = (
+        (np.stack([x for x, _ in part]), np.stack([y for _, y in part])) for part in rows.values()
+    )
+    ridge = 1e-3 * np.mean(np.diag(a.T @ a)) * np.eye(5)
+    projection = np.linalg.solve(a.T @ a + ridge, a.T @ b).T
+    expected = 1 - np.sum((wanted - held @ projection.T) ** 2) / np.sum((wanted - wanted.mean(axis=0)) ** 2)
+    assert quality == pytest.approx(expected) and 0 < quality < 1
+    before, after = sd.denoiser.state_dict(), pipeline.unet.state_dict()
+    for name, value in after.items():
+        folded = name.endswith(("attn2.to_k.weight", "attn2.to_v.weight"))
+        own = before[name].double().numpy() @ projection if folded else before[name].numpy()
+        np.testing.assert_allclose(value.numpy(), own, atol=1e-6, err_msg=name)
+    assert pipeline.unet.config.cross_attention_dim == 5 and pipeline.vae is sd.pipeline.vae
+    with pytest.raises(UserError, match="9 captions are too few"):
+        text_encoder.swap_text_encoder(sd, sd.text_encoders[0], sd.tokenizers[0], captions[:9])

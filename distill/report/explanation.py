@@ -44,6 +44,8 @@ def betrayers(entry: JsonObject, count: int = 3) -> list[JsonObject]:
 
 
 def _said(feature: JsonObject) -> str:
+    if feature["real"] is None:  # and the other too
+        return f"{feature['name']} (unknown in all images of one side)"
     way = "lower" if feature["other"] < feature["real"] else "higher"
     return f"{feature['name']} ({way}: {feature['other']:.3g}, and {feature['real']:.3g} in real images)"
 

@@ -21,6 +21,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -49,7 +50,7 @@ def main() -> None:
     parser.add_argument("--count", type=int, default=100, help="how many mutants (default 100)")
     parser.add_argument("--seed", type=int, default=0, help="which mutants (default 0)")
     parser.add_argument("--skip", type=int, default=0, help="leave out the first so many of the sample")
-    parser.add_argument("--only", default="", help="only modules whose path contains this")
+    parser.add_argument("--only", default="", help="only modules whose path has this regular expression")
     parser.add_argument("--seconds", type=float, default=60.0, help="tests of one mutant, by their recorded time")
     parser.add_argument("--stale", action="store_true", help="test files that changed since are not recorded anew")
     parser.add_argument("--again", action="store_true", help="run the survivors of verdicts.jsonl again, nothing new")
@@ -76,7 +77,7 @@ def modules(root: Path) -> list[str]:
 
 
 def drawn(sources: dict[str, str], arguments: argparse.Namespace) -> Iterator[Mutant]:
-    chosen = {module: source for module, source in sources.items() if arguments.only in module}
+    chosen = {module: source for module, source in sources.items() if re.search(arguments.only, module)}
     lines = {module: len(source.splitlines()) for module, source in chosen.items()}
     mutants = sample({module: mutants_of(module, source) for module, source in chosen.items()}, lines, arguments.seed)
     legal = (mutant for mutant in mutants if parses(mutant.apply(sources[mutant.module])))
