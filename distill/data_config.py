@@ -9,6 +9,8 @@ from pydantic import Field
 from distill.configuration import renamed as old
 from distill.settings import HARMLESS, Count, Number, Seed, Settings, Text, Texts
 
+Fit = Literal["crop", "letterbox"]
+
 
 class Data(Settings):
     """What all kinds of data have."""
@@ -45,6 +47,9 @@ class FileData(Data):
     kind: str
     root: Text | None = None
     """The folder that holds the images; names of files are relative to it."""
+    fit: Fit = "crop"
+    """How an image becomes a square: crop keeps the square of its short side at the centre; letterbox keeps all of it, between
+    black bars. Take letterbox where what lies at the edges counts."""
     train_split: Text = "train"
     """Value of the split column for training."""
     test_split: Text = "test"
@@ -136,3 +141,8 @@ class CocoData(FileData):
 
 DataConfig = PhantomData | FolderData | MimicData | MsCxrData | CocoData
 AnyData = Annotated[DataConfig, Field(discriminator="kind")]
+
+
+def fit_of(data: DataConfig) -> Fit:
+    """How its images become squares; drawn ones are."""
+    return data.fit if isinstance(data, FileData) else "crop"

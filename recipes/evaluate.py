@@ -12,6 +12,7 @@ from pydantic import model_validator
 
 from distill.cli import main
 from distill.config import FullEvaluation, RunConfig
+from distill.data_config import fit_of
 from distill.settings import Text
 
 
@@ -48,7 +49,8 @@ def evaluate(config: EvaluateConfig) -> None:
     from distill.experiment.run import open_run
 
     with held(Path(config.output_dir), write=not config.dry_run):
-        images = read_images(Path(config.images), config.data.resolution) if config.images else None
+        size, fit = config.data.resolution, fit_of(config.data)
+        images = read_images(Path(config.images), size, fit) if config.images else None
         run = open_run(config, {}, evaluation=config.evaluation, run=config.run, compare_to=("base",))
         if config.dry_run and images:
             return run.say(f"dry run: {len(images):,} images, the data and the base are fine; nothing was written")

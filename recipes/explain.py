@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from distill.cli import main, to_yaml
 from distill.config import BaseConfig, FullEvaluation
-from distill.data_config import AnyData, PhantomData
+from distill.data_config import AnyData, PhantomData, fit_of
 from distill.settings import Batch, Count, Seed, Settings, Text, Texts
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ class ExplainConfig(Settings):
     run: Text | None = None
     """Run folder whose adapters or full weights are put on the base. None draws images of the base itself."""
     images: Texts = ()
-    """Folders of images made by any tool, one a set; nothing is drawn then. They are cut and resized as the data are."""
+    """Folders of images made by any tool, one a set; nothing is drawn then. They are made squares as the data are."""
     through_vae: bool | None = None
     """Also send real images through the base's VAE, to tell its faults from the denoiser's. None: unless `images` is set."""
     gray: bool | None = None
@@ -148,7 +148,8 @@ def sets_of(
     from distill.evaluation.evaluate import generate
 
     if config.images:
-        folders = [ImageFolder(Path(name), config.data.resolution, config.drawing.count) for name in config.images]
+        size, count, fit = config.data.resolution, config.drawing.count, fit_of(config.data)
+        folders = [ImageFolder(Path(name), size, count, fit) for name in config.images]
         return [(folder, folder.names) for folder in folders]
     assert model is not None
     options = config.drawing.full()

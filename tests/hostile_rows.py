@@ -473,7 +473,7 @@ PICTURES: dict[str, tuple[bytes, str | None]] = {
     "svg": (b'<svg xmlns="http://www.w3.org/2000/svg"/>', "is no image"),
     "postscript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 40 30\n%%EndComments\n", "is no image"),
     "pdf": (b"%PDF-1.4\n", "is no image"),
-    "dicom": (b"\0" * 128 + b"DICM" + b"\0" * 64, "is no image"),
+    "dicom": (b"\0" * 128 + b"DICM" + b"\0" * 64, "it has no Rows"),
     "gzip": (b"\x1f\x8b\x08" + b"\0" * 20, "is no image"),
     "numpy": (b"\x93NUMPY\x01\0" + b" " * 60, "is no image"),
     "icon": (picture(file_type="ICO", sizes=[(32, 24)]), "is no image"),

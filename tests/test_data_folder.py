@@ -99,16 +99,21 @@ def test_a_box_lands_on_what_it_surrounds_whatever_the_exif_orientation(
 
 
 @settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.data(), width=st.integers(8, 90), height=st.integers(8, 90), resolution=st.sampled_from([16, 32, 61]))
-def test_boxes_and_masks_follow_the_pixels(root: Path, data, width: int, height: int, resolution: int) -> None:
+@given(
+    data=st.data(), width=st.integers(8, 90), height=st.integers(8, 90), resolution=st.sampled_from([16, 32, 61]),
+    fit=st.sampled_from(["crop", "letterbox"]),
+)  # fmt: skip
+def test_boxes_and_masks_follow_the_pixels(
+    root: Path, data, width: int, height: int, resolution: int, fit: str
+) -> None:
     x, y = data.draw(st.integers(0, width - 4)), data.draw(st.integers(0, height - 4))
     w, h = data.draw(st.integers(4, width - x)), data.draw(st.integers(4, height - y))
     drawn = np.zeros((height, width), np.uint8)
     drawn[y : y + h, x : x + w] = 255
     Image.fromarray(drawn).save(root / "a.png")
     Image.fromarray(drawn).save(root / "mask.png")
-    by_box = load(root, [row(finding="f", box=f"{x},{y},{w},{h}")], resolution=resolution)
-    by_mask = load(root, [row(finding="f", mask="mask.png")], resolution=resolution)
+    by_box = load(root, [row(finding="f", box=f"{x},{y},{w},{h}")], resolution=resolution, fit=fit)
+    by_mask = load(root, [row(finding="f", mask="mask.png")], resolution=resolution, fit=fit)
     for dataset in (by_box, by_mask):
         sample = dataset[0]
         assert sample.pixel_values.min() >= -1 and sample.pixel_values.max() <= 1
@@ -213,6 +218,54 @@ def test_regions_outside_the_centre_square_are_dropped_and_named(root: Path, cap
     (region,) = dataset[0].regions
     assert region.finding == "effusion" and region.boxes == ((0, 0, 10, 20),)
     assert dataset[0].crop_top_left == (0, 90) and dataset.size_ids(0) == dataset[0].size_ids
+
+
+def test_a_letterbox_keeps_all_of_an_image_between_black_bars(root: Path) -> None:
+    Image.new("L", (200, 100), 255).save(root / "wide.png")
+    Image.new("RGB", (50, 100), (255, 0, 255)).save(root / "high.png")
+    Image.new("L", (200, 100), 1).save(root / "mask.png")
+    rows = [
+        row("wide.png", finding="edema", box="0,0,200,100"),
+        row("high.png"),
+        row("wide.png", finding="mass", mask="mask.png"),
+    ]
+    dataset = load(root, rows, resolution=20, fit="letterbox")
+    wide, high = dataset[0], dataset[1]
+    shown = torch.zeros(20, 20, dtype=torch.bool)
+    shown[5:15] = True
+    assert torch.equal(wide.pixel_values, torch.where(shown, 1.0, -1.0).expand(3, 20, 20))
+    assert [region.boxes for region in wide.regions] == [((0, 5, 20, 10),), ()]
+    assert all(torch.equal(region.mask, shown) for region in wide.regions), "the bars are outside"
+    assert torch.equal(high.pixel_values[0], torch.where(shown.T, 1.0, -1.0)) and (high.pixel_values[1] == -1).all()
+    assert wide.size_ids == dataset.size_ids(0) == (100, 200, 0, 0, 20, 20) and wide.square_px == 200
+    assert high.size_ids == dataset.size_ids(1) == (100, 50, 0, 0, 20, 20) and high.square_px == 100
+    cropped = load(root, rows, resolution=20)
+    assert cropped[0].size_ids == (100, 200, 0, 10, 20, 20) and cropped[0].square_px == 100
+    for of in ("fingerprint", "region_fingerprint"):
+        assert getattr(cropped, of)(0) != getattr(dataset, of)(0)
+
+
+def test_the_thinnest_image_is_read(root: Path) -> None:
+    write_image(root / "a.png", (8, 2000))
+    sample = load(root, [row(finding="f", box="0,0,8,1000")], resolution=32, fit="letterbox")[0]
+    assert (sample.pixel_values > -1).any(dim=(0, 1)).nonzero().flatten().tolist() == [15]
+    assert sample.regions[0].mask.nonzero().tolist() == [[i, 15] for i in range(16)]
+
+
+@pytest.mark.parametrize("fit", ["crop", "letterbox"])
+def test_boxes_and_masks_that_the_crop_cuts_are_counted(root: Path, caplog: pytest.LogCaptureFixture, fit: str) -> None:
+    """A cut of at most a pixel of the square does not count."""
+    write_image(root / "wide.png", (200, 20))
+    mask = np.zeros((20, 200), np.uint8)
+    mask[:, 85:] = 1
+    Image.fromarray(mask).save(root / "mask.png")
+    boxes = ["0,0,20,20", "80,0,31,20", "89,0,20,20", "90,0,20,20", "100,0,12,20"]
+    rows = [row("wide.png", finding=f"f{n}", box=box) for n, box in enumerate(boxes)]
+    rows += [row("wide.png", finding="m", box="95,0,5,5", mask="mask.png"), row("b.png")]
+    dataset = load(root, rows, resolution=20, fit=fit)
+    said = "test: the centre crop cuts off 4 of 6 boxes and masks, in part or whole; data.fit letterbox keeps them"
+    assert (said in caplog.messages) == (fit == "crop"), "the first two, the last, and the mask"
+    assert dataset.counts == "test: 2 captions of 2 images, 6 boxes, 1 masks"
 
 
 def test_findings_are_kept_and_named_as_the_config_says(root: Path) -> None:

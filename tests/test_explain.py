@@ -109,6 +109,12 @@ def test_images_of_a_folder_are_cut_and_resized_as_data_are(tmp_path: Path) -> N
     Image.fromarray(array).save(tmp_path / "wide.png")
     images = ImageFolder(tmp_path, 32, 5)
     assert images.names == ["wide.png"] and torch.equal(images([0]), torch.ones(1, 3, 32, 32))
+    recipe = recipe_module("explain")
+    data = {"kind": "folder", "resolution": 32, "fit": "letterbox"}
+    config = recipe.ExplainConfig(images=(str(tmp_path),), data=data)
+    ((picture, _),) = recipe.sets_of(config, None, [], None)
+    whole = picture([0])
+    assert (whole[:, :, :8] == -1).all() and (whole[:, :, 24:] == -1).all() and (whole[..., 8:24, 10:22] == 1).all()
 
 
 def test_images_of_one_patient_are_one_group() -> None:

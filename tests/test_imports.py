@@ -27,7 +27,7 @@ LAYERS = (
 """A module or folder may import those of the lines above its own, and nothing of its own line."""
 HEAVY = ("accelerate", "diffusers", "transformers", "torch", "torchvision", "scipy", "matplotlib")
 """Libraries whose import takes seconds, so that `--help` and faults of a configuration do not wait for them."""
-OPTIONAL = {"sklearn", "torchvision", "torchxrayvision", "torch_fidelity", "wandb"}
+OPTIONAL = {"pydicom", "sklearn", "torchvision", "torchxrayvision", "torch_fidelity", "wandb"}
 
 
 def imported(node: ast.AST, package: tuple[str, ...]) -> list[tuple[str, ...]]:
@@ -43,7 +43,9 @@ def imported(node: ast.AST, package: tuple[str, ...]) -> list[tuple[str, ...]]:
 
 def walk(node: ast.AST, *, into_functions: bool) -> Iterator[ast.AST]:
     for child in ast.iter_child_nodes(node):
-        if into_functions or not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+        for_types = isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"
+        later = isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda) or for_types
+        if into_functions or not later:
             yield child
             yield from walk(child, into_functions=into_functions)
 

@@ -37,6 +37,7 @@ from distill.evaluation.protocols import (
     Query,
     Recorder,
     ground_truth,
+    ground_truths,
     open_recorder,
     ours,
     post_process,
@@ -311,6 +312,15 @@ def test_dombrowski_is_the_mean_of_the_last_forty_steps_over_layers_and_heads(sd
             count += probabilities.shape[1]
     assert len(query.tokens[0]) >= 2
     torch.testing.assert_close(found, total / count, rtol=1e-4, atol=1e-6)
+
+
+def test_vilouras_compares_at_the_size_of_the_square_in_the_file(sd: Model) -> None:
+    dataset = with_original(Listed([sample("a", "Edema.", ("edema", None))], WORDS), (96, 128))
+    config = CONFIG.model_copy(update=dict(protocol="vilouras"))
+    (query,) = queries(dataset, sd, config)
+    for square_px, size in ((0, 96), (96, 96), (128, 128)):
+        shown = replace(dataset[0], square_px=square_px)
+        assert ground_truths(query, shown, ["edema"], config)[0].shape == (1, size, size)
 
 
 def test_the_layers_of_vilouras_are_those_of_sd_or_at_the_same_depth() -> None:

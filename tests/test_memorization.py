@@ -234,7 +234,7 @@ def test_images_of_another_tool_are_evaluated_and_no_denoiser_runs(
     argv[argv.index("--evaluation.features") + 1] = "phantom"
     recipe.evaluate(parse(recipe.EvaluateConfig, argv))
     printed = capsys.readouterr().out
-    assert "images: 12 of 12 are cut and resized to 64 px, as the data is" in printed
+    assert "images: 12 of 12 are made squares of 64 px as the data are" in printed
     assert "Localization was not measured: the choice is by quality alone." in printed
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert set(metrics["arms"]) == {"images"}
@@ -268,6 +268,30 @@ def test_a_folder_that_cannot_be_evaluated_is_one_error(
     with pytest.raises(UserError, match="--images") as caught:
         read_images(folder, 64)
     assert said in str(caught.value)
+
+
+@pytest.mark.parametrize("fit", ["crop", "letterbox"])
+def test_images_of_another_tool_become_squares_as_the_data_do(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fit: str
+) -> None:
+    images = image_folder(tmp_path / "images", TRAINING, 2)
+    for k in range(2):
+        Image.new("L", (80, 40), 100 + k).save(images / f"{k}.png")
+    read = []
+
+    def stop(*arguments: Any) -> None:
+        read.append(read_images(*arguments))
+        raise UserError("enough")
+
+    monkeypatch.setattr("distill.experiment.images.read_images", stop)
+    recipe = recipe_module("evaluate")
+    config = recipe.EvaluateConfig(
+        images=str(images), output_dir=str(tmp_path / "out"), data={"kind": "folder", "resolution": 32, "fit": fit}
+    )
+    with pytest.raises(UserError, match="enough"):
+        recipe.evaluate(config)
+    pixels = read[0][0].pixel_values
+    assert (pixels[:, :8] == -1).all() == (fit == "letterbox") and (pixels[:, 8:24] > -0.3).all()
 
 
 def test_images_have_no_run_and_no_maps() -> None:

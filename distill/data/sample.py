@@ -31,6 +31,7 @@ class Sample:
     pixel_values: (3, height, width) float32 in [-1, 1].
     labels: the findings that the image is said to have, with or without a region.
     original_size, crop_top_left: (height, width) of the file and the crop's corner, in pixels (read by SDXL).
+    square_px: side of the training square, in pixels of the file.
     """
 
     id: str
@@ -40,6 +41,7 @@ class Sample:
     labels: tuple[str, ...] = ()
     original_size: tuple[int, int] = (0, 0)
     crop_top_left: tuple[int, int] = (0, 0)
+    square_px: int = 0
     meta: Mapping[str, str] = field(default_factory=dict)
 
     @property

@@ -438,7 +438,7 @@ def ground_truths(
     resolution = sample.pixel_values.shape[-1]
     size = resolution if protocol.size is None else protocol.size
     if size == "original":
-        size = min(sample.original_size) or resolution
+        size = sample.square_px or min(sample.original_size) or resolution
     regions = {region.finding: region for region in sample.regions}
     truths = [ground_truth(regions[names[f]], resolution, int(size), kind) for f in query.findings]
     return torch.stack([mask for mask, _ in truths]), [boxes for _, boxes in truths]

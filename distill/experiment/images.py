@@ -9,7 +9,7 @@ from distill.data.captions import query_words_for
 from distill.data.readers.folder import FolderDataset
 from distill.data.readers.records import RecordDataset
 from distill.data.sample import size_ids
-from distill.data_config import FolderData
+from distill.data_config import Fit, FolderData
 from distill.errors import UserError
 from distill.evaluation.evaluate import evaluation_order, finite, real_images
 from distill.evaluation.fidelity import compare
@@ -24,7 +24,7 @@ from distill.models import load_model
 METADATA = ("metadata.csv", "metadata.jsonl")
 
 
-def read_images(folder: Path, resolution: int) -> RecordDataset:
+def read_images(folder: Path, resolution: int, fit: Fit = "crop") -> RecordDataset:
     """The images of a folder with metadata.csv or metadata.jsonl: columns file_name and text, and labels if there is one.
 
     Raises UserError for missing captions, fewer than two images, damaged files, and files of the same bytes.
@@ -38,7 +38,7 @@ def read_images(folder: Path, resolution: int) -> RecordDataset:
     try:
         found = FolderDataset(
             FolderData(
-                root=str(folder), metadata_file=name, resolution=resolution, test_split="all", split_column="none",
+                root=str(folder), metadata_file=name, resolution=resolution, fit=fit, test_split="all", split_column="none",
                 box_column="none", mask_column="none", phrase_column="none", patient_column="none",
             ),
             "test",
@@ -70,7 +70,7 @@ def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
     against, resolution, arm_dir = run.against, run.config.data.resolution, run.folder / "images"
     other = sum(size_ids(images, k)[:2] != (resolution, resolution) for k in range(len(images)))
     if other:
-        run.say(f"images: {other:,} of {len(images):,} are cut and resized to {resolution} px, as the data is")
+        run.say(f"images: {other:,} of {len(images):,} are made squares of {resolution} px as the data are")
     rows = range(len(images))
     made = real_images(images, rows, against.features, accelerator, config.batch_size)
     entry: JsonObject = {"localization": None, "quality": None}

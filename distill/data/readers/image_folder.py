@@ -10,30 +10,33 @@ import torch
 
 from distill.data.readers.pixels import eight_bits, open_image
 from distill.data.readers.records import square_pixels
+from distill.data_config import Fit
 from distill.errors import UserError, raise_all
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".dcm")
 
 
 class ImageFolder:
-    """The first `count` images of a folder, by name; cut to their centre square and resized as the images of a data set are.
+    """The first `count` images of a folder, by name; made squares of `resolution` by `fit`, as the images of a data set are.
 
     names: of the files. Raises UserError that lists all damaged files, and those that hold the same bytes.
     """
 
-    def __init__(self, folder: Path, resolution: int, count: int) -> None:
+    def __init__(self, folder: Path, resolution: int, count: int, fit: Fit = "crop") -> None:
         if not folder.is_dir():
             raise UserError(f"images: '{folder}' is not a folder")
         paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)[:count]
         if not paths:
             raise UserError(f"images: '{folder}' holds no image; files must end in {', '.join(SUFFIXES)}")
-        self.paths, self.resolution, faults = paths, resolution, []
+        self.paths, self.resolution, self.fit, faults = paths, resolution, fit, []
         seen: dict[str, str] = {}
         for path in paths:
             try:
                 data = path.read_bytes()
                 eight_bits(open_image(data))
-            except Exception as error:  # Pillow raises many types
+            except UserError as error:
+                raise UserError(f"'{path}': {error}") from None
+            except Exception as error:  # Pillow and pydicom raise many types
                 faults.append(f"'{path.name}' cannot be read as an image: {error}")
                 continue
             first = seen.setdefault(hashlib.sha256(data).hexdigest(), path.name)
@@ -48,4 +51,4 @@ class ImageFolder:
     def __call__(self, places: Sequence[int]) -> torch.Tensor:
         """(N, 3, resolution, resolution) in [-1, 1]."""
         images = (eight_bits(open_image(self.paths[place].read_bytes())) for place in places)
-        return torch.stack([square_pixels(image, self.resolution) for image in images])
+        return torch.stack([square_pixels(image, self.resolution, self.fit) for image in images])

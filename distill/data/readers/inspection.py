@@ -11,11 +11,13 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 from tqdm.auto import tqdm
 
 from distill.data.readers.pixels import FORMATS_SHOWN, SLACK_PX, check_range, mask_values, open_image
 from distill.data.readers.tables import Box, Faults, Place, quote
+from distill.errors import UserError
 
 _SMALLEST_PX = 8
 """Side of a picture, of which a VAE makes one latent pixel."""
@@ -50,14 +52,15 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of a file once it was decoded. width, height: as displayed. empty: as a mask it holds nothing."""
+    """What is known of a file once it was decoded. width, height: as displayed. extent: the box around what a mask of these
+    pixels holds, None if it holds nothing."""
 
     width: int = 0
     height: int = 0
     sha256: str = ""
     low_range: bool = False
-    empty: bool = False
-    is_jpeg: bool = False
+    extent: Box | None = None
+    format: str | None = None
     fault: str | None = None
 
 
@@ -150,7 +153,9 @@ def same_aspect(frame: tuple[int, int], size: tuple[int, int]) -> bool:
 def _mask_fault(mask: Inspection, image: Inspection) -> str | None:
     if mask.fault:
         return mask.fault
-    if mask.is_jpeg:
+    if mask.format == "DICOM":
+        return "is a DICOM file, whose values are windowed; save the mask as PNG"
+    if mask.format in ("JPEG", "MPO"):
         return "is a JPEG, whose noise is non-zero outside the region; save it as PNG"
     if not image.fault and (mask.width, mask.height) != (image.width, image.height):
         return f"has {mask.width} x {mask.height} px and its image {image.width} x {image.height}"
@@ -177,16 +182,25 @@ def _inspect(path: Path, size_bytes: int, mtime_ns: int) -> Inspection:
     data = path.read_bytes()
     try:
         image = open_image(data)
-        kind = image.format
         check_range(image)
     except UnidentifiedImageError:
         return Inspection(fault=f"is no image that can be read ({size_bytes} bytes); right are {FORMATS_SHOWN}")
-    except Exception as error:  # Pillow raises many types on broken files
+    except UserError as error:
+        raise UserError(f"'{path}': {error}") from None
+    except Exception as error:  # Pillow and pydicom raise many types on broken files
         return Inspection(fault=f"cannot be decoded: {quote(error)}")
     if min(image.size) < _SMALLEST_PX:
         return Inspection(fault=f"has {image.width} x {image.height} px; right are {_SMALLEST_PX} a side at least")
     low_range = image.mode.startswith("I") and int(np.asarray(image).max()) < 4096
-    empty = not mask_values(image).any()
-    return Inspection(
-        image.width, image.height, hashlib.sha256(data).hexdigest(), low_range, empty, kind in ("JPEG", "MPO")
-    )
+    sha256 = hashlib.sha256(data).hexdigest()
+    return Inspection(image.width, image.height, sha256, low_range, _extent(mask_values(image)), image.format)
+
+
+def _extent(values: NDArray[np.generic]) -> Box | None:
+    """The box (x, y, width, height) around the values that are not zero."""
+    rows = np.flatnonzero(values.reshape(len(values), -1).any(axis=1))
+    columns = np.flatnonzero(values.any(axis=0).reshape(values.shape[1], -1).any(axis=1))
+    if not len(rows):
+        return None
+    x, y = float(columns[0]), float(rows[0])
+    return x, y, float(columns[-1]) + 1 - x, float(rows[-1]) + 1 - y

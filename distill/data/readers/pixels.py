@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageOps
 
+from distill.data.readers.dicom import dicom_image, is_dicom
 from distill.data.readers.tables import quote
 
 SLACK_PX = 1.0
@@ -24,7 +25,7 @@ LARGEST_IMAGE_PX = 2**26
 
 _FORMATS = ("PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000")
 """Pillow knows more, some of which start other programs."""
-FORMATS_SHOWN = f"{', '.join(_FORMATS[:-1])} and {_FORMATS[-1]}"
+FORMATS_SHOWN = f"{', '.join(_FORMATS)} and DICOM"
 
 _LARGEST_RUN_LENGTHS_PX = 2**25
 _OVERSAMPLING = 8
@@ -42,7 +43,10 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def open_image(data: bytes) -> Image.Image:
-    """The image decoded to the end, turned as its EXIF orientation says. Raises what Pillow raises."""
+    """The image decoded to the end, turned as its EXIF orientation says. Raises what Pillow and pydicom raise, and UserError
+    for DICOM without pydicom."""
+    if is_dicom(data):
+        return dicom_image(data, LARGEST_IMAGE_PX)
     image = Image.open(io.BytesIO(data), formats=_FORMATS)
     if image.width * image.height > LARGEST_IMAGE_PX:
         raise ValueError(f"{image.width} x {image.height} px are more than {LARGEST_IMAGE_PX}; shrink it")

@@ -25,15 +25,18 @@ from transformers import PreTrainedTokenizerBase
 
 from distill.data.readers.inspection import ImageRecord, Inspection, inspect_all, normalized_boxes
 from distill.data.readers.pixels import eight_bits, open_image
-from distill.data.readers.regions import centre_square, clip_box, regions_of
+from distill.data.readers.regions import Square, clip_box, placed, regions_of
 from distill.data.readers.splits import Member, Split
-from distill.data.readers.tables import Faults, did_you_mean, key, quote
+from distill.data.readers.tables import Box, Faults, did_you_mean, key, quote
 from distill.data.sample import Region, Sample
-from distill.data_config import FileData
+from distill.data_config import FileData, Fit
 from distill.errors import UserError, raise_all
 from distill.tokens import find_words
 
-CROP_RULE = "centre square of the short side, Lanczos, v1"
+FIT_RULES: dict[Fit, str] = {
+    "crop": "centre square of the short side, Lanczos, v1",
+    "letterbox": "whole image on black, Lanczos, v1",
+}
 """Part of every fingerprint: change it whenever the pixels of a row change."""
 
 _SHOWN = 8
@@ -82,9 +85,9 @@ class SampleRecord:
 class RecordDataset:
     """ImageCaptionDataset of image files. All files are checked when it is made.
 
-    Boxes and masks are those of the image as displayed, that is with its EXIF orientation applied. The centre square is
-    cut out and resized to config.resolution; a box that the cut goes through is clipped, a region of which nothing is
-    left is dropped.
+    Boxes and masks are those of the image as displayed, that is with its EXIF orientation applied. The square that
+    config.fit makes of it is resized to config.resolution; a box that a cut goes through is clipped, a region of which
+    nothing is left is dropped.
 
     findings: names that regions may have.
     query_words: the words that name each finding in a caption.
@@ -146,15 +149,24 @@ class RecordDataset:
         chosen: dict[int, set[int]] = {}
         for sample in (sample for sample in samples if sample.regions):
             chosen.setdefault(places[id(sample.image)], set()).update(sample.regions)
-        self._count_regions(chosen)
+        masks = {a.mask for image in used.values() for a in image.annotations if a.mask}
+        extents = {str(mask): found for mask in masks if (found := inspected[mask].extent)}
+        self._count_regions(chosen, extents)
 
-    def _count_regions(self, chosen: Mapping[int, set[int]]) -> None:
-        """Count the regions of each finding, and warn of those of which no pixel is left. chosen: image -> annotations."""
+    def _count_regions(self, chosen: Mapping[int, set[int]], extents: Mapping[str, Box]) -> None:
+        """Count the regions of each finding, and warn of those that are cut, or of which no pixel is left.
+
+        chosen: image -> annotations. extents: file of a mask -> the box around it.
+        """
+        resolution, fit = self.config.resolution, self.config.fit
 
         def count(place: int) -> tuple[Counter[str], list[str], list[str]]:
             row = self._images[place]
-            left = regions_of(row, chosen[place], self.findings, self.config.resolution, outlines=False)
+            left = regions_of(row, chosen[place], self.findings, resolution, fit, outlines=False)
+            square = Square.of(row, resolution, fit)
             kinds = Counter(kind for i in chosen[place] for kind in ("boxes", "masks", "segmentations") if row[kind][i])
+            around = (extents.get(row["masks"][i]) or row["boxes"][i] for i in chosen[place])
+            kinds["cut"] = sum(square.cuts(box) for box in around if box)
             names = list(dict.fromkeys(row["findings"][i] for i in chosen[place]))
             there = {region.finding for region in left}
             return kinds, names, [f"'{quote(name)}' in '{quote(row['name'])}'" for name in names if name not in there]
@@ -165,12 +177,21 @@ class RecordDataset:
         self._images_with = Counter(name for _, names, _ in counted for name in names)
         dropped = [name for _, _, names in counted for name in names]
         self.dropped_regions = len(dropped)
+        cut = self._kinds.pop("cut", 0)
+        if cut:
+            logger.warning(
+                "%s: the centre crop cuts off %d of %d boxes and masks, in part or whole; data.fit letterbox keeps them",
+                self.split,
+                cut,
+                sum(map(len, chosen.values())),
+            )
         if dropped:
             logger.warning(
-                "%d of %d regions lie outside the centre square or are smaller than a pixel at %d px, and are dropped: %s",
+                "%d of %d regions %s smaller than a pixel at %d px, and are dropped: %s",
                 len(dropped),
                 self._images_with.total(),
-                self.config.resolution,
+                "lie outside the centre square or are" if fit == "crop" else "are",
+                resolution,
                 _some(dropped),
             )
 
@@ -217,8 +238,9 @@ class RecordDataset:
         return returned
 
     def fingerprint(self, index: int) -> str:
-        """Hash of the file's bytes as they were at the check, of the resolution and of the crop rule."""
-        parts = (self._images[self._samples[index]["image"]]["sha256"], str(self.config.resolution), CROP_RULE)
+        """Hash of the file's bytes as they were at the check, of the resolution and of the rule of config.fit."""
+        rule = FIT_RULES[self.config.fit]
+        parts = (self._images[self._samples[index]["image"]]["sha256"], str(self.config.resolution), rule)
         return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
     def region_fingerprint(self, index: int) -> str:
@@ -235,7 +257,7 @@ class RecordDataset:
         """Those of the sample; no image is decoded."""
         sample = self._samples[index]
         row = self._images[sample["image"]]
-        return regions_of(row, sample["regions"], self.findings, self.config.resolution)
+        return regions_of(row, sample["regions"], self.findings, self.config.resolution, self.config.fit)
 
     def size_ids(self, index: int) -> tuple[int, ...]:
         """Those of the sample; no image is decoded."""
@@ -248,9 +270,9 @@ class RecordDataset:
         )
 
     def _crop_corner(self, width: int, height: int) -> tuple[int, int]:
-        """(top, left) of the crop in the resized image."""
-        left, top, side = centre_square(width, height)
-        scale = self.config.resolution / side
+        """(top, left) of the crop in the resized image; nothing of a letterboxed one is cropped."""
+        left, top, right, _ = placed(width, height, self.config.resolution, self.config.fit).kept
+        scale = self.config.resolution / (right - left)
         return round(top * scale), round(left * scale)
 
     def __getitem__(self, index: int) -> Sample:
@@ -264,12 +286,13 @@ class RecordDataset:
             raise UserError(f"'{path}' could be read when the data was checked, and no longer: {error}") from error
         return Sample(
             id=sample["id"],
-            pixel_values=square_pixels(image, resolution),
+            pixel_values=square_pixels(image, resolution, self.config.fit),
             caption=sample["caption"],
-            regions=regions_of(row, sample["regions"], self.findings, resolution),
+            regions=regions_of(row, sample["regions"], self.findings, resolution, self.config.fit),
             labels=tuple(sample["labels"]),
             original_size=(row["height"], row["width"]),
             crop_top_left=self._crop_corner(*image.size),
+            square_px=(max if self.config.fit == "letterbox" else min)(image.size),
         )
 
     def check_captions(self, tokenizers: Sequence[PreTrainedTokenizerBase], max_length: int) -> None:
@@ -319,10 +342,12 @@ class RecordDataset:
         return list(dict.fromkeys(self._samples.table.column("caption").to_pylist()))
 
 
-def square_pixels(image: Image.Image, resolution: int) -> torch.Tensor:
-    """The centre square of an image of mode L or RGB, (3, resolution, resolution) float32 in [-1, 1]."""
-    left, top, side = centre_square(*image.size)
-    square = image.resize((resolution, resolution), Image.Resampling.LANCZOS, box=(left, top, left + side, top + side))
+def square_pixels(image: Image.Image, resolution: int, fit: Fit) -> torch.Tensor:
+    """The square of an image of mode L or RGB, (3, resolution, resolution) float32 in [-1, 1]; bars of a letterbox are -1."""
+    shown = placed(*image.size, resolution, fit)
+    square = Image.new(image.mode, (resolution, resolution))
+    resized = image.resize((shown.width, shown.height), Image.Resampling.LANCZOS, box=shown.kept)
+    square.paste(resized, (shown.left, shown.top))
     pixels = torch.from_numpy(np.array(square, dtype=np.float32) / 127.5 - 1.0)
     pixels = pixels.permute(2, 0, 1) if pixels.ndim == 3 else pixels.expand(3, -1, -1)
     return pixels.contiguous()
@@ -406,7 +431,7 @@ def _leave_out_empty_masks(
     """Take boxes in place of masks that hold nothing, and leave out regions that have no box."""
     emptied: list[str] = []
     for annotation in (annotation for image in images for annotation in image.annotations):
-        if annotation.mask and inspected[annotation.mask].empty:
+        if annotation.mask and not inspected[annotation.mask].extent:
             left = "its box counts" if annotation.box else "its region is left out"
             emptied.append(f"'{quote(annotation.mask.name)}' ({annotation.place}, {left})")
             annotation.mask = None

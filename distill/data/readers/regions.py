@@ -6,7 +6,7 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -16,15 +16,33 @@ from PIL import Image
 from distill.data.readers.pixels import mask_of_file, segmentation_mask
 from distill.data.readers.tables import Box
 from distill.data.sample import Region
+from distill.data_config import Fit
 
 _GRID_PX = 2048
 """Polygons of a larger frame are drawn on a smaller grid: the training square has fewer pixels."""
 
 
-def centre_square(width: int, height: int) -> tuple[float, float, int]:
-    """Left, top and side of the square that is kept, in pixels of the image."""
+class Placement(NamedTuple):
+    """How an image lies on the training square. kept: left, top, right and bottom of the part that is shown, in pixels of the
+    image. left, top, width, height: where it is shown, in pixels of the square."""
+
+    kept: Box
+    left: int
+    top: int
+    width: int
+    height: int
+
+
+def placed(width: int, height: int, resolution: int, fit: Fit) -> Placement:
+    """The placement of an image of `width` x `height` px; letterbox rounds its sides to whole pixels of the square."""
+    if fit == "letterbox":
+        longest = max(width, height)
+        across, down = (max(1, round(side * resolution / longest)) for side in (width, height))
+        whole = (0.0, 0.0, float(width), float(height))
+        return Placement(whole, (resolution - across) // 2, (resolution - down) // 2, across, down)
     side = min(width, height)
-    return (width - side) / 2, (height - side) / 2, side
+    left, top = (width - side) / 2, (height - side) / 2
+    return Placement((left, top, left + side, top + side), 0, 0, resolution, resolution)
 
 
 def clip_box(box: Box, width: int, height: int) -> Box:
@@ -34,7 +52,13 @@ def clip_box(box: Box, width: int, height: int) -> Box:
 
 
 def regions_of(
-    row: dict[str, Any], chosen: Collection[int], findings: Sequence[str], resolution: int, *, outlines: bool = True
+    row: dict[str, Any],
+    chosen: Collection[int],
+    findings: Sequence[str],
+    resolution: int,
+    fit: Fit,
+    *,
+    outlines: bool = True,
 ) -> tuple[Region, ...]:
     """One region a finding, in the order of `findings`; an annotation counts by its mask or segmentation, else by its box.
 
@@ -44,54 +68,65 @@ def regions_of(
     places: dict[str, list[int]] = {}
     for place in chosen:
         places.setdefault(row["findings"][place], []).append(place)
-    square = _Square.of(row, resolution)
+    square = Square.of(row, resolution, fit)
     found = (_region(row, places[name], name, square, outlines) for name in findings if name in places)
     return tuple(region for region in found if region is not None)
 
 
 @dataclass(frozen=True)
-class _Square:
-    """How an image lies on the training square. across, down: pixels of the file in a pixel of the frame."""
+class Square:
+    """The training square of an image. across, down: pixels of the file in a pixel of the frame."""
 
     resolution: int
-    left: float
-    top: float
-    side: int
+    shown: Placement
     frame: tuple[int, int]
     across: float
     down: float
 
     @classmethod
-    def of(cls, row: dict[str, Any], resolution: int) -> _Square:
+    def of(cls, row: dict[str, Any], resolution: int, fit: Fit) -> Square:
         width, height = row["frame"]
-        edges = centre_square(row["width"], row["height"])
-        return cls(resolution, *edges, (width, height), row["width"] / width, row["height"] / height)
+        shown = placed(row["width"], row["height"], resolution, fit)
+        return cls(resolution, shown, (width, height), row["width"] / width, row["height"] / height)
+
+    def edges(self, box: Box) -> Box:
+        """x0, y0, x1, y1 of a box (x, y, width, height) of the frame, in pixels of the square, which it may leave."""
+        x, y, width, height = box
+        left, top, right, bottom = self.shown.kept
+        across, down = self.shown.width / (right - left), self.shown.height / (bottom - top)
+        return (
+            (x * self.across - left) * across + self.shown.left,
+            (y * self.down - top) * down + self.shown.top,
+            ((x + width) * self.across - left) * across + self.shown.left,
+            ((y + height) * self.down - top) * down + self.shown.top,
+        )
 
     def place(self, box: Box) -> Box:
-        """x0, y0, x1, y1 of a box (x, y, width, height) of the frame, in pixels of the square, clipped to it."""
-        x, y, width, height = box
-        scale = self.resolution / self.side
-        corners = (
-            x * self.across - self.left,
-            y * self.down - self.top,
-            (x + width) * self.across - self.left,
-            (y + height) * self.down - self.top,
-        )
-        x0, y0, x1, y1 = (min(max(value * scale, 0.0), float(self.resolution)) for value in corners)
+        """`edges`, clipped to where the image is shown."""
+        left, top, across, down = map(float, self.shown[1:])
+        x0, y0, x1, y1 = self.edges(box)
+        x0, x1 = (min(max(value, left), left + across) for value in (x0, x1))
+        y0, y1 = (min(max(value, top), top + down) for value in (y0, y1))
         return x0, y0, x1, y1
+
+    def cuts(self, box: Box) -> bool:
+        """Whether a box of the frame leaves the square by more than a pixel of it."""
+        return min(self.edges(box)) < -1 or max(self.edges(box)) > self.resolution + 1
 
     def cut(self, mask: NDArray[np.bool_], across: float = 1.0, down: float = 1.0) -> NDArray[np.bool_]:
         """(resolution, resolution): where at least half of a pixel is inside. across, down: pixels of the file in one of
         `mask`."""
         whole = Image.fromarray(mask.view(np.uint8) * np.uint8(255))
-        right, bottom = (self.left + self.side) / across, (self.top + self.side) / down
+        left, top, right, bottom = self.shown.kept
         # A quotient may round up.
-        box = (self.left / across, self.top / down, min(right, whole.width), min(bottom, whole.height))
-        resized = whole.resize((self.resolution, self.resolution), Image.Resampling.BOX, box=box)
-        return np.asarray(resized) >= 128
+        box = (left / across, top / down, min(right / across, whole.width), min(bottom / down, whole.height))
+        resized = whole.resize((self.shown.width, self.shown.height), Image.Resampling.BOX, box=box)
+        square = Image.new("L", (self.resolution, self.resolution))
+        square.paste(resized, (self.shown.left, self.shown.top))
+        return np.asarray(square) >= 128
 
 
-def _region(row: dict[str, Any], places: Sequence[int], finding: str, square: _Square, outlines: bool) -> Region | None:
+def _region(row: dict[str, Any], places: Sequence[int], finding: str, square: Square, outlines: bool) -> Region | None:
     """The union of the annotations at `places`, None if no pixel is left of it."""
     mask = np.zeros((square.resolution, square.resolution), dtype=bool)
     boxes: list[Box] = []
