@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal
 from pydantic import Field
 
 from distill.configuration import renamed as old
-from distill.settings import HARMLESS, Count, Number, Seed, Settings, Text, Texts
+from distill.settings import HARMLESS, Count, Number, Probability, Seed, Settings, Text, Texts
 
 Fit = Literal["crop", "letterbox"]
 
@@ -65,6 +65,9 @@ class FileData(Data):
     """Cut captions that have more tokens than the text encoder takes. Otherwise they are refused."""
     horizontal_flip: bool = False
     """Mirror images at random in training, only those whose caption names no side."""
+    balance_findings: Probability = 0.0
+    """Draw images of rare findings more often in training. A finding that k images have weighs 1 / k to this power, and an
+    image as much as its rarest finding. 0 draws all alike, 0.5 is usual; 1 draws findings that stand alone equally often."""
 
 
 class FolderData(FileData):

@@ -18,6 +18,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedDataParallelKwargs
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
+from numpy.typing import NDArray
 from torch import nn
 from torch.profiler import record_function
 from torch.utils.data import DataLoader, Dataset, Sampler
@@ -47,6 +48,7 @@ class Record(Protocol):
 
 AnyBatch = dict[str, torch.Tensor] | Record
 Collate = Callable[[list[Any]], AnyBatch]
+Chances = NDArray[np.float64]
 
 
 @runtime_checkable
@@ -88,10 +90,21 @@ class StepSampler(Sampler[list[int]]):
     """Batches of indices of one rank for micro steps first..last-1.
 
     The stream of positions runs over epochs without a break; the order within an epoch depends on (seed, epoch) only.
+    chances: of each index to be drawn, with sum 1; None draws each once an epoch. An epoch is always `length` draws.
     """
 
-    def __init__(self, length: int, batch_size: int, seed: int, rank: int, world: int, first: int, last: int) -> None:
-        self.length, self.batch_size, self.seed = length, batch_size, seed
+    def __init__(
+        self,
+        length: int,
+        batch_size: int,
+        seed: int,
+        rank: int,
+        world: int,
+        first: int,
+        last: int,
+        chances: Chances | None = None,
+    ) -> None:
+        self.length, self.batch_size, self.seed, self.chances = length, batch_size, seed, chances
         self.rank, self.world, self.first, self.last = rank, world, first, last
 
     def __len__(self) -> int:
@@ -105,9 +118,21 @@ class StepSampler(Sampler[list[int]]):
             for position in range(start, start + self.batch_size):
                 if position // self.length != epoch:
                     epoch = position // self.length
-                    order = np.random.default_rng([self.seed, epoch]).permutation(self.length)
+                    order = self._order(epoch)
                 batch.append(int(order[position % self.length]))
             yield batch
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        """The indices of an epoch. By `chances` (systematic sampling), index i is there as often as length * chances[i] says,
+        rounded up or down at random."""
+        generator = np.random.default_rng([self.seed, epoch])
+        order = generator.permutation(self.length)
+        if self.chances is None:
+            return order
+        passed = np.floor(np.cumsum(self.chances[order]) * self.length + generator.random())
+        passed[-1] = self.length  # whatever the rounding
+        times = np.diff(np.minimum(passed, self.length), prepend=0.0).astype(np.int64)
+        return generator.permutation(np.repeat(order, times))
 
 
 def make_accelerator(config: TrainerConfig, output_dir: Path) -> Accelerator:
@@ -152,6 +177,7 @@ def fit(
     keep_best: bool = False,
     label: str = "train",
     fingerprints: Mapping[str, str] | None = None,
+    chances: Chances | None = None,
 ) -> FitResult:
     """Train what requires a gradient in `objective` for config.max_steps optimizer steps.
 
@@ -163,6 +189,7 @@ def fit(
     keep_best: leave the weights of the step for which on_validate gave the highest number, of equal ones the first; those
     after the last step where it gave none. It must give the same number on every process.
     fingerprints: hashes of what the training depends on, by a name for the user; a checkpoint with others is refused.
+    chances: see `StepSampler`.
     Writes train_log.jsonl and state/step-*; continues from the newest whole checkpoint.
     Raises UserError on a non-finite loss, a data set smaller than needed, nothing to train, a checkpoint of another
     training, or files that cannot be written; Interrupted, with a checkpoint written, on SIGINT and SIGTERM.
@@ -179,7 +206,9 @@ def fit(
     )
     if sum(len(g["params"]) for g in groups) != len(named):
         raise ValueError("parameter_groups must cover every trainable parameter once")
-    loop = _Loop(objective, named, groups, config, accelerator, output_dir, seed, label, dict(fingerprints or {}))
+    loop = _Loop(
+        objective, named, groups, config, accelerator, output_dir, seed, label, dict(fingerprints or {}), chances
+    )
 
     def validate(step: int) -> None:
         score = on_validate(step) if on_validate else None
@@ -211,12 +240,13 @@ class _Loop:
         seed: int,
         label: str,
         fingerprints: dict[str, str],
+        chances: Chances | None,
     ) -> None:
         self.named, self.trainable = named, [p for _, p in named]
         self.config, self.accelerator, self.seed, self.label = config, accelerator, seed, label
         self.folder, self.log_path = output_dir / "state", output_dir / checkpoints.LOG
         self.method = objective if isinstance(objective, HasState) else None
-        self.fingerprints, self.control = fingerprints, Control(accelerator, output_dir)
+        self.fingerprints, self.chances, self.control = fingerprints, chances, Control(accelerator, output_dir)
         self.until: list[tuple[list[nn.Parameter], int]] = [
             (group["params"], group["until"]) for group in groups if group.get("until") is not None
         ]
@@ -323,6 +353,7 @@ class _Loop:
             accelerator.num_processes,
             first,
             last,
+            self.chances,
         )
         loader = DataLoader(
             dataset,

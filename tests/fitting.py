@@ -62,6 +62,7 @@ def train(
     on: Any = None,
     scaler: torch.amp.GradScaler | None = None,
     score: Any = None,
+    chances: Any = None,
     **options: Any,
 ) -> FitResult:
     """fit(). scaler: as accelerate has one for fp16 on a GPU. score: of a step, by which the best weights are kept."""
@@ -73,7 +74,7 @@ def train(
     collate = Batch.stack if data and isinstance(data[0], Batch) else None
     return fit(
         objective, data, config, accelerator=accelerator, output_dir=folder, seed=5, on_sample=on, collate=collate,
-        on_validate=score, keep_best=score is not None,
+        on_validate=score, keep_best=score is not None, chances=chances,
     )  # fmt: skip
 
 

@@ -29,9 +29,10 @@ from distill.models import load_model
 from distill.models.family import Model
 from distill.trainer import FitResult
 
-SMALL = """--data.resolution 64 --data.test_size 4 --data.train_size 4 --trainer.max_steps 1 --trainer.batch_size 2
+ANY_DATA = """--data.resolution 64 --trainer.max_steps 1 --trainer.batch_size 2
     --trainer.warmup_steps 0 --trainer.tracker none --evaluation.features none --evaluation.localization_images 2
     --trainer.cache_latents false""".split()
+SMALL = [*ANY_DATA, "--data.test_size", "4", "--data.train_size", "4"]
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +40,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(save_tiny(tmp_path_factory.mktemp("base") / "sd"))
 
 
-def opened(base: str, folder: Path, *words: str) -> tuple[Run, Arm]:
-    argv = ["--base.name", base, "--output_dir", str(folder), *SMALL, *words]
+def opened(base: str, folder: Path, *words: str, phantoms: bool = True) -> tuple[Run, Arm]:
+    argv = ["--base.name", base, "--output_dir", str(folder), *(SMALL if phantoms else ANY_DATA), *words]
     config = parse(recipe_module("finetune").FinetuneConfig, argv)
     training = Training.model_validate(config.model_dump(include=set(Training.model_fields)))
     arm = Arm("model", folder, training, config.trainer, config.evaluation.full(), keep=config.keep)

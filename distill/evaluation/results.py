@@ -8,6 +8,8 @@ from dataclasses import MISSING, dataclass, fields, is_dataclass
 from types import UnionType
 from typing import Annotated, Any, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from distill.data.balance import shares_text
+
 # Float sums of probabilities may pass 1 by a rounding error.
 _TOLERANCE = 1e-6
 SIGNIFICANT = 0.05
@@ -179,6 +181,14 @@ class Kept:
 
 
 @dataclass(frozen=True)
+class Drawn:
+    """Share of the training images that have a finding, and of those that were drawn."""
+
+    before: Unit
+    after: Unit
+
+
+@dataclass(frozen=True)
 class Cost:
     train_seconds: Positive | None
     steps: int | None
@@ -188,6 +198,7 @@ class Cost:
     image_passes: int | None = None
     image_passes_with_teachers: int | None = None
     kept: Kept | None = None
+    drawn: Mapping[str, Drawn] | None = None
 
 
 @dataclass(frozen=True)
@@ -214,9 +225,12 @@ class Arm:
     utility: Utility | None = None
 
     @property
-    def exported(self) -> list[str]:
-        """Which weights are exported, where they are not those after the last step."""
-        return [str(self.cost.kept)] if self.cost.kept else []
+    def notes(self) -> list[str]:
+        """Which weights are exported, where they are not those after the last step, and how images were drawn, where not
+        alike."""
+        shares = {name: (one.before, one.after) for name, one in (self.cost.drawn or {}).items()}
+        drawn = [f"images of rare findings were drawn more often: {shares_text(shares)}"] if shares else []
+        return [str(self.cost.kept), *drawn] if self.cost.kept else drawn
 
     def estimate(self, key: str) -> Estimate:
         """`key` as in `paired`: "word.auc", "quality.fid"."""
@@ -255,9 +269,9 @@ class Results:
     compare_to: Sequence[str] = ()
 
     @property
-    def exported(self) -> list[str]:
-        """Sentences that say of which step the exported weights are, of arms where it is not the last."""
-        return [f"{name}: {sentence}." for name, arm in self.arms.items() for sentence in arm.exported]
+    def notes(self) -> list[str]:
+        """`Arm.notes` of each arm."""
+        return [f"{name}: {sentence}." for name, arm in self.arms.items() for sentence in arm.notes]
 
     @property
     def seeds(self) -> tuple[int, ...]:

@@ -23,6 +23,7 @@ from distill.attention import attention_layers
 from distill.cli import to_yaml
 from distill.config import NO_LABEL, BaseConfig, FullEvaluation, RunConfig
 from distill.configuration.changes import changes
+from distill.data.balance import Balance, balance_findings, shares_text
 from distill.data.loading import load_dataset, refuse_shared_pictures
 from distill.data.readers.records import RecordDataset
 from distill.data.readers.splits import VALIDATION_SPLITS
@@ -59,7 +60,8 @@ class Run:
     base: what the arms are trained from. evaluation: of every model, unless an arm has its own. references: further models
     that methods may name, such as the model that a smaller one is made of. data_hashes: of the training rows of each arm.
     weight_hashes: of the models that were loaded, by the name that they were asked for by.
-    examples: held-out images that are shown. features: of quality. make_against: draws or reads the real images of the
+    examples: held-out images that are shown. features: of quality. balance: how often training images are drawn, where that is
+    not alike. make_against: draws or reads the real images of the
     evaluation.
     """
 
@@ -80,6 +82,7 @@ class Run:
     weight_hashes: dict[str, str] = field(default_factory=dict)
     examples: Sequence[int] = ()
     features: Features | None = None
+    balance: Balance | None = None
     make_against: Callable[[], HeldOut] | None = None
 
     @cached_property
@@ -162,6 +165,7 @@ def open_run(
     _check_references(opened, model)
     _check_captions(opened, model)
     _check_data(opened, model)
+    _balance(opened)
     if "quality" in evaluation.parts or looks_for_copies:
         opened.features = load_features(evaluation.features, phantom_data=isinstance(config.data, PhantomData))
     _check_keep(opened)
@@ -375,6 +379,15 @@ def _check_captions(run: Run, model: Model) -> None:
         dataset.check_captions(model.tokenizers, model.max_tokens)
     for place, dataset in enumerate(read):
         run.say(dataset.counts if place else dataset.summary)
+
+
+def _balance(run: Run) -> None:
+    """Set `run.balance` as data.balance_findings says, and say so."""
+    train, power = run.train, getattr(run.config.data, "balance_findings", 0.0)
+    if train is not None and run.arms and power:
+        labels = [train.labels(i) for i in range(len(train))]
+        run.balance = balance_findings(labels, power, getattr(run.config.data, "findings", ()))
+        run.say(f"data.balance_findings {power:g}: of the drawn images have {shares_text(run.balance.shares)}")
 
 
 def _check_data(run: Run, model: Model) -> None:

@@ -43,7 +43,7 @@ from distill.methods.base import Context
 from distill.models import Model, load_model
 from distill.models.adapters import DTYPES, parameter_counts, prepare_training
 from distill.models.export import export, prove_parity
-from distill.trainer import FitResult, StepSampler, fit
+from distill.trainer import Chances, FitResult, StepSampler, fit
 
 _NOT_OF_LOOKS = (
     *OF_NO_NUMBER, "localization_images", "generated_images", "diversity_captions", "diversity_samples", "bootstrap_samples",
@@ -81,7 +81,8 @@ def train_arm(run: Run, arm: Arm) -> JsonObject:
         "trainable_parameters": result.trainable_parameters,
         "training_images": len(run.train),
         "training_data": _training_data(run, arm),
-    } | _kept(run, arm, result)
+    }
+    cost |= _kept(run, arm, result) | _drawn(run)
     if run.accelerator.is_main_process:
         written = export(model, arm.folder)
         loaded = load_model(run.base, run=arm.folder)
@@ -108,13 +109,23 @@ def _kept(run: Run, arm: Arm, result: FitResult) -> JsonObject:
     return {"kept": asdict(kept)}
 
 
+def _drawn(run: Run) -> JsonObject:
+    """How often training images of each finding were drawn, where not alike."""
+    if run.balance is None:
+        return {}
+    return {"drawn": {name: {"before": a, "after": b} for name, (a, b) in run.balance.shares.items()}}
+
+
 def _training_data(run: Run, arm: Arm) -> dict[str, str]:
     """Hashes of the training rows of an arm, for cost.json and the checkpoints; made once a run."""
     if arm.name not in run.data_hashes:
         assert run.train is not None
         training, method = arm.training, arm.training.method
         run.data_hashes[arm.name] = row_fingerprints(
-            run.train, training.denoising, label_tokens=method.reads_labels, regions=method.reads_regions
+            run.train,
+            training.denoising,
+            label_tokens=method.reads_labels or run.balance is not None,
+            regions=method.reads_regions,
         )
     return run.data_hashes[arm.name]
 
@@ -209,10 +220,15 @@ def fit_arm(run: Run, arm: Arm, log_dir: Path) -> tuple[Model, FitResult, float,
         keep_best=arm.keep != "last",
         label=arm.name,
         fingerprints=hashes,
+        chances=_chances(run),
     )
     began = time.perf_counter()
     method.finish()
     return model, result, besides + time.perf_counter() - began, passes
+
+
+def _chances(run: Run) -> Chances | None:
+    return None if run.balance is None else run.balance.chances
 
 
 def _weights_hash(run: Run, key: str, model: Model) -> str:
@@ -362,7 +378,7 @@ def _context(
 
 def _first_batches(run: Run, rows: TrainingRows, size: int, images: int) -> Iterator[Batch]:
     """About `images` training images in batches, the same on every process."""
-    sampler = StepSampler(len(rows), size, run.seed, 0, 1, 0, -(-images // size))
+    sampler = StepSampler(len(rows), size, run.seed, 0, 1, 0, -(-images // size), _chances(run))
     loader = DataLoader(rows, batch_sampler=sampler, collate_fn=Batch.stack)
     hidden = not run.accelerator.is_main_process
     for batch in tqdm(loader, desc="measuring before the training", unit="batch", disable=hidden):

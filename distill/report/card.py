@@ -67,7 +67,7 @@ def write_model_card(
     settings = "; ".join(f"{key} {flat[key]}" for key in keys if flat.get(key, UNKNOWN) != UNKNOWN)
     made = [f"Trained parts: {', '.join(export)}", f"{format_count(arm.cost.trainable_parameters)} trained parameters"]
     done = f"{format_count(arm.cost.steps)} steps in {format_seconds(arm.cost.train_seconds)}"
-    made += [done, *arm.exported, settings]
+    made += [done, *arm.notes, settings]
     rows = [[m.label, *format_estimate(arm.estimate(m.key), m), m.meaning] for m in METRICS]
     measured = Table(["metric", "value", "95 % interval", "meaning"], [row for row in rows if row[1] != UNKNOWN])
     word, quality = arm.localization and arm.localization.word, arm.quality

@@ -137,7 +137,7 @@ def _sections(run_dir: Path, results: Results, charts: Sequence[Picture], notes:
         Section("Differences", [differs], [], paired),
         Section("Each finding", [tables.OF_FINDINGS], [], findings),
         Section("More measures", [], [], details, folded=True),
-        Section("Training", results.exported, [*losses, *looks]),
+        Section("Training", results.notes, [*losses, *looks]),
         Section("Cost and size", [], [], [tables.cost_table(results)]),
         Section("What the numbers mean", [], [], [meaning]),
     ]
