@@ -124,9 +124,7 @@ def logged(folder: Path, name: str, **options: Any) -> Any:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["denoising", "attention_distillation", "attention_distillation-later", "key_lock", "lockstep"]
-)
+@pytest.mark.parametrize("name", ["denoising", "attention_distillation", "attention_distillation-later", "key_lock"])
 def test_a_compiled_training_has_the_losses_of_a_plain_one(name: str, tmp_path: Path, graphs: list[str]) -> None:
     """Each block in one graph, of the student and of its teacher; graphs run as they are."""
     plain = logged(tmp_path / "plain", name)

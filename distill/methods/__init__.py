@@ -12,7 +12,6 @@ from distill.methods.options import (
     ConsistencyOptions,
     DenoisingOptions,
     KeyLockOptions,
-    LockstepOptions,
     Options,
     SupervisedAttentionOptions,
     TailPenaltyOptions,
@@ -26,7 +25,6 @@ if TYPE_CHECKING:
 METHODS: dict[type[Options], str] = {
     DenoisingOptions: "denoising:Denoising",
     AttentionDistillationOptions: "attention_distillation:AttentionDistillation",
-    LockstepOptions: "lockstep:Lockstep",
     KeyLockOptions: "key_lock:KeyLocked",
     SupervisedAttentionOptions: "supervised_attention:SupervisedAttention",
     TailPenaltyOptions: "tail_penalty:TailPenalty",

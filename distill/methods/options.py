@@ -145,17 +145,6 @@ class AttentionDistillationOptions(AttentionMatch):
         return self
 
 
-class LockstepOptions(AttentionMatch):
-    """Attention held to a teacher with a frozen text encoder that is trained beside the student, on the same batches."""
-
-    kind: Literal["lockstep"] = "lockstep"
-    """What is minimized."""
-
-    @property
-    def needs_tokens(self) -> bool:
-        return True
-
-
 class KeyLockOptions(Options):
     """The diffusion loss, with the keys of cross-attention locked to the text encoder as it was."""
 
