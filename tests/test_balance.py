@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -85,6 +86,12 @@ def test_each_epoch_draws_each_row_as_often_as_its_chance_says() -> None:
     assert draws(CHANCES) == epochs and draws(CHANCES, seed=4) != epochs
 
 
+def test_no_row_is_left_out_for_good() -> None:
+    """A row is drawn less than once an epoch here, in a data set so small that its place in the order decides little."""
+    times = sum(rows.count(1) for rows in StepSampler(2, 2, 3, 0, 1, 0, 500, np.array([0.9, 0.1])))
+    assert times / 500 == pytest.approx(0.2, abs=0.06)
+
+
 @given(st.integers(1, 60), st.integers(0, 2**32 - 1))
 @settings(max_examples=50)
 def test_an_epoch_is_as_long_as_the_data_whatever_the_rounding(length: int, seed: int) -> None:
@@ -93,6 +100,19 @@ def test_an_epoch_is_as_long_as_the_data_whatever_the_rounding(length: int, seed
     for (*rows,) in StepSampler(length, length, seed, 0, 1, 0, 3, chances):
         times = np.bincount(rows, minlength=length)
         assert len(rows) == length and (np.abs(times - length * chances) < 1 + 1e-6).all()
+
+
+@pytest.mark.parametrize("chances", [[0.1] * 10, [0.5, 0.5 + 2**-52, 1e-20]])
+@pytest.mark.parametrize("drawn", [0.0, 1 - 2**-53])
+def test_a_sum_of_chances_that_is_rounded_loses_and_adds_no_draw(
+    monkeypatch: pytest.MonkeyPatch, drawn: float, chances: list[float]
+) -> None:
+    """Their sums are a little below and above 1; this and the smallest or largest random number meet once in 2**53 epochs."""
+    stub = SimpleNamespace(permutation=lambda x: np.arange(x) if isinstance(x, int) else x, random=lambda: drawn)
+    monkeypatch.setattr("distill.trainer.np.random.default_rng", lambda seed: stub)
+    size = len(chances)
+    (rows,) = StepSampler(size, size, 0, 0, 1, 0, 1, np.array(chances))
+    assert len(rows) == size and (np.bincount(rows, minlength=size) <= np.ceil(size * np.array(chances)) + 1).all()
 
 
 def test_equal_chances_and_none_draw_each_row_once() -> None:

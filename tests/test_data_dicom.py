@@ -130,6 +130,14 @@ def test_each_pixel_is_what_the_standard_says(name: str) -> None:
     assert len(np.unique(found)) > 6
 
 
+def test_packed_pixels_are_the_same() -> None:
+    dataset = pydicom.dcmread(io.BytesIO(dicom(STORED, **WINDOW)))
+    dataset.compress(pydicom.uid.RLELossless)
+    content = io.BytesIO()
+    dataset.save_as(content)
+    assert (read(content.getvalue()) == read(dicom(STORED, **WINDOW))).all()
+
+
 def test_padding_does_not_count_for_black_and_white() -> None:
     stored = STORED.copy()
     stored[:2] = 0
@@ -185,6 +193,9 @@ REFUSED: dict[str, tuple[bytes, str]] = {
         "compressed; install a decoder for pydicom, or save it uncompressed: JPEG",
     ),
     "one value": (dicom(np.full((SIDE, SIDE), 7, np.uint16)), "all its pixels have one value"),
+    "slope that is no number": (
+        dicom(STORED, RescaleSlope="1.5", RescaleIntercept=0).replace(b"1.5 ", b"nan "), "RescaleSlope or",
+    ),
     "slope of 0": (dicom(STORED, RescaleSlope=0, RescaleIntercept=1, **WINDOW), "all its pixels have one value"),
     "narrow window": (dicom(STORED, WindowCenter=9, WindowWidth=0), "Window Width must be greater than"),
     "long lut": (

@@ -259,7 +259,7 @@ def test_boxes_and_masks_that_the_crop_cuts_are_counted(root: Path, caplog: pyte
     mask = np.zeros((20, 200), np.uint8)
     mask[:, 85:] = 1
     Image.fromarray(mask).save(root / "mask.png")
-    boxes = ["0,0,20,20", "80,0,31,20", "89,0,20,20", "90,0,20,20", "100,0,12,20"]
+    boxes = ["0,0,20,20", "80,0,31,20", "89,0,20,20", "90,0,21,20", "100,0,12,20"]
     rows = [row("wide.png", finding=f"f{n}", box=box) for n, box in enumerate(boxes)]
     rows += [row("wide.png", finding="m", box="95,0,5,5", mask="mask.png"), row("b.png")]
     dataset = load(root, rows, resolution=20, fit=fit)
