@@ -47,6 +47,9 @@ class BaseConfig(Settings):
     """File variant of the weights, such as `fp16`."""
     frozen_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of the weights that are not trained. Trained weights are always fp32."""
+    caption_chunks: Annotated[int, Field(ge=1, le=4)] = 1
+    """Chunks of 75 tokens that a caption may have; each is encoded by itself. Raise it for reports that are longer. More take
+    more time, also for short captions, and a model is drawn with as many as it was trained with."""
 
     @model_validator(mode="after")
     def _check(self) -> BaseConfig:
@@ -123,8 +126,6 @@ class TrainerConfig(Settings):
     """adamw is torch's; adamw8bit, of bitsandbytes, keeps its state in 8 bits and takes less memory."""
     weight_decay: Annotated[float, Field(ge=0, le=1)] = 1e-2
     """Decoupled weight decay of AdamW."""
-    adam_betas: tuple[BelowOne, BelowOne] = (0.9, 0.999)
-    """Decay of the first and the second moment."""
     max_grad_norm: Positive = 1.0
     """Gradients of a larger norm are scaled down to it."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"

@@ -628,7 +628,6 @@ def _moved(batch: AnyBatch, device: torch.device) -> AnyBatch:
 def _optimizer(groups: list[dict[str, Any]], config: TrainerConfig, device: torch.device) -> torch.optim.Optimizer:
     options: dict[str, Any] = {
         "lr": config.learning_rate,
-        "betas": config.adam_betas,
         "weight_decay": config.weight_decay,
     }
     if config.optimizer == "adamw":

@@ -118,7 +118,7 @@ def check(config: AtlasConfig, model: Model, validation: ImageCaptionDataset, te
     raise_all("the configuration does not fit the base", faults)
     for which, dataset in (("validation", validation), ("test", test)):
         if isinstance(dataset, RecordDataset):
-            dataset.check_captions(model.tokenizers, model.max_tokens)
+            dataset.check_captions(model)
             if config.evaluation.localization_text == "caption":
                 dataset.check_queries()
         if not queries(dataset, model, config.evaluation.full(localization_images=1)):

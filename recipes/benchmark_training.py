@@ -66,6 +66,10 @@ class BenchmarkTrainingConfig(RunConfig):
 
     @model_validator(mode="after")
     def _check_kinds(self) -> BenchmarkTrainingConfig:
+        if self.base.caption_chunks > 1:
+            raise ValueError(
+                f"base.caption_chunks is {self.base.caption_chunks}, and diffusers' scripts read one; leave it out"
+            )
         known = [*kinds(self.lora), *kinds_of_smaller()]
         if unknown := [name for name in self.kinds if name not in known]:
             raise ValueError(f"kinds: {', '.join(unknown)} is none; there are {', '.join(known)}")

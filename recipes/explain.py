@@ -116,7 +116,7 @@ def explain_all(config: ExplainConfig) -> None:
     if config.with_vae or not config.images:
         model = load_model(config.base, config.run).to(accelerator.device).freeze()
         if isinstance(test, RecordDataset) and not config.images:
-            test.check_captions(model.tokenizers, model.max_tokens)
+            test.check_captions(model)
     sets = sets_of(config, test, chosen[: config.drawing.count], model)
     console.print(f"{len(chosen)} real images, and {len(sets)} sets of {len(sets[0][1])} generated ones")
     if config.dry_run:

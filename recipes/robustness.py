@@ -146,7 +146,7 @@ def measure_all(config: RobustnessConfig) -> None:
     for run in models.values():  # each, so that a fault in the last does not come after minutes
         model = load_model(config.base, run)
     if isinstance(test, RecordDataset):
-        test.check_captions(model.tokenizers, model.max_tokens)
+        test.check_captions(model)
     asked = queries(test, model, evaluation, accelerator)
     if not asked:
         raise UserError("no test image has a region of a finding: there is nothing to localize")

@@ -99,6 +99,11 @@ def swap(config: SwapTextEncoderConfig) -> None:
         raise UserError(
             f"model_type is {config.model_type!r}, and text_encoder multi_label loads no encoder; leave it out"
         )
+    if config.base.caption_chunks > 1:
+        raise UserError(
+            f"base.caption_chunks is {config.base.caption_chunks}, and the new text encoder reads a caption at once; leave it "
+            "out, and set max_tokens"
+        )
     folder = Path(config.output_dir)
     if folder.exists() and not config.dry_run:
         raise UserError(f"{folder} exists already; choose another --output_dir, or delete it")

@@ -8,6 +8,7 @@ import pickle
 import shutil
 import struct
 import zlib
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from transformers import CLIPTokenizer
 from distill.data.loading import load_dataset
 from distill.data.readers.folder import FolderDataset, _boxes
 from distill.errors import UserError
+from distill.tokens import Tokenizers
 
 SHARED = Path(__file__).parents[1].parent / "shared" / "data"
 COLUMNS = {"caption_column": "text", "finding_column": "finding", "box_column": "box", "mask_column": "mask"}
@@ -772,25 +774,30 @@ def test_damaged_images_are_read_or_refused(root: Path, data, file_type: str) ->
 # --- captions -----------------------------------------------------------------------------------------------------
 
 
-def byte_tokenizer() -> CLIPTokenizer:
+def byte_tokenizer(positions: int) -> CLIPTokenizer:
     """A CLIP tokenizer without merges: each letter is a token."""
     letters = sorted(ByteLevel.alphabet())
     tokens = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    return CLIPTokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=20)
+    return CLIPTokenizer(
+        vocab={token: index for index, token in enumerate(tokens)}, merges=[], model_max_length=positions
+    )
 
 
 def test_captions_that_are_too_long_are_counted(root: Path) -> None:
     rows = [row(text="a" * 18), row("b.png", text="a" * 19)]
-    tokenizer = byte_tokenizer()
+    shorter, longer = (Tokenizers([byte_tokenizer(positions)]) for positions in (20, 21))
     dataset = load(root, rows)
-    dataset.check_captions([tokenizer], 21)
+    dataset.check_captions(longer)
+    dataset.check_captions(replace(shorter, caption_chunks=2))
     with pytest.raises(UserError) as caught:
-        dataset.check_captions([tokenizer, tokenizer], 20)
+        dataset.check_captions(replace(longer, tokenizers=[*longer.tokenizers, *shorter.tokenizers]))
     message = str(caught.value)
     assert message.startswith("1 of 2 captions") and "the longest has 21" in message and "a" * 19 in message
     dataset = load(root, [*rows, rows[1] | {"file_name": "./b.png"}], truncate_captions=True)
-    dataset.check_captions([tokenizer], 20)
-    cut = "1 of 2 captions are cut at the 20 tokens that the text encoder reads (the longest has 21)"
+    dataset.check_captions(shorter)
+    cut = (
+        "1 of 2 captions are cut at the 20 tokens that the text encoder reads (the longest has 21; base.caption_chunks"
+    )
     assert cut in dataset.summary and cut in dataset.counts
 
 

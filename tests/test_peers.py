@@ -20,7 +20,7 @@ from distill.experiment.peers import DiffusersTraining
 from distill.models import model_of
 
 ROWS = [(torch.rand(3, 64, 64, generator=torch.Generator().manual_seed(i)) * 2 - 1, f"an edema, {i}") for i in range(6)]
-ADAM: dict[str, Any] = {"learning_rate": 1e-2, "weight_decay": 0.3, "max_grad_norm": 0.02, "adam_betas": (0.8, 0.95)}
+ADAM: dict[str, Any] = {"learning_rate": 1e-2, "weight_decay": 0.3, "max_grad_norm": 0.02}
 
 
 def training(kind: str = "epsilon", rank: int | None = None, **options: Any) -> DiffusersTraining:

@@ -688,7 +688,7 @@ def test_the_first_line_says_how_many_captions_are_cut(
     argv = ["--base.name", str(work / "sd"), *folder_argv(data), "--output_dir", str(tmp_path / "run"), "--dry_run"]
     run("finetune", [*argv, "--data.truncate_captions", "true"])
     first, second = capsys.readouterr().out.splitlines()[:2]
-    cut = "captions are cut at the 77 tokens that the text encoder reads (the longest has 83)"
+    cut = "captions are cut at the 77 tokens that the text encoder reads (the longest has 83; base.caption_chunks reads more)"
     assert first.startswith("metadata.csv: 4 images, 2 train, 0 validation, 2 test;")
     assert first.endswith(f", 1 of 2 {cut}") and second.endswith(f", 2 of 2 {cut}") and second.startswith("test: 2 ")
 
@@ -858,7 +858,7 @@ def one_caption(work: Path, tmp: Path) -> list[str]:
         (unknown_layer, ["no cross-attention layer starts with 'up_blocks.9'; available: down_blocks.0"]),
         (unknown_features, ["no extractor 'resnet'; available: auto, none, phantom, inception, xrv"]),
         (unnamed_finding, ["evaluation.localization_text phrase", "'edema' (1 images): no caption has any of edema"]),
-        (long_captions, ["1 of 2 captions", "have more tokens than the text encoder takes, 77", "long long"]),
+        (long_captions, ["1 of 2 captions", "have more tokens than the text encoder takes, 77", "raise base.caption_chunks"]),
         (missing_image, ["metadata.csv row 3: image '1.png' cannot be opened", "row 4: image '2.png' is no image"]),
         (empty_caption_and_box_outside, ["row 2: text is empty", "row 5: box 108,8,20,20 is outside the image"]),
     ],

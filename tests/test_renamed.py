@@ -118,7 +118,7 @@ def test_an_old_tradeoff(tmp_path: Path) -> None:
             ("denoising.caption_dropout", "it is arms.NAME.denoising.caption_dropout now"),
             ("denoising.arm_weight", "an option of the method supervised_attention now, arm_weight"),
             ("trainer.keep_checkpoints", "leave it out: the newest two stay"),
-            ("trainer.adam_beta1", "set adam_betas, a list of two"),
+            ("trainer.adam_beta1", "0.9 and 0.999 are used"),
             ("evaluation.smoothing_sigma", "only recipes/evaluate.py and the recipes that compare maps have it"),
         ],
     )

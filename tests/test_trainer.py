@@ -189,10 +189,10 @@ def test_a_group_stays_as_it_is_after_its_last_step(tmp_path: Path) -> None:
 
 
 def test_the_optimizer_has_the_options_that_are_given() -> None:
-    config = settings_of(learning_rate=0.25, adam_betas=(0.5, 0.75), weight_decay=0.125)
+    config = settings_of(learning_rate=0.25, weight_decay=0.125)
     optimizer = _optimizer([{"params": [nn.Parameter(torch.zeros(1))]}], config, torch.device("cpu"))
     (group,) = optimizer.param_groups
-    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.25, (0.5, 0.75), 0.125)
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.25, (0.9, 0.999), 0.125)
 
 
 def test_clipping_bounds_the_update_and_the_norm_before_it_is_logged(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,9 +48,14 @@ def tokens_of(x: Batch | Noised) -> torch.Tensor:
 
 
 def prepared(
-    build: Callable[[], Any] = tiny_sd, denoiser: Any = "full", text_encoder: Any = "full", **options: Any
+    build: Callable[[], Any] = tiny_sd,
+    denoiser: Any = "full",
+    text_encoder: Any = "full",
+    chunks: int = 1,
+    **options: Any,
 ) -> Model:
     model = model_of(build())
+    model.caption_chunks = chunks
     prepare_training(model, denoiser=denoiser, text_encoder=text_encoder, lora=LORA, **options)
     return model
 
@@ -119,14 +125,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
 EXAMPLES = (*KINDS, *VARIANTS)
 
 
-def example(name: str, denoising: DenoisingConfig = NO_DROPOUT) -> tuple[Method, TrainingRows]:
+def example(name: str, denoising: DenoisingConfig = NO_DROPOUT, chunks: int = 1) -> tuple[Method, TrainingRows]:
     """One of EXAMPLES, set up on a tiny student whose denoiser trains in full and whose text encoder by LoRA; its rows. A name
-    that ends in -sdxl has a student of SDXL's shape."""
+    that ends in -sdxl has a student of SDXL's shape. chunks: of captions."""
     options = KINDS[name.partition("-")[0]](**VARIANTS.get(name, NEEDED.get(name, {})))  # type: ignore[arg-type]
     torch.manual_seed(0)
-    student = prepared(tiny_sdxl if name.endswith("-sdxl") else tiny_sd, text_encoder="lora")
+    student = prepared(tiny_sdxl if name.endswith("-sdxl") else tiny_sd, text_encoder="lora", chunks=chunks)
     batches = [batch_of(student), batch_of(student, range(4, 8))]
-    teachers = {TEACHER: model_of(tiny_sd(seed=1))}
+    teachers = {TEACHER: replace(model_of(tiny_sd(seed=1)), caption_chunks=chunks)}
     context = context_of(teachers, batches=lambda images: iter(batches), is_main=False)  # writes no file
     reads = {"label_tokens": options.reads_labels, "regions": options.reads_regions}
     return set_up(options, student, context, denoising), TrainingRows(phantoms(), student, denoising, **reads)

@@ -16,7 +16,7 @@ from transformers import PreTrainedTokenizerBase
 from distill.attention.recording import ALWAYS, AttentionMaps, Reduce, attention_layers, record_attention
 from distill.errors import UserError
 from distill.models.family import denoiser_of, family_of_denoiser, unwrapped
-from distill.tokens import BOS, EOS, PADDING, find_words, token_groups, token_spans, words_of
+from distill.tokens import BOS, EOS, PADDING, Tokenizers, find_words, token_groups, token_spans, words_of
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class TokenSelection:
             if (batch, tokens) != matrix.shape[:2]:
                 raise ValueError(
                     f"{batch} texts of {tokens} tokens reach the denoiser, where {len(matrix)} of {matrix.shape[1]} were "
-                    "selected from; give both the same prompts"
+                    "selected from; give both the same prompts and chunks"
                 )
             chosen = matrix.to(probabilities.device)
             return probabilities.mean(dim=1) @ chosen if heads == "mean" else probabilities @ chosen[:, None]
@@ -58,6 +58,7 @@ def select_tokens(
     prompts: str | Sequence[str],
     words: str | Sequence[str] | None = None,
     max_length: int = 77,
+    chunks: int = 1,
 ) -> TokenSelection:
     """BOS, each of `words` (by default every distinct word of the prompt), EOS and padding of each prompt.
 
@@ -65,6 +66,7 @@ def select_tokens(
     tokens, and over all places where it occurs: "a red cat and a red dog" has one column "red". The column of the padding
     is the sum over its tokens, which may be dozens, so that its values are not comparable with a word's.
     With several tokenizers (SDXL) the mean of their selections, which agree unless one splits a word otherwise.
+    chunks: of `max_length` tokens each, that a prompt has, see `distill.tokens`.
     Raises UserError if a word is in no prompt, or truncation cuts it off.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
@@ -75,11 +77,11 @@ def select_tokens(
         asked = words_of(prompt) if words is None else list(words)
         columns: dict[str, torch.Tensor] = {}
         for tokenizer in several:
-            groups = token_groups(tokenizer, prompt, max_length)
+            groups = token_groups(tokenizer, prompt, max_length, chunks)
             mine = {"[BOS]": groups == BOS}
             for word in asked:
                 mine[word] = torch.zeros_like(groups, dtype=torch.bool)
-                mine[word][token_spans(tokenizer, prompt, find_words(prompt, [word]), max_length)] = True
+                mine[word][token_spans(tokenizer, prompt, find_words(prompt, [word]), max_length, chunks)] = True
             mine |= {"[EOS]": groups == EOS, "[PAD]": groups == PADDING}
             for name, tokens in mine.items():
                 share = tokens.float() / (1 if name == "[PAD]" else max(int(tokens.sum()), 1))
@@ -88,9 +90,9 @@ def select_tokens(
     missing = [word for word in words or () if not any(word in columns for columns in found)]
     if missing:
         raise UserError(
-            f"'{missing[0]}' is in none of the prompts, or behind their first {max_length} tokens: {prompts[0]!r}"
+            f"'{missing[0]}' is in none of the prompts, or behind their first {chunks * max_length} tokens: {prompts[0]!r}"
         )
-    matrix = torch.zeros(len(prompts), max_length, max(len(columns) for columns in found))
+    matrix = torch.zeros(len(prompts), chunks * max_length, max(len(columns) for columns in found))
     for row, columns in zip(matrix, found, strict=True):
         row[:, : len(columns)] = torch.stack(list(columns.values()), dim=1)
     return TokenSelection(tuple(tuple(columns) for columns in found), matrix)
@@ -129,6 +131,7 @@ def record_pipeline(
     prompts: str | Sequence[str],
     words: str | Sequence[str] | None = None,
     *,
+    chunks: int = 1,
     layers: str | Sequence[str] = (),
     heads: Literal["mean", "each"] = "mean",
     timesteps: tuple[int, int] = ALWAYS,
@@ -137,8 +140,9 @@ def record_pipeline(
 
     Call `pipe(prompts, ...)` once inside the context, with the same prompts; the mean of a second call's passes and the
     first's would be taken. Under classifier-free guidance the conditional half is kept: the pipeline says itself whether it
-    guides. Memory does not grow with the number of steps. Image-to-image and inpainting pipelines do as well. Other
-    arguments as in `record_attention` and `select_tokens`.
+    guides. Memory does not grow with the number of steps. Image-to-image and inpainting pipelines do as well. chunks: with
+    more than one, call `pipe(**prompt_embeddings(pipe, prompts, chunks), ...)` of `distill.models`. Other arguments as in
+    `record_attention` and `select_tokens`.
 
     Raises UserError for a pipeline of another kind, and with heads "each" for layers of unequal numbers of heads. The
     pipeline call raises UserError for other prompts than these, and ValueError for text embeddings of another number.
@@ -152,7 +156,7 @@ def record_pipeline(
     if heads == "each" and len(set(counts.values())) > 1:
         listed = ", ".join(f"{name} {count}" for name, count in counts.items())
         raise UserError(f"with heads 'each', give layers that have equally many; they have: {listed}")
-    chosen = select_tokens(tokenizers, prompts, words, max_length=tokenizers[0].model_max_length)
+    chosen = select_tokens(tokenizers, prompts, words, Tokenizers(tokenizers).chunk_tokens, chunks)
 
     found = PromptMaps(AttentionMaps(family_of_denoiser(inner), lambda m: m), chosen.names)
 

@@ -23,8 +23,7 @@ DATA = {
 }
 LORA = {"unet_targets": "it is denoiser_targets now, in the same group"}
 TRAINER = {
-    "adam_beta1": "set adam_betas, a list of two, in the same group",
-    "adam_beta2": "set adam_betas, a list of two, in the same group",
+    **dict.fromkeys(("adam_beta1", "adam_beta2", "adam_betas"), f"0.9 and 0.999 are used; {_NEVER}"),
     "keep_checkpoints": "leave it out: the newest two stay",
     "localize_images": "leave it out: 100 images are looked at",
     "localize_every_steps": "it is validate_every_steps now, in the same group",

@@ -15,7 +15,7 @@ from distill.data.cache import LatentCache, TextEmbeddingCache
 from distill.data.captions import insert_labels, names_side, text_of_labels
 from distill.data.sample import ImageCaptionDataset, hash_of, region_fingerprint, size_ids
 from distill.errors import UserError
-from distill.tokens import find_words, token_groups, token_spans
+from distill.tokens import find_words
 
 if TYPE_CHECKING:
     from distill.models import Model
@@ -44,14 +44,13 @@ def check_training_text(dataset: ImageCaptionDataset, model: Model, config: Deno
     if truncate or (config.training_text == "caption" and config.insert_labels == "none"):
         return  # the data set has checked its own captions
     texts = [training_caption(dataset, i, config) for i in range(len(dataset))]
-    for tokenizer in model.tokenizers:
-        lengths = [len(ids) for ids in tokenizer(texts, verbose=False).input_ids]
-        long = [i for i, length in enumerate(lengths) if length > model.max_tokens]
-        if long:
-            raise UserError(
-                f"denoising.training_text and insert_labels: {len(long)} training texts are longer than the "
-                f"{model.max_tokens} tokens that the text encoder reads, the first of row {long[0]}: {texts[long[0]]!r}"
-            )
+    long = [i for i, length in enumerate(model.caption_lengths(texts)) if length > model.longest_caption]
+    if long:
+        raise UserError(
+            f"denoising.training_text and insert_labels: {len(long)} training texts are longer than the "
+            f"{model.longest_caption} tokens that the text encoder reads with base.caption_chunks {model.caption_chunks}, "
+            f"the first of row {long[0]}: {texts[long[0]]!r}"
+        )
 
 
 def row_fingerprints(
@@ -144,7 +143,7 @@ class TrainingRows(Dataset[Batch]):
         return _Described(
             caption,
             tokens=None if self.text is not None else Tokens(tuple(ids[0] for ids in model.tokenize([caption]))),
-            groups=token_groups(model.tokenizers[0], caption, model.max_tokens),
+            groups=model.token_groups(caption),
             droppable=torch.tensor(only is None or only in (labels or (NO_LABEL,))),
             flippable=torch.tensor(not names_side(caption)) if self.flip else None,
             size_ids=torch.tensor(size_ids(self.dataset, index), dtype=torch.float32) if reads_size else None,
@@ -177,7 +176,7 @@ class TrainingRows(Dataset[Batch]):
 
     def _tokens_of(self, label: str, caption: str) -> list[int]:
         words = (label, *self.dataset.query_words.get(label, ()))
-        return token_spans(self.model.tokenizers[0], caption, find_words(caption, words), self.model.max_tokens)
+        return self.model.token_spans(caption, find_words(caption, words))
 
     def _regions_of(self, index: int) -> dict[str, torch.Tensor]:
         """Finding -> (S, S) uint8, kept from the first time on, so that no later epoch decodes the image for it."""

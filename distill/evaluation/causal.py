@@ -16,7 +16,7 @@ from distill.attention.recording import AttentionMaps
 from distill.config import FullEvaluation
 from distill.evaluation.protocols import Inputs, Query
 from distill.models.family import Conditions, Model
-from distill.tokens import BOS, token_groups
+from distill.tokens import BOS
 
 CAUSAL = ("causal_encoder", "causal_denoiser")
 
@@ -62,7 +62,7 @@ def _conditions(
     ids = [x.to(device) for x in model.tokenize(texts)]
     embeds, pooled = model.encode(ids)
     yield Conditions(embeds, pooled)
-    bos = (token_groups(model.tokenizers[0], "", model.max_tokens) == BOS).to(device)
+    bos = (model.token_groups("") == BOS).to(device)
     without, padding = [x.clone() for x in ids], [x.clone() for x in ids]
     for tokenizer, changed, empty in zip(model.tokenizers, without, padding, strict=True):
         for row, own in enumerate(tokens):

@@ -39,7 +39,8 @@ from distill.metrics.features import Features
 from distill.models.bits import check_finite, fewer_bits, megabytes
 from distill.models.blocks import model_size
 from distill.models.family import Model
-from distill.tokens import Tokenizers
+from distill.models.prompts import embeddings_of
+from distill.tokens import ReadsText
 
 
 def _batches(items: Sequence[object], size: int) -> Iterator[Sequence[Any]]:
@@ -58,10 +59,12 @@ def generate(
 ) -> torch.Tensor:
     """(captions, 3, resolution, resolution) float32 in [0, 1], on the CPU. An image depends on its caption and seed only."""
     pipeline, own = model.pipeline, model.pipeline.scheduler
+    # With one chunk as users draw: by the prompt.
+    text = {"prompt": list(captions)} if model.caption_chunks == 1 else embeddings_of(model, captions)
     pipeline.scheduler = sampler(model, config)
     try:
         images = pipeline(
-            prompt=list(captions),
+            **text,
             height=resolution,
             width=resolution,
             num_inference_steps=config.num_inference_steps,
@@ -333,7 +336,7 @@ OF_BOTH = ("seed", "bootstrap_samples", "examples", "quantization", "dtype")
 
 
 def example_images(
-    dataset: ImageCaptionDataset, model: Model | Tokenizers, config: FullEvaluation, accelerator: Accelerator
+    dataset: ImageCaptionDataset, model: ReadsText, config: FullEvaluation, accelerator: Accelerator
 ) -> list[int]:
     """Held-out images that are shown: the first that localization asks about, or the first of all.
 
@@ -351,7 +354,7 @@ def _shown(dataset: ImageCaptionDataset, asked: Sequence[Query], config: FullEva
 
 def held_out(
     dataset: ImageCaptionDataset,
-    model: Model | Tokenizers,
+    model: ReadsText,
     config: FullEvaluation,
     features: Features | None,
     *,

@@ -48,7 +48,7 @@ from distill.metrics.maps import (
     remove_orphans,
 )
 from distill.models.family import Conditions, Model
-from distill.tokens import BOS, EOS, PADDING, WORD, Tokenizers, find_words, token_groups, token_spans
+from distill.tokens import BOS, EOS, PADDING, WORD, ReadsText, find_words
 
 DEFAULT_TIMESTEPS = (100, 250, 400, 550, 700)
 
@@ -71,7 +71,7 @@ class Query:
 
 def queries(
     dataset: ImageCaptionDataset,
-    model: Model | Tokenizers,
+    model: ReadsText,
     config: FullEvaluation,
     accelerator: Accelerator | None = None,
 ) -> list[Query]:
@@ -114,10 +114,9 @@ def queries(
 
 
 def _queries_of(
-    dataset: ImageCaptionDataset, index: int, model: Model | Tokenizers, config: FullEvaluation
+    dataset: ImageCaptionDataset, index: int, model: ReadsText, config: FullEvaluation
 ) -> tuple[int, list[Query]]:
     """How many findings have a region in an image, and its queries."""
-    tokenizer, length = model.tokenizers[0], model.max_tokens
     names, regions = list(dataset.findings), dataset[index].regions
     texts: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
     phrases = {region.finding: region.phrase for region in regions}
@@ -125,14 +124,14 @@ def _queries_of(
         text = dataset.caption(index)
         if config.localization_text == "phrase":
             text = phrases[finding] or finding
-        tokens = tuple(token_spans(tokenizer, text, find_words(text, dataset.query_words[finding]), length))
+        tokens = tuple(model.token_spans(text, find_words(text, dataset.query_words[finding])))
         if not tokens and (config.localization_text == "phrase" or config.protocol != "ours"):
-            tokens = tuple((token_groups(tokenizer, text, length) == WORD).nonzero().flatten().tolist())
+            tokens = tuple((model.token_groups(text) == WORD).nonzero().flatten().tolist())
         if tokens:
             texts.setdefault(text, []).append((names.index(finding), tokens))
     own = []
     for text, pairs in texts.items():
-        groups = token_groups(tokenizer, text, length)
+        groups = model.token_groups(text)
         own.append(
             Query(index, text, tuple(f for f, _ in pairs), tuple(t for _, t in pairs), groups, _hash_of(regions))
         )

@@ -29,7 +29,7 @@ from distill.evaluation.protocols import PROTOCOLS, Query, open_recorder, prepar
 from distill.files import JsonObject
 from distill.metrics import PixelAUROC, bootstrap_interval
 from distill.models.family import Model
-from distill.tokens import find_words, token_groups, token_spans
+from distill.tokens import find_words
 
 SYNONYMS: tuple[tuple[str, str], ...] = (
     (r"pleural effusions?|effusions?|pleural fluid", "fluid collection"),
@@ -152,7 +152,6 @@ class ShiftedDataset:
 def negation_queries(dataset: ImageCaptionDataset, model: Model, count: int) -> list[Query]:
     """Of the first `count` captions that state a finding and name another that the image does not have, both: the stated
     findings first. A finding is counted as stated or absent by the image's labels."""
-    tokenizer, length = model.tokenizers[0], model.max_tokens
     found: list[Query] = []
     for index in range(len(dataset)):
         if len(found) == count:
@@ -161,7 +160,7 @@ def negation_queries(dataset: ImageCaptionDataset, model: Model, count: int) -> 
         named: dict[str, tuple[int, ...]] = {}
         for finding in dataset.findings:
             spans = find_words(caption, dataset.query_words[finding])
-            tokens = tuple(token_spans(tokenizer, caption, spans, length))
+            tokens = tuple(model.token_spans(caption, spans))
             if tokens:
                 named[finding] = tokens
         stated = [f for f in named if f in labels]
@@ -169,7 +168,7 @@ def negation_queries(dataset: ImageCaptionDataset, model: Model, count: int) -> 
         if stated and absent:
             order = [*stated, *absent]
             findings = tuple(list(dataset.findings).index(f) for f in order)
-            groups = token_groups(tokenizer, caption, length)
+            groups = model.token_groups(caption)
             found.append(Query(index, caption, findings, tuple(named[f] for f in order), groups, str(len(stated))))
     return found
 

@@ -25,7 +25,6 @@ from distill.evaluation.protocols import Query, RealLatents, prepare_inputs
 from distill.files import JsonObject, write_atomic
 from distill.metrics.features import Features
 from distill.models.family import Model
-from distill.tokens import token_groups
 
 IMAGES = 100
 """Validation images of a look, for the loss and for localization."""
@@ -161,4 +160,4 @@ def validation_loss(
 
 
 def _whole_caption(model: Model, caption: str, image: int) -> Query:
-    return Query(image, caption, (), (), token_groups(model.tokenizers[0], caption, model.max_tokens))
+    return Query(image, caption, (), (), model.token_groups(caption))

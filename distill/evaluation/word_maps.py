@@ -25,7 +25,7 @@ from distill.data.sample import ImageCaptionDataset
 from distill.evaluation.protocols import Query, open_recorder, ours, prepare_inputs, with_subset
 from distill.files import JsonObject, write_tensors
 from distill.models.family import Model
-from distill.tokens import find_words, token_groups, words_of
+from distill.tokens import find_words, words_of
 
 WORD_MAPS_FILE = "word_maps.safetensors"
 LARGEST_MAP = 64
@@ -59,12 +59,14 @@ def write_word_maps(
             indices = examples[start : start + config.batch_size]
             samples = [dataset[index] for index in indices]
             captions = [sample.caption for sample in samples]
-            groups = [token_groups(model.tokenizers[0], text, model.max_tokens) for text in captions]
+            groups = [model.token_groups(text) for text in captions]
             batch = [
                 Query(index, text, (), (), own) for index, text, own in zip(indices, captions, groups, strict=True)
             ]
             inputs = prepare_inputs(model, samples, batch, accelerator.device)
-            chosen = select_tokens(model.tokenizers, captions, max_length=model.max_tokens)
+            chosen = select_tokens(
+                model.tokenizers, captions, max_length=model.chunk_tokens, chunks=model.caption_chunks
+            )
             recorder.cross.reduce = replace(inputs, chosen=chosen.matrix.to(inputs.chosen.device)).reduce
             maps, _ = ours(inputs, config, recorder)
             if max(maps.shape[-2:]) > LARGEST_MAP:

@@ -48,7 +48,8 @@ def derived_base(
                 shutil.rmtree(path, ignore_errors=True)  # of a command that was killed, perhaps with other options
             if not path.exists():
                 _write(config.base, run, path, change)
-        yield BaseConfig(name=str(path), frozen_dtype=config.base.frozen_dtype)
+        own = {"name": str(path), "single_file_config": None, "revision": None, "variant": None}
+        yield config.base.model_copy(update=own)
         state.wait_for_everyone()
     finally:
         if state.is_main_process and scratch[0]:

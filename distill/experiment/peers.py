@@ -61,7 +61,7 @@ class DiffusersTraining:
                 cast_training_params(unet, dtype=torch.float32)
         self.trained = [p for p in unet.parameters() if p.requires_grad]
         optimizer = torch.optim.AdamW(
-            self.trained, lr=trainer.learning_rate, betas=trainer.adam_betas, weight_decay=trainer.weight_decay, eps=1e-8
+            self.trained, lr=trainer.learning_rate, weight_decay=trainer.weight_decay, eps=1e-8
         )  # fmt: skip
 
         def collate(examples: list[Row]) -> dict[str, torch.Tensor]:

@@ -174,7 +174,7 @@ def open_run(
     if "utility" in evaluation.parts:
         Task.of(test, evaluation_order(test, opened.examples, evaluation.generated_images))
     if not config.dry_run:
-        tokens = Tokenizers(model.tokenizers, model.max_tokens)  # not the model, whose weights would stay in memory
+        tokens = Tokenizers(model.tokenizers, model.caption_chunks)  # not the model, whose weights would stay in memory
         opened.make_against = partial(
             held_out, test, tokens, evaluation, opened.features, accelerator=accelerator, run_dir=folder,
             training=prior, copied_from=train,
@@ -376,7 +376,7 @@ def _check_captions(run: Run, model: Model) -> None:
     """Say what was read of files, and how many captions are cut. Raises UserError if some are too long."""
     read = [dataset for dataset in (run.train, run.test, run.validation) if isinstance(dataset, RecordDataset)]
     for dataset in read:
-        dataset.check_captions(model.tokenizers, model.max_tokens)
+        dataset.check_captions(model)
     for place, dataset in enumerate(read):
         run.say(dataset.counts if place else dataset.summary)
 

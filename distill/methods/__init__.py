@@ -15,6 +15,7 @@ from distill.methods.options import (
     Options,
     SupervisedAttentionOptions,
     TailPenaltyOptions,
+    TimestepConsistencyOptions,
 )
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ METHODS: dict[type[Options], str] = {
     KeyLockOptions: "key_lock:KeyLocked",
     SupervisedAttentionOptions: "supervised_attention:SupervisedAttention",
     TailPenaltyOptions: "tail_penalty:TailPenalty",
+    TimestepConsistencyOptions: "timestep_consistency:TimestepConsistency",
     ConsistencyOptions: "consistency:Consistency",
 }
 """Options of every method that a configuration can name -> its file in this folder, and its class there."""

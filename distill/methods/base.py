@@ -21,7 +21,6 @@ from distill.errors import UserError
 from distill.files import JsonObject
 from distill.losses import denoising_loss, min_snr_weights
 from distill.methods.options import Options
-from distill.tokens import token_groups
 
 if TYPE_CHECKING:
     from distill.methods.training import Training
@@ -112,7 +111,7 @@ class Method(nn.Module):
         self.trains_text = any(p.requires_grad for p in self.text_encoders.parameters())
         device = context.device
         self._empty_ids = [ids.to(device) for ids in student.tokenize([""])]
-        self._empty_groups = token_groups(student.tokenizers[0], "", student.max_tokens).to(device)
+        self._empty_groups = student.token_groups("").to(device)
         self._empty_embeds: tuple[torch.Tensor, torch.Tensor | None] | None = None
 
     def forward(self, batch: Batch, generator: torch.Generator) -> Terms:
@@ -155,7 +154,7 @@ class Method(nn.Module):
         trained = [p for p in self.text_encoders.parameters() if p.requires_grad]
         if not trained:
             return False
-        states = self.student.family.encode_text(list(self.text_encoders), self._empty_ids)
+        states = self.student.encode(self._empty_ids, list(self.text_encoders))
         read = torch.stack([part.float().sum() for part in states if part is not None]).sum()
         return any(gradient is None for gradient in torch.autograd.grad(read, trained, allow_unused=True))
 
@@ -236,7 +235,7 @@ class Method(nn.Module):
 
         if self._empty_embeds is None:
             with torch.no_grad():
-                empty = Conditions(*self.student.family.encode_text(list(self.text_encoders), self._empty_ids))
+                empty = Conditions(*self.student.encode(self._empty_ids, list(self.text_encoders)))
                 empty = self.student.family.negative_conditions(self.student, empty)
                 self._empty_embeds = empty.embeds, empty.pooled
         empty_embeds, empty_pooled = self._empty_embeds
@@ -252,7 +251,7 @@ class Method(nn.Module):
         from distill.models import Conditions
 
         with record_function("text"):
-            encoded = Conditions(*model.family.encode_text(text_encoders, x.text.input_ids))
+            encoded = Conditions(*model.encode(x.text.input_ids, text_encoders))
         # SDXL's pipeline guides away from zeros, and not from the empty caption, whose tokens a dropped caption has here.
         negative = model.family.negative_conditions(model, encoded)
         if x.dropped is None or negative is encoded:

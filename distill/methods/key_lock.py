@@ -24,7 +24,7 @@ from distill.errors import raise_all
 from distill.files import JsonObject
 from distill.methods.base import Context, Method, Terms
 from distill.methods.options import KeyLockOptions, LockedTokens
-from distill.tokens import EOS, PADDING, WORD, token_groups
+from distill.tokens import EOS, PADDING, WORD
 
 if TYPE_CHECKING:
     from torch.utils.hooks import RemovableHandle
@@ -242,7 +242,7 @@ def _moments(
     key_columns, value_columns = lock.columns
     texts = [*captions, *[""] * max(1, len(captions) // 50)]
     width = len(key_columns)
-    groups = [token_groups(model.tokenizers[0], text, model.max_tokens) for text in texts]
+    groups = [model.token_groups(text) for text in texts]
     codes = torch.stack(groups)
     share = {int(code): float((codes == code).double().mean()) for code in codes.unique()}
     gram, cross = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)

@@ -13,6 +13,7 @@ from distill.models.family import (
     register,
 )
 from distill.models.loading import load_model, load_run, model_of
+from distill.models.prompts import prompt_embeddings
 
 __all__ = [
     "AttentionSubset",
@@ -26,5 +27,6 @@ __all__ = [
     "load_model",
     "load_run",
     "model_of",
+    "prompt_embeddings",
     "register",
 ]

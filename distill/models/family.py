@@ -20,6 +20,7 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from distill.errors import UserError, raise_all
+from distill.tokens import ReadsText
 
 MAX_TOKENS = 100_000
 """Positions of a caption, for a text encoder that names no limit; a tokenizer that names none has 10**30."""
@@ -50,7 +51,7 @@ class Conditions:
 
 
 @dataclass
-class Model:
+class Model(ReadsText):
     """A text-to-image diffusion model of any family."""
 
     family: Family
@@ -64,10 +65,7 @@ class Model:
     """Stock pipeline around the same modules."""
     subset: AttentionSubset | None = None
     """Of the run folder, else of the base."""
-
-    @property
-    def max_tokens(self) -> int:
-        return min(int(t.model_max_length) for t in self.tokenizers)
+    caption_chunks: int = 1
 
     @property
     def vae_factor(self) -> int:
@@ -92,18 +90,14 @@ class Model:
             module.eval()
         return self
 
-    def tokenize(self, captions: Sequence[str]) -> list[torch.Tensor]:
-        """One (batch, max_tokens) int64 tensor a tokenizer, padded and truncated."""
-        return [
-            tokenizer(
-                list(captions), padding="max_length", truncation=True, max_length=self.max_tokens, return_tensors="pt"
-            ).input_ids
-            for tokenizer in self.tokenizers
-        ]
-
-    def encode(self, input_ids: Sequence[torch.Tensor]) -> TextStates:
-        """Hidden states and pooled embedding of the model's own text encoders; `input_ids` as `tokenize` gives them."""
-        return self.family.encode_text(self.text_encoders, input_ids)
+    def encode(self, input_ids: Sequence[torch.Tensor], text_encoders: Sequence[nn.Module] | None = None) -> TextStates:
+        """Hidden states of all chunks, and the pooled embedding of the first, as A1111 and ComfyUI take it. By the model's own
+        text encoders unless others are given; `input_ids` as `tokenize` gives them."""
+        chunks = [ids.unflatten(1, (self.caption_chunks, -1)).flatten(0, 1) for ids in input_ids]
+        encoders = self.text_encoders if text_encoders is None else text_encoders
+        embeds, pooled = self.family.encode_text(encoders, chunks)
+        embeds = embeds.unflatten(0, (-1, self.caption_chunks)).flatten(1, 2)
+        return embeds, None if pooled is None else pooled[:: self.caption_chunks]
 
 
 class Family(ABC):
@@ -165,7 +159,8 @@ class Family(ABC):
 
     @abstractmethod
     def encode_text(self, text_encoders: Sequence[nn.Module], input_ids: Sequence[torch.Tensor]) -> TextStates:
-        """(batch, tokens, dim) hidden states for the denoiser, and the (batch, dim) pooled embedding or None."""
+        """(batch, tokens, dim) hidden states for the denoiser, and the (batch, dim) pooled embedding or None, of texts of one
+        chunk."""
 
     def negative_conditions(self, model: Model, empty: Conditions) -> Conditions:
         """What the stock pipeline guides away from when no negative prompt is given. empty: of the empty caption."""

@@ -6,14 +6,16 @@ import os
 from pathlib import Path
 
 import torch
+import yaml
 from diffusers import DiffusionPipeline
 from torch import nn
 
 from distill.config import BaseConfig
-from distill.errors import UserError
+from distill.errors import UserError, raise_all
 from distill.files import read_json
 from distill.models.family import AttentionSubset, Model, family_of_pipeline
 from distill.models.parts import check_adapter, load_module, load_pipeline, refusing
+from distill.models.prompts import chunk_faults
 from distill.models.single_file import PICKLES, is_adapter, keys_of, load_single_file, refuse_pickle
 
 PHANTOM_BASE = Path(__file__).parents[2] / "checkpoints" / "phantom-base"
@@ -45,6 +47,8 @@ def load_model(base: BaseConfig, run: str | Path | None = None) -> Model:
 
     All in float32. Raises UserError for what is missing, of another kind, or does not fit.
     """
+    if run is not None:
+        _check_chunks(base, Path(run))
     name = str(PHANTOM_BASE) if base.name == "phantom" else base.name
     if base.name == "phantom" and not PHANTOM_BASE.is_dir():
         raise UserError(
@@ -57,7 +61,9 @@ def load_model(base: BaseConfig, run: str | Path | None = None) -> Model:
         one = path.is_file()
         pipeline = load_single_file(path, base.single_file_config) if one else load_pipeline(path, base.variant)
         model = model_of(pipeline)
+        model.caption_chunks = base.caption_chunks
         model.family.check_loaded(model)
+        raise_all("base.caption_chunks does not fit the base", chunk_faults(model))
     except UserError as error:
         raise UserError(f"base.name: {error if name in str(error) else f'{name}: {error}'}") from error.__cause__
     pipeline.to(torch.float32)
@@ -68,6 +74,21 @@ def load_model(base: BaseConfig, run: str | Path | None = None) -> Model:
         if folder is not None and model.subset is None and os.path.isdir(folder):
             model.subset = read_subset(Path(folder), model.denoiser)
     return model
+
+
+def _check_chunks(base: BaseConfig, run: Path) -> None:
+    """Raise UserError if a run was trained on captions of more chunks than are read now; one on fewer may be trained on."""
+    path = next((path for path in (run / "config.yaml", run.parent / "config.yaml") if path.is_file()), None)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8")) if path else {}
+        chunks = int(content["base"]["caption_chunks"])
+    except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError):
+        return  # of another tool, or of an earlier version
+    if chunks > base.caption_chunks:
+        raise UserError(
+            f"{run} was trained with base.caption_chunks {chunks}, and base.caption_chunks is {base.caption_chunks}; "
+            f"give --base.caption_chunks {chunks}"
+        )
 
 
 def _downloaded(name: str, base: BaseConfig) -> Path:

@@ -60,10 +60,12 @@ def loading_code(
     few_steps: int | None = None,
     revision: str | None = None,
     variant: str | None = None,
+    caption_chunks: int = 1,
 ) -> str:
     """Python that loads `parts` (see `exported`) of `folder` on `base` and draws `prompt`.
 
     few_steps: of a model that draws in so many steps of LCMScheduler, without guidance. revision, variant: of the base.
+    caption_chunks: that it was trained with.
     """
     modules = {part: _class_of(folder, part) for part in PARTS if part in parts}
     imports = {"diffusers": ["DiffusionPipeline", *(["LCMScheduler"] if few_steps else [])]}
@@ -71,6 +73,8 @@ def loading_code(
         imports[package] = [*imports.get(package, []), name]
     lines = ["import torch"]
     lines += [f"from {package} import {', '.join(dict.fromkeys(names))}" for package, names in imports.items()]
+    if caption_chunks > 1:
+        lines.append("from distill.models import prompt_embeddings")
     # Relative to where the run was started; no path of this machine.
     place = folder.resolve()
     shown = place.relative_to(Path.cwd()).as_posix() if place.is_relative_to(Path.cwd()) else place.name
@@ -94,7 +98,10 @@ def loading_code(
     if few_steps:
         lines.append("pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)")
         sampling = f"num_inference_steps={few_steps}, guidance_scale=1.0"
-    return "\n".join([*lines, f"image = pipe({prompt or 'a caption'!r}, {sampling}).images[0]"])
+    text = repr(prompt or "a caption")
+    if caption_chunks > 1:
+        text = f"**prompt_embeddings(pipe, {text}, chunks={caption_chunks})"
+    return "\n".join([*lines, f"image = pipe({text}, {sampling}).images[0]"])
 
 
 def example_prompt(*run_folders: Path) -> str | None:
@@ -113,4 +120,5 @@ def code_of(base: str, folder: Path, parts: Mapping[str, str], config: Mapping[s
     evaluation, origin = config.get("evaluation") or {}, config.get("base") or {}
     few_steps = evaluation.get("num_inference_steps") if evaluation.get("scheduler") == "lcm" else None
     options = {key: origin.get(key) for key in ("revision", "variant")}
-    return loading_code(base, folder, parts, prompt, few_steps=few_steps, **options)
+    chunks = origin.get("caption_chunks") or 1
+    return loading_code(base, folder, parts, prompt, few_steps=few_steps, caption_chunks=chunks, **options)

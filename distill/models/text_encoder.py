@@ -32,7 +32,7 @@ from distill.config import NO_LABEL
 from distill.errors import UserError
 from distill.models.family import Model
 from distill.models.parts import refusing
-from distill.tokens import BOS, EOS, PADDING, token_groups
+from distill.tokens import BOS, EOS, PADDING
 
 RIDGE = 1e-3
 """Of the mean square of the features: enough against collinear ones, too little to shrink the fit."""
@@ -201,10 +201,10 @@ def swap_text_encoder(
 def _by_word(model: Model, captions: list[str]) -> list[dict[tuple[str, int], torch.Tensor]]:
     """For each caption, (kind, place) -> mean hidden state (width) of the tokens of that word or group."""
     embeds, _ = model.encode(model.tokenize(captions))
-    tokenizer, length = model.tokenizers[0], model.max_tokens
+    tokenizer, length = model.tokenizers[0], model.chunk_tokens
     out = []
     for caption, hidden in zip(captions, embeds, strict=True):
-        groups = token_groups(tokenizer, caption, length)
+        groups = model.token_groups(caption)
         rows = {
             (str(code), 0): hidden[groups == code].mean(dim=0) for code in (BOS, EOS, PADDING) if (groups == code).any()
         }

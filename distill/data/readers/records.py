@@ -21,7 +21,6 @@ import numpy as np
 import pyarrow
 import torch
 from PIL import Image
-from transformers import PreTrainedTokenizerBase
 
 from distill.data.readers.inspection import ImageRecord, Inspection, inspect_all, normalized_boxes
 from distill.data.readers.pixels import eight_bits, open_image
@@ -31,7 +30,7 @@ from distill.data.readers.tables import Box, Faults, did_you_mean, key, quote
 from distill.data.sample import Region, Sample
 from distill.data_config import FileData, Fit
 from distill.errors import UserError, raise_all
-from distill.tokens import find_words
+from distill.tokens import ReadsText, find_words
 
 FIT_RULES: dict[Fit, str] = {
     "crop": "centre square of the short side, Lanczos, v1",
@@ -295,14 +294,10 @@ class RecordDataset:
             square_px=(max if self.config.fit == "letterbox" else min)(image.size),
         )
 
-    def check_captions(self, tokenizers: Sequence[PreTrainedTokenizerBase], max_length: int) -> None:
-        """Raise UserError if a caption of this split has more than max_length tokens (BOS and EOS included) by any of
-        `tokenizers`, unless config.truncate_captions."""
-        captions = self._captions()
-        lengths = [0] * len(captions)
-        for tokenizer in tokenizers:
-            encoded = tokenizer(captions, verbose=False)["input_ids"]
-            lengths = [max(length, len(ids)) for length, ids in zip(lengths, encoded, strict=True)]
+    def check_captions(self, model: ReadsText) -> None:
+        """Raise UserError if a caption of this split is longer than `model` reads, unless config.truncate_captions."""
+        captions, max_length = self._captions(), model.longest_caption
+        lengths = model.caption_lengths(captions)
         long = {caption for caption, length in zip(captions, lengths, strict=True) if length > max_length}
         if not long:
             return
@@ -311,12 +306,12 @@ class RecordDataset:
             raise UserError(
                 f"{len(long)} of {len(captions)} captions in '{self.config.root}' have more tokens than the text "
                 f"encoder takes, {max_length}; the longest has {lengths[longest]}:\n  {quote(captions[longest])}\n"
-                "Shorten them, or set data.truncate_captions true to cut them"
+                "Shorten them, raise base.caption_chunks, or set data.truncate_captions true to cut them"
             )
         cut = sum(caption in long for caption in self._samples.table.column("caption").to_pylist())
         self._cut = (
             f"{cut:,} of {len(self):,} captions are cut at the {max_length} tokens that the text encoder reads (the longest "
-            f"has {max(lengths)})"
+            f"has {max(lengths)}; base.caption_chunks reads more)"
         )
 
     def check_queries(self) -> None:
