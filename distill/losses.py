@@ -85,11 +85,8 @@ def place_attention_kl(
     student: torch.Tensor,
     words: torch.Tensor,
     rows: torch.Tensor | None = None,
-    *,
-    weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """KL over places of each word token's map, averaged over the tokens of `words` in the images of `rows`; each image
-    weighted by `weights` (batch,) if given.
+    """KL over places of each word token's map, averaged over the tokens of `words` in the images of `rows`.
 
     teacher, student: (batch, places, tokens); each token's column is normalized to sum to 1 over places.
     words: (batch, tokens) bool. 0 on maps that are equal up to a factor for each token. In nats.
@@ -97,8 +94,6 @@ def place_attention_kl(
     p, q = teacher.clamp(min=TINY), student.clamp(min=TINY)
     p, q = p / p.sum(dim=1, keepdim=True), q / q.sum(dim=1, keepdim=True)
     per_token = (p * (p.log() - q.log())).sum(dim=1)
-    if weights is not None:
-        per_token = per_token * weights[:, None]
     return _masked_mean(per_token, words if rows is None else words & rows[:, None])
 
 

@@ -71,7 +71,6 @@ CASES = {
         "finetune", [*method("supervised_attention"), "--method.region_token_weight", "0.01"], 6
     ),
     "tail_penalty": Case("finetune", method("tail_penalty"), 6),
-    "timestep_consistency": Case("finetune", method("timestep_consistency"), 6),
     "distill_attention": Case("distill_attention", [*TRAINING, "--method.teacher", "FOLDER/run"], 6),
     "compress": Case("compress", [*TRAINING, *FROM_RUN, "--blocks.remove_mid_block", "true"], 7),
     "distill_steps": Case("distill_steps", [*TRAINING, *FROM_RUN], 7),

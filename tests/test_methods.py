@@ -46,7 +46,6 @@ from distill.methods.options import (
     KeyLockOptions,
     SupervisedAttentionOptions,
     TailPenaltyOptions,
-    TimestepConsistencyOptions,
 )
 from distill.methods.pretraining import AutoencoderObjective, ContrastiveObjective
 from distill.methods.supervised_attention import resize_regions
@@ -366,8 +365,6 @@ def test_options_that_do_not_fit_each_other_are_refused(values: dict[str, Any], 
             {"references": ("a", "b"), "needs_tokens": True, "starts_from": "a", "needs_validation": True,
              "reads_labels": True},
         ),
-        (TimestepConsistencyOptions(), {}),
-        (TimestepConsistencyOptions(words="labels"), {"reads_labels": True}),
         (ConsistencyOptions(teacher="a", words="labels"), {"references": ("a",), "reads_labels": True}),
     ],
 )  # fmt: skip
@@ -393,8 +390,6 @@ def test_what_a_method_needs_follows_from_its_options(options: Any, expected: di
             {"text_encoder": "full", "denoiser": "lora", "lora": LORA.model_copy(update={"denoiser_targets": ("to_q",)})},
             ["lora.denoiser_targets must hold to_k"],
         ),
-        (TimestepConsistencyOptions(teaching_timestep=998), {}, []),
-        (TimestepConsistencyOptions(teaching_timestep=999), {}, ["method.teaching_timestep is 999; it must be below 999"]),
         (ConsistencyOptions(solver_steps=150), {}, ["method.solver_steps is 150; the base's 1000 timesteps"]),
         (
             ConsistencyOptions(), {"denoising": DenoisingConfig(min_snr_gamma=5.0)},

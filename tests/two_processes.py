@@ -36,7 +36,7 @@ from distill.trainer import fit, make_accelerator
 
 STEPS: dict[str, Any] = {"max_steps": 3, "learning_rate": 1e-4, "log_every_steps": 1}
 WHOLE_BATCH = 4
-EQUAL_ROWS = ("attention_distillation", "supervised_attention", "consistency", "timestep_consistency")
+EQUAL_ROWS = ("attention_distillation", "supervised_attention", "consistency")
 """Methods with means over tokens or over some of the images: all images here have as many of them."""
 
 

@@ -15,7 +15,6 @@ from distill.methods.options import (
     Options,
     SupervisedAttentionOptions,
     TailPenaltyOptions,
-    TimestepConsistencyOptions,
 )
 
 if TYPE_CHECKING:
@@ -28,7 +27,6 @@ METHODS: dict[type[Options], str] = {
     KeyLockOptions: "key_lock:KeyLocked",
     SupervisedAttentionOptions: "supervised_attention:SupervisedAttention",
     TailPenaltyOptions: "tail_penalty:TailPenalty",
-    TimestepConsistencyOptions: "timestep_consistency:TimestepConsistency",
     ConsistencyOptions: "consistency:Consistency",
 }
 """Options of every method that a configuration can name -> its file in this folder, and its class there."""

@@ -212,25 +212,6 @@ class TailPenaltyOptions(Options):
     """Weight of the penalty."""
 
 
-class TimestepConsistencyOptions(Options):
-    """The diffusion loss, and maps of words at large timesteps held to the student's own at a small one (CTCal)."""
-
-    kind: Literal["timestep_consistency"] = "timestep_consistency"
-    """What is minimized."""
-    weight: Positive = 0.1
-    """Weight of the KL over places, at the largest timestep. It falls to 0 towards teaching_timestep."""
-    teaching_timestep: Timestep = 250
-    """Timestep of the maps that teach; those at larger timesteps are taught."""
-    words: Literal["all", "labels"] = "all"
-    """labels teaches only the words that name a label of the image."""
-    layers: Texts = ()
-    """Prefixes of the cross-attention layers to teach. Empty teaches all."""
-
-    @property
-    def reads_labels(self) -> bool:
-        return self.words == "labels"
-
-
 class ConsistencyOptions(AttentionMatch):
     """Latent consistency distillation (Luo et al. 2023), and a match of attention."""
 
