@@ -154,6 +154,36 @@ def test_an_arm_is_trained_exported_and_recorded(tmp_path: Path, monkeypatch: py
     ]
 
 
+@pytest.mark.parametrize("adapted", [True, False])
+@pytest.mark.parametrize("denoiser", ["lora", "full"])
+def test_a_student_of_adapters_goes_on_with_them(
+    adapted: bool, denoiser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    student: Any = SimpleNamespace(
+        denoiser=torch.nn.ModuleDict({"lora_A" if adapted else "plain": torch.nn.Linear(1, 1)})
+    )
+    checked: list[Any] = []
+    prepared: list[Any] = []
+    monkeypatch.setattr(train, "load_model", lambda base: f"model of {base}")
+    monkeypatch.setattr(train, "check_untrained", lambda *given: checked.append(given))
+    monkeypatch.setattr(train, "prepare_training", lambda model, **options: prepared.append((model, options)))
+    monkeypatch.setattr(train, "_weights_hash", lambda run, key, model: f"hash of {key}")
+    method = AttentionDistillationOptions(teacher="a/run", start_from_teacher=True)
+    training = Training(denoiser=denoiser, text_encoder="lora", method=method)
+    arm = arm_of(tmp_path, training=training, trainer={"gradient_checkpointing": True})
+    config = SimpleNamespace(base=SimpleNamespace(frozen_dtype="bf16"))
+    run, _ = run_of(tmp_path, arm, base="the base", config=config, load=lambda name: student)
+    hashes: dict[str, str] = {}
+    if adapted and denoiser == "full":
+        with pytest.raises(UserError, match="model: a/run is an adapter, and this arm trains full weights"):
+            train._student(run, arm, hashes)
+        return
+    assert train._student(run, arm, hashes) is student and hashes == {"weights of a/run": "hash of a/run"}
+    assert checked == [(student, "model of the base", arm)]
+    options = {"denoiser": denoiser, "text_encoder": "lora", "lora": training.lora, "frozen_dtype": "bf16"}
+    assert prepared == [(student, options | {"gradient_checkpointing": True})]
+
+
 def test_captions_are_spread_over_all_rows() -> None:
     rows: Any = SimpleNamespace(__len__=None)
 
@@ -287,6 +317,65 @@ def test_real_quality_is_that_of_an_earlier_launch_where_maps_alone_are_measured
     for torn in ("{", "{}", '{"real": 3}'):
         (tmp_path / "metrics.json").write_text(torn)
         assert results._real_quality(run) == "measured now", torn
+
+
+def test_the_metrics_of_a_run_say_what_they_rest_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def entry(trained: float | None, evaluated: float, images: int, maps: int, drawn: int) -> dict[str, Any]:
+        cost = {"train_seconds": trained, "evaluation_seconds": evaluated} | (
+            {"training_images": images} if images else {}
+        )
+        located = {"word": {"images": maps}} if maps else None
+        return {"localization": located, "quality": {"images": drawn} if drawn else None, "cost": cost}
+
+    arms = {"base": entry(None, 4.04, 0, 9, 0), "a": entry(20.06, 5.0, 30, 7, 12), "b": entry(1.0, 6.0, 31, 0, 14)}
+
+    class Paired:
+        def __init__(self, *given: Any) -> None:
+            asked.append(given)
+
+        def paired(self, names: list[str], baselines: list[str]) -> Any:
+            return {"names": names, "baselines": baselines}
+
+    asked: list[Any] = []
+    shown: list[str] = []
+    monkeypatch.setattr(results, "provenance", lambda: {"commit": "abc"})
+    monkeypatch.setattr(results, "peak_of_process_gb", lambda: 1.23456)
+    monkeypatch.setattr(results, "Resampled", Paired)
+    monkeypatch.setattr(results, "parse_metrics", lambda metrics: "parsed")
+    monkeypatch.setattr(results, "write_report", lambda folder: (folder / "report.html", folder / "report.md"))
+    monkeypatch.setattr(results, "terminal_table", lambda metrics: "the table")
+    monkeypatch.setattr(results, "terminal_summary", lambda parsed: f"of {parsed}")
+    monkeypatch.setattr(results, "_real_quality", lambda run: {"fid": 1})
+    config = SimpleNamespace(data=SimpleNamespace(seed=8), model_dump=lambda mode: {"mode": mode})
+    run, said = run_of(
+        tmp_path, config=config, test=range(40), evaluation=FullEvaluation(bootstrap_samples=77, seed=9), compare_to=("a", "z"),
+        seconds={"checks": 2.34}, console=SimpleNamespace(print=shown.append),
+    )  # fmt: skip
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "cost.json").touch()
+    results.finish(run, arms, "look")
+    found = json.loads((tmp_path / "metrics.json").read_text())
+    assert found["arms"] == arms and found["real"] == {"quality": {"fid": 1}} and found["compare_to"] == ["a"]
+    assert asked == [({3: tmp_path}, arms, 77)]
+    assert found["paired"] == {"names": ["base", "a", "b"], "baselines": ["a"]}
+    counts = {"training_images": 31, "held_out_images": 40, "localization_images": 9, "generated_images": 14}
+    seconds = {"checks": 2.3, "base: evaluation": 4.0, "a: training": 20.1, "a: evaluation": 5.0, "b: training": 1.0}
+    assert found["provenance"] == {
+        "commit": "abc", "seeds": {"training": 3, "evaluation": 9, "data": 8}, "counts": counts | {"bootstrap_samples": 77},
+        "seconds": seconds | {"b: evaluation": 6.0}, "peak_memory_gb": 1.235, "processes": 1, "config": {"mode": "json"},
+    }  # fmt: skip
+    assert shown == ["the table"] and said[:2] == ["of parsed", f"a: {tmp_path / 'a'}"] and len(said) == 3
+    assert said[2].startswith("report: ") and said[2].endswith("next: look")
+    (tmp_path / "cost.json").touch()
+    said.clear()
+    results.finish(run, {"b": entry(1.0, 6.0, 0, 0, 0)}, "look")
+    found = json.loads((tmp_path / "metrics.json").read_text())["provenance"]["counts"]
+    assert (found["training_images"], found["localization_images"], found["generated_images"]) == (None, 0, 0)
+    assert said[1] == f"b: {tmp_path}", "a single model is exported to the run folder itself"
+    run.accelerator = SimpleNamespace(is_main_process=False)
+    said.clear()
+    results.finish(run, arms, "look")
+    assert not said
 
 
 def test_a_dry_run_of_an_evaluation_estimates_its_minutes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -83,3 +84,20 @@ def test_other_systems_count_bytes_or_kilobytes(
     assert peak_memory_gb() == pytest.approx(2_000_000 * unit / 1e9)
     (tmp_path / "status").write_text("Name: x\nVmHWM:\t  1500000 kB\n")
     assert peak_memory_gb() == pytest.approx(1.536)
+
+
+def test_glibc_is_told_to_keep_blocks_of_a_gigabyte(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the numbers of its <malloc.h>: M_MMAP_THRESHOLD is -3, M_TRIM_THRESHOLD -1."""
+    asked: list[Any] = []
+    libc = SimpleNamespace(mallopt=lambda *given: asked.append(given), malloc_trim=asked.append)
+    monkeypatch.setattr(memory.ctypes, "CDLL", lambda name: {"libc.so.6": libc}[name])
+    memory.keep_freed_memory()
+    memory.return_freed_memory()
+    assert asked == [(-3, 2**30), (-1, 2**31 - 1), 0]
+
+    def missing(name: str) -> None:
+        raise OSError
+
+    monkeypatch.setattr(memory.ctypes, "CDLL", missing)
+    memory.keep_freed_memory()
+    memory.return_freed_memory()
