@@ -41,7 +41,7 @@ def run_of(folder: Path, *arms: Arm, **options: Any) -> tuple[Any, list[str]]:
     said: list[str] = []
     values = {
         "folder": folder, "arms": {arm.name: arm for arm in arms}, "accelerator": Accelerator(), "say": said.append,
-        "seconds": {}, "data_hashes": {}, "weight_hashes": {}, "seed": 3,
+        "seconds": {}, "data_hashes": {}, "weight_hashes": {}, "seed": 3, "balance": None,
     }  # fmt: skip
     return SimpleNamespace(**(values | options)), said
 
