@@ -394,3 +394,14 @@ def test_features_are_chosen_by_the_data_alone_where_they_are_auto() -> None:
     phantom = load_features("auto", phantom_data=True)
     assert phantom is not None and phantom.name == "phantom"
     assert not any(parameter.requires_grad for parameter in phantom.parameters())
+
+
+def test_the_distance_asks_no_other_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Only the main process measures: one that waited for the others would wait for ever.
+    def waits(*_: object, **__: object) -> None:
+        raise AssertionError("it waits for other processes")
+
+    monkeypatch.setattr("torchmetrics.metric.jit_distributed_available", lambda: True)
+    monkeypatch.setattr("torchmetrics.Metric._sync_dist", waits)
+    features = torch.randn(8, 3, generator=torch.Generator().manual_seed(0))
+    assert frechet_distance(features, features) < 1e-6

@@ -49,7 +49,8 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     Source: Heusel et al. 2017.
     """
     _check_features(real, generated)
-    metric = FrechetInceptionDistance(feature=_GivenFeatures(real.shape[1]))
+    # All features are here, and other processes are not asked: they may not be measuring.
+    metric = FrechetInceptionDistance(feature=_GivenFeatures(real.shape[1]), sync_on_compute=False)
     # The distance does not move with the origin, and sums of squares far from it lose digits.
     origin = real.double().mean(dim=0)
     metric.update((real.double() - origin).cpu(), real=True)
