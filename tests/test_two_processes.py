@@ -16,7 +16,7 @@ from pair import free_port
 from recipe import ROOT
 from safetensors.torch import load_file
 from training import EXAMPLES
-from two_processes import looked, run
+from two_processes import evaluated, looked, run
 
 STOPS = ("not finite", "signal", "full disk", "damage")
 
@@ -67,7 +67,7 @@ def assert_equal_to_one_process(folder: Path, alone: Path, kind: str) -> None:
 def two(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What two processes left of trainings that one of them stops, and of a method."""
     folder = tmp_path_factory.mktemp("two")
-    launch(folder, "said", *STOPS, "look", "denoising", "denoising-sdxl")
+    launch(folder, "said", *STOPS, "look", "evaluate", "denoising", "denoising-sdxl")
     return folder
 
 
@@ -126,6 +126,29 @@ def test_two_processes_look_as_one_does(two: Path, tmp_path: Path) -> None:
         assert first[name] == pytest.approx(alone[name], rel=1e-5), name
     assert first["word"] == pytest.approx(alone["word"], rel=1e-4)
     assert not (two / "look" / "look.partial").exists()
+
+
+def leaves(value: Any, path: str = "") -> dict[str, Any]:
+    """Path -> value, of everything in dictionaries and lists."""
+    if not isinstance(value, (dict, list)):
+        return {path: value}
+    items = value.items() if isinstance(value, dict) else enumerate(value)
+    return {key: leaf for name, inner in items for key, leaf in leaves(inner, f"{path}.{name}").items()}
+
+
+def test_two_processes_evaluate_as_one_does(two: Path, tmp_path: Path) -> None:
+    first, second = found(two, "evaluate")
+    assert first == second
+    alone = leaves(json.loads(json.dumps(evaluated(tmp_path, fresh_accelerator(settings_of(), tmp_path)))))
+    assert (
+        leaves(first).keys()
+        == alone.keys()
+        >= {".quality.fid", ".floor.fid", ".utility.generated", ".localization.mass.eos"}
+    )
+    for name, value in leaves(first).items():
+        assert value == (pytest.approx(alone[name], rel=1e-4, abs=1e-6) if isinstance(value, float) else alone[name]), (
+            name
+        )
 
 
 def assert_each_error_is_said_once(by: list[dict[str, str]]) -> None:

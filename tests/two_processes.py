@@ -28,6 +28,7 @@ from distill.config import FullEvaluation
 from distill.data.batch import Batch
 from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import Interrupted, UserError
+from distill.evaluation.evaluate import evaluate, held_out
 from distill.evaluation.validation import Looks
 from distill.metrics.features import load_features
 from distill.models import model_of
@@ -102,6 +103,23 @@ def looked(folder: Path, accelerator: Accelerator) -> dict[str, Any]:
     return looks.look(model_of(tiny_sd()), 7)
 
 
+def evaluated(folder: Path, accelerator: Accelerator) -> dict[str, Any]:
+    """All parts of an evaluation."""
+    config = FullEvaluation(
+        parts=("localization", "quality", "memorization", "utility"), timesteps=(300,), num_inference_steps=1, batch_size=4,
+        localization_images=6, generated_images=30, diversity_captions=2, diversity_samples=2, bootstrap_samples=10,
+        examples=2, utility_steps=1, utility_seeds=2,
+    )  # fmt: skip
+    training, dataset = PhantomDataset("train", 12, resolution=64), PhantomDataset("test", 90, resolution=64)
+    model, features = model_of(tiny_sd()), load_features("phantom", phantom_data=True)
+    shared: dict[str, Any] = {"accelerator": accelerator}
+    against = held_out(
+        dataset, model, config, features, run_dir=folder / "run", training=training, copied_from=training, **shared
+    )
+    found = evaluate(model, against, config, resolution=64, arm_dir=folder / "run/arm", label="arm", **shared)
+    return {"floor": against.quality, **{part: found[part] for part in config.parts}}
+
+
 def said(rank: int, accelerator: Accelerator) -> dict[str, str]:
     """What this process prints for an error of both, of the second alone, and for a different one of each."""
 
@@ -128,8 +146,9 @@ def main() -> None:
         accelerator = make_accelerator(settings_of(), folder)
         accelerator.wait_for_everyone()
         rank = accelerator.process_index
-        if scenario in ("said", "look"):
-            found = said(rank, accelerator) if scenario == "said" else looked(folder, accelerator)
+        if scenario in ("said", "look", "evaluate"):
+            measured = {"look": looked, "evaluate": evaluated}
+            found = said(rank, accelerator) if scenario == "said" else measured[scenario](folder, accelerator)
         else:
             found = run(scenario, folder, accelerator)
         (folder / f"{rank}.json").write_text(json.dumps(found))
