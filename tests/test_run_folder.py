@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -136,7 +137,8 @@ def end(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0
 
 
-def test_a_second_launch_is_refused_while_one_is_at_the_folder(tmp_path: Path) -> None:
+def test_a_second_launch_is_refused_while_one_is_at_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(folder_module, "SHARED_WAIT", 0.2)
     folder = tmp_path / "run"
     other = other_launch(folder, "alone")
     (folder / ".export.1.tmp").write_text("of the other launch")
@@ -167,6 +169,17 @@ def test_launches_that_share_a_folder_refuse_one_that_does_not(tmp_path: Path) -
     with pytest.raises(UserError, match="another launch"), held(tmp_path):
         pass
     end(other)
+
+
+def test_of_launches_that_share_a_folder_the_second_waits_while_the_first_tidies(tmp_path: Path) -> None:
+    """Two commands in the same second: the first holds the folder alone until leftovers are removed."""
+    other = other_launch(tmp_path, "alone")
+    timer = threading.Timer(0.3, end, [other])
+    timer.start()
+    with held(tmp_path, shared=True):
+        pass
+    timer.join()
+    assert other.returncode == 0
 
 
 def test_a_launch_that_is_refused_leaves_nothing(tmp_path: Path) -> None:

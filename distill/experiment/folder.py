@@ -6,6 +6,7 @@ import fcntl
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -15,6 +16,8 @@ from distill.processes import process_state
 
 LOCKS = ".locks"
 """Folder of the locks in a run folder."""
+SHARED_WAIT = 5.0
+"""Seconds that a launch which shares its folder waits for one that holds it alone."""
 _LEFTOVER = re.compile(r"\..+\.\d+(\.\d+)?\.tmp|(export|look|step-\d+|)\.partial")
 """Names of what is written before it is renamed, see distill/files.py."""
 
@@ -57,12 +60,20 @@ def held(folder: Path, *, shared: bool = False, write: bool = True) -> Iterator[
 
 
 def _acquire(lock: int, folder: Path, *, shared: bool) -> None:
-    """Raises UserError if another launch holds the folder. Alone in it, removes leftovers."""
-    alone = _is_alone(lock)
-    if alone:
-        remove_leftovers(folder)
-    if not (_locked(lock, fcntl.LOCK_SH) if shared else alone):
-        raise UserError(f"another launch is at {folder}; wait until it ends, or choose another --output_dir")
+    """Raises UserError if another launch holds the folder. Alone in it, removes leftovers.
+
+    One that shares waits a little: the first to come holds the folder for itself while it removes leftovers.
+    """
+    deadline = time.monotonic() + (SHARED_WAIT if shared else 0)
+    while True:
+        alone = _is_alone(lock)
+        if alone:
+            remove_leftovers(folder)
+        if _locked(lock, fcntl.LOCK_SH) if shared else alone:
+            return
+        if time.monotonic() >= deadline:
+            raise UserError(f"another launch is at {folder}; wait until it ends, or choose another --output_dir")
+        time.sleep(0.05)
 
 
 def _is_alone(lock: int) -> bool:
