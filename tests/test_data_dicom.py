@@ -130,6 +130,11 @@ def test_each_pixel_is_what_the_standard_says(name: str) -> None:
     assert len(np.unique(found)) > 6
 
 
+def test_values_beyond_all_whole_numbers_are_the_last_of_the_lut() -> None:
+    found = read(dicom(STORED, RescaleSlope="1e17", RescaleIntercept="0", VOILUTSequence=voi_lut(500)))
+    assert (found[STORED > 0] == round(65535 * LUT[-1] / 4095)).all()
+
+
 def test_packed_pixels_are_the_same() -> None:
     dataset = pydicom.dcmread(io.BytesIO(dicom(STORED, **WINDOW)))
     dataset.compress(pydicom.uid.RLELossless)
