@@ -224,7 +224,7 @@ class EvaluationConfig(Settings):
         return FullEvaluation.model_validate(self.model_dump() | options)
 
 
-AnyPart = Literal["localization", "quality", "memorization", "utility"]
+AnyPart = Literal["localization", "quality", "memorization", "utility", "similarity"]
 AnyParts = Annotated[tuple[AnyPart, ...], Field(min_length=1), AfterValidator(once), HARMLESS]
 
 
@@ -233,8 +233,11 @@ class FullEvaluation(EvaluationConfig):
 
     renamed: ClassVar[dict[str, str]] = {}
     parts: AnyParts = ("localization", "quality")  # type: ignore[assignment]
-    """What to measure: attention maps (localization), generated images (quality), copies of training images (memorization), and
-    how well classifiers learn from generated images (utility). What was measured before is kept."""
+    """What to measure: attention maps (localization), generated images (quality), copies of training images (memorization), how
+    well classifiers learn from generated images (utility), and how near a model such as CLIP finds images to their captions
+    (similarity). What was measured before is kept."""
+    image_text_model: Annotated[Text | None, HARMLESS] = None
+    """For similarity: the folder of a CLIP or SigLIP model of transformers. Nothing is fetched."""
     utility_steps: Annotated[Count, HARMLESS] = 200
     """Training steps of each of the classifiers of utility."""
     utility_seeds: Annotated[int, Field(ge=2, le=100), HARMLESS] = 4
@@ -283,6 +286,11 @@ class FullEvaluation(EvaluationConfig):
         if self.memorization_limit is not None and "memorization" not in self.parts:
             raise ValueError(
                 f"memorization_limit is {self.memorization_limit}, and parts lacks memorization; add it, or leave the limit out"
+            )
+        if (self.image_text_model is None) == ("similarity" in self.parts):
+            raise ValueError(
+                f"image_text_model is {self.image_text_model}, and parts is {','.join(self.parts)}; give both a model and the "
+                "part similarity, or neither"
             )
         check_parts(self)
         return self

@@ -22,6 +22,7 @@ from diffusers import LCMScheduler
 from tqdm.auto import tqdm
 
 from distill.config import FullEvaluation
+from distill.data.cache import model_fingerprint
 from distill.data.remembered import Remembered
 from distill.data.sample import ImageCaptionDataset
 from distill.evaluation.fidelity import Generated, compare, finding_labels
@@ -31,11 +32,13 @@ from distill.evaluation.localization import localization, query_key
 from distill.evaluation.memorization import memorization
 from distill.evaluation.priors import priors_key
 from distill.evaluation.protocols import Query, RealLatents, queries, with_subset
+from distill.evaluation.similarity import image_text_similarity
 from distill.evaluation.utility import Task
 from distill.evaluation.word_maps import write_word_maps
 from distill.files import JsonObject, write_atomic, write_tensors
 from distill.metrics import Diversity
 from distill.metrics.features import Features
+from distill.metrics.image_text import ImageText
 from distill.models.bits import check_finite, fewer_bits, megabytes
 from distill.models.blocks import model_size
 from distill.models.family import Model
@@ -286,6 +289,7 @@ class HeldOut:
     asked: Sequence[Query] = ()
     copied_from: ImageCaptionDataset | None = None
     run_dir: Path | None = None
+    image_text: ImageText | None = None
     latents: RealLatents = field(default_factory=RealLatents)
 
     def made_of(self, model: Model, weights: str, config: FullEvaluation, resolution: int) -> dict[str, JsonObject]:
@@ -321,11 +325,17 @@ class HeldOut:
                 "options": {key: drawn[key] for key in (*OF_IMAGES, "seed", "generated_images")}
                 | config.model_dump(mode="json", include={*OF_UTILITY}),
             },
+            "similarity": {
+                "weights": weights,
+                "data": digest(captions, resolution),
+                "features": model_fingerprint(self.image_text) if self.image_text else None,
+                "options": {key: drawn[key] for key in (*OF_IMAGES, "seed", "bootstrap_samples", "generated_images")},
+            },
         }
 
 
-OF_NO_NUMBER = ("parts", "batch_size", "memorization_limit")
-"""Options of evaluation that change none."""
+OF_NO_NUMBER = ("parts", "batch_size", "memorization_limit", "image_text_model")
+"""Options of evaluation that change none by themselves."""
 OF_QUALITY = ("generated_images", "diversity_captions", "diversity_samples", "num_inference_steps", "guidance_scale",
               "scheduler", "features", "neighbours")  # fmt: skip
 """Options of evaluation that change quality alone."""
@@ -362,12 +372,13 @@ def held_out(
     run_dir: Path,
     training: ImageCaptionDataset | None = None,
     copied_from: ImageCaptionDataset | None = None,
+    image_text: ImageText | None = None,
 ) -> HeldOut:
     """Choose the example images, write them to real/, and score real images as if they were generated.
 
     FIDELITY of the real row is between the real images that the arms are compared with and as many others, so that it
     shows what the values are at this number of images when nothing is wrong. training: for the prior `mean_mask`.
-    copied_from: the training images for memorization.
+    copied_from: the training images for memorization. image_text: the model for similarity.
     """
     dataset = Remembered(dataset)
     asked = queries(dataset, model, config, accelerator)
@@ -385,7 +396,8 @@ def held_out(
     result = compare(real, halves, dataset, config, features, is_floor=True)
     result |= {"diversity": None}
     return HeldOut(
-        dataset, examples, features, real, result, training, run_dir / "real", asked, copied_from, run_dir
+        dataset, examples, features, real, result, training, run_dir / "real", asked, copied_from, run_dir,
+        image_text,
     )  # fmt: skip
 
 
@@ -402,7 +414,7 @@ def evaluate(
     weights: str | None = None,
 ) -> JsonObject:
     """{"localization", "quality", "size", "seconds": {"localization_seconds", "evaluation_seconds"}} of one model, and
-    "memorization" and "utility" if they are measured.
+    "memorization", "utility" and "similarity" if they are measured.
 
     parts: those to measure, by default config.parts; the others are None. weights: kept.weights_of the model.
     """
@@ -424,7 +436,7 @@ def evaluate(
     localization_seconds = time.perf_counter() - began
     if "localization" in parts:
         write_word_maps(model, against.dataset, config, **shared)
-    of_images = [part for part in ("memorization", "utility") if part in parts]
+    of_images = [part for part in ("memorization", "utility", "similarity") if part in parts]
     if "quality" in parts or of_images:
         drawn = quality(
             model,
@@ -441,6 +453,8 @@ def evaluate(
         more["memorization"] = _memorization(model, against, config, accelerator, arm_dir)
     if "utility" in parts:
         more["utility"] = _utility(against, config, accelerator, arm_dir)
+    if "similarity" in parts:
+        more["similarity"] = _similarity(against, config, accelerator, arm_dir)
     seconds = {
         "localization_seconds": localization_seconds,
         "evaluation_seconds": time.perf_counter() - began,
@@ -475,6 +489,20 @@ def _utility(against: HeldOut, config: FullEvaluation, accelerator: Accelerator,
         found[0] = task.measure(
             len(images), lambda k: read_png(images[k]) * 2 - 1, lambda k: against.dataset.labels(own[k]),
             steps=config.utility_steps, seeds=config.utility_seeds,
+        )  # fmt: skip
+    broadcast_object_list(found)
+    return found[0]
+
+
+def _similarity(against: HeldOut, config: FullEvaluation, accelerator: Accelerator, arm_dir: Path) -> JsonObject:
+    images, own = drawn_images(against.dataset, against.examples, config, arm_dir)
+    found: list[JsonObject] = [{}]
+    if accelerator.is_main_process:
+        captions = [against.dataset.caption(row) for row in own]
+        assert against.image_text is not None
+        found[0] = image_text_similarity(
+            against.image_text.to(accelerator.device), lambda k: read_png(images[k]) * 2 - 1, captions, against.dataset,
+            own, config,
         )  # fmt: skip
     broadcast_object_list(found)
     return found[0]

@@ -166,6 +166,19 @@ class Utility:
 
 
 @dataclass(frozen=True)
+class Similarity:
+    """How near a model finds images to their captions; see `distill.metrics.image_text.similarity`. real: of the real images of
+    these captions, or of others where the images are another tool's."""
+
+    own: AnyEstimate
+    adds: AnyEstimate
+    real: AnyEstimate
+    real_adds: AnyEstimate
+    images: int
+    model: str
+
+
+@dataclass(frozen=True)
 class Kept:
     """The look whose weights are exported, by the rule of the option keep. value: of what the rule names."""
 
@@ -223,6 +236,7 @@ class Arm:
     per_seed: Mapping[str, Mapping[str, float | None]] | None = None
     memorization: Memorization | None = None
     utility: Utility | None = None
+    similarity: Similarity | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -235,7 +249,7 @@ class Arm:
     def estimate(self, key: str) -> Estimate:
         """`key` as in `paired`: "word.auc", "quality.fid"."""
         part, name = key.split(".")
-        found = getattr(self if part in ("quality", "utility") else self.localization, part, None)
+        found = getattr(self if part in ("quality", "utility", "similarity") else self.localization, part, None)
         estimate: Estimate = getattr(found, name, Estimate())
         return estimate
 

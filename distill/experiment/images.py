@@ -15,6 +15,7 @@ from distill.evaluation.evaluate import evaluation_order, finite, real_images
 from distill.evaluation.fidelity import compare
 from distill.evaluation.images import save_png
 from distill.evaluation.memorization import memorization
+from distill.evaluation.similarity import image_text_similarity
 from distill.evaluation.utility import Task
 from distill.experiment.run import Run
 from distill.files import JsonObject
@@ -61,7 +62,7 @@ def read_images(folder: Path, resolution: int, fit: Fit = "crop") -> RecordDatas
 
 
 def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
-    """The entry of metrics.json of `images`: quality and, if asked for, memorization and utility. It has no localization.
+    """The entry of metrics.json of `images`: each part that is asked for, but localization.
 
     FID and the others compare all images with evaluation.generated_images held-out ones. In memorization each image is
     compared with all held-out images: which of them had its caption is not known.
@@ -94,5 +95,12 @@ def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
         )  # fmt: skip
     unknown = dict.fromkeys(("train_seconds", "steps", "trainable_parameters"))
     cost = {"peak_memory_gb": peak_memory_gb(), "evaluation_seconds": time.perf_counter() - began}
+    if "similarity" in config.parts:
+        captions = [images.caption(k) for k in rows]
+        own = evaluation_order(run.test, run.examples, config.generated_images)
+        assert against.image_text is not None
+        entry["similarity"] = image_text_similarity(
+            against.image_text.to(accelerator.device), lambda k: images[k].pixel_values, captions, run.test, own, config
+        )
     returned: JsonObject = finite(entry | {"cost": unknown | cost})
     return returned

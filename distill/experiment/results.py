@@ -37,13 +37,14 @@ from distill.report import (
     write_report,
 )
 
-PARTS = ("localization", "quality", "memorization", "utility")
+PARTS = ("localization", "quality", "memorization", "utility", "similarity")
 """Parts of an evaluation, as entries of metrics.json."""
 FILES = {
     "localization": ("pairs.jsonl", "maps.safetensors", "word_maps.safetensors"),
     "quality": ("features.safetensors", "samples/*.png"),
     "memorization": ("memorization.jsonl", "memorization/*.png"),
     "utility": (),
+    "similarity": (),
 }
 """Part -> what it leaves in the arm's folder, from which numbers and report are made."""
 

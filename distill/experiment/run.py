@@ -40,6 +40,7 @@ from distill.memory import keep_freed_memory
 from distill.methods import method_of
 from distill.methods.attention_distillation import check_same_shape
 from distill.metrics.features import Features, load_features
+from distill.metrics.image_text import ImageText
 from distill.models import Model, load_model
 from distill.models.adapters import check_lora_targets, lora_targets, parameter_counts
 from distill.models.loading import LORA_FILE
@@ -168,6 +169,7 @@ def open_run(
     _balance(opened)
     if "quality" in evaluation.parts or looks_for_copies:
         opened.features = load_features(evaluation.features, phantom_data=isinstance(config.data, PhantomData))
+    image_text = ImageText(Path(evaluation.image_text_model)) if evaluation.image_text_model else None
     _check_keep(opened)
     _say_what_runs(opened, model, no_prior)
     opened.examples = example_images(test, model, evaluation, accelerator)
@@ -177,7 +179,7 @@ def open_run(
         tokens = Tokenizers(model.tokenizers, model.caption_chunks)  # not the model, whose weights would stay in memory
         opened.make_against = partial(
             held_out, test, tokens, evaluation, opened.features, accelerator=accelerator, run_dir=folder,
-            training=prior, copied_from=train,
+            training=prior, copied_from=train, image_text=image_text,
         )  # fmt: skip
         # Last, so that a configuration that is refused does not claim the folder.
         if accelerator.is_main_process:

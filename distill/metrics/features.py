@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, ResNetForImageClassification
+from transformers import AutoModel, PreTrainedModel, ResNetForImageClassification
 
 from distill.errors import UserError
 
@@ -101,58 +101,8 @@ class XrvFeatures(Features):
         return self.model.features2(gray), self.model(gray)
 
 
-class FolderFeatures(Features):
-    """The pooled output, else the class token, of a vision model of transformers in a local folder, such as RadDINO.
-
-    Images are resized and normalized as preprocessor_config.json says. Nothing is fetched, and no code of the folder is run.
-    Raises UserError for a folder that does not hold all of a vision model.
-    """
-
-    mean: Tensor
-    std: Tensor
-    side_px: Tensor
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__()
-        self.name = folder.resolve().name
-        side, mean, std = _preprocessing(folder)
-        # Buffers, so that they are part of the hash of the extractor.
-        for name, value in (("mean", mean), ("std", std), ("side_px", side)):
-            self.register_buffer(name, torch.tensor(value))
-        self.resize = f"{side} px, bicubic with antialiasing"
-        try:
-            model, loaded = AutoModel.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
-                output_loading_info=True,
-            )  # fmt: skip
-        except Exception as error:  # a config.json can make it raise anything
-            raise _unusable(folder, f"transformers cannot load it: {_first_line(error)}") from error
-        if model.main_input_name != "pixel_values":
-            raise _unusable(folder, f"{type(model).__name__} reads {model.main_input_name}, and not images alone")
-        without_pooler = {key for key in loaded["missing_keys"] if not key.startswith("pooler.")}
-        if without_pooler or loaded["mismatched_keys"]:
-            raise _unusable(folder, f"its weights lack {min(without_pooler, default='some shapes of the config')}")
-        self.model, self.config, self.has_pooler = model.eval(), model.config, not loaded["missing_keys"]
-        try:
-            with torch.no_grad():
-                self(torch.zeros(1, 3, side, side))
-        except (ValueError, RuntimeError, AttributeError, TypeError) as error:
-            raise _unusable(folder, f"it takes no image of {side} px: {_first_line(error)}") from error
-
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
-        shape = (int(self.side_px),) * 2
-        pixels = F.interpolate((images.clamp(-1, 1) + 1) / 2, size=shape, mode="bicubic", antialias=True).clamp(0, 1)
-        found = self.model(pixel_values=(pixels - self.mean.view(1, 3, 1, 1)) / self.std.view(1, 3, 1, 1))
-        pooled = getattr(found, "pooler_output", None) if self.has_pooler else None
-        if pooled is None and found.last_hidden_state.ndim != 3:
-            raise ValueError(
-                f"its output is {tuple(found.last_hidden_state.shape)}, and no sequence with a class token"
-            )
-        return (found.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1), None
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0] or type(error).__name__
+Refusal = Callable[[Path, str], UserError]
+"""(folder, reason) -> the error that says what would be right."""
 
 
 def _unusable(folder: Path, reason: str) -> UserError:
@@ -162,15 +112,55 @@ def _unusable(folder: Path, reason: str) -> UserError:
     )
 
 
-def _preprocessing(folder: Path) -> tuple[int, list[float], list[float]]:
-    """Side in pixels, and mean and standard deviation of each channel. Raises UserError where the folder does not say."""
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+class Preprocessing(nn.Module):
+    """(batch, 3, height, width) in [-1, 1] -> the pixels that a model of transformers reads, as its folder says: resized to a
+    square, and normalized. Raises what `refuse` gives where the folder does not say how."""
+
+    mean: Tensor
+    std: Tensor
+    side_px: Tensor
+
+    def __init__(self, folder: Path, refuse: Refusal) -> None:
+        super().__init__()
+        side, mean, std = _read_preprocessing(folder, refuse)
+        # Buffers, so that they are part of the hash of the extractor.
+        for name, value in (("mean", mean), ("std", std), ("side_px", side)):
+            self.register_buffer(name, torch.tensor(value))
+
+    def forward(self, images: Tensor) -> Tensor:
+        shape = (int(self.side_px),) * 2
+        pixels = F.interpolate((images.clamp(-1, 1) + 1) / 2, size=shape, mode="bicubic", antialias=True).clamp(0, 1)
+        return (pixels - self.mean.view(1, 3, 1, 1)) / self.std.view(1, 3, 1, 1)
+
+
+def load_folder(folder: Path, refuse: Refusal) -> tuple[PreTrainedModel, set[str]]:
+    """A model of transformers, in float32, and the names of weights that the folder lacks. Nothing is fetched, and no code of
+    the folder is run."""
+    try:
+        model, loaded = AutoModel.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
+            output_loading_info=True,
+        )  # fmt: skip
+    except Exception as error:  # a config.json can make it raise anything
+        raise refuse(folder, f"transformers cannot load it: {_first_line(error)}") from error
+    if loaded["mismatched_keys"]:
+        raise refuse(folder, "its weights lack some shapes of the config")
+    return model, set(loaded["missing_keys"])
+
+
+def _read_preprocessing(folder: Path, refuse: Refusal) -> tuple[int, list[float], list[float]]:
+    """Side in pixels, and mean and standard deviation of each channel."""
     if not folder.is_dir():
-        raise _unusable(folder, "it is a file" if folder.exists() else "there is no such folder")
+        raise refuse(folder, "it is a file" if folder.exists() else "there is no such folder")
     path = folder / "preprocessor_config.json"
     # An adapter would name another model, anywhere.
     missing = [name for name in ("config.json", path.name) if not (folder / name).is_file()]
     if missing or not list(folder.glob("*.safetensors")) or (folder / "adapter_config.json").exists():
-        raise _unusable(folder, f"it has no {' and no '.join(missing) or 'whole model as *.safetensors'}")
+        raise refuse(folder, f"it has no {' and no '.join(missing) or 'whole model as *.safetensors'}")
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         size = said.get("crop_size") if said.get("do_center_crop") else None
@@ -182,8 +172,44 @@ def _preprocessing(folder: Path) -> tuple[int, list[float], list[float]]:
         if not (8 <= side <= 4096 and len(mean) == len(std) == 3 and min(std) > 0):
             raise ValueError(f"size {side}, image_mean {mean}, image_std {std}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _unusable(folder, f"{path.name} does not say size, image_mean and image_std ({error!r})") from error
+        raise refuse(folder, f"{path.name} does not say size, image_mean and image_std ({error!r})") from error
     return side, mean, std
+
+
+class FolderFeatures(Features):
+    """The pooled output, else the class token, of a vision model of transformers in a local folder, such as RadDINO.
+
+    Images are resized and normalized as preprocessor_config.json says. Nothing is fetched, and no code of the folder is run.
+    Raises UserError for a folder that does not hold all of a vision model.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.name = folder.resolve().name
+        self.prepare = Preprocessing(folder, _unusable)
+        side = int(self.prepare.side_px)
+        self.resize = f"{side} px, bicubic with antialiasing"
+        model, missing = load_folder(folder, _unusable)
+        if model.main_input_name != "pixel_values":
+            raise _unusable(folder, f"{type(model).__name__} reads {model.main_input_name}, and not images alone")
+        without_pooler = {key for key in missing if not key.startswith("pooler.")}
+        if without_pooler:
+            raise _unusable(folder, f"its weights lack {min(without_pooler)}")
+        self.model, self.config, self.has_pooler = model.eval(), model.config, not missing
+        try:
+            with torch.no_grad():
+                self(torch.zeros(1, 3, side, side))
+        except (ValueError, RuntimeError, AttributeError, TypeError) as error:
+            raise _unusable(folder, f"it takes no image of {side} px: {_first_line(error)}") from error
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        found = self.model(pixel_values=self.prepare(images))
+        pooled = getattr(found, "pooler_output", None) if self.has_pooler else None
+        if pooled is None and found.last_hidden_state.ndim != 3:
+            raise ValueError(
+                f"its output is {tuple(found.last_hidden_state.shape)}, and no sequence with a class token"
+            )
+        return (found.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1), None
 
 
 EXTRACTORS: dict[str, type[Features]] = {

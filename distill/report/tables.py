@@ -60,13 +60,16 @@ UNNAMED = Metric("quality.finding_auc_unmentioned", "finding AUC, unnamed", 1, "
 UTILITY = Metric("utility.generated", "utility", 1, "AUC on real images of a classifier trained on generated ones.")
 UTILITY_GAIN = Metric("utility.generated_minus_real", "utility, over real", 1, "Utility minus that of real images.")
 BOTH_GAIN = Metric("utility.both_minus_real", "utility, both over real", 1, "The same of real and generated images.")
+COSINE = Metric("similarity.own", "image-text similarity", 1, "100 cos of an image and its caption.", unit=False)
+CAPTION_ADDS = Metric("similarity.adds", "caption adds", 1, "The same, minus that of other captions.", unit=False)
 DIVERSITY = Metric("quality.diversity", "diversity", 0, "How much images of one caption differ, 1 - MS-SSIM.")
 EACH_FINDING = (WORD_AUC, KID, DENSITY, COVERAGE, FINDING_AUC)
 OF_FINDINGS = f"Few images give a wide margin. Quality needs {FEWEST_IMAGES} generated and real images of a finding."
 COST = "Images through a denoiser, forward 1 and backward 2, teachers and their training included, over the baseline's."
 MAIN = (WORD_AUC, IMAGE_ADDS, OTHER, CNR, TOP1, IOU, EOS_AUC, PADDING_AUC, FID, KID, FINDING_AUC, UTILITY, DIVERSITY)
 CAUSAL = (CAUSAL_ENCODER, CAUSAL_ENCODER_ADDS, CAUSAL_DENOISER, CAUSAL_DENOISER_ADDS)
-DETAILS = (WITHIN_PRIOR, *CAUSAL, PRECISION, RECALL, DENSITY, COVERAGE, NEGATED, UNNAMED, UTILITY_GAIN, BOTH_GAIN)
+DETAILS = (WITHIN_PRIOR, *CAUSAL, PRECISION, RECALL, DENSITY, COVERAGE, NEGATED, UNNAMED, UTILITY_GAIN, BOTH_GAIN,
+           COSINE, CAPTION_ADDS)  # fmt: skip
 """Shown in tables of their own."""
 METRICS = (*MAIN, *DETAILS)
 
