@@ -18,6 +18,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from fitting import CHECKPOINT_FILES
+from pair import in_two_processes
 from PIL import Image
 from recipe import recipe_module, refusal_of
 from rich.console import Console
@@ -695,6 +696,19 @@ def test_the_first_line_says_how_many_captions_are_cut(
 
 
 # --- dry runs -------------------------------------------------------------------------------------------------------
+
+
+def _dry_run(rank: int, name: str, argv: list[str], folder: str) -> None:
+    os.chdir(folder)
+    run(name, argv)
+
+
+@pytest.mark.parametrize("name", ["evaluate", "finetune"])
+def test_two_processes_end_a_dry_run_together(name: str, work: Path, tmp_path: Path) -> None:
+    argv = ["--base.name", str(work / "sd"), "--output_dir", "run", "--dry_run", "true", *PHANTOM, *EVALUATION]
+    argv += [] if name == "evaluate" else ["--data.train_size", "6", "--trainer.batch_size", "2"]
+    in_two_processes(_dry_run, name, argv, str(tmp_path))
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("name", CLASSES)

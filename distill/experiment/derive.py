@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-
-from accelerate.utils import broadcast_object_list
 
 from distill.config import BaseConfig, RunConfig
 from distill.errors import UserError
+from distill.experiment.folder import scratch_folder
 from distill.experiment.run import claim, quiet_libraries
 from distill.files import whole_folder, write_json
 from distill.models import Model, load_model
@@ -37,25 +35,22 @@ def derived_base(
     state, folder = process_state(), Path(config.output_dir)
     if not config.dry_run:
         claim(folder, config)
-    scratch = [tempfile.mkdtemp() if config.dry_run and state.is_main_process else None]
-    broadcast_object_list(scratch)
-    path = Path(scratch[0] or folder) / name
     started = (folder / "config.yaml").exists()
-    state.wait_for_everyone()
-    try:
-        with state.main_process_first():
-            if state.is_main_process and not started:
-                shutil.rmtree(path, ignore_errors=True)  # of a command that was killed, perhaps with other options
-            if not path.exists():
-                _write(config.base, run, path, change)
-        own = {"name": str(path), "single_file_config": None, "revision": None, "variant": None}
-        yield config.base.model_copy(update=own)
+    with scratch_folder() if config.dry_run else nullcontext(folder) as parent:
+        path = parent / name
         state.wait_for_everyone()
-    finally:
-        if state.is_main_process and scratch[0]:
-            shutil.rmtree(scratch[0], ignore_errors=True)
-        elif state.is_main_process and not (folder / "config.yaml").exists():
-            shutil.rmtree(path, ignore_errors=True)
+        try:
+            with state.main_process_first():
+                if state.is_main_process and not started:
+                    shutil.rmtree(path, ignore_errors=True)  # of a command that was killed, perhaps with other options
+                if not path.exists():
+                    _write(config.base, run, path, change)
+            own = {"name": str(path), "single_file_config": None, "revision": None, "variant": None}
+            yield config.base.model_copy(update=own)
+            state.wait_for_everyone()
+        finally:
+            if state.is_main_process and not (folder / "config.yaml").exists():
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def whole(base: BaseConfig, run: str | None) -> Model:

@@ -6,10 +6,13 @@ import fcntl
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from accelerate.utils import broadcast_object_list
 
 from distill.errors import UserError
 from distill.processes import process_state
@@ -57,6 +60,20 @@ def held(folder: Path, *, shared: bool = False, write: bool = True) -> Iterator[
             raise
     finally:
         os.close(lock)
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A folder that all processes of a launch share; it is removed at the end. All processes must call this."""
+    state = process_state()
+    made: list[str] = [tempfile.mkdtemp() if state.is_main_process else ""]
+    broadcast_object_list(made)
+    try:
+        yield Path(made[0])
+        state.wait_for_everyone()
+    finally:
+        if state.is_main_process:
+            shutil.rmtree(made[0], ignore_errors=True)
 
 
 def _acquire(lock: int, folder: Path, *, shared: bool) -> None:

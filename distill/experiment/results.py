@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from distill.evaluation.localization import localization
 from distill.evaluation.results import parse_metrics
 from distill.evaluation.seeds import Resampled
 from distill.experiment.arms import settings_of
+from distill.experiment.folder import scratch_folder
 from distill.experiment.run import Run
 from distill.files import JsonObject, provenance, read_json, write_json
 from distill.memory import peak_memory_gb, peak_of_process_gb, reset_peak_memory
@@ -259,9 +259,9 @@ def dry_run_evaluation(run: Run, folder: str | None) -> None:
     few = c.model_copy(update=change)
     model = load_model(config.base, folder).to(accelerator.device).freeze()
     fewer_bits(model, c.dtype, c.quantization)
-    with tempfile.TemporaryDirectory() as scratch:
-        against = held_out(run.test, model, few, None, accelerator=accelerator, run_dir=Path(scratch))
-        shared: dict[str, Any] = {"accelerator": accelerator, "arm_dir": Path(scratch), "label": "dry run"}
+    with scratch_folder() as scratch:
+        against = held_out(run.test, model, few, None, accelerator=accelerator, run_dir=scratch)
+        shared: dict[str, Any] = {"accelerator": accelerator, "arm_dir": scratch, "label": "dry run"}
         began = time.perf_counter()
         localization(model, run.test, few, **shared)
         maps = (time.perf_counter() - began) / min(c.batch_size, len(run.test))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
@@ -34,6 +33,7 @@ from distill.evaluation.results import Kept
 from distill.evaluation.validation import LOG, SCORES, Looks, write_look
 from distill.experiment.arms import BASE, Arm
 from distill.experiment.cost import ForwardPasses, training_passes, with_teachers
+from distill.experiment.folder import scratch_folder
 from distill.experiment.gate_looks import GateLooks, Look
 from distill.experiment.run import Run
 from distill.files import JsonObject, read_json, write_json
@@ -441,8 +441,8 @@ def dry_run(run: Run) -> None:
     """Resolved configuration, parameter counts, and estimates from one real step of each arm. Writes nothing that stays."""
     run.say(to_yaml(run.config))
     for arm in run.arms.values():
-        with tempfile.TemporaryDirectory() as scratch:
-            model, one, _, _ = fit_arm(run, arm, Path(scratch))
+        with scratch_folder() as scratch:
+            model, one, _, _ = fit_arm(run, arm, scratch)
         total, trainable = parameter_counts(model.denoiser)
         counts = [parameter_counts(encoder) for encoder in model.text_encoders]
         steps = arm.trainer.max_steps
