@@ -239,7 +239,7 @@ def test_the_method_locks_at_set_up_and_gives_stock_modules_back(trained: str, t
         asked.append(count)
         return CAPTIONS
 
-    method = method_of(KeyLockOptions(), NO_DROPOUT)
+    method = method_of(KeyLockOptions(locked_tokens="all"), NO_DROPOUT)
     method.setup(student, context_of(log_dir=tmp_path, say=said.append, captions=captions))
     (locked,) = method.text_encoders
     assert isinstance(locked, KeyLockedTextEncoder) and locked.trained is encoder and method.trains_text
@@ -260,7 +260,7 @@ def test_the_method_locks_at_set_up_and_gives_stock_modules_back(trained: str, t
 def test_a_dry_run_releases_without_a_merge(tmp_path: Path) -> None:
     student = prepared()
     encoder, weights = student.text_encoders[0], copy.deepcopy(student.denoiser.state_dict())
-    method = method_of(KeyLockOptions(), NO_DROPOUT)
+    method = method_of(KeyLockOptions(locked_tokens="all"), NO_DROPOUT)
     method.setup(student, context_of(log_dir=tmp_path, dry_run=True))
     disturb(student)
     assert method.finish() == {} and student.text_encoders == [encoder] and list(tmp_path.iterdir()) == []
@@ -269,7 +269,7 @@ def test_a_dry_run_releases_without_a_merge(tmp_path: Path) -> None:
 
 def test_copies_that_keys_see_are_of_the_frozen_type(tmp_path: Path) -> None:
     student = prepared()
-    method = method_of(KeyLockOptions(), NO_DROPOUT)
+    method = method_of(KeyLockOptions(locked_tokens="all"), NO_DROPOUT)
     method.setup(student, context_of(frozen_dtype=torch.bfloat16, dry_run=True))
     locked: Any = method.text_encoders[0]
     assert {p.dtype for p in locked.frozen.parameters()} == {torch.bfloat16}
@@ -286,7 +286,7 @@ def test_a_merge_that_is_worse_than_none_is_said(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("distill.methods.key_lock.merge_keys", bad)
     said: list[str] = []
-    method = method_of(KeyLockOptions(), NO_DROPOUT)
+    method = method_of(KeyLockOptions(locked_tokens="all"), NO_DROPOUT)
     method.setup(prepared(), context_of(log_dir=tmp_path, say=said.append))
     method.finish()
     assert said[1].startswith("warning: for eos the merge is worse than none")
@@ -364,7 +364,9 @@ def test_a_lock_of_some_layers_and_tokens_exports_stock(trained: Any, tokens: An
 
 def test_released_keys_pass_over_to_the_trained_encoder_and_need_no_merge(tmp_path: Path) -> None:
     student, said = prepared(tiny_sd), []
-    method: Any = method_of(KeyLockOptions(release_after_steps=2, release_over_steps=4), NO_DROPOUT)
+    method: Any = method_of(
+        KeyLockOptions(locked_tokens="all", release_after_steps=2, release_over_steps=4), NO_DROPOUT
+    )
     method.setup(student, context_of(log_dir=tmp_path, say=said.append))
     _, keys, _ = seen(student)
     disturb(student)
@@ -385,12 +387,17 @@ def test_released_keys_pass_over_to_the_trained_encoder_and_need_no_merge(tmp_pa
 
 def test_a_checkpoint_knows_how_far_the_keys_are_released(tmp_path: Path) -> None:
     """After a kill between the last step and the export no step says it, and the merge depends on it."""
-    method, other = (method_of(KeyLockOptions(release_after_steps=1), NO_DROPOUT) for _ in range(2))
+    method, other = (
+        method_of(KeyLockOptions(locked_tokens="all", release_after_steps=1), NO_DROPOUT) for _ in range(2)
+    )
     for one in (method, other):
         one.setup(prepared(), context_of(dry_run=True))
     method(batch_of(method.student), shared_generator(0, 0, 0, 1, step=51))
     other.load_state(method.state())
-    assert other.text_encoders[0].unlocked == 0.5 and method_of(KeyLockOptions(), NO_DROPOUT).state() == {}
+    assert (
+        other.text_encoders[0].unlocked == 0.5
+        and method_of(KeyLockOptions(locked_tokens="all"), NO_DROPOUT).state() == {}
+    )
 
 
 def test_labels_at_random_places_train_with_locked_keys(tmp_path: Path) -> None:
@@ -400,7 +407,7 @@ def test_labels_at_random_places_train_with_locked_keys(tmp_path: Path) -> None:
     plain, inserted = (batch_of(prepared(), rows, denoising=one) for one in (NO_DROPOUT, denoising))
     assert not torch.equal(tokens_of(plain), tokens_of(inserted))
     student = prepared()
-    method = method_of(KeyLockOptions(), denoising)
+    method = method_of(KeyLockOptions(locked_tokens="all"), denoising)
     captions = [training_caption(phantoms(), i, denoising) for i in rows]
     method.setup(student, context_of(log_dir=tmp_path, captions=lambda count: captions))
     method.train()(inserted, generator())["loss"].backward()

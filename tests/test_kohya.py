@@ -154,7 +154,7 @@ def test_adapters_of_locked_keys_have_their_own_rank_and_alpha(tmp_path: Path) -
     """key_lock widens the adapters of to_k by a merge whose scale is 1."""
     torch.manual_seed(0)
     student = prepared(tiny_sd, "lora", "lora")
-    method = method_of(KeyLockOptions(), NO_DROPOUT)
+    method = method_of(KeyLockOptions(locked_tokens="all"), NO_DROPOUT)
     method.setup(student, context_of(log_dir=tmp_path))
     for name, parameter in method.named_parameters():
         if "lora_" in name and "frozen" not in name:

@@ -570,7 +570,18 @@ def test_locked_keys_in_half_precision_and_a_merge_that_is_worse_than_none(
 
     monkeypatch.setattr(key_lock, "merge_keys", worse_than_none)
     argv = ["--base.name", str(work / "sd"), "--data.cache_dir", str(work / "cache"), *TRAINING, "--denoiser", "full"]
-    argv += ["--text_encoder", "full", "--method.kind", "key_lock", "--base.frozen_dtype", "bf16", "--seed", "3"]
+    argv += [
+        "--text_encoder",
+        "full",
+        "--method.kind",
+        "key_lock",
+        "--method.locked_tokens",
+        "all",
+        "--base.frozen_dtype",
+        "bf16",
+        "--seed",
+        "3",
+    ]
     run("finetune", [*argv, "--trainer.mixed_precision", "bf16", "--output_dir", str(tmp_path / "half")])
     assert "for eos the merge is worse than none" in capsys.readouterr().out
     assert json.loads((tmp_path / "half/model/key_lock.json").read_text(encoding="utf-8"))["r2"]["eos"] == 0.2

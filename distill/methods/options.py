@@ -152,7 +152,7 @@ class KeyLockOptions(Options):
     """What is minimized."""
     locked_layers: Texts = ()
     """Prefixes of the cross-attention layers whose keys are locked. Empty locks all."""
-    locked_tokens: LockedTokens = "all"
+    locked_tokens: LockedTokens = "words"
     """Tokens whose keys are locked: words (BOS included), tail (EOS and padding), or all."""
     release_after_steps: Count | None = None
     """Let the keys pass over to the trained encoder after this many steps. None keeps them locked."""
