@@ -112,7 +112,7 @@ def _unusable(folder: Path, reason: str) -> UserError:
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
 
 
@@ -146,7 +146,7 @@ def load_folder(folder: Path, refuse: Refusal) -> tuple[PreTrainedModel, set[str
             output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # a config.json can make it raise anything
-        raise refuse(folder, f"transformers cannot load it: {_first_line(error)}") from error
+        raise refuse(folder, f"transformers cannot load it: {first_line(error)}") from error
     if loaded["mismatched_keys"]:
         raise refuse(folder, "its weights lack some shapes of the config")
     return model, set(loaded["missing_keys"])
@@ -200,7 +200,7 @@ class FolderFeatures(Features):
             with torch.no_grad():
                 self(torch.zeros(1, 3, side, side))
         except (ValueError, RuntimeError, AttributeError, TypeError) as error:
-            raise _unusable(folder, f"it takes no image of {side} px: {_first_line(error)}") from error
+            raise _unusable(folder, f"it takes no image of {side} px: {first_line(error)}") from error
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         found = self.model(pixel_values=self.prepare(images))

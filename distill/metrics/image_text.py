@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distill.errors import UserError
 from distill.metrics.bootstrap import percentile_interval, resample_counts
-from distill.metrics.features import Preprocessing, load_folder
+from distill.metrics.features import Preprocessing, first_line, load_folder
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -56,8 +56,7 @@ class ImageText(nn.Module):
             side = int(self.prepare.side_px)
             self(torch.zeros(1, 3, side, side), ["a"])
         except Exception as error:  # a damaged tokenizer can make it raise anything
-            reason = str(error).partition("\n")[0]
-            raise _unusable(folder, f"it takes no image with a text: {reason}") from error
+            raise _unusable(folder, f"it takes no image with a text: {first_line(error)}") from error
 
     @torch.no_grad()
     def forward(self, images: Tensor, captions: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -73,8 +73,7 @@ def tradeoff_charts(results: Results, chosen: str | None) -> list[Picture]:
 
         def draw(axes: Axes, points: Any = points, metric: Any = metric) -> None:
             for place, (arm, pair) in enumerate(points.items()):
-                style = marker(place) | {"color": _colour(list(results.arms), arm), "label": arm}
-                with_bars(axes, [pair], style)
+                with_bars(axes, [pair], marker(place) | {"color": _colour(list(results.arms), arm), "label": arm})
                 if arm == chosen:
                     axes.plot(*(e.value for e in pair), "o", ms=17, mfc="none", mec=_INK, mew=1.6)
             axes.set_xlabel("word AUC (localization, right is better)")

@@ -58,18 +58,17 @@ FINDING_AUC = Metric("quality.finding_auc", "finding AUC", 1, _FINDING)
 NEGATED = Metric("quality.finding_auc_negated", "finding AUC, negated", 1, "The same against captions that negate it.")
 UNNAMED = Metric("quality.finding_auc_unmentioned", "finding AUC, unnamed", 1, "The same against captions without it.")
 UTILITY = Metric("utility.generated", "utility", 1, "AUC on real images of a classifier trained on generated ones.")
-UTILITY_GAIN = Metric("utility.generated_minus_real", "utility, over real", 1, "Utility minus that of real images.")
-BOTH_GAIN = Metric("utility.both_minus_real", "utility, both over real", 1, "The same of real and generated images.")
-COSINE = Metric("similarity.own", "image-text similarity", 1, "100 cos of an image and its caption.", unit=False)
-CAPTION_ADDS = Metric("similarity.adds", "caption adds", 1, "The same, minus that of other captions.", unit=False)
+FURTHER = (Metric("utility.generated_minus_real", "utility, over real", 1, "Utility minus that of real images."),
+           Metric("utility.both_minus_real", "utility, both over real", 1, "The same of real and generated images."),
+           Metric("similarity.own", "image-text similarity", 1, "100 cos of an image and its caption.", unit=False),
+           Metric("similarity.adds", "caption adds", 1, "The same, minus that of other captions.", unit=False))  # fmt: skip
 DIVERSITY = Metric("quality.diversity", "diversity", 0, "How much images of one caption differ, 1 - MS-SSIM.")
 EACH_FINDING = (WORD_AUC, KID, DENSITY, COVERAGE, FINDING_AUC)
 OF_FINDINGS = f"Few images give a wide margin. Quality needs {FEWEST_IMAGES} generated and real images of a finding."
 COST = "Images through a denoiser, forward 1 and backward 2, teachers and their training included, over the baseline's."
 MAIN = (WORD_AUC, IMAGE_ADDS, OTHER, CNR, TOP1, IOU, EOS_AUC, PADDING_AUC, FID, KID, FINDING_AUC, UTILITY, DIVERSITY)
 CAUSAL = (CAUSAL_ENCODER, CAUSAL_ENCODER_ADDS, CAUSAL_DENOISER, CAUSAL_DENOISER_ADDS)
-DETAILS = (WITHIN_PRIOR, *CAUSAL, PRECISION, RECALL, DENSITY, COVERAGE, NEGATED, UNNAMED, UTILITY_GAIN, BOTH_GAIN,
-           COSINE, CAPTION_ADDS)  # fmt: skip
+DETAILS = (WITHIN_PRIOR, *CAUSAL, PRECISION, RECALL, DENSITY, COVERAGE, NEGATED, UNNAMED, *FURTHER)
 """Shown in tables of their own."""
 METRICS = (*MAIN, *DETAILS)
 
@@ -194,8 +193,7 @@ def finding_table(results: Results, metric: Metric = WORD_AUC) -> Table | None:
 
 def mass_table(results: Results) -> Table | None:
     """The parts of attention that each arm spends on BOS, words, EOS and padding; None where no arm has any."""
-    masses = {name: arm.localization.mass for name, arm in results.arms.items() if arm.localization}
-    found = {name: mass for name, mass in masses.items() if mass}
+    found = {name: x.localization.mass for name, x in results.arms.items() if x.localization and x.localization.mass}
     parts = list(next(iter(found.values()), ()))
     rows = [[a, *(UNKNOWN if v is None else format_number(v, 3) for v in mass.values())] for a, mass in found.items()]
     return Table(["attention mass", *parts], rows, "numbers", "attention mass") if rows else None
