@@ -117,6 +117,8 @@ def test_what_cannot_be_compared_is_refused(images: torch.Tensor, texts: torch.T
         (lambda folder: (folder / "tokenizer.json").write_text("{}"), "it takes no image with a text"),
         (lambda folder: (folder / "model.safetensors").write_bytes(b"no"), "transformers cannot load it"),
         (changed_config(model_type="of its own", auto_map={"AutoModel": "code.Model"}), "transformers cannot load it"),
+        (changed_config(vision_config={**SHAPE, "num_hidden_layers": 2, "image_size": 28, "patch_size": 14}),
+         "its weights lack vision_model"),
         (changed_config(projection_dim=9), "transformers cannot load it|its weights lack"),
         (lambda folder: save_vision_model(folder), "Dinov2Model does not compare images with texts"),
     ],
@@ -143,6 +145,9 @@ def test_the_recipe_measures_similarity_and_keeps_it(
     assert "give both a model" in refusal_of(recipe.evaluate, recipe.EvaluateConfig, argv_of(tmp_path), capsys)
     option = ["--evaluation.image_text_model", str(save_model(tmp_path / "clip"))]
     argv = argv_of(tmp_path, *option)
+    assert "give both a model" in refusal_of(
+        recipe.evaluate, recipe.EvaluateConfig, evaluate_argv(tmp_path, *option), capsys
+    )
     monkeypatch.setattr(module, "generate", drawing(HELD_OUT))
     recipe.evaluate(parse(recipe.EvaluateConfig, argv))
     found = json.loads((tmp_path / "out/metrics.json").read_text())["arms"]["base"]["similarity"]
@@ -175,6 +180,7 @@ def test_images_and_real_images_each_have_their_own_captions(tmp_path: Path) -> 
         right = similarity(*both, texts, 20, config.seed)
         assert found[name] == pytest.approx(right["own"], abs=1e-4), name
         assert found[adds] == pytest.approx(right["adds"], abs=1e-4), adds
+        assert found[f"{name}_ci"] == pytest.approx(right["own_ci"], abs=1e-4), name
     assert found["images"] == 5 and found["own"] != found["real"]
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -715,11 +716,17 @@ def _dry_run(rank: int, name: str, argv: list[str], folder: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["evaluate", "finetune"])
-def test_two_processes_end_a_dry_run_together(name: str, work: Path, tmp_path: Path) -> None:
+def test_two_processes_end_a_dry_run_together(
+    name: str, work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, scratch = tmp_path / "here", tmp_path / "scratch"
+    here.mkdir()
+    scratch.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(scratch))
     argv = ["--base.name", str(work / "sd"), "--output_dir", "run", "--dry_run", "true", *PHANTOM, *EVALUATION]
     argv += [] if name == "evaluate" else ["--data.train_size", "6", "--trainer.batch_size", "2"]
-    in_two_processes(_dry_run, name, argv, str(tmp_path))
-    assert list(tmp_path.iterdir()) == []
+    in_two_processes(_dry_run, name, argv, str(here))
+    assert [*here.iterdir(), *scratch.iterdir()] == []
 
 
 @pytest.mark.parametrize("name", CLASSES)

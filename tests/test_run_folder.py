@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -162,12 +163,16 @@ def test_all_ranks_of_a_launch_are_one(tmp_path: Path, monkeypatch: pytest.Monke
     end(other)
 
 
-def test_launches_that_share_a_folder_refuse_one_that_does_not(tmp_path: Path) -> None:
+def test_launches_that_share_a_folder_refuse_one_that_does_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once: it need not wait for one that tidies."""
     other = other_launch(tmp_path, "shared")
     with held(tmp_path, shared=True):
         pass
+    waits: list[float] = []
+    monkeypatch.setattr(folder_module, "time", SimpleNamespace(monotonic=time.monotonic, sleep=waits.append))
     with pytest.raises(UserError, match="another launch"), held(tmp_path):
         pass
+    assert not waits
     end(other)
 
 

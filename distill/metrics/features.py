@@ -147,8 +147,6 @@ def load_folder(folder: Path, refuse: Refusal) -> tuple[PreTrainedModel, set[str
         )  # fmt: skip
     except Exception as error:  # a config.json can make it raise anything
         raise refuse(folder, f"transformers cannot load it: {first_line(error)}") from error
-    if loaded["mismatched_keys"]:
-        raise refuse(folder, "its weights lack some shapes of the config")
     return model, set(loaded["missing_keys"])
 
 
