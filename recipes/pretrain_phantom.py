@@ -14,7 +14,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, model_validator
 
 from distill.cli import main, to_yaml
 from distill.config import LayerEvaluation, TrainerConfig
@@ -27,6 +27,7 @@ Stage = Literal[
     "pictures", "tokenizer", "text_encoder", "vae", "unet", "unet_longer", "unet_clear", "classifier",
     "picture_classifier", "record",
 ]  # fmt: skip
+Channels = Annotated[int, Field(ge=8, le=4096, multiple_of=8)]
 TRAINED = ("text_encoder", "vae", "unet", "unet_longer", "unet_clear", "classifier", "picture_classifier")
 """Stages with a training loop."""
 
@@ -63,6 +64,10 @@ class PretrainConfig(Settings):
     """U-Net, beside the trained text encoder and VAE."""
     unet_text_encoder: Literal["frozen", "full"] = "frozen"
     """Text encoder of stage unet. frozen takes that of stage text_encoder; full trains a new one by the diffusion loss."""
+    unet_channels: tuple[Channels, Channels] = (64, 96)
+    """Channels of the two levels of a new U-Net: multiples of 8. 224,320 gives it 31 M parameters, and not 2.8 M."""
+    parts: Text | None = None
+    """Pipeline folder whose tokenizer, text encoder and VAE stage unet takes. None takes those of the stages before it."""
     unet_longer: TrainerConfig = TrainerConfig()
     """The U-Net of output_dir again, with a learning rate that starts anew."""
     unet_clear: TrainerConfig = TrainerConfig()
@@ -94,6 +99,17 @@ class PretrainConfig(Settings):
     """Seed of pictures, weights, order of data, noise and timesteps."""
     dry_run: bool = False
     """Take one step of every stage in a scratch folder, print what it took, and stop."""
+
+    @model_validator(mode="after")
+    def _check_parts(self) -> PretrainConfig:
+        made = [stage for stage in ("tokenizer", "text_encoder", "vae") if stage in self.stages]
+        if self.parts is not None and (made or "unet" not in self.stages):
+            raise ValueError(f"parts is {self.parts}, which stage unet takes; set stages to unet and those after it")
+        if self.parts is not None and self.unet_text_encoder == "full":
+            raise ValueError(
+                f"parts is {self.parts}, and unet_text_encoder full trains a new text encoder; leave out one"
+            )
+        return self
 
 
 def rehearsal(config: PretrainConfig, scratch: Path) -> PretrainConfig:
@@ -166,6 +182,8 @@ def train_stage(config: PretrainConfig, stage: str, work: Path, base: Path) -> N
             caption_dropout=config.caption_dropout, min_snr_gamma=config.min_snr_gamma if clear else None
         ),
         text_encoder=config.unet_text_encoder,
+        parts=config.parts,
+        channels=config.unet_channels,
     )
 
 

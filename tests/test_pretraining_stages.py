@@ -12,6 +12,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, UNet2DConditionModel
+from recipe import config_class_of, recipe_module
 from tiny import save_tiny, tiny_tokenizer
 from torch import nn
 from transformers import CLIPTextModelWithProjection, ResNetForImageClassification
@@ -174,6 +175,50 @@ def test_a_stage_of_the_denoiser_trains_it_beside_the_parts_there_are(
     else:
         read = UNet2DConditionModel.from_pretrained(base / "unet")
         assert torch.equal(next(pipeline.unet.parameters()), next(read.parameters()))
+
+
+def test_a_wider_denoiser_is_put_beside_the_parts_of_another_pipeline(
+    work: Path, trained: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, saved = save_tiny(work / "source"), []
+    monkeypatch.setattr(pretraining, "cache_latents", lambda *given, **options: None)
+    monkeypatch.setattr(pretraining, "save_base", lambda *given: saved.append(given))
+    pictures = PicturesDataset("train", 1, 0, 32)
+
+    def train(parts: Path) -> None:
+        pretraining.train_unet(
+            "unet", pictures, TRAINER, work, work / "base", 0, denoising=DenoisingConfig(), text_encoder="frozen",
+            parts=str(parts), channels=(16, 40),
+        )  # fmt: skip
+
+    train(source)
+    ((pipeline, *_),) = saved
+    model = trained[0][0].student
+    assert model.denoiser is pipeline.unet and {p.requires_grad for p in pipeline.unet.parameters()} == {True}
+    assert pipeline.unet.config.block_out_channels == (16, 40)
+    given = load_model(BaseConfig(name=str(source))).pipeline
+    for part in ("text_encoder", "vae"):
+        for ours, theirs in zip(getattr(pipeline, part).parameters(), getattr(given, part).parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+    size, width = given.vae.config.sample_size, given.text_encoder.config.hidden_size
+    noisy = torch.randn(2, given.vae.config.latent_channels, size // 8, size // 8)
+    assert pipeline.unet(noisy, 5, torch.randn(2, 7, width)).sample.shape == noisy.shape
+    with pytest.raises(UserError, match="sdxl: a StableDiffusionXLPipeline; give a Stable Diffusion 1.x or 2.x"):
+        train(save_tiny(work / "sdxl", "sdxl"))
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"stages": ("vae", "unet")}, "parts is phantom, which stage unet takes; set stages to unet"),
+        ({"stages": ("record",)}, "parts is phantom, which stage unet takes; set stages to unet"),
+        ({"stages": ("unet",), "unet_text_encoder": "full"}, "unet_text_encoder full trains a new text encoder"),
+        ({"stages": ("unet",), "unet_channels": (12, 16)}, "multiple of 8"),
+    ],
+)
+def test_parts_that_no_stage_would_take_are_refused(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        config_class_of(recipe_module("pretrain_phantom"))(parts="phantom", **given)
 
 
 def test_other_processes_write_no_base(work: Path, trained: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:

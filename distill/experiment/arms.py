@@ -121,7 +121,8 @@ def _reference_fault(reference: str, configs: Mapping[str, ArmConfig], name: str
 
 def _messages(error: Exception) -> list[str]:
     if isinstance(error, ValidationError):
-        return [f"{'.'.join(map(str, e['loc']))}: {e['msg']}".lstrip(": ") for e in error.errors()]
+        said = [(".".join(map(str, e["loc"])), e["msg"].removeprefix("Value error, ")) for e in error.errors()]
+        return [f"{place}: {message}".lstrip(": ") for place, message in said]
     return [str(error)]
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
-from distill.config import DenoisingConfig, LoraConfig, TrainerConfig
+from distill.config import BaseConfig, DenoisingConfig, LoraConfig, TrainerConfig
 from distill.data.batch import Batch
 from distill.data.cache import cache_latents
 from distill.data.phantom.dataset import PhantomDataset
@@ -38,10 +38,11 @@ from distill.models.embedded import (
     new_classifier,
     new_pipeline,
     new_text_encoder,
+    new_unet,
     new_vae,
 )
 from distill.models.export import name_base
-from distill.models.loading import SUBSET_FILE
+from distill.models.loading import SUBSET_FILE, load_model
 from distill.trainer import Collate, fit, make_accelerator
 
 UNET_STAGES = ("unet", "unet_longer", "unet_clear")
@@ -122,15 +123,19 @@ def train_unet(
     *,
     denoising: DenoisingConfig,
     text_encoder: Literal["frozen", "full"],
+    parts: str | None = None,
+    channels: tuple[int, int] = (64, 96),
 ) -> None:
     """Train a new U-Net beside the trained parts (stage unet), or the U-Net of `base` further; `base` then has it.
 
     text_encoder: how the text encoder of stage unet is trained; full starts from a new one. It is frozen in later stages.
+    parts: a pipeline whose tokenizer, text encoder and VAE stage unet takes; None takes those of the stages before it.
+    channels: of the two levels of a new U-Net.
     """
     accelerator = make_accelerator(trainer, work / stage)
     torch.manual_seed(seed)
     if stage == "unet":
-        pipeline = _untrained_pipeline(work, text_encoder)
+        pipeline = _untrained_pipeline(work, text_encoder, channels) if parts is None else _widened(parts, channels)
     else:
         pipeline = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
     model = model_of(pipeline)
@@ -157,14 +162,25 @@ def train_unet(
     accelerator.wait_for_everyone()
 
 
-def _untrained_pipeline(work: Path, text_encoder: Literal["frozen", "full"]) -> StableDiffusionPipeline:
+def _widened(parts: str, channels: tuple[int, int]) -> StableDiffusionPipeline:
+    """The pipeline `parts` with a new U-Net in place of its own."""
+    pipeline = load_model(BaseConfig(name=parts)).pipeline
+    if not isinstance(pipeline, StableDiffusionPipeline):
+        raise UserError(f"parts {parts}: a {type(pipeline).__name__}; give a Stable Diffusion 1.x or 2.x pipeline")
+    pipeline.register_modules(unet=new_unet(pipeline.vae, pipeline.text_encoder.config.hidden_size, channels))
+    return pipeline
+
+
+def _untrained_pipeline(
+    work: Path, text_encoder: Literal["frozen", "full"], channels: tuple[int, int] = (64, 96)
+) -> StableDiffusionPipeline:
     """A new U-Net beside the trained VAE and, unless the text encoder is to be trained in full, the trained text encoder."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     if text_encoder == "frozen":
         encoder = CLIPTextModelWithProjection.from_pretrained(work / "text_encoder" / "text_encoder_with_projection")
     else:
         encoder = new_text_encoder(tokenizer)
-    return new_pipeline(tokenizer, encoder, AutoencoderKL.from_pretrained(work / "vae" / "vae"))
+    return new_pipeline(tokenizer, encoder, AutoencoderKL.from_pretrained(work / "vae" / "vae"), channels)
 
 
 def _context(accelerator: Accelerator, work: Path, seed: int) -> Context:

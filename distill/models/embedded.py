@@ -65,33 +65,40 @@ def new_vae(resolution: int) -> AutoencoderKL:
     )
 
 
-def new_pipeline(
-    tokenizer: CLIPTokenizer, with_projection: CLIPTextModelWithProjection, vae: AutoencoderKL
-) -> StableDiffusionPipeline:
-    """Stock pipeline of trained parts and a fresh U-Net with cross-attention at 16 x 16 and 8 x 8."""
-    text_encoder = CLIPTextModel(with_projection.config)
-    flat = hasattr(text_encoder, "embeddings")  # transformers >= 5.6
-    state = with_projection.text_model.state_dict()
-    text_encoder.load_state_dict(state if flat else {f"text_model.{key}": value for key, value in state.items()})
-    unet = UNet2DConditionModel(
+def new_unet(vae: AutoencoderKL, text_width: int, channels: tuple[int, int] = (64, 96)) -> UNet2DConditionModel:
+    """Fresh weights, with cross-attention at 16 x 16 and 8 x 8 for 128 px. channels: of the two levels, multiples of 8."""
+    return UNet2DConditionModel(
         sample_size=vae.config.sample_size // 8,
         in_channels=vae.config.latent_channels,
         out_channels=vae.config.latent_channels,
         down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D"),
-        block_out_channels=(64, 96),
+        block_out_channels=channels,
         layers_per_block=1,
-        cross_attention_dim=text_encoder.config.hidden_size,
+        cross_attention_dim=text_width,
         attention_head_dim=4,
         norm_num_groups=8,
     )
+
+
+def new_pipeline(
+    tokenizer: CLIPTokenizer,
+    with_projection: CLIPTextModelWithProjection,
+    vae: AutoencoderKL,
+    channels: tuple[int, int] = (64, 96),
+) -> StableDiffusionPipeline:
+    """Stock pipeline of trained parts and a fresh U-Net."""
+    text_encoder = CLIPTextModel(with_projection.config)
+    flat = hasattr(text_encoder, "embeddings")  # transformers >= 5.6
+    state = with_projection.text_model.state_dict()
+    text_encoder.load_state_dict(state if flat else {f"text_model.{key}": value for key, value in state.items()})
     scheduler = DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False, set_alpha_to_one=False,
         steps_offset=1,
     )  # fmt: skip
     return StableDiffusionPipeline(
-        vae, text_encoder, tokenizer, unet, scheduler, safety_checker=None, feature_extractor=None,
-        requires_safety_checker=False,
+        vae, text_encoder, tokenizer, new_unet(vae, text_encoder.config.hidden_size, channels), scheduler,
+        safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
 
 
