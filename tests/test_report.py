@@ -610,6 +610,21 @@ def test_terminal_table_fits_eighty_columns_and_shows_brackets() -> None:
     assert "95 % intervals under the values; ↑ higher is better" in text
 
 
+def test_terminal_table_shows_every_number_whole() -> None:
+    """In 80 columns, with all that a comparison of arms measures."""
+    metrics = make_metrics(("start", "key_locked_labelled"))
+    for one in metrics["arms"].values():
+        one["localization"]["word"] |= {"image_adds": -0.012, "image_adds_ci": [-0.103, 0.105]}
+        one["localization"]["priors"] = {"centre": {"auc": 0.6, "auc_ci": [0.6, 0.68]}, "mean_mask": {"auc": 0.934}}
+        one["cost"]["image_passes_with_teachers"] = 1000 if one["cost"]["steps"] is None else 12345
+    console = Console(width=80, record=True, color_system=None)
+    console.print(terminal_table(metrics | {"compare_to": ["start"]}))
+    text = console.export_text()
+    assert "…" not in text and max(map(len, text.splitlines())) <= 80
+    for shown in ("key_locked_label", "blind map: mean", "[-.103, .105]", "[132.1, 153.4]", "12.35", "[.885, .925]"):
+        assert shown in text
+
+
 # ---------------------------------------------------------------------------------------------------------- the report
 
 

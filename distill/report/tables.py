@@ -150,12 +150,13 @@ def relative_costs(results: Results) -> dict[str, str]:
 
 
 def terminal_table(metrics: Mapping[str, object]) -> RichTable:
-    """The main metrics for a terminal, `-` where a value is unknown. An interval stands under its value."""
-    found = results_table(parse_metrics(metrics), (WORD_AUC, IMAGE_ADDS, FID, FINDING_AUC, DIVERSITY))
+    """The main metrics, for a terminal of 80 columns; `-` where a value is unknown. An interval stands under its value."""
+    found = results_table(parse_metrics(metrics), (WORD_AUC, IMAGE_ADDS, FID, FINDING_AUC))
     caption = "95 % intervals under the values; ↑ higher is better, ↓ lower is better"
-    table = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
+    table = RichTable(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption, caption_justify="left")
     for place, name in enumerate(found.head):
-        table.add_column(name, justify="right" if place else "left", no_wrap=True, max_width=None if place else 24)
+        # Where 80 columns are too few, names are folded, and numbers stay whole.
+        table.add_column(name, justify="right" if place else "left", no_wrap=bool(place), overflow="fold")
     for row in found.rows:
         cells = [f"{cell.text}\n{cell.note}".strip() if isinstance(cell, Cell) else cell for cell in row]
         # Text, not str: rich would read [brackets] in a name as markup.
