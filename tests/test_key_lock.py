@@ -254,7 +254,8 @@ def test_the_method_locks_at_set_up_and_gives_stock_modules_back(trained: str, t
     assert student.text_encoders == [encoder] and student.pipeline.text_encoder is encoder and asked == [2000]
     assert min(found["r2"].values()) > 0.99 and found["seconds"] > 0, "nothing was trained, so all is restored"
     assert json.loads((tmp_path / "key_lock.json").read_text(encoding="utf-8")) == found
-    assert len(said) == 1 and said[0].startswith("keys merged") and "words 1.00 (without 1.00)" in said[0]
+    assert len(said) == 1 and said[0].startswith("the locked keys are merged into the weights")
+    assert "words 1.00 (1.00 if they were not merged)" in said[0] and str(tmp_path / "key_lock.json") in said[0]
 
 
 def test_a_dry_run_releases_without_a_merge(tmp_path: Path) -> None:
@@ -280,16 +281,24 @@ def test_copies_that_keys_see_are_of_the_frozen_type(tmp_path: Path) -> None:
     method.finish()
 
 
-def test_a_merge_that_is_worse_than_none_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("tokens", "told"), [("all", ["words", "eos"]), ("words", ["words"]), ("tail", ["eos"])])
+def test_a_merge_that_is_worse_than_none_is_said(
+    tokens: Any, told: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of the tokens whose keys are locked, and of no others."""
+
     def bad(*arguments: Any, **options: Any) -> Merged:
         return Merged({"words": 0.9, "eos": 0.2}, {"words": 0.5, "eos": 0.3})
 
     monkeypatch.setattr("distill.methods.key_lock.merge_keys", bad)
     said: list[str] = []
-    method = method_of(KeyLockOptions(locked_tokens="all"), NO_DROPOUT)
+    method = method_of(KeyLockOptions(locked_tokens=tokens), NO_DROPOUT)
     method.setup(prepared(), context_of(log_dir=tmp_path, say=said.append))
     method.finish()
-    assert said[1].startswith("warning: for eos the merge is worse than none")
+    fits = {"words": "words 0.90 (0.50 if they", "eos": "eos 0.20 (0.30 if they"}
+    assert [name for name, text in fits.items() if text in said[0]] == told
+    warned = [text.startswith("warning: for eos the merge is worse than none") for text in said[1:]]
+    assert warned == [True] * ("eos" in told)
 
 
 # --- what is locked -------------------------------------------------------------------------------------------------

@@ -355,11 +355,16 @@ class KeyLocked(Method):
         found = asdict(merged) | {"seconds": time.perf_counter() - started}
         if context.is_main:
             write_json(context.log_dir / "key_lock.json", found)
-        fits = ", ".join(
-            f"{name} {value:.2f} (without {merged.r2_unmerged[name]:.2f})" for name, value in merged.r2.items()
-        )
-        context.say(f"keys merged into the trained text encoder's; R^2: {fits}; {context.log_dir / 'key_lock.json'}")
         free = {"all": (), "words": ("eos", "padding"), "tail": ("words",)}[self.options.locked_tokens]
+        fits = ", ".join(
+            f"{name} {value:.2f} ({merged.r2_unmerged[name]:.2f} if they were not merged)"
+            for name, value in merged.r2.items()
+            if name not in free
+        )
+        context.say(
+            "the locked keys are merged into the weights, so that the export is a plain model; R^2 on other captions: "
+            f"{fits}; {context.log_dir / 'key_lock.json'}"
+        )
         worse = [name for name, value in merged.r2.items() if value < merged.r2_unmerged[name] and name not in free]
         if worse:
             context.say(
