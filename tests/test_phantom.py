@@ -7,6 +7,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from distill.data.phantom import pixels as phantom_pixels
 from distill.data.phantom.dataset import PhantomDataset, picture_sheet
 from distill.data.phantom.pixels import draw
 from distill.data.phantom.scene import FINDINGS, MOVABLE, Scene, draw_scene
-from distill.data.sample import ImageCaptionDataset, Sample
+from distill.data.sample import ImageCaptionDataset, Sample, region_list
 from distill.errors import UserError
 from distill.metrics import PixelAUROC
 from distill.tokens import find_words
@@ -109,6 +110,19 @@ def test_masks_lie_in_the_lungs_on_the_named_side(dataset: PhantomDataset, sampl
             assert all((mask & outline[side]).any() for side in sides)
             if finding.side != "bilateral":
                 assert (x[mask].mean() > 0) == (finding.side == "left")
+
+
+@pytest.mark.parametrize("placement", ["anatomical", "balanced"])
+def test_regions_are_those_of_the_sample_and_no_picture_is_drawn(
+    placement: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = PhantomDataset("train", 60, 7, 64, placement=placement)
+    drawn = [dataset[i].regions for i in range(60)]
+    assert {region.finding for regions in drawn for region in regions} == set(dataset.findings)
+    monkeypatch.setattr(phantom, "draw", lambda *given: pytest.fail("no picture is needed"))
+    for i, regions in enumerate(drawn):
+        for ours, theirs in zip(region_list(dataset, i), regions, strict=True):
+            assert replace(ours, mask=theirs.mask) == theirs and torch.equal(ours.mask, theirs.mask)
 
 
 def test_boxes_are_tight(samples: list[Sample]) -> None:

@@ -13,7 +13,7 @@ from distill.config import NO_LABEL, DenoisingConfig
 from distill.data.batch import Batch, Pixels, Posterior, TextEmbeddings, Tokens
 from distill.data.cache import LatentCache, TextEmbeddingCache
 from distill.data.captions import insert_labels, names_side, text_of_labels
-from distill.data.sample import ImageCaptionDataset, hash_of, region_fingerprint, size_ids
+from distill.data.sample import ImageCaptionDataset, hash_of, region_fingerprint, region_list, size_ids
 from distill.errors import UserError
 from distill.tokens import find_words
 
@@ -183,6 +183,6 @@ class TrainingRows(Dataset[Batch]):
         if index not in self._regions:
             self._regions[index] = {
                 region.finding: (F.adaptive_max_pool2d(region.mask[None].float(), REGION_SIZE)[0] > 0).to(torch.uint8)
-                for region in self.dataset[index].regions
+                for region in region_list(self.dataset, index)
             }
         return self._regions[index]

@@ -108,3 +108,9 @@ def hash_of(values: Iterable[str]) -> str:
     for value in values:
         digest.update(hashlib.blake2b(value.encode("utf-8", "surrogatepass"), digest_size=16).digest())
     return digest.hexdigest()
+
+
+def region_list(dataset: ImageCaptionDataset, index: int) -> Sequence[Region]:
+    """Regions of a row. The data set's own `regions(index)` does not decode the image; without one, the sample is read."""
+    own = getattr(dataset, "regions", None)
+    return dataset[index].regions if own is None else own(index)

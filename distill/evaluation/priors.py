@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from distill.config import FullEvaluation
-from distill.data.sample import ImageCaptionDataset, Region, image_key
+from distill.data.sample import ImageCaptionDataset, image_key, region_list
 from distill.errors import UserError
 from distill.evaluation.image_adds import mean_over
 from distill.evaluation.protocols import PROTOCOLS, Query, ground_truth, ground_truths
@@ -139,12 +139,6 @@ def training_rows(
     return {finding: list(rows.values()) for finding, rows in chosen.items()}
 
 
-def _regions(dataset: ImageCaptionDataset, index: int) -> Sequence[Region]:
-    """Regions of a row, without decoding its image where the data set can do so."""
-    own = getattr(dataset, "regions", None)
-    return dataset[index].regions if own is None else own(index)
-
-
 def mean_masks(
     training: ImageCaptionDataset,
     held_out: ImageCaptionDataset,
@@ -199,7 +193,7 @@ def _mean_masks(
     sums: dict[str, tuple[NDArray[np.float64], int]] = {}
     used = []
     for index in indices[accelerator.process_index :: accelerator.num_processes]:
-        regions = [r for r in _regions(training, index) if index in chosen.get(r.finding, ())]
+        regions = [r for r in region_list(training, index) if index in chosen.get(r.finding, ())]
         for region in regions:
             side = region.mask.shape[-1]
             mask = ground_truth(region, side, side, kind)[0].double().numpy()

@@ -24,7 +24,7 @@ from distill.attention.heat_maps import aggregate, normalize, to_image
 from distill.attention.recording import AttentionMaps, attention_layers, record_attention
 from distill.config import FullEvaluation
 from distill.data.cache import model_fingerprint
-from distill.data.sample import ImageCaptionDataset, Region, Sample
+from distill.data.sample import ImageCaptionDataset, Region, Sample, region_list
 from distill.errors import UserError
 from distill.metrics import (
     AbsoluteCNR,
@@ -117,7 +117,7 @@ def _queries_of(
     dataset: ImageCaptionDataset, index: int, model: ReadsText, config: FullEvaluation
 ) -> tuple[int, list[Query]]:
     """How many findings have a region in an image, and its queries."""
-    names, regions = list(dataset.findings), dataset[index].regions
+    names, regions = list(dataset.findings), region_list(dataset, index)
     texts: dict[str, list[tuple[int, tuple[int, ...]]]] = {}
     phrases = {region.finding: region.phrase for region in regions}
     for finding in phrases:

@@ -28,6 +28,7 @@ from distill.data.loading import load_dataset, refuse_shared_pictures
 from distill.data.readers.records import RecordDataset
 from distill.data.readers.splits import VALIDATION_SPLITS
 from distill.data.rows import check_training_text
+from distill.data.sample import region_list
 from distill.data_config import DataConfig, FolderData, PhantomData
 from distill.errors import UserError, raise_all
 from distill.evaluation.evaluate import HeldOut, evaluation_order, example_images, held_out
@@ -317,7 +318,7 @@ def _load_validation(config: RunConfig, arms: Mapping[str, Arm]) -> PhantomDatas
     if isinstance(config.data, PhantomData) and config.data.validation_size == 0:
         raise UserError(f"data.validation_size is 0, and {asks} looks at validation images; give at least 1")
     validation = load_dataset(config.data, "validation")
-    if located and not (any(validation.findings) and any(validation[i].regions for i in range(len(validation)))):
+    if located and not (any(validation.findings) and any(region_list(validation, i) for i in range(len(validation)))):
         raise UserError(
             f"{asks} needs validation images with a box or mask of a finding, and none of the {len(validation):,} has one"
             f"{_why_no_regions(validation)}"
@@ -415,7 +416,7 @@ def _check_data(run: Run, model: Model) -> None:
         for training in trainings.values():
             check_training_text(train, model, training.denoising, truncate=truncate)
             count = training.method.region_images or len(train)
-            if training.method.reads_regions and not any(train[i].regions for i in range(min(len(train), count))):
+            if training.method.reads_regions and not any(region_list(train, i) for i in range(min(len(train), count))):
                 raise UserError(
                     "region weights need training images with a box or mask of a finding, and none of the first "
                     f"{min(len(train), count):,} has one{_why_no_regions(train)}; see also method.images"

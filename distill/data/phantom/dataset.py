@@ -24,7 +24,7 @@ from scipy import ndimage
 
 from distill.data.captions import MS_CXR_QUERY_WORDS
 from distill.data.phantom.captions import write_caption
-from distill.data.phantom.pixels import draw
+from distill.data.phantom.pixels import draw, masks
 from distill.data.phantom.scene import (
     CAPTION,
     FINDINGS,
@@ -103,27 +103,32 @@ class PhantomDataset:
 
     def __getitem__(self, index: int) -> Sample:
         scene = self.scene(index)
-        caption, phrases = self._text(index)
         drawing = draw(scene, self.resolution)
         gray = torch.from_numpy(drawing.image * 2.0 - 1.0)
-        labels = tuple(finding.name for finding in scene.findings)
-        regions = tuple(
-            Region(
-                finding=name,
-                mask=torch.from_numpy(np.logical_or.reduce(drawing.pieces[name])),
-                boxes=tuple(_box(piece) for piece in drawing.pieces[name]),
-                phrase=phrases[name].removeprefix("a "),
-            )
-            for name in labels
-        )
         return Sample(
             id=f"phantom-{self.seed}-{self.split}-{index}",
             pixel_values=gray.expand(3, -1, -1).contiguous(),
-            caption=caption,
-            regions=regions,
-            labels=labels,
+            caption=self._text(index)[0],
+            regions=self._regions(index, drawing.pieces),
+            labels=self.labels(index),
             original_size=(self.resolution, self.resolution),
             meta={finding.name: f"{finding.size} {finding.side} {finding.zone}" for finding in scene.findings},
+        )
+
+    def regions(self, index: int) -> tuple[Region, ...]:
+        """Those of the sample, whose picture is not drawn."""
+        return self._regions(index, masks(self.scene(index), self.resolution))
+
+    def _regions(self, index: int, pieces: Mapping[str, tuple[NDArray[np.bool_], ...]]) -> tuple[Region, ...]:
+        phrases = self._text(index)[1]
+        return tuple(
+            Region(
+                finding=name,
+                mask=torch.from_numpy(np.logical_or.reduce(pieces[name])),
+                boxes=tuple(_box(piece) for piece in pieces[name]),
+                phrase=phrases[name].removeprefix("a "),
+            )
+            for name in self.labels(index)
         )
 
     def size_ids(self, index: int) -> tuple[int, ...]:

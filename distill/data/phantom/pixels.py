@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -120,14 +120,54 @@ def _place(scene: Scene, resolution: int) -> tuple[Array, Array, dict[str, _Lung
     return x, y, lungs
 
 
+class _Anatomy(NamedTuple):
+    """What findings are drawn into. x, ax, y: the patient's coordinates. All but y are (resolution, resolution)."""
+
+    x: Array
+    ax: Array
+    y: Array
+    lungs: Mapping[str, _Lung]
+    outline: Mapping[str, Array]
+    diaphragm: Array
+    heart: Array
+    silhouette: Array
+
+
+def _anatomy(scene: Scene, resolution: int) -> _Anatomy:
+    """Lungs, and the silhouette of mediastinum, aortic knob, pulmonary trunk and heart."""
+    x, y, lungs = _place(scene, resolution)
+    ax = np.abs(x)
+    diaphragm = np.where(x < 0, lungs["right"].diaphragm(), lungs["left"].diaphragm())
+    middle = scene.mediastinum + 0.03 * _step(y + 0.1, 0.3) + 0.03 * _step(-0.5 - y, 0.2)
+    vessels_of_heart = _join(
+        _ellipse(x, y, (0.08, -0.27), (0.115, 0.13)), _ellipse(x, y, (0.09, -0.02), (0.125, 0.22), -0.15), 0.06
+    )
+    enlarged = [finding for finding in scene.findings if finding.name == "cardiomegaly"]
+    heart = _heart(x, y, scene, _enlargement(enlarged[0]) if enlarged else 0.0)
+    on_diaphragm = _step(diaphragm + 0.1 - y, 0.14)
+    silhouette = _step(_join(_join(middle - ax, vessels_of_heart, 0.05), heart, 0.12), 0.035) * (
+        _step(0.1 - ax, 0.1) * (1.0 - on_diaphragm) + on_diaphragm
+    )
+    return _Anatomy(x, ax, y, lungs, {s: lung.shape() for s, lung in lungs.items()}, diaphragm, heart, silhouette)
+
+
+def masks(scene: Scene, resolution: int) -> Mapping[str, tuple[NDArray[np.bool_], ...]]:
+    """The pieces of `draw`, without the picture: a third of the time."""
+    body = _anatomy(scene, resolution)
+    found = {
+        finding.name: tuple(piece.mask for piece in _pieces(finding, body))
+        for finding in scene.findings
+        if finding.name in _PATCHES
+    }
+    return found | _heart_mask(scene, body)
+
+
 def draw(scene: Scene, resolution: int) -> Drawing:
     """Pixels and masks of a scene. The same scene without a finding differs only by what that finding does."""
     u, v = _grid(resolution)
-    x, y, lungs = _place(scene, resolution)
-    ax = np.abs(x)
+    anatomy = _anatomy(scene, resolution)
+    x, ax, y, lungs, outline, diaphragm, _, silhouette = anatomy
     rng = np.random.default_rng(scene.texture_seed)
-    outline = {side: lung.shape() for side, lung in lungs.items()}
-    diaphragm = np.where(x < 0, lungs["right"].diaphragm(), lungs["left"].diaphragm())
     chest_edge = np.where(x < 0, lungs["right"].edge(), lungs["left"].edge())
 
     # Body: neck, sloping shoulders, flanks; denser below the diaphragm and towards the midline.
@@ -149,19 +189,6 @@ def draw(scene: Scene, resolution: int) -> Drawing:
         center = (bubble_x, scene.dome[1] + 0.06 + bubble_size)
         tissue = tissue - 0.2 * _step(_ellipse(x, y, center, (1.35 * bubble_size, bubble_size), 0.15), 0.04)
 
-    # Mediastinum with aortic knob and pulmonary trunk, heart, spine and airway.
-    middle = scene.mediastinum + 0.03 * _step(y + 0.1, 0.3) + 0.03 * _step(-0.5 - y, 0.2)
-    vessels_of_heart = _join(
-        _ellipse(x, y, (0.08, -0.27), (0.115, 0.13)), _ellipse(x, y, (0.09, -0.02), (0.125, 0.22), -0.15), 0.06
-    )
-    present = {finding.name: finding for finding in scene.findings}
-    enlargement = _enlargement(present["cardiomegaly"]) if "cardiomegaly" in present else 0.0
-    heart = _heart(x, y, scene, enlargement)
-    on_diaphragm = _step(diaphragm + 0.1 - y, 0.14)
-    silhouette = _step(_join(_join(middle - ax, vessels_of_heart, 0.05), heart, 0.12), 0.035) * (
-        _step(0.1 - ax, 0.1) * (1.0 - on_diaphragm) + on_diaphragm
-    )
-
     # Lungs, with vessels that fan out of the hila.
     fine = _smooth_noise(rng, resolution, 22)
     air = outline["right"] + outline["left"]
@@ -179,44 +206,64 @@ def draw(scene: Scene, resolution: int) -> Drawing:
         crescent = _ellipse(ax, y, (0.48, 0.16), (0.34, 0.3), -0.3)
         image = image + scene.breast * _step(crescent, 0.16) * _step(y - 0.05, 0.3)
 
-    image, bone, pieces = _add_findings(scene, lungs, outline, silhouette, image)
-    if "cardiomegaly" in present:
-        pieces["cardiomegaly"] = ((heart > 0) & (y < diaphragm + 0.02),)
+    image, bone, pieces = _add_findings(scene, anatomy, image)
     image = image + bone * _bones(scene, x, ax, y, chest_edge, silhouette)
     image = body * image * (1.0 - 0.06 * (u * u + v * v))
     image = ndimage.gaussian_filter(image, 0.45 * resolution / 128, mode="nearest")
     # The grain is smooth, so that an autoencoder that reduces by 8 can follow it.
     image = image + 0.007 * _smooth_noise(rng, resolution, 40)
     toned = np.clip(1.12 * np.clip(image, 0.0, 1.0) ** scene.gamma, 0.0, 1.0)
-    return Drawing((scene.black + (scene.white - scene.black) * toned).astype(np.float32), pieces)
+    picture = (scene.black + (scene.white - scene.black) * toned).astype(np.float32)
+    return Drawing(picture, pieces | _heart_mask(scene, anatomy))
+
+
+class _Piece(NamedTuple):
+    """A finding in one lung. outline, alpha and mask: (resolution, resolution)."""
+
+    patch: _Patch
+    outline: Array
+    visible: Array
+    mask: NDArray[np.bool_]
+
+
+def _pieces(finding: Finding, anatomy: _Anatomy) -> Iterator[_Piece]:
+    """The right one first."""
+    for k, side in enumerate(("right", "left") if finding.side == "bilateral" else (finding.side,)):
+        variation = np.asarray(finding.variation[12 * k : 12 * k + 12], dtype=np.float32)
+        patch = _PATCHES[finding.name](finding, variation, anatomy.lungs[side])
+        visible = anatomy.outline[side] * (1.0 - 0.96 * anatomy.silhouette)
+        yield _Piece(patch, anatomy.outline[side], visible, patch.alpha * visible > MASK_THRESHOLD)
+
+
+def _heart_mask(scene: Scene, anatomy: _Anatomy) -> dict[str, tuple[NDArray[np.bool_], ...]]:
+    """That of cardiomegaly, where there is one."""
+    if all(finding.name != "cardiomegaly" for finding in scene.findings):
+        return {}
+    return {"cardiomegaly": ((anatomy.heart > 0) & (anatomy.y < anatomy.diaphragm + 0.02),)}
 
 
 def _add_findings(
-    scene: Scene, lungs: Mapping[str, _Lung], outline: Mapping[str, Array], silhouette: Array, image: Array
+    scene: Scene, anatomy: _Anatomy, image: Array
 ) -> tuple[Array, Array, dict[str, tuple[NDArray[np.bool_], ...]]]:
     """Compose the findings of the lungs; returns the image, how far bones still show, and the masks."""
-    pieces: dict[str, tuple[NDArray[np.bool_], ...]] = {}
+    found: dict[str, tuple[NDArray[np.bool_], ...]] = {}
     bone = np.ones_like(image)
     for finding in (*scene.findings, *scene.unnamed):
         if finding.name not in _PATCHES:
             continue
-        masks = []
-        for k, side in enumerate(("right", "left") if finding.side == "bilateral" else (finding.side,)):
-            variation = np.asarray(finding.variation[12 * k : 12 * k + 12], dtype=np.float32)
-            patch = _PATCHES[finding.name](finding, variation, lungs[side])
-            visible = outline[side] * (1.0 - 0.96 * silhouette)
+        pieces = list(_pieces(finding, anatomy))
+        for patch, outline, visible, _ in pieces:
             change = patch.level - image
             if finding.name == "pneumothorax":
                 seen = patch.alpha * visible
             else:
                 # What is as bright as heart and diaphragm hides their edges: no dark seam may stay between them.
-                seen = patch.alpha * np.clip(2.0 * outline[side], 0.0, 1.0)
+                seen = patch.alpha * np.clip(2.0 * outline, 0.0, 1.0)
                 change = np.maximum(change, 0.0)
             image = image + seen * change
             bone = bone * (1.0 - patch.hidden_bone * seen)
-            masks.append(patch.alpha * visible > MASK_THRESHOLD)
-        pieces[finding.name] = tuple(masks)
-    return image, bone, pieces
+        found[finding.name] = tuple(piece.mask for piece in pieces)
+    return image, bone, found
 
 
 def _enlargement(finding: Finding) -> float:
