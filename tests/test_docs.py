@@ -48,6 +48,42 @@ FEW = [
 ]  # fmt: skip
 
 
+# --- links --------------------------------------------------------------------------------------------------------
+
+
+def anchors(document: Path) -> set[str]:
+    """Of the headings, as GitHub makes them."""
+    text = re.sub(r"^```.*?^```", "", document.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.+)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+def broken_links(document: Path) -> list[str]:
+    """Targets in the project that are not there: files, and headings of documents."""
+    found = []
+    for target in re.findall(r"\]\(([^)\s]+)\)", document.read_text(encoding="utf-8")):
+        path, _, anchor = target.partition("#")
+        file = (document.parent / path).resolve() if path else document
+        if not target.startswith(("http:", "https:")) and (
+            not file.exists() or (anchor and anchor not in anchors(file))
+        ):
+            found.append(target)
+    return found
+
+
+@pytest.mark.parametrize("document", [*DOCUMENTS, ROOT / "CHANGELOG.md"], ids=lambda path: str(path.relative_to(ROOT)))
+def test_links_lead_somewhere(document: Path) -> None:
+    assert not broken_links(document)
+
+
+def test_a_broken_link_is_seen(tmp_path: Path) -> None:
+    (tmp_path / "other.md").write_text("# Is it, then?\n```\n# no heading\n```\n", encoding="utf-8")
+    good = "[a](other.md) [b](other.md#is-it-then) [c](https://example.org/x) [d](#here) ![e](other.md)"
+    bad = "[f](missing.md) [g](other.md#no-heading) [h](#there) ![i](p.png)"
+    (tmp_path / "document.md").write_text(f"## Here\n{good}\n{bad}\n", encoding="utf-8")
+    assert broken_links(tmp_path / "document.md") == ["missing.md", "other.md#no-heading", "#there", "p.png"]
+
+
 # --- Python -------------------------------------------------------------------------------------------------------
 
 
