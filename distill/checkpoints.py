@@ -1,7 +1,7 @@
 """Checkpoints of a training: folders state/step-N, each with a manifest of checksums. A damaged one is never read.
 
-state/best-N.safetensors holds the weights of the best look so far. A checkpoint names the one that was the best when it was
-written, which stays as long as the checkpoint does.
+state/best-N.safetensors holds the weights of the best look so far. A checkpoint names the one that was the best when it
+was written, which stays as long as the checkpoint does.
 """
 
 from __future__ import annotations

@@ -37,7 +37,8 @@ INTERRUPTED = "interrupted; the same command goes on with what is not done"
 NOT_USABLE = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
-"""A file or folder that cannot be written, a folder where a file should be and the reverse, a name that no file can have."""
+"""A file or folder that cannot be written, a folder where a file should be and the reverse, a name that no file can
+have."""
 DISK_FULL = ("no space left on device", "disk quota exceeded", "file too large", "pytorchstreamwriter failed writing")
 """In messages of libraries that write files by themselves, such as safetensors."""
 OUT_OF_MEMORY = ("out of memory", "can't allocate memory", "alloc_failed")
@@ -232,7 +233,8 @@ def main(recipe: Callable[[T], None], config_class: type[T], argv: Sequence[str]
 
 
 def _leave(message: str, status: int) -> NoReturn:
-    """An error is said by the first process that meets it, whichever that is; that all are interrupted by the main one."""
+    """An error is said by the first process that meets it, whichever that is; that all are interrupted by the main
+    one."""
     rank = os.environ.get("RANK", os.environ.get("LOCAL_RANK", "0"))
     if is_first_to_say(message) if status == USAGE_STATUS else rank == "0":
         print(message if rank == "0" else f"[process {rank}] {message}", file=sys.stderr, flush=True)

@@ -40,7 +40,8 @@ class BaseConfig(Settings):
     name: Text = "phantom"
     """`phantom` (the bundled base), a diffusers pipeline folder, a hub id, or a model in one .safetensors file."""
     single_file_config: Text | None = None
-    """Folder or hub id of a pipeline with the configs of a whole checkpoint. None takes the original model's, from the hub."""
+    """Folder or hub id of a pipeline with the configs of a whole checkpoint. None takes the original model's, from the
+    hub."""
     revision: Text | None = None
     """Hub revision: a branch, a tag or a commit."""
     variant: Text | None = None
@@ -48,8 +49,8 @@ class BaseConfig(Settings):
     frozen_dtype: Literal["fp32", "fp16", "bf16"] = "fp32"
     """Type of the weights that are not trained. Trained weights are always fp32."""
     caption_chunks: Annotated[int, Field(ge=1, le=4)] = 1
-    """Chunks of 75 tokens that a caption may have; each is encoded by itself. Raise it for reports that are longer. More take
-    more time, also for short captions, and a model is drawn with as many as it was trained with."""
+    """Chunks of 75 tokens that a caption may have; each is encoded by itself. Raise it for reports that are longer.
+    More take more time, also for short captions, and a model is drawn with as many as it was trained with."""
 
     @model_validator(mode="after")
     def _check(self) -> BaseConfig:
@@ -83,13 +84,15 @@ class DenoisingConfig(Settings):
     caption_dropout: Probability = 0.1
     """Probability that a caption is replaced by the empty one, for classifier-free guidance."""
     caption_dropout_label: Text | None = None
-    """Drop only captions of images with this label; `no finding` means images without a label. None drops any caption."""
+    """Drop only captions of images with this label; `no finding` means images without a label. None drops any
+    caption."""
     training_text: Literal["caption", "labels", "paraphrases"] = "caption"
     """Training text of an image: its caption, its labels in random order, or a paraphrase of each label."""
     paraphrases: dict[Text, Annotated[list[Text], Field(min_length=1)]] = Field(default_factory=dict)
     """Label -> sentences that state it, for training_text paraphrases."""
     insert_labels: Literal["none", "first", "random"] = "none"
-    """RaLI (Dombrowski et al.): insert the image's labels before word 0 (first), or before one of words 0 to 5 (random)."""
+    """RaLI (Dombrowski et al.): insert the image's labels before word 0 (first), or before one of words 0 to 5
+    (random)."""
 
     @model_validator(mode="after")
     def _check(self) -> DenoisingConfig:
@@ -112,8 +115,8 @@ class TrainerConfig(Settings):
 
     renamed: ClassVar[dict[str, str]] = old.TRAINER
     max_steps: Annotated[Count, MAY_GROW] = 1000
-    """Optimizer steps, of batch_size x gradient_accumulation_steps images on each device. A finished run with lr_schedule
-    constant can be given more."""
+    """Optimizer steps, of batch_size x gradient_accumulation_steps images on each device. A finished run with
+    lr_schedule constant can be given more."""
     batch_size: Batch = 16
     """Images of a forward pass on each device. Lower it when memory runs out."""
     gradient_accumulation_steps: Batch = 1
@@ -135,8 +138,8 @@ class TrainerConfig(Settings):
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Mixed precision of the training: bf16 for recent GPUs, fp16 for older ones, no for float32."""
     compile: bool = False
-    """Compile the denoiser's blocks by torch.compile: minutes before the first step, then faster steps. Losses differ by
-    rounding. For long trainings on a GPU."""
+    """Compile the denoiser's blocks by torch.compile: minutes before the first step, then faster steps. Losses differ
+    by rounding. For long trainings on a GPU."""
     gradient_checkpointing: bool = False
     """Compute activations again in the backward pass: less memory, about a third more time."""
     ema_decay: Inside | None = None
@@ -152,16 +155,16 @@ class TrainerConfig(Settings):
     tracker: Annotated[Literal["none", "tensorboard", "wandb"], HARMLESS] = "tensorboard"
     """Where the log goes in addition to train_log.jsonl."""
     checkpoint_every_steps: Annotated[Count | None, HARMLESS] = None
-    """Steps between two checkpoints; the same command continues from the newest. One is always written when Ctrl-C or SIGTERM
-    stops the training; None writes no others."""
+    """Steps between two checkpoints; the same command continues from the newest. One is always written when Ctrl-C or
+    SIGTERM stops the training; None writes no others."""
     keep_last_state_gb: Annotated[float, Field(ge=0, le=1e6), HARMLESS] = 1.0
-    """Keep the state after the last step if it takes at most this many GB, so that a larger max_steps continues from it. It
-    takes three times the size of the trained weights, four times with ema_decay. 0 keeps none."""
+    """Keep the state after the last step if it takes at most this many GB, so that a larger max_steps continues from
+    it. It takes three times the size of the trained weights, four times with ema_decay. 0 keeps none."""
     sample_every_steps: Annotated[Count | None, HARMLESS] = None
     """Steps between two sets of sample images. None draws none."""
     validate_every_steps: Annotated[Count | None, HARMLESS] = None
-    """Steps between two looks at validation images: the diffusion loss with fixed noise, localization, and the finding AUC of
-    32 drawn images where evaluation.features has a classifier. None makes none."""
+    """Steps between two looks at validation images: the diffusion loss with fixed noise, localization, and the finding
+    AUC of 32 drawn images where evaluation.features has a classifier. None makes none."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainerConfig:
@@ -185,8 +188,8 @@ class EvaluationConfig(Settings):
     ] = (
         "localization", "quality",
     )  # fmt: skip
-    """What to measure: attention maps (localization), generated images (quality), copies of training images (memorization).
-    What was measured before is kept."""
+    """What to measure: attention maps (localization), generated images (quality), copies of training images
+    (memorization). What was measured before is kept."""
     localization_images: Annotated[Count, HARMLESS] = 200
     """Held-out images whose attention maps are scored."""
     timesteps: Timesteps | None = None
@@ -211,7 +214,8 @@ class EvaluationConfig(Settings):
     """Images at a time. It changes the speed, not the images."""
     features: Annotated[Text, HARMLESS] = "auto"
     """Features of quality: `inception`, `xrv` (chest X-rays), `phantom`, `none`, or the folder of a vision model of
-    transformers, such as RadDINO. `auto`: phantom on phantom data, else none. Only inception and xrv fetch weights, once."""
+    transformers, such as RadDINO. `auto`: phantom on phantom data, else none. Only inception and xrv fetch weights,
+    once."""
     bootstrap_samples: Annotated[int, Field(ge=1, le=10**6), HARMLESS] = 1000
     """Resamples behind each 95 % interval."""
     seed: Seed = 1234
@@ -233,9 +237,9 @@ class FullEvaluation(EvaluationConfig):
 
     renamed: ClassVar[dict[str, str]] = {}
     parts: AnyParts = ("localization", "quality")  # type: ignore[assignment]
-    """What to measure: attention maps (localization), generated images (quality), copies of training images (memorization), how
-    well classifiers learn from generated images (utility), and how near a model such as CLIP finds images to their captions
-    (similarity). What was measured before is kept."""
+    """What to measure: attention maps (localization), generated images (quality), copies of training images
+    (memorization), how well classifiers learn from generated images (utility), and how near a model such as CLIP finds
+    images to their captions (similarity). What was measured before is kept."""
     image_text_model: Annotated[Text | None, HARMLESS] = None
     """For similarity: the folder of a CLIP or SigLIP model of transformers. Nothing is fetched."""
     utility_steps: Annotated[Count, HARMLESS] = 200
@@ -265,12 +269,14 @@ class FullEvaluation(EvaluationConfig):
     """Precision, recall, density and coverage: the ball around an image reaches its neighbour of this rank."""
     memorization_limit: Annotated[Probability | None, HARMLESS] = None
     """Largest share of generated images that may be copies of training images. With a larger share that chance does not
-    explain, evaluate.py marks the model card and ends with an error. Needs memorization in parts. None sets no limit."""
+    explain, evaluate.py marks the model card and ends with an error. Needs memorization in parts. None sets no
+    limit."""
     quantization: Annotated[Literal["none", "int8", "nf4"], HARMLESS] = "none"
     """Evaluate with the linear layers in 8 or 4 bits (distill/models/bits.py)."""
     dtype: Annotated[Literal["fp32", "bf16", "fp16"], HARMLESS] = "fp32"
-    """Type that the denoiser computes in: bf16 and fp16 are faster on a GPU. All else stays fp32: text, sampler, VAE, attention
-    probabilities, metrics. The difference it makes is in recipes/README.md; models are compared in one type."""
+    """Type that the denoiser computes in: bf16 and fp16 are faster on a GPU. All else stays fp32: text, sampler, VAE,
+    attention probabilities, metrics. The difference it makes is in recipes/README.md; models are compared in one
+    type."""
     scheduler: Annotated[Literal["base", "lcm"], HARMLESS] = "base"
     """Sampler: the base's own, or LCMScheduler for students of distill_steps.py (with guidance_scale 1)."""
 
@@ -400,9 +406,10 @@ class FinetuningRunConfig(TrainingRunConfig):
     """What every recipe has that can export weights of an earlier step than the last."""
 
     keep: Keep = "last"
-    """Weights that are exported: after the last step, or at the look (trainer.validate_every_steps) with the lowest validation
-    loss, or the highest image_adds, word_auc or finding_auc. Of equal looks the first. Let validate_every_steps divide
-    max_steps, so that the last weights are looked at too. It takes one more copy of the trained weights on the disk."""
+    """Weights that are exported: after the last step, or at the look (trainer.validate_every_steps) with the lowest
+    validation loss, or the highest image_adds, word_auc or finding_auc. Of equal looks the first. Let
+    validate_every_steps divide max_steps, so that the last weights are looked at too. It takes one more copy of the
+    trained weights on the disk."""
 
     @model_validator(mode="after")
     def _check_keep(self) -> FinetuningRunConfig:
@@ -420,7 +427,8 @@ class BlocksConfig(Settings):
     """
 
     layers_per_block: Annotated[int, Field(ge=1, le=64)] | None = None
-    """Pairs of a residual and an attention block that stay in each stage; the up stages keep one more. None keeps all."""
+    """Pairs of a residual and an attention block that stay in each stage; the up stages keep one more. None keeps
+    all."""
     remove_mid_block: bool = False
     """Take out the middle block."""
     remove_stages: Annotated[int, Field(ge=0, le=16)] = 0

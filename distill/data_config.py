@@ -36,7 +36,8 @@ class PhantomData(Data):
     test_size: Count = 500
     """Images of the test split."""
     captions: Literal["reports", "affirmed", "stated", "labels"] = "reports"
-    """reports state findings and negate others; affirmed negates none; stated has findings alone; labels is their names."""
+    """reports state findings and negate others; affirmed negates none; stated has findings alone; labels is their
+    names."""
     placement: Literal["anatomical", "balanced"] = "anatomical"
     """balanced: a finding lies on either side and in any zone equally often, so that its place alone tells little."""
 
@@ -48,8 +49,8 @@ class FileData(Data):
     root: Text | None = None
     """The folder that holds the images; names of files are relative to it."""
     fit: Fit = "crop"
-    """How an image becomes a square: crop keeps the square of its short side at the centre; letterbox keeps all of it, between
-    black bars. Take letterbox where what lies at the edges counts."""
+    """How an image becomes a square: crop keeps the square of its short side at the centre; letterbox keeps all of it,
+    between black bars. Take letterbox where what lies at the edges counts."""
     train_split: Text = "train"
     """Value of the split column for training."""
     test_split: Text = "test"
@@ -58,7 +59,8 @@ class FileData(Data):
     findings: Texts = ()
     """Findings to keep and evaluate. Empty keeps all that the files name."""
     query_words: dict[Text, Annotated[list[Text], Field(min_length=1)]] = Field(default_factory=dict)
-    """Finding -> the words that name it in a caption. Default: published lists for MS-CXR findings, else its own words."""
+    """Finding -> the words that name it in a caption. Default: published lists for MS-CXR findings, else its own
+    words."""
     allow_empty_captions: bool = False
     """Accept rows with an empty caption."""
     truncate_captions: bool = False
@@ -66,16 +68,17 @@ class FileData(Data):
     horizontal_flip: bool = False
     """Mirror images at random in training, only those whose caption names no side."""
     balance_findings: Probability = 0.0
-    """Draw images of rare findings more often in training. A finding that k images have weighs 1 / k to this power, and an
-    image as much as its rarest finding. 0 draws all alike, 0.5 is usual; 1 draws findings that stand alone equally often."""
+    """Draw images of rare findings more often in training. A finding that k images have weighs 1 / k to this power, and
+    an image as much as its rarest finding. 0 draws all alike, 0.5 is usual; 1 draws findings that stand alone equally
+    often."""
 
 
 class FolderData(FileData):
     """A folder of images with metadata.csv or metadata.jsonl: one row an image, or one row a box.
 
-    A column option that is `auto` reads the column of the documented name where there is one; `none` reads none. Without a
-    column of splits, images are split by the hash of their patient, else of their name: 10 % test, 10 % validation, the rest
-    train. Images of one patient and files of the same bytes stay together.
+    A column option that is `auto` reads the column of the documented name where there is one; `none` reads none.
+    Without a column of splits, images are split by the hash of their patient, else of their name: 10 % test, 10 %
+    validation, the rest train. Images of one patient and files of the same bytes stay together.
     """
 
     kind: Literal["folder"] = "folder"
@@ -87,7 +90,8 @@ class FolderData(FileData):
     caption_column: Text = "text"
     """The caption."""
     split_column: Text = "auto"
-    """Column of the split: train, test, and validation, val or valid. auto: `split` where there is one; none: by a rule."""
+    """Column of the split: train, test, and validation, val or valid. auto: `split` where there is one; none: by a
+    rule."""
     finding_column: Text = "auto"
     """Finding of the row's box, or a list of one finding for each box. auto: `finding` where there is one."""
     phrase_column: Text = "auto"

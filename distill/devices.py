@@ -23,7 +23,8 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 @contextmanager
 def tf32(device: torch.device, allowed: bool = True) -> Iterator[None]:
-    """Matrix products of float32 in TF32 while the context is open, where the device is a GPU; convolutions already are."""
+    """Matrix products of float32 in TF32 while the context is open, where the device is a GPU; convolutions already
+    are."""
     if device.type != "cuda":
         yield
         return

@@ -9,8 +9,8 @@ import torch
 
 
 class SharedGenerator(torch.Generator):
-    """The same generator on every process; `rows` gives each its own rows. own_seed: of the process, for dropout. step: the
-    optimizer step that it draws for, the first being 1."""
+    """The same generator on every process; `rows` gives each its own rows. own_seed: of the process, for dropout. step:
+    the optimizer step that it draws for, the first being 1."""
 
     process: int
     processes: int
@@ -24,7 +24,8 @@ def generator_at(seed: int, step: int, rank: int) -> torch.Generator:
 
 
 def shared_generator(seed: int, micro: int, process: int, processes: int, *, step: int) -> SharedGenerator:
-    """What `generator_at(seed, micro, 0)` gives, with the part of this process. micro: micro steps before, of all steps."""
+    """What `generator_at(seed, micro, 0)` gives, with the part of this process. micro: micro steps before, of all
+    steps."""
     generator = SharedGenerator()
     generator.manual_seed(_seed_at(seed, micro, 0))
     generator.process, generator.processes, generator.own_seed = process, processes, _seed_at(seed, micro, process)

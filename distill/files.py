@@ -39,8 +39,8 @@ def _git(*arguments: str) -> str | None:
 
 @functools.cache
 def code_version() -> tuple[str | None, bool | None]:
-    """Commit (None outside a checkout) and whether files differ from it, as at the first call: a run calls it at start, since
-    the checkout may change before its end."""
+    """Commit (None outside a checkout) and whether files differ from it, as at the first call: a run calls it at start,
+    since the checkout may change before its end."""
     status = _git("status", "--porcelain", "--untracked-files=no")
     return _git("rev-parse", "HEAD"), None if status is None else bool(status)
 
@@ -113,7 +113,8 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 
 def _with_metadata(file: bytes, metadata: Mapping[str, str]) -> bytes:
-    """A safetensors file with sorted metadata: the library writes its entries in an order that changes from run to run."""
+    """A safetensors file with sorted metadata: the library writes its entries in an order that changes from run to
+    run."""
     start = 8 + int.from_bytes(file[:8], "little")
     header = {"__metadata__": dict(sorted(metadata.items())), **json.loads(file[8:start])}
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()

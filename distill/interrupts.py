@@ -23,7 +23,8 @@ class Stop:
 
 @contextmanager
 def handling(handler: Handler, *numbers: int) -> Iterator[None]:
-    """Handle signals by `handler`, except those that the process was told to ignore; nothing outside the main thread."""
+    """Handle signals by `handler`, except those that the process was told to ignore; nothing outside the main
+    thread."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -53,7 +54,8 @@ def noted() -> Iterator[Stop]:
 
 @contextmanager
 def terminable() -> Iterator[None]:
-    """Let SIGTERM raise Interrupted, as SIGINT raises KeyboardInterrupt, so that files are closed and locks given back."""
+    """Let SIGTERM raise Interrupted, as SIGINT raises KeyboardInterrupt, so that files are closed and locks given
+    back."""
 
     def stop(number: int, frame: FrameType | None) -> None:
         raise Interrupted("", number)

@@ -120,7 +120,8 @@ def attention_mass_loss(
 def tail_leak(
     allowed: torch.Tensor, student: torch.Tensor, groups: torch.Tensor, rows: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Attention mass of EOS and padding of the student beyond what is allowed, 0 where it is less; averaged over images.
+    """Attention mass of EOS and padding of the student beyond what is allowed, 0 where it is less; averaged over
+    images.
 
     allowed: (batch,), such as `tail_mass` of a teacher. The leak that Dombrowski et al. (AAAI 2024) find in trained
     encoders. Maps and groups as in `attention_mass`.
@@ -153,8 +154,8 @@ def attention_regularization(maps: dict[str, torch.Tensor], labels: torch.Tensor
 def region_token_loss(maps: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
     """Squared share of a token's attention outside its region, averaged over the tokens that have one; 0 without any.
 
-    maps: (batch, places, tokens). regions: (batch, places, tokens) of 0 and 1, all 0 for a token without a region. It rewards
-    place and not mass. Source: TokenCompose (Wang et al. 2024, arXiv 2312.03626), token loss.
+    maps: (batch, places, tokens). regions: (batch, places, tokens) of 0 and 1, all 0 for a token without a region. It
+    rewards place and not mass. Source: TokenCompose (Wang et al. 2024, arXiv 2312.03626), token loss.
     """
     inside = (maps * regions).sum(dim=1) / maps.sum(dim=1).clamp(min=TINY)
     return _masked_mean((1 - inside).pow(2), regions.any(dim=1))
@@ -162,7 +163,8 @@ def region_token_loss(maps: torch.Tensor, regions: torch.Tensor) -> torch.Tensor
 
 @in_float32
 def region_pixel_loss(maps: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
-    """Binary cross-entropy of a token's attention against its region, averaged over places and over the tokens that have one.
+    """Binary cross-entropy of a token's attention against its region, averaged over places and over the tokens that
+    have one.
 
     Maps and regions as in `region_token_loss`. It rewards mass in the region. Source: TokenCompose, pixel loss.
     """
@@ -177,9 +179,9 @@ def feature_loss(
 ) -> torch.Tensor:
     """Squared difference of the outputs of modules, (batch, ...), each over the teacher's mean square; mean of modules.
 
-    rows: (batch,) bool. The modules are those of the student. BK-SDM (Kim et al. 2023, arXiv 2305.15798, equation 3) sums
-    the squared differences of blocks, and KOALA (Lee et al. 2024, arXiv 2312.04005) of self-attention; the ratio lets one
-    weight serve modules of any scale.
+    rows: (batch,) bool. The modules are those of the student. BK-SDM (Kim et al. 2023, arXiv 2305.15798, equation 3)
+    sums the squared differences of blocks, and KOALA (Lee et al. 2024, arXiv 2312.04005) of self-attention; the ratio
+    lets one weight serve modules of any scale.
     """
     parts = []
     for name, output in student.items():

@@ -23,8 +23,8 @@ _peaks = [0.0]
 def keep_freed_memory() -> None:
     """On Linux (glibc), keep freed blocks of up to 1 GB for the next tensor, and do not return them to the system.
 
-    A tensor of some megabytes otherwise gets new pages at each operation, which the system fills with zeros: a sixth of the
-    processor time of an evaluation of the phantom base. Numbers do not change.
+    A tensor of some megabytes otherwise gets new pages at each operation, which the system fills with zeros: a sixth of
+    the processor time of an evaluation of the phantom base. Numbers do not change.
     """
     with suppress(OSError, AttributeError):
         libc = ctypes.CDLL("libc.so.6")
@@ -39,7 +39,8 @@ def return_freed_memory() -> None:
 
 
 def reset_peak_memory() -> None:
-    """Count the peak anew from what is held now; where the system cannot (macOS), it stays that of the process so far."""
+    """Count the peak anew from what is held now; where the system cannot (macOS), it stays that of the process so
+    far."""
     _peaks.append(peak_memory_gb())
     return_freed_memory()
     if torch.cuda.is_available():
@@ -50,7 +51,8 @@ def reset_peak_memory() -> None:
 
 
 def peak_memory_gb() -> float:
-    """Peak memory of this process since `reset_peak_memory`, in units of 1e9 bytes: allocated on the GPU, else resident."""
+    """Peak memory of this process since `reset_peak_memory`, in units of 1e9 bytes: allocated on the GPU, else
+    resident."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 1e9
     with suppress(OSError):

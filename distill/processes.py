@@ -1,4 +1,5 @@
-"""The processes of `accelerate launch`, for what comes before an Accelerator, and the cores that are free for their threads."""
+"""The processes of `accelerate launch`, for what comes before an Accelerator, and the cores that are free for their
+threads."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ STORE_SECONDS = 5
 
 
 def process_state() -> PartialState:
-    """PartialState of all processes: on a CPU its default takes each for the only one, and an Accelerator keeps to that."""
+    """PartialState of all processes: on a CPU its default takes each for the only one, and an Accelerator keeps to
+    that."""
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
@@ -27,7 +29,8 @@ def process_state() -> PartialState:
 def is_first_to_say(message: str) -> bool:
     """Whether no other process of this launch has said `message` yet.
 
-    The processes ask the store that torch.distributed keeps for them. True where there is none: twice is better than never.
+    The processes ask the store that torch.distributed keeps for them. True where there is none: twice is better than
+    never.
     """
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
@@ -86,7 +89,8 @@ def thread_advice(threads: int, processes: int) -> str | None:
 
 
 def ignored_by_launch(mixed_precision: str, gradient_accumulation_steps: int) -> list[str]:
-    """A sentence for each setting of `accelerate launch` that is not used, because these of the trainer say otherwise."""
+    """A sentence for each setting of `accelerate launch` that is not used, because these of the trainer say
+    otherwise."""
     found = []
     for key, ours in (
         ("mixed_precision", mixed_precision),

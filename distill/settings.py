@@ -24,8 +24,8 @@ class Settings(BaseModel):
 
 ON_RESUME = "on_resume"
 HARMLESS = Field(json_schema_extra={ON_RESUME: "harmless"})
-"""Of an option that may differ when a run folder is continued: it changes no trained weight. Results that it changes are
-made anew. An option without such a mark must stay as it was."""
+"""Of an option that may differ when a run folder is continued: it changes no trained weight. Results that it changes
+are made anew. An option without such a mark must stay as it was."""
 MAY_GROW = Field(json_schema_extra={ON_RESUME: "may_grow"})
 """Of an option that may be larger when a run folder is continued."""
 MAY_GAIN = Field(json_schema_extra={ON_RESUME: "may_gain"})

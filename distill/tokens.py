@@ -1,9 +1,9 @@
 """Tokens of a caption, and where its words are, in characters and in tokens.
 
-The only place that tokenizes for a model, and that names the groups: BOS, the words, EOS (the token that ends a chunk) and
-padding. A text encoder of 77 positions reads 75 tokens of a caption. A longer caption is cut into chunks of 75, each with a
-BOS, an EOS and padding of its own, which are encoded one by one and joined: N chunks give N x 77 hidden states. A1111 and
-ComfyUI lay out a long prompt in the same way, and so does compel.
+The only place that tokenizes for a model, and that names the groups: BOS, the words, EOS (the token that ends a chunk)
+and padding. A text encoder of 77 positions reads 75 tokens of a caption. A longer caption is cut into chunks of 75,
+each with a BOS, an EOS and padding of its own, which are encoded one by one and joined: N chunks give N x 77 hidden
+states. A1111 and ComfyUI lay out a long prompt in the same way, and so does compel.
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ def token_spans(
     max_length: int,
     chunks: int = 1,
 ) -> list[int]:
-    """Positions, in `chunks` of `max_length` tokens that each begin with BOS, of the tokens that overlap any of `char_spans`.
+    """Positions, in `chunks` of `max_length` tokens that each begin with BOS, of the tokens that overlap any of
+    `char_spans`.
 
     Taken from the tokenizer's offsets, which refer to the caption as written, whatever its normalizer does to case,
     accents or white space. Tokens that truncation cuts off are left out.
@@ -161,7 +162,8 @@ def token_spans(
 def token_groups(tokenizer: PreTrainedTokenizerBase, caption: str, max_length: int, chunks: int = 1) -> torch.Tensor:
     """(chunks * max_length,) int64: BOS, WORD, EOS (the one that ends a chunk's words) or PADDING of each position.
 
-    Found by length: SD 1.x pads with the EOS token and SD 2.x with the token "!", so that ids do not tell. T5 has no BOS.
+    Found by length: SD 1.x pads with the EOS token and SD 2.x with the token "!", so that ids do not tell. T5 has no
+    BOS.
     """
     special = _encoded(tokenizer, caption, max_length, chunks)["special_tokens_mask"]
     codes = [BOS if special[0] else WORD, *[WORD] * (len(special) - 2), EOS][-len(special) :]

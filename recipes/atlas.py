@@ -3,8 +3,8 @@
     accelerate launch recipes/atlas.py --config recipes/configs/phantom/atlas.yaml \
         --runs checkpoints/tradeoff_quick/frozen,checkpoints/tradeoff_quick/learnable
 
-Writes atlas.json, atlas.md and each model's heat maps, and localization.json into each run folder, from where evaluation
-takes the run's layers and timesteps. The search is `choose_subset` in distill/evaluation/atlas.py.
+Writes atlas.json, atlas.md and each model's heat maps, and localization.json into each run folder, from where
+evaluation takes the run's layers and timesteps. The search is `choose_subset` in distill/evaluation/atlas.py.
 """
 
 from __future__ import annotations

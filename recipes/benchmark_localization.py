@@ -1,4 +1,5 @@
-"""What localization costs, and what it gives, beside the method of Dombrowski et al. and beside attention-map-diffusers.
+"""What localization costs, and what it gives, beside the method of Dombrowski et al. and beside
+attention-map-diffusers.
 
     accelerate launch recipes/benchmark_localization.py --config recipes/configs/phantom/benchmark_localization.yaml
 
@@ -39,8 +40,8 @@ class BenchmarkLocalizationConfig(Settings):
     data: AnyData = PhantomData()
     evaluation: LayerEvaluation = LayerEvaluation()
     parts: Annotated[tuple[Part, ...], Field(min_length=1), AfterValidator(once)] = get_args(Part)
-    """What to measure. overhead, paper and protocols are of the model; scale is of the base in two processes; full_size is of
-    a random denoiser as large as SD 1.5's."""
+    """What to measure. overhead, paper and protocols are of the model; scale is of the base in two processes; full_size
+    is of a random denoiser as large as SD 1.5's."""
     repeats: Count = 40
     """overhead: forward passes of each way."""
     memory_budget_gb: Positive = 24.0

@@ -3,9 +3,10 @@
     accelerate launch recipes/benchmark_training.py --config recipes/configs/phantom/benchmark_training.yaml
     accelerate launch recipes/benchmark_training.py --config recipes/configs/sd/benchmark_training.yaml  # on a GPU, 8 minutes
 
-Our steps and theirs take turns in one process, at equal model, batch, precision and data. Theirs encode images and captions at
-each step, as those scripts do; ours read them from the caches, as our recipes do. The last line is one JSON object. The
-measurements are in distill/experiment/benchmark_training.py, diffusers' loops in distill/experiment/peers.py.
+Our steps and theirs take turns in one process, at equal model, batch, precision and data. Theirs encode images and
+captions at each step, as those scripts do; ours read them from the caches, as our recipes do. The last line is one JSON
+object. The measurements are in distill/experiment/benchmark_training.py, diffusers' loops in
+distill/experiment/peers.py.
 """
 
 from __future__ import annotations
@@ -41,7 +42,8 @@ class BenchmarkTrainingConfig(RunConfig):
     """speed: seconds a step. shares: where a step's time goes. memory: peak of each kind in a process of its own.
     start: seconds from the command to the first step."""
     kinds: Texts = ()
-    """Kinds of step to measure: lora, lora_both, distilled, full, full_both, key_locked, pruned, compressed. Empty: all."""
+    """Kinds of step to measure: lora, lora_both, distilled, full, full_both, key_locked, pruned, compressed. Empty:
+    all."""
     limit_minutes: Positive = 480.0
     """Stop after this time. What was measured by then is in benchmark.json."""
     turns: Count = 3

@@ -3,8 +3,8 @@
     accelerate launch recipes/compare.py --output_dir checkpoints/compare --seeds 0,1,2 \
         --arms "{frozen: 'checkpoints/tradeoff/seed-{seed}/frozen', longer: 'checkpoints/longer/seed-{seed}/key_locked'}"
 
-Nothing is trained or drawn. The runs must have been evaluated alike: their evaluation, and what names the held-out images,
-have to be the same; how they were trained may differ. Estimates and intervals: distill/evaluation/seeds.py.
+Nothing is trained or drawn. The runs must have been evaluated alike: their evaluation, and what names the held-out
+images, have to be the same; how they were trained may differ. Estimates and intervals: distill/evaluation/seeds.py.
 """
 
 from __future__ import annotations
@@ -60,7 +60,8 @@ class CompareConfig(Settings):
 class Evaluated:
     """One evaluated model.
 
-    entry: its part of metrics.json. commit: of the code that evaluated it. config: of its run. settings: of its training.
+    entry: its part of metrics.json. commit: of the code that evaluated it. config: of its run. settings: of its
+    training.
     """
 
     folder: Path

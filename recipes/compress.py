@@ -2,8 +2,8 @@
 
     accelerate launch recipes/compress.py --config recipes/configs/phantom/compress.yaml --run checkpoints/finetune
 
-What is taken out: distill/models/blocks.py. The loss is in distill/methods/attention_distillation.py, by default on outputs and
-block features (BK-SDM); the loop is `fit` in distill/trainer.py.
+What is taken out: distill/models/blocks.py. The loss is in distill/methods/attention_distillation.py, by default on
+outputs and block features (BK-SDM); the loop is `fit` in distill/trainer.py.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     accelerate launch recipes/distill_steps.py --config recipes/configs/phantom/distill_steps.yaml --run checkpoints/finetune
 
-The loss is in distill/methods/consistency.py; the loop is `fit` in distill/trainer.py. With denoiser lora the result is an
-adapter for stock diffusers with LCMScheduler, as LCM-LoRA is.
+The loss is in distill/methods/consistency.py; the loop is `fit` in distill/trainer.py. With denoiser lora the result is
+an adapter for stock diffusers with LCMScheduler, as LCM-LoRA is.
 """
 
 from __future__ import annotations

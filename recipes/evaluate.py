@@ -1,4 +1,5 @@
-"""Quality, localization, memorization and utility of a base, of a trained run on it, or of a folder of images, and the report.
+"""Quality, localization, memorization and utility of a base, of a trained run on it, or of a folder of images, and the
+report.
 
 accelerate launch recipes/evaluate.py --config recipes/configs/phantom/evaluate.yaml --run checkpoints/finetune
 """
@@ -26,8 +27,8 @@ class EvaluateConfig(RunConfig):
     run: Text | None = None
     """Run folder whose adapters or full weights are put on the base. None evaluates the base itself."""
     images: Text | None = None
-    """Folder of images that another tool made, with metadata.csv or metadata.jsonl (file_name, text, and labels if known).
-    They are evaluated in place of a model's; localization is not measured."""
+    """Folder of images that another tool made, with metadata.csv or metadata.jsonl (file_name, text, and labels if
+    known). They are evaluated in place of a model's; localization is not measured."""
     evaluation: FullEvaluation = FullEvaluation()
     """Quality and localization, measured on held-out images."""
     output_dir: Text = "checkpoints/evaluate"

@@ -65,9 +65,11 @@ class ExplainConfig(Settings):
     images: Texts = ()
     """Folders of images made by any tool, one a set; nothing is drawn then. They are made squares as the data are."""
     through_vae: bool | None = None
-    """Also send real images through the base's VAE, to tell its faults from the denoiser's. None: unless `images` is set."""
+    """Also send real images through the base's VAE, to tell its faults from the denoiser's. None: unless `images` is
+    set."""
     gray: bool | None = None
-    """Compare in gray: a colour cast would betray every image at once, and hide all else. None: where real images are gray."""
+    """Compare in gray: a colour cast would betray every image at once, and hide all else. None: where real images are
+    gray."""
     data: AnyData = PhantomData()
     drawing: Drawing = Drawing()
     output_dir: Text = "checkpoints/explain"

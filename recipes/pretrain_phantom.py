@@ -2,10 +2,10 @@
 
     accelerate launch recipes/pretrain_phantom.py --config recipes/configs/phantom/pretrain.yaml
 
-Text encoder by contrastive training with a small image tower, VAE on pictures, U-Net with the text encoder frozen; all on
-generic captioned pictures (distill/data/pictures.py), never on phantoms. Architectures: distill/models/embedded.py; losses:
-distill/methods/pretraining.py; stages: distill/experiment/pretraining.py. A stage whose result exists is skipped; one that
-was cut off continues.
+Text encoder by contrastive training with a small image tower, VAE on pictures, U-Net with the text encoder frozen; all
+on generic captioned pictures (distill/data/pictures.py), never on phantoms. Architectures: distill/models/embedded.py;
+losses: distill/methods/pretraining.py; stages: distill/experiment/pretraining.py. A stage whose result exists is
+skipped; one that was cut off continues.
 """
 
 from __future__ import annotations
@@ -63,11 +63,13 @@ class PretrainConfig(Settings):
     unet: TrainerConfig = TrainerConfig()
     """U-Net, beside the trained text encoder and VAE."""
     unet_text_encoder: Literal["frozen", "full"] = "frozen"
-    """Text encoder of stage unet. frozen takes that of stage text_encoder; full trains a new one by the diffusion loss."""
+    """Text encoder of stage unet. frozen takes that of stage text_encoder; full trains a new one by the diffusion
+    loss."""
     unet_channels: tuple[Channels, Channels] = (64, 96)
     """Channels of the two levels of a new U-Net: multiples of 8. 224,320 gives it 31 M parameters, and not 2.8 M."""
     parts: Text | None = None
-    """Pipeline folder whose tokenizer, text encoder and VAE stage unet takes. None takes those of the stages before it."""
+    """Pipeline folder whose tokenizer, text encoder and VAE stage unet takes. None takes those of the stages before
+    it."""
     unet_longer: TrainerConfig = TrainerConfig()
     """The U-Net of output_dir again, with a learning rate that starts anew."""
     unet_clear: TrainerConfig = TrainerConfig()

@@ -1,5 +1,5 @@
-"""Localization of a base and its runs under what training never showed: synonyms, swapped sides, other images, negations,
-and two findings of one kind.
+"""Localization of a base and its runs under what training never showed: synonyms, swapped sides, other images,
+negations, and two findings of one kind.
 
     accelerate launch recipes/robustness.py --config recipes/configs/phantom/robustness.yaml \
         --runs checkpoints/tradeoff_quick/frozen,checkpoints/tradeoff_quick/distilled

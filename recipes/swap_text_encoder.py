@@ -1,4 +1,5 @@
-"""Put another text encoder into a base: BERT, CXR-BERT, MiniLM, T5. Writes a stock diffusers pipeline, to be fine-tuned.
+"""Put another text encoder into a base: BERT, CXR-BERT, MiniLM, T5. Writes a stock diffusers pipeline, to be
+fine-tuned.
 
     accelerate launch recipes/swap_text_encoder.py --text_encoder path/to/all-MiniLM-L6-v2 --output_dir checkpoints/minilm
     accelerate launch recipes/finetune.py --config recipes/configs/phantom/finetune.yaml --base.name checkpoints/minilm
@@ -36,8 +37,8 @@ class SwapTextEncoderConfig(Settings):
     )  # fmt: skip
     base: BaseConfig = BaseConfig()
     text_encoder: Text
-    """Folder or hub id of a transformers encoder and its tokenizer, such as BERT, MiniLM or T5. Or `multi_label`: one token
-    for each label of the training images, for captions that are lists of labels."""
+    """Folder or hub id of a transformers encoder and its tokenizer, such as BERT, MiniLM or T5. Or `multi_label`: one
+    token for each label of the training images, for captions that are lists of labels."""
     model_type: Text | None = None
     """Kind of the encoder, where its own names a class outside transformers: `bert` for CXR-BERT."""
     max_tokens: Annotated[int, Field(ge=3, le=10**5)] = 77

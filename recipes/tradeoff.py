@@ -3,12 +3,13 @@
     accelerate launch recipes/tradeoff.py --config recipes/configs/phantom/tradeoff_quick.yaml
 
 `arms` names the arms and says how each is trained; an arm whose method names another arm is trained after it. The same
-command again continues. Started several times at once on one folder, each process takes the arms that no other is at, and
-the last to end reports them all; with several seeds, give each process another order of them.
+command again continues. Started several times at once on one folder, each process takes the arms that no other is at,
+and the last to end reports them all; with several seeds, give each process another order of them.
 
 With `budgets`, all arms get the same image-passes, teachers included, and are compared at each budget:
 OUTPUT/budget-N/seed-M are run folders as without, and proof.json and proof.md say which arm is as good as its parents.
-With trainer.validate_every_steps too, looks.md says whether looks at validation images rank the budgets as held-out images do.
+With trainer.validate_every_steps too, looks.md says whether looks at validation images rank the budgets as held-out
+images do.
 
 The losses are in distill/methods/; the loop is `fit` in distill/trainer.py.
 """
@@ -58,11 +59,12 @@ class TradeoffConfig(RunConfig):
     seeds: Annotated[tuple[Seed, ...], Field(min_length=1)] = (0,)
     """Training seeds. Several get a folder seed-N each, and one report of all."""
     budgets: Annotated[tuple[Count, ...], AfterValidator(once)] = ()
-    """Compare at equal cost: each arm gets the steps that cost as many image-passes as this many steps of plain fine-tuning,
-    teachers included. It is evaluated at each budget and trained on to the next. In place of trainer.max_steps."""
+    """Compare at equal cost: each arm gets the steps that cost as many image-passes as this many steps of plain
+    fine-tuning, teachers included. It is evaluated at each budget and trained on to the next. In place of
+    trainer.max_steps."""
     margins: Annotated[dict[Text, Annotated[float, Field(ge=-1e3, le=1e3)]], HARMLESS] = Field(default_factory=dict)
-    """With budgets: metric -> the difference from a parent (compare_to) that is just not worse, such as word.image_adds: -0.01.
-    Of quality.fid the difference of logarithms, such as 0.05."""
+    """With budgets: metric -> the difference from a parent (compare_to) that is just not worse, such as
+    word.image_adds: -0.01. Of quality.fid the difference of logarithms, such as 0.05."""
     trainer: TrainerConfig = TrainerConfig()
     output_dir: Text = "checkpoints/tradeoff"
     """Run folder. Each arm gets a folder of its own in it."""

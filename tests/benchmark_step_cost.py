@@ -1,8 +1,8 @@
 """What a training step costs beside a plain one of the same student: python tests/benchmark_step_cost.py [--steps 20]
 
-The bundled base, full U-Net and text encoder, 16 phantoms, AdamW. The kinds of step take turns, so that other work on the
-machine slows them alike. Prints one JSON object: kind -> quartiles over turns of its time over the plain step's of that turn.
-The teacher is the base.
+The bundled base, full U-Net and text encoder, 16 phantoms, AdamW. The kinds of step take turns, so that other work on
+the machine slows them alike. Prints one JSON object: kind -> quartiles over turns of its time over the plain step's of
+that turn. The teacher is the base.
 """
 
 from __future__ import annotations

@@ -15,14 +15,15 @@ from distill.data.phantom.dataset import PhantomDataset
 from distill.models.family import Model
 from distill.models.loading import load_model
 
-# The same examples in every run, so that a failure is of the change that it follows, and no limit of time, which a busy machine
-# breaks; others: --hypothesis-profile default
+# The same examples in every run, so that a failure is of the change that it follows, and no limit of time, which a busy
+# machine breaks; others: --hypothesis-profile default
 settings.register_profile("repeatable", derandomize=True, print_blob=True, deadline=None)
 settings.load_profile("repeatable")
 
 
 def pytest_collection_finish() -> None:
-    """What is imported stays until the end; the `gc.collect()` of each training would look at it for a third of a second."""
+    """What is imported stays until the end; the `gc.collect()` of each training would look at it for a third of a
+    second."""
     gc.collect()
     gc.freeze()
 

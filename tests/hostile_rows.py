@@ -27,7 +27,8 @@ class Refused:
 
 @dataclass(frozen=True)
 class Accepted:
-    """The values that the first sample must have, of: id, caption, labels, findings, boxes, inside (pixels of the mask)."""
+    """The values that the first sample must have, of: id, caption, labels, findings, boxes, inside (pixels of the
+    mask)."""
 
     values: dict[str, Any] = field(default_factory=dict)
 
@@ -37,7 +38,8 @@ Expected = Refused | Accepted
 
 @dataclass(frozen=True)
 class HostileRow:
-    """change: of the layout's entries. files: written besides. data: of the layout's file, in place of its own bytes."""
+    """change: of the layout's entries. files: written besides. data: of the layout's file, in place of its own
+    bytes."""
 
     layout: str
     name: str

@@ -1,6 +1,7 @@
 """Runs recipes in child processes that the system kills at one file operation; see test_kills.py.
 
-As a script it is the server of these children: it imports the libraries once, and forks a child for each line of its input.
+As a script it is the server of these children: it imports the libraries once, and forks a child for each line of its
+input.
 """
 
 from __future__ import annotations
@@ -31,15 +32,16 @@ LIBRARIES = (
 TORN_BYTES = 20
 """What of a file is on the disk when its writer is killed in the middle."""
 TIMES = re.compile(r".*seconds.*|date|peak_memory_gb|files")
-"""Keys in JSON that differ from run to run. files: hashes of files, of which those of maps have their tensors in no order."""
+"""Keys in JSON that differ from run to run. files: hashes of files, of which those of maps have their tensors in no
+order."""
 
 
 @dataclass(frozen=True)
 class Kill:
     """Before the file operation of this number, from 1 on, or before the first that begins with this text.
 
-    torn: in the middle of the first file that it or a later operation writes, by the signal of the system's limit of file
-    sizes, which lets no more run than SIGKILL does.
+    torn: in the middle of the first file that it or a later operation writes, by the signal of the system's limit of
+    file sizes, which lets no more run than SIGKILL does.
     """
 
     at: int | str
@@ -153,7 +155,8 @@ def _child(job: dict[str, Any], scratch: Path) -> None:
 
 
 def watch(folder: Path, operations: int, kill: Kill | None) -> None:
-    """Write each operation that changes files in `folder` to a file descriptor, and kill this process at one of them."""
+    """Write each operation that changes files in `folder` to a file descriptor, and kill this process at one of
+    them."""
     count = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:

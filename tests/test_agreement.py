@@ -1,4 +1,5 @@
-"""What the processes of a launch agree on; the collective calls are replaced, tests/test_two_processes.py makes them."""
+"""What the processes of a launch agree on; the collective calls are replaced, tests/test_two_processes.py makes
+them."""
 
 from __future__ import annotations
 

@@ -87,7 +87,8 @@ def cells_of(maps: torch.Tensor, masks: torch.Tensor, findings: list[int], times
 
 
 def known_cells() -> Cells:
-    """Layers 0 and 2 each show one half of the mask, at timestep 20 alone; all else is noise, or the mask's opposite."""
+    """Layers 0 and 2 each show one half of the mask, at timestep 20 alone; all else is noise, or the mask's
+    opposite."""
     noise = torch.rand(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
     masks = torch.zeros(3, 8, 8, dtype=torch.bool)
     for pair in range(3):

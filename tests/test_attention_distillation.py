@@ -1,4 +1,5 @@
-"""Attention distillation: terms that vanish on the teacher, gradients in the student alone, and what is not compared."""
+"""Attention distillation: terms that vanish on the teacher, gradients in the student alone, and what is not
+compared."""
 
 from __future__ import annotations
 
@@ -146,7 +147,8 @@ def test_each_term_reaches_the_student_and_never_the_teacher(trained: str) -> No
 
 @pytest.mark.parametrize("term", ["output_weight", "feature_weight", "self_attention_weight"])
 def test_a_teacher_that_shares_weights_with_the_student_is_a_constant(term: str) -> None:
-    """The gradient is that of a copy of the teacher; without no_grad the shared text encoder would have one through it."""
+    """The gradient is that of a copy of the teacher; without no_grad the shared text encoder would have one through
+    it."""
     gradients = []
     for shared in (False, True):
         student, teacher = prepared(), other()

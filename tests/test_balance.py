@@ -87,7 +87,8 @@ def test_each_epoch_draws_each_row_as_often_as_its_chance_says() -> None:
 
 
 def test_no_row_is_left_out_for_good() -> None:
-    """A row is drawn less than once an epoch here, in a data set so small that its place in the order decides little."""
+    """A row is drawn less than once an epoch here, in a data set so small that its place in the order decides
+    little."""
     times = sum(rows.count(1) for rows in StepSampler(2, 2, 3, 0, 1, 0, 500, np.array([0.9, 0.1])))
     assert times / 500 == pytest.approx(0.2, abs=0.06)
 
@@ -107,7 +108,8 @@ def test_an_epoch_is_as_long_as_the_data_whatever_the_rounding(length: int, seed
 def test_a_sum_of_chances_that_is_rounded_loses_and_adds_no_draw(
     monkeypatch: pytest.MonkeyPatch, drawn: float, chances: list[float]
 ) -> None:
-    """Their sums are a little below and above 1; this and the smallest or largest random number meet once in 2**53 epochs."""
+    """Their sums are a little below and above 1; this and the smallest or largest random number meet once in 2**53
+    epochs."""
     stub = SimpleNamespace(permutation=lambda x: np.arange(x) if isinstance(x, int) else x, random=lambda: drawn)
     monkeypatch.setattr("distill.trainer.np.random.default_rng", lambda seed: stub)
     size = len(chances)

@@ -1,4 +1,5 @@
-"""Records of tensors: stacked, moved, pinned and cut as one, whatever they hold; and importable without any model library."""
+"""Records of tensors: stacked, moved, pinned and cut as one, whatever they hold; and importable without any model
+library."""
 
 from __future__ import annotations
 

@@ -292,7 +292,8 @@ def test_operations_of_a_step_are_those_that_a_second_step_adds(
 def test_the_speed_of_a_product_is_that_of_ten_after_three(
     device: str, mixed_precision: str, size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A product here takes 2 s, but each of the first three 50 s; a GPU's clock is read when it has done all of them."""
+    """A product here takes 2 s, but each of the first three 50 s; a GPU's clock is read when it has done all of
+    them."""
     clock, products, made, waited = [0.0], [0], [], []
 
     class Matrix:

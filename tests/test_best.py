@@ -1,4 +1,5 @@
-"""The weights of the best look are what is left: whatever is killed, damaged or made longer, and kept once on the disk."""
+"""The weights of the best look are what is left: whatever is killed, damaged or made longer, and kept once on the
+disk."""
 
 from __future__ import annotations
 
@@ -113,7 +114,8 @@ def test_a_training_that_is_killed_leaves_the_same(tmp_path: Path, every: int | 
 
 
 def test_a_better_look_of_a_training_that_went_back_does_not_count(tmp_path: Path) -> None:
-    """Killed after step 4, it goes on from step 3 on a device that gives other numbers, and step 4 is not the best now."""
+    """Killed after step 4, it goes on from step 3 on a device that gives other numbers, and step 4 is not the best
+    now."""
     killed(tmp_path, 5, "after", checkpoint_every_steps=3)
     assert (tmp_path / "state" / "best-00000004.safetensors").exists()
     resumed = LeastSquares()

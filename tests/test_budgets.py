@@ -1,4 +1,5 @@
-"""Arms at equal cost: the steps that a budget allows, and tradeoff.py with budgets from its command line to proof.json."""
+"""Arms at equal cost: the steps that a budget allows, and tradeoff.py with budgets from its command line to
+proof.json."""
 
 from __future__ import annotations
 
@@ -239,7 +240,8 @@ def test_two_budgets_and_two_seeds_give_a_proof(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Budget 4 goes on from budget 2 and equals a training of 4 steps; the numbers of proof.json are those of the runs."""
+    """Budget 4 goes on from budget 2 and equals a training of 4 steps; the numbers of proof.json are those of the
+    runs."""
     lora = {"denoiser": "lora", "lora": {"rank": 2}}
     arms = {name: {**arm, **lora} for name, arm in ARMS.items()}
     arms["distilled"] = arms["distilled"] | {"method": TAUGHT | {"batch_share": 0.5}}
@@ -264,7 +266,8 @@ def test_two_budgets_and_two_seeds_give_a_proof(
     margins = ["--margins", "{word.auc: -0.01, quality.fid: 0.05}"]
     command = [*argv, "--seeds", "[0,1]", "--budgets", "[2,4]", *margins, "--output_dir", str(folder)]
     run("tradeoff", command)
-    # In batches of 2 a plain step costs 6 and a step of the student 7: none fits into 2 x 6 - 6, and two into 4 x 6 - 6.
+    # In batches of 2 a plain step costs 6 and a step of the student 7: none fits into 2 x 6 - 6, and two into 4 x 6 -
+    # 6.
     steps = {}
     for budget in (2, 4):
         for seed in (0, 1):

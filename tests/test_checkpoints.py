@@ -1,4 +1,5 @@
-"""Checkpoints: damage of every kind, disks that fill up, signals, longer trainings; and what is never written to one."""
+"""Checkpoints: damage of every kind, disks that fill up, signals, longer trainings; and what is never written to
+one."""
 
 from __future__ import annotations
 

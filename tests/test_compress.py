@@ -38,7 +38,8 @@ TINY = BlocksConfig(layers_per_block=1, remove_mid_block=True, remove_stages=1)
 
 
 def two_pairs(seed: int = 0, **options: Any) -> UNet2DConditionModel:
-    """As Stable Diffusion: two pairs a stage, and innermost a stage of the width of the one before, without attention."""
+    """As Stable Diffusion: two pairs a stage, and innermost a stage of the width of the one before, without
+    attention."""
     torch.manual_seed(seed)
     config: dict[str, Any] = {
         "sample_size": 8,
@@ -185,7 +186,8 @@ def test_what_is_left_of_the_chosen_layers() -> None:
 
 @pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl, pipeline_of_two_pairs])
 def test_operations_are_those_of_a_real_pass(build: Any) -> None:
-    """Counted apart, from the inputs of every matrix product: layers of a real pass by hooks, attention by its sizes."""
+    """Counted apart, from the inputs of every matrix product: layers of a real pass by hooks, attention by its
+    sizes."""
     model = model_of(build())
     unet, counted = model.denoiser, 0
 

@@ -86,8 +86,8 @@ def defaults() -> dict[str, dict[str, JsonValue]]:
 
 
 def test_a_default_changes_on_purpose_only() -> None:
-    """Whoever leaves an option out gets other numbers by another default: change it in goldens/defaults.json too, and tell
-    users in CHANGELOG.md. A new option need not be there."""
+    """Whoever leaves an option out gets other numbers by another default: change it in goldens/defaults.json too, and
+    tell users in CHANGELOG.md. A new option need not be there."""
     recorded, now = json.loads(DEFAULTS.read_text(encoding="utf-8")), defaults()
     held = {
         group: {k: now.get(group, {}).get(k, "this option is gone") for k in options}
@@ -131,8 +131,8 @@ def limits() -> dict[str, dict[str, list[str]]]:
 
 
 def test_a_limit_changes_on_purpose_only() -> None:
-    """A run folder of today must be legal tomorrow: change a limit, and what may change in a run folder, in goldens/limits.json
-    too. A new option need not be there."""
+    """A run folder of today must be legal tomorrow: change a limit, and what may change in a run folder, in
+    goldens/limits.json too. A new option need not be there."""
     recorded, now = json.loads(LIMITS.read_text(encoding="utf-8")), limits()
     held = {
         group: {k: now.get(group, {}).get(k, "this option is gone, or has no limit") for k in options}

@@ -1,4 +1,5 @@
-"""COCO's captions and instances: segmentations against independent computation, samples, and files nobody should write."""
+"""COCO's captions and instances: segmentations against independent computation, samples, and files nobody should
+write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""MIMIC-CXR-JPG's metadata and the three shapes of MS-CXR, as made here, as published, and as nobody should write them."""
+"""MIMIC-CXR-JPG's metadata and the three shapes of MS-CXR, as made here, as published, and as nobody should write
+them."""
 
 from __future__ import annotations
 
@@ -526,7 +527,8 @@ def test_training_leaves_out_the_patients_of_mscxr(root: Path, caplog: pytest.Lo
 def test_boxes_follow_an_image_that_was_made_smaller(
     root: Path, data: Any, width: int, height: int, short: int
 ) -> None:
-    """The file's short side is `short` px, its other side is rounded as any tool does; boxes stay those of the original."""
+    """The file's short side is `short` px, its other side is rounded as any tool does; boxes stay those of the
+    original."""
     factor = short / min(width, height)
     size = (max(1, round(width * factor)), max(1, round(height * factor)))
     write_image(root / "files/p1/d1.jpg", size)

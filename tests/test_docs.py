@@ -1,4 +1,5 @@
-"""Code and commands of the documents run as written: README.md, checkpoints/*.md, recipes/**/*.md, and the cards of a run."""
+"""Code and commands of the documents run as written: README.md, checkpoints/*.md, recipes/**/*.md, and the cards of a
+run."""
 
 from __future__ import annotations
 

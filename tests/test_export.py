@@ -250,7 +250,8 @@ def test_no_file_names_a_folder_of_this_machine(folder: Path, case: str) -> None
 
 @pytest.mark.parametrize("case", ["sd-lora", "sdxl-lora"])
 def test_equal_runs_give_equal_bytes(folder: Path, tmp_path: Path, case: str) -> None:
-    """The library orders the entries of metadata anew in each file; four files are alike by chance once in eight times."""
+    """The library orders the entries of metadata anew in each file; four files are alike by chance once in eight
+    times."""
     for place in range(4):
         export(make_trained(folder, case), tmp_path / str(place))
     for name in FILES[case]:

@@ -1,4 +1,5 @@
-"""Quality of the images of each finding, and the finding AUC against captions that negate it and that do not name it."""
+"""Quality of the images of each finding, and the finding AUC against captions that negate it and that do not name
+it."""
 
 from __future__ import annotations
 

@@ -28,7 +28,8 @@ from distill.models.loading import load_model
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 Change = Callable[[nn.Module], None]
 QUANTIZED = os.environ.get("DISTILL_TEST_QUANTIZED") == "1"
-"""Whether this is the process of the quantized layers: a fault in one of their kernels ends every later call of its process."""
+"""Whether this is the process of the quantized layers: a fault in one of their kernels ends every later call of its
+process."""
 
 
 def test_quantized_layers_in_a_process_of_their_own() -> None:

@@ -1,4 +1,5 @@
-"""Bases, adapters and run folders that are damaged, foreign or hostile: one message that names the file, or accepted."""
+"""Bases, adapters and run folders that are damaged, foreign or hostile: one message that names the file, or
+accepted."""
 
 from __future__ import annotations
 
@@ -69,7 +70,8 @@ def listing(folder: Path) -> set[Path]:
 
 
 def outcome(case: Case, sound: Path, work: Path) -> str | None:
-    """What a user is told of the damaged folder, None where it is accepted. Nothing may be written, whatever happens."""
+    """What a user is told of the damaged folder, None where it is accepted. Nothing may be written, whatever
+    happens."""
     kind = case.kind if case in BASES else "lora" if case in ADAPTERS else "full"
     folder = Path(shutil.copytree(sound / kind, work / "damaged"))
     os.chdir(work)

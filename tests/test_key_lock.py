@@ -1,4 +1,5 @@
-"""Key-locking: it changes nothing by itself, keys never see the trained encoder, and the merge is exact where it can be."""
+"""Key-locking: it changes nothing by itself, keys never see the trained encoder, and the merge is exact where it can
+be."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""A recipe that was killed at any file operation, and started again, ends with the result of one that was not killed."""
+"""A recipe that was killed at any file operation, and started again, ends with the result of one that was not
+killed."""
 
 from __future__ import annotations
 
@@ -137,7 +138,8 @@ class Killer:
 
 
 def kills_of(operations: list[str], count: int, seed: str) -> list[list[Kill]]:
-    """Kills at operations drawn evenly over a run, half of them in the middle of a write; of every third the next run too."""
+    """Kills at operations drawn evenly over a run, half of them in the middle of a write; of every third the next run
+    too."""
     draw, writes = random.Random(seed), [i for i, name in enumerate(operations, 1) if name.startswith("open ")]
     returned = []
     for i in range(count):

@@ -41,7 +41,8 @@ SDXL_BLOCKS = {
 SD_ORIGINAL = {"middle_block.1", *(f"input_blocks.{n}.1" for n in (1, 2, 4, 5, 7, 8))} | {
     f"output_blocks.{n}.1" for n in range(3, 12)
 }
-"""The attention blocks of an original checkpoint of Stable Diffusion 1, to which ComfyUI and A1111 map diffusers' names."""
+"""The attention blocks of an original checkpoint of Stable Diffusion 1, to which ComfyUI and A1111 map diffusers'
+names."""
 
 
 @functools.cache

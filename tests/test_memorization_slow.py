@@ -70,8 +70,8 @@ def neighbours(images: Tensor, training: Tensor, held_out: Tensor) -> tuple[Near
 def test_a_model_that_memorized_is_found_and_one_that_did_not_is_not() -> None:
     """The score of an image tells those of the one model from those of the other with an AUC of at least .95.
 
-    About 75 s on one core. The images of the model that saw many are smoother than real ones, and so nearer to training images
-    than real ones are: `closeness` alone has p below .001 for each seed, and does not show a copy.
+    About 75 s on one core. The images of the model that saw many are smoother than real ones, and so nearer to training
+    images than real ones are: `closeness` alone has p below .001 for each seed, and does not show a copy.
     """
     many, held_out = pictures("train", 1000), pictures("test", 200)
     few = many[:16]

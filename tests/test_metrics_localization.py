@@ -50,7 +50,8 @@ usable_masks = arrays(np.bool_, SHAPE).filter(
 )
 
 
-# Quarters of pixels: borders of boxes meet the pixels' centres, which they then hold (left, top) or not (right, bottom).
+# Quarters of pixels: borders of boxes meet the pixels' centres, which they then hold (left, top) or not (right,
+# bottom).
 boxes_of_a_pair = st.lists(
     st.tuples(st.integers(-4, 19), st.integers(-4, 15), st.integers(1, 16), st.integers(1, 16))
     .map(lambda box: tuple(value / 4 for value in box))
@@ -80,7 +81,8 @@ def bounding_boxes(masks: torch.Tensor) -> list[list[Box]]:
 def pair_values(
     metric: LocalizationMetric, maps: torch.Tensor, masks: torch.Tensor, boxes: list[list[Box]] | None = None
 ) -> list[float]:
-    """Value of each pair, NaN where there is none, through the public way; `boxes` are those of the masks if not given."""
+    """Value of each pair, NaN where there is none, through the public way; `boxes` are those of the masks if not
+    given."""
     boxes = bounding_boxes(masks) if boxes is None else boxes
     result = []
     for row in range(len(maps)):

@@ -1,4 +1,5 @@
-"""Copies are found by distance 0 and by the tests, images of the same distribution are not, and blocks change nothing."""
+"""Copies are found by distance 0 and by the tests, images of the same distribution are not, and blocks change
+nothing."""
 
 from __future__ import annotations
 
@@ -116,7 +117,8 @@ def test_without_copies_the_share_is_chance_and_p_is_fair() -> None:
 
 
 def test_a_model_that_draws_one_image_again_and_again_is_one_observation() -> None:
-    """A binomial test over its images would be wrong as often as the training image is the nearest: here in one half."""
+    """A binomial test over its images would be wrong as often as the training image is the nearest: here in one
+    half."""
     training, held_out = cloud(30, 0), cloud(30, 1)
     one = next(image for image in cloud(50, 2) if found_copies(image[None], training, held_out)[0]["share"] == 1)
     found, _ = found_copies(one.expand(40, -1), training, held_out)

@@ -87,7 +87,8 @@ def test_the_psnr_of_an_autoencoder_is_the_mean_over_images() -> None:
 
 
 def test_recognition_counts_each_picture_for_its_own_caption(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The classifier is one that reads a picture's number; what is drawn are real pictures of others or of these captions."""
+    """The classifier is one that reads a picture's number; what is drawn are real pictures of others or of these
+    captions."""
     pictures = PicturesDataset("test", 30, 0, 128, clear=True)
     kinds, shift = list(pictures.findings), 0
 

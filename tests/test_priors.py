@@ -1,4 +1,5 @@
-"""What the image adds to its map, and the maps that never look at it: against brute force, in any order, after a kill."""
+"""What the image adds to its map, and the maps that never look at it: against brute force, in any order, after a
+kill."""
 
 from __future__ import annotations
 
@@ -217,7 +218,8 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 def test_metrics_are_those_of_brute_force(
     sd: Model, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: Any
 ) -> None:
-    """With at most six images a finding, each image's others are all others. Resizing rounds by 1e-7, which moves ties."""
+    """With at most six images a finding, each image's others are all others. Resizing rounds by 1e-7, which moves
+    ties."""
     dataset, config = rectangles("a", 6), CONFIG.model_copy(update=dict(localization_text=text))
     maps = recorded(monkeypatch)
     result = localization(sd, dataset, config, accelerator=accelerator, arm_dir=tmp_path)

@@ -474,8 +474,8 @@ def test_arms_that_cannot_be_read_are_refused_in_one_message(
 def test_seeds_are_trained_evaluated_and_compared_in_one_report(
     names: tuple[str, ...], work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Arms with the denoiser by LoRA: a seed of a command of its own, and one or two more into the same folder, which train
-    only their own."""
+    """Arms with the denoiser by LoRA: a seed of a command of its own, and one or two more into the same folder, which
+    train only their own."""
     monkeypatch.setattr(validation, "IMAGES", 2)
     monkeypatch.setattr(validation, "DRAWN", 2)
     monkeypatch.setattr(figures, "curve_charts", lambda *_: [])  # sixty of them take as long as all else
@@ -621,7 +621,8 @@ def test_a_student_continues_from_its_teacher(work: Path, tmp_path: Path, capsys
 
 
 def test_processes_that_share_a_folder_share_its_arms(tmp_path: Path) -> None:
-    """A job that another process is at is left to it, one whose needs are not met waits, and each is done or read once."""
+    """A job that another process is at is left to it, one whose needs are not met waits, and each is done or read
+    once."""
     script = (
         "import sys, time; from filelock import FileLock\n"
         "with FileLock(sys.argv[1]):\n    print('held', flush=True); time.sleep(3)"

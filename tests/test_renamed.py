@@ -1,4 +1,5 @@
-"""Configurations of an earlier version: each old key is answered with the key of today, and an old run is not continued."""
+"""Configurations of an earlier version: each old key is answered with the key of today, and an old run is not
+continued."""
 
 from __future__ import annotations
 

@@ -309,7 +309,8 @@ def test_maps_depend_on_the_image_where_the_interval_is_above_0(ends: list[float
 
 
 def test_the_rank_of_equal_values_is_the_best_of_them_and_quality_counts_once() -> None:
-    """`a` shares the first place in localization and is third in quality; `c` is first in quality, behind three others."""
+    """`a` shares the first place in localization and is third in quality; `c` is first in quality, behind three
+    others."""
     places = {"c": (0.699, 30.0, 0.704), "d": (0.698, 30.1, 0.703), "a": (0.7, 30.2, 0.702), "b": (0.7, 30.3, 0.701)}
     found = choose({name: arm(*values) for name, values in (places | {"e": (0.7, 30.4, 0.7)}).items()})
     assert found.title == "First choice: a. 4 other models are not ruled out"

@@ -91,7 +91,8 @@ def checkpoint_of(pipe: Any) -> dict[str, torch.Tensor]:
 
 
 def made_in(folder: Path, pipe: Any) -> Path:
-    """sd, a pipeline folder; sd.safetensors, the same as one file; configs, the folder without weights; run, adapters."""
+    """sd, a pipeline folder; sd.safetensors, the same as one file; configs, the folder without weights; run,
+    adapters."""
     pipe.save_pretrained(folder / "sd")
     pipe = load_model(BaseConfig(name=str(folder / "sd"))).pipeline
     save_file(checkpoint_of(pipe), folder / "sd.safetensors")

@@ -1,4 +1,5 @@
-"""Another text encoder in a pipeline: the fold is exact, the pipeline is stock, and it trains, exports and loads again."""
+"""Another text encoder in a pipeline: the fold is exact, the pipeline is stock, and it trains, exports and loads
+again."""
 
 from __future__ import annotations
 

@@ -427,7 +427,8 @@ def test_the_state_of_an_objective_is_in_its_checkpoint(tmp_path: Path) -> None:
 
 
 def test_what_a_method_measured_before_the_training_outlives_a_kill(tmp_path: Path) -> None:
-    """The tail penalty measures the model that it is given, which after a kill is that of the checkpoint: it must not count."""
+    """The tail penalty measures the model that it is given, which after a kill is that of the checkpoint: it must not
+    count."""
 
     def run(folder: Path, on: Any = None, *, trained: bool = False) -> Any:
         model = tiny()

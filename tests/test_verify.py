@@ -30,7 +30,8 @@ def base(folder: Path, kind: str, run: Path | None = None) -> Model:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Bases sd and sdxl, a run on each of rank 2 and alpha 4, and peft, the denoiser's adapter of sd as peft writes it."""
+    """Bases sd and sdxl, a run on each of rank 2 and alpha 4, and peft, the denoiser's adapter of sd as peft writes
+    it."""
     folder = tmp_path_factory.mktemp("verify")
     torch.manual_seed(0)
     for kind in ("sd", "sdxl"):

@@ -1,4 +1,5 @@
-"""A third model family in one file: a tiny transformer trained by flow matching (Lipman et al. 2023, arXiv 2210.02747)."""
+"""A third model family in one file: a tiny transformer trained by flow matching (Lipman et al. 2023, arXiv
+2210.02747)."""
 
 from __future__ import annotations
 

@@ -126,8 +126,8 @@ EXAMPLES = (*KINDS, *VARIANTS)
 
 
 def example(name: str, denoising: DenoisingConfig = NO_DROPOUT, chunks: int = 1) -> tuple[Method, TrainingRows]:
-    """One of EXAMPLES, set up on a tiny student whose denoiser trains in full and whose text encoder by LoRA; its rows. A name
-    that ends in -sdxl has a student of SDXL's shape. chunks: of captions."""
+    """One of EXAMPLES, set up on a tiny student whose denoiser trains in full and whose text encoder by LoRA; its rows.
+    A name that ends in -sdxl has a student of SDXL's shape. chunks: of captions."""
     options = KINDS[name.partition("-")[0]](**VARIANTS.get(name, NEEDED.get(name, {})))  # type: ignore[arg-type]
     torch.manual_seed(0)
     student = prepared(tiny_sdxl if name.endswith("-sdxl") else tiny_sd, text_encoder="lora", chunks=chunks)

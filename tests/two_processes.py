@@ -1,4 +1,5 @@
-"""One of two processes that train together: `python two_processes.py FOLDER SCENARIO...`, with RANK and MASTER_PORT set.
+"""One of two processes that train together: `python two_processes.py FOLDER SCENARIO...`, with RANK and MASTER_PORT
+set.
 
 Each scenario leaves FOLDER/<scenario>/<rank>.json, and FOLDER/<scenario>/weights.safetensors.
 """

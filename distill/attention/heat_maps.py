@@ -63,11 +63,11 @@ def select_tokens(
     """BOS, each of `words` (by default every distinct word of the prompt), EOS and padding of each prompt.
 
     Words are found by the tokenizer's offsets, whole and without regard to case. A word's column is the mean over its
-    tokens, and over all places where it occurs: "a red cat and a red dog" has one column "red". The column of the padding
-    is the sum over its tokens, which may be dozens, so that its values are not comparable with a word's.
-    With several tokenizers (SDXL) the mean of their selections, which agree unless one splits a word otherwise.
-    chunks: of `max_length` tokens each, that a prompt has, see `distill.tokens`.
-    Raises UserError if a word is in no prompt, or truncation cuts it off.
+    tokens, and over all places where it occurs: "a red cat and a red dog" has one column "red". The column of the
+    padding is the sum over its tokens, which may be dozens, so that its values are not comparable with a word's. With
+    several tokenizers (SDXL) the mean of their selections, which agree unless one splits a word otherwise. chunks: of
+    `max_length` tokens each, that a prompt has, see `distill.tokens`. Raises UserError if a word is in no prompt, or
+    truncation cuts it off.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     words = [words] if isinstance(words, str) else words
@@ -111,8 +111,8 @@ class PromptMaps:
         """One dictionary an image: word -> (height, width) float32 on the CPU, the mean attention probability over
         layers, heads and steps; at the largest recorded size unless `size` is given. See `normalize` for display.
 
-        The map of a word is the mean over its tokens and over all of its occurrences; "[PAD]" is the sum over the padding.
-        With heads "each" the maps are (heads, height, width). Raises ValueError if nothing was recorded.
+        The map of a word is the mean over its tokens and over all of its occurrences; "[PAD]" is the sum over the
+        padding. With heads "each" the maps are (heads, height, width). Raises ValueError if nothing was recorded.
         """
         if not self.recorded.by_layer:
             raise ValueError("nothing was recorded: call the pipeline inside the context, at recorded timesteps")
@@ -139,10 +139,10 @@ def record_pipeline(
     """Record what a stock text-to-image pipeline (SD 1.x, 2.x, SDXL) attends to while it draws `prompts`.
 
     Call `pipe(prompts, ...)` once inside the context, with the same prompts; the mean of a second call's passes and the
-    first's would be taken. Under classifier-free guidance the conditional half is kept: the pipeline says itself whether it
-    guides. Memory does not grow with the number of steps. Image-to-image and inpainting pipelines do as well. chunks: with
-    more than one, call `pipe(**prompt_embeddings(pipe, prompts, chunks), ...)` of `distill.models`. Other arguments as in
-    `record_attention` and `select_tokens`.
+    first's would be taken. Under classifier-free guidance the conditional half is kept: the pipeline says itself
+    whether it guides. Memory does not grow with the number of steps. Image-to-image and inpainting pipelines do as
+    well. chunks: with more than one, call `pipe(**prompt_embeddings(pipe, prompts, chunks), ...)` of `distill.models`.
+    Other arguments as in `record_attention` and `select_tokens`.
 
     Raises UserError for a pipeline of another kind, and with heads "each" for layers of unequal numbers of heads. The
     pipeline call raises UserError for other prompts than these, and ValueError for text embeddings of another number.

@@ -1,7 +1,7 @@
 """Capture of the attention probabilities of a denoiser of any registered family.
 
-SDPA never forms the probabilities, so the layers asked for get a processor that does, with scores and softmax in float32;
-the others keep theirs. Of generated images, one heat map a word (as DAAM, Tang et al. 2023, arXiv 2210.04885):
+SDPA never forms the probabilities, so the layers asked for get a processor that does, with scores and softmax in
+float32; the others keep theirs. Of generated images, one heat map a word (as DAAM, Tang et al. 2023, arXiv 2210.04885):
 
     with record_pipeline(pipe, "a cat and a dog") as maps:
         image = pipe("a cat and a dog").images[0]
@@ -118,7 +118,8 @@ class AttentionMaps:
             self.timesteps, self.in_range = before
 
     def run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
-        """Call `forward`, which runs the denoiser, and end once every recorded layer has run: maps without an output."""
+        """Call `forward`, which runs the denoiser, and end once every recorded layer has run: maps without an
+        output."""
         self._stop_early = True
         try:
             forward(*args, **kwargs)
@@ -136,8 +137,8 @@ class AttentionMaps:
 
     @torch.compiler.disable
     def store(self, layer: str, reduced: torch.Tensor, places: int) -> None:
-        # Gradient checkpointing computes a layer again inside backward: it must save the same tensors, hence the reduction
-        # before, and record nothing.
+        # Gradient checkpointing computes a layer again inside backward: it must save the same tensors, hence the
+        # reduction before, and record nothing.
         if not self.active or layer in self._stored:
             return
         self.passes += not self._stored
@@ -216,8 +217,8 @@ class RecordingAttnProcessor:
             probabilities = (scores if mask is None else scores + mask.float()).softmax(dim=-1)
         reduced = self.maps.reduced(probabilities)
         if getattr(attn, IN_COMPILED_BLOCK, False):
-            # An attribute leaves the compiled block with its output, where a call would break the graph. The layer's name is
-            # not read, so that all blocks of a size share a graph.
+            # An attribute leaves the compiled block with its output, where a call would break the graph. The layer's
+            # name is not read, so that all blocks of a size share a graph.
             self.kept, self.places = reduced, probabilities.shape[2]
         else:
             self.maps.store(self.layer, reduced, probabilities.shape[2])
@@ -254,11 +255,11 @@ def record_attention(
     ends included, all of the batch. rows: called at each layer, the part of the batch to keep (the conditional half
     under guidance).
 
-    Works with LoRA attached, quantized layers, gradients, gradient checkpointing, whose second pass inside backward is not
-    recorded, and torch.compile: blocks that trainer.compile has compiled stay whole, and elsewhere each recorded layer breaks
-    the graph, so not with fullgraph=True. The output of the denoiser stays what it was, to rounding. Processors are restored at
-    the end, also after an error. Of several recorders of a layer, the last opened records. Raises UserError for other
-    attention, such as an IP-Adapter's.
+    Works with LoRA attached, quantized layers, gradients, gradient checkpointing, whose second pass inside backward is
+    not recorded, and torch.compile: blocks that trainer.compile has compiled stay whole, and elsewhere each recorded
+    layer breaks the graph, so not with fullgraph=True. The output of the denoiser stays what it was, to rounding.
+    Processors are restored at the end, also after an error. Of several recorders of a layer, the last opened records.
+    Raises UserError for other attention, such as an IP-Adapter's.
     """
     inner = unwrapped(denoiser)
     names = attention_layers(inner, layers, kind)

@@ -184,7 +184,8 @@ class Faults:
         return [f"unknown key {dotted(item)}{self._note(item)}{self.origin(item)}" for item in inner or [path]]
 
     def _moved(self, place: _Place) -> list[str]:
-        """Sentences for options in an unknown group of an entry, such as arms.a.trainer: the entry's own, else all entries'."""
+        """Sentences for options in an unknown group of an entry, such as arms.a.trainer: the entry's own, else all
+        entries'."""
         (*group, name), (given, depth) = place.path, _nearest(self._given, place.path)
         value = given.value if given is not None and depth == len(place.path) else None
         if not group or not isinstance(value, dict):

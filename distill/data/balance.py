@@ -17,8 +17,8 @@ _SHOWN = 8
 
 @dataclass(frozen=True)
 class Balance:
-    """How often rows are drawn. chances: of each row, with sum 1. shares: finding -> share of the rows that have it, and of the
-    draws, in the mean; rarest first. Rows without a finding count as `no finding`."""
+    """How often rows are drawn. chances: of each row, with sum 1. shares: finding -> share of the rows that have it,
+    and of the draws, in the mean; rarest first. Rows without a finding count as `no finding`."""
 
     chances: NDArray[np.float64]
     shares: Mapping[str, tuple[float, float]]
@@ -27,8 +27,9 @@ class Balance:
 def balance_findings(labels: Sequence[Sequence[str]], power: float, only: Collection[str] = ()) -> Balance:
     """A row's chance is proportional to (1 / rows that have its rarest finding) ** power.
 
-    labels: the findings of each row. only: those that count, in any case of letters; empty for all. This is the sampling by
-    repeat factors of LVIS (Gupta et al. 2019, power 1/2), without its threshold. Raises UserError if no row has a finding.
+    labels: the findings of each row. only: those that count, in any case of letters; empty for all. This is the
+    sampling by repeat factors of LVIS (Gupta et al. 2019, power 1/2), without its threshold. Raises UserError if no row
+    has a finding.
     """
     wanted = {name.casefold() for name in only}
     names: dict[str, str] = {}

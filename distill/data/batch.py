@@ -97,10 +97,10 @@ class TextEmbeddings(Tensors):
 class Batch(Tensors):
     """Images with their texts.
 
-    groups: (batch, tokens) codes of distill.tokens. droppable: (batch,) bool, whether caption dropout may take the caption.
-    flippable: (batch,) bool, whether the image may be mirrored. size_ids: (batch, 6), original size, crop and target size.
-    label_tokens: (batch, tokens) bool, the words that name a label of the image. regions: (batch, tokens, S, S) uint8, 1
-    where the label that a word names is.
+    groups: (batch, tokens) codes of distill.tokens. droppable: (batch,) bool, whether caption dropout may take the
+    caption. flippable: (batch,) bool, whether the image may be mirrored. size_ids: (batch, 6), original size, crop and
+    target size. label_tokens: (batch, tokens) bool, the words that name a label of the image. regions: (batch, tokens,
+    S, S) uint8, 1 where the label that a word names is.
     """
 
     image: Pixels | Posterior

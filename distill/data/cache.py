@@ -165,8 +165,8 @@ def cache_vectors(
 ) -> list[Path]:
     """Files that hold what `make` gives for the image of each row, for `read_vectors`; those that are missing are made.
 
-    make: (batch, 3, height, width) in [-1, 1] -> name -> (batch, d). model_hash: of all that `make` depends on. Of several
-    processes each makes its files; wait for all before they are read. Raises UserError as `cache_latents` does.
+    make: (batch, 3, height, width) in [-1, 1] -> name -> (batch, d). model_hash: of all that `make` depends on. Of
+    several processes each makes its files; wait for all before they are read. Raises UserError as `cache_latents` does.
     """
     rows = [dataset.fingerprint(index) for index in range(len(dataset))]
     paths, missing = _plan(Path(folder), "vectors", model_hash, rows)
@@ -193,7 +193,8 @@ def _encode(
     num_workers: int = 0,
     fault: str,
 ) -> None:
-    """Write the missing files with what `make` gives for rows and their pixels. fault: what to say of values not finite."""
+    """Write the missing files with what `make` gives for rows and their pixels. fault: what to say of values not
+    finite."""
     count = len(dataset)
     batches = [list(part) for shard in missing for part in _split(_shard_range(shard, count), batch_size)]
     loader = DataLoader(

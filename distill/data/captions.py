@@ -89,8 +89,8 @@ def names_side(caption: str) -> bool:
 
 
 def insert_labels(caption: str, labels: Sequence[str], where: Literal["first", "random"], key: int) -> str:
-    """RaLI of Dombrowski et al. (AAAI 2024): the labels in random order before word 0 ("first"), or before one of the words
-    0 to 5 ("random"). The draw depends on `key` only. Unchanged without labels."""
+    """RaLI of Dombrowski et al. (AAAI 2024): the labels in random order before word 0 ("first"), or before one of the
+    words 0 to 5 ("random"). The draw depends on `key` only. Unchanged without labels."""
     if not labels:
         return caption
     rng = np.random.default_rng(key)
@@ -101,8 +101,8 @@ def insert_labels(caption: str, labels: Sequence[str], where: Literal["first", "
 
 
 def text_of_labels(labels: Sequence[str], paraphrases: Mapping[str, Sequence[str]] | None, key: int) -> str:
-    """The labels in random order, joined by commas; or of each one of its paraphrases, as sentences. `no finding` without
-    labels. The draw depends on `key` only. Caption sources of Dombrowski et al. (AAAI 2024)."""
+    """The labels in random order, joined by commas; or of each one of its paraphrases, as sentences. `no finding`
+    without labels. The draw depends on `key` only. Caption sources of Dombrowski et al. (AAAI 2024)."""
     if not labels:
         return NO_LABEL
     rng = np.random.default_rng(key)

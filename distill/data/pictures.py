@@ -1,11 +1,11 @@
 """Generic captioned pictures: what the bundled base is pretrained on, as Stable Diffusion is on web images.
 
-Gray pictures of shapes, textures and pictograms. The pictograms carry the finding words of the phantom outside any chest
-(an "effusion" is liquid in the bottom of a jar, "atelectasis" a stack of thin plates), so that the base knows the words and
-not the chest. Picture i is a function of (seed, split, i, resolution, clear) only. Clear pictures stand to the others as the
-aesthetic subset of LAION, on which Stable Diffusion was trained last, to all of it: larger objects, upright, fewer a picture,
-bright ones of more contrast, and less relief in the background. Clear picture i and the other picture i have draws in
-common, such as the kinds of their background and first object.
+Gray pictures of shapes, textures and pictograms. The pictograms carry the finding words of the phantom outside any
+chest (an "effusion" is liquid in the bottom of a jar, "atelectasis" a stack of thin plates), so that the base knows the
+words and not the chest. Picture i is a function of (seed, split, i, resolution, clear) only. Clear pictures stand to
+the others as the aesthetic subset of LAION, on which Stable Diffusion was trained last, to all of it: larger objects,
+upright, fewer a picture, bright ones of more contrast, and less relief in the background. Clear picture i and the other
+picture i have draws in common, such as the kinds of their background and first object.
 """
 
 from __future__ import annotations
@@ -74,8 +74,8 @@ UNRELATED = (
 )
 
 
-# Words of English and of radiology reports: unrelated sentences are drawn from them, so that the tokenizer keeps them whole
-# and the text encoder has met them.
+# Words of English and of radiology reports: unrelated sentences are drawn from them, so that the tokenizer keeps them
+# whole and the text encoder has met them.
 VOCABULARY = tuple(
     """
     a about above acute adjacent admission after again air airspace airways along also an and angle angles anterior aorta
@@ -333,7 +333,8 @@ class PicturesDataset:
         return returned
 
     def _relief(self, rng: np.random.Generator) -> np.ndarray:
-        """Soft detail at several scales that no caption tells of, as in photographs: noise of octaves and a family of arcs."""
+        """Soft detail at several scales that no caption tells of, as in photographs: noise of octaves and a family of
+        arcs."""
         field = np.zeros_like(self._x)
         amplitude = rng.uniform(0.02, 0.08)
         for cells in (4, 9, 18, 32):

@@ -10,7 +10,8 @@ BYTES = 2**27
 
 
 class Remembered:
-    """The same data set, whose first samples are decoded once; nothing is forgotten, and nothing kept beyond `limit` bytes."""
+    """The same data set, whose first samples are decoded once; nothing is forgotten, and nothing kept beyond `limit`
+    bytes."""
 
     def __init__(self, dataset: ImageCaptionDataset, limit: int = BYTES) -> None:
         self._dataset, self._left = dataset, limit

@@ -89,9 +89,9 @@ class _Described:
 class TrainingRows(Dataset[Batch]):
     """Row i of a data set, as a Batch without its first dimension.
 
-    latents, text: caches; without them a row has pixels and token ids. flip: rows say whether their image may be mirrored.
-    label_tokens, regions: rows say which words name a label of the image, and where that label is. region_images: give the
-    regions of the first this many images alone.
+    latents, text: caches; without them a row has pixels and token ids. flip: rows say whether their image may be
+    mirrored. label_tokens, regions: rows say which words name a label of the image, and where that label is.
+    region_images: give the regions of the first this many images alone.
     """
 
     def __init__(

@@ -46,7 +46,8 @@ class Sample:
 
     @property
     def size_ids(self) -> tuple[int, ...]:
-        """What SDXL reads of an image: original size, top left corner of the crop, and size, each (height, width) in px."""
+        """What SDXL reads of an image: original size, top left corner of the crop, and size, each (height, width) in
+        px."""
         return (*self.original_size, *self.crop_top_left, *self.pixel_values.shape[-2:])
 
 
@@ -89,7 +90,8 @@ def group_key(dataset: ImageCaptionDataset, index: int) -> str:
 
 
 def region_fingerprint(dataset: ImageCaptionDataset, index: int) -> str:
-    """Hash of what decides the regions of a sample: the data set's own `region_fingerprint(index)`, or its `fingerprint`."""
+    """Hash of what decides the regions of a sample: the data set's own `region_fingerprint(index)`, or its
+    `fingerprint`."""
     own = getattr(dataset, "region_fingerprint", dataset.fingerprint)
     found: str = own(index)
     return found
@@ -111,6 +113,7 @@ def hash_of(values: Iterable[str]) -> str:
 
 
 def region_list(dataset: ImageCaptionDataset, index: int) -> Sequence[Region]:
-    """Regions of a row. The data set's own `regions(index)` does not decode the image; without one, the sample is read."""
+    """Regions of a row. The data set's own `regions(index)` does not decode the image; without one, the sample is
+    read."""
     own = getattr(dataset, "regions", None)
     return dataset[index].regions if own is None else own(index)

@@ -207,8 +207,9 @@ def choose_subset(
 ) -> Choice:
     """Greedy search for the layers and timesteps (at most `max_timesteps`) whose mean word map has the highest AUC.
 
-    From the best cell, the layer or timestep is added or dropped that raises the macro AUC most, as long as one raises it
-    by more than MIN_GAIN; so the result is never worse than the best cell. progress: called with the AUC of each step.
+    From the best cell, the layer or timestep is added or dropped that raises the macro AUC most, as long as one raises
+    it by more than MIN_GAIN; so the result is never worse than the best cell. progress: called with the AUC of each
+    step.
     """
     known: dict[tuple[Indices, Indices], float] = {}
 

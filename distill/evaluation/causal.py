@@ -2,8 +2,8 @@
 
 The words' tokens are replaced by clean padding, either before the text encoder (`causal_encoder`) or in its output
 (`causal_denoiser`), as the probes ITE and IDP of Toker et al. 2025 (Padding Tone, arXiv 2501.06751) do with padding.
-With the first, what the words told other tokens is gone too; with the second it stays, so that a word whose meaning has moved
-to other tokens changes little. The maps are scored as attention maps are.
+With the first, what the words told other tokens is gone too; with the second it stays, so that a word whose meaning has
+moved to other tokens changes little. The maps are scored as attention maps are.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ def causal_maps(
 def _conditions(
     model: Model, texts: Sequence[str], tokens: Sequence[Sequence[int]], device: torch.device
 ) -> Iterator[Conditions]:
-    """Of the texts, of the texts encoded without the words, and of the texts whose words' states are those of padding."""
+    """Of the texts, of the texts encoded without the words, and of the texts whose words' states are those of
+    padding."""
     ids = [x.to(device) for x in model.tokenize(texts)]
     embeds, pooled = model.encode(ids)
     yield Conditions(embeds, pooled)

@@ -1,11 +1,12 @@
-"""Is an arm at least as good as its parents at equal cost? Paired over training seeds, with margins that are set beforehand.
+"""Is an arm at least as good as its parents at equal cost? Paired over training seeds, with margins that are set
+beforehand.
 
-The unit is the training seed: each arm has one value of a metric a seed, and two arms are compared by the difference within
-each seed. d = mean of the differences, s = their standard deviation, n = seeds; the interval is d +- t(n - 1) s / sqrt(n)
-(Student 1908). An arm is not worse than a parent if the one-sided 95 % bound of the difference is inside the margin; it is
-not worse than several parents in several metrics if all bounds are (Berger 1982: no correction is needed). The exact
-sign-flip test (Fisher 1935) assumes no normal distribution: under the null hypothesis each difference, measured from the
-margin, is as likely to have the other sign.
+The unit is the training seed: each arm has one value of a metric a seed, and two arms are compared by the difference
+within each seed. d = mean of the differences, s = their standard deviation, n = seeds; the interval is d +- t(n - 1) s
+/ sqrt(n) (Student 1908). An arm is not worse than a parent if the one-sided 95 % bound of the difference is inside the
+margin; it is not worse than several parents in several metrics if all bounds are (Berger 1982: no correction is
+needed). The exact sign-flip test (Fisher 1935) assumes no normal distribution: under the null hypothesis each
+difference, measured from the margin, is as likely to have the other sign.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ MAX_EXACT = 16
 class Comparison:
     """Arm minus parent in one metric, at one budget.
 
-    per_seed: differences by training seed. interval: two-sided, 95 %. bound: one-sided, 95 %, on the side of the margin.
-    p_value: of the one-sided sign-flip test against a difference as bad as the margin.
+    per_seed: differences by training seed. interval: two-sided, 95 %. bound: one-sided, 95 %, on the side of the
+    margin. p_value: of the one-sided sign-flip test against a difference as bad as the margin.
     """
 
     arm: str

@@ -1,8 +1,9 @@
-"""Can a detector tell generated from real images by features that have a name, and which of them betray a generated one?
+"""Can a detector tell generated from real images by features that have a name, and which of them betray a generated
+one?
 
 A row is an image (distill/metrics/image_features.py). Boosted trees learn real against generated on some images and are
-scored on others; images of one patient, or of one caption, are never on both sides. Every explanation is of images that the
-detector did not see. Source: Kapar et al. 2025, who do this for tables.
+scored on others; images of one patient, or of one caption, are never on both sides. Every explanation is of images that
+the detector did not see. Source: Kapar et al. 2025, who do this for tables.
 """
 
 from __future__ import annotations
@@ -149,8 +150,9 @@ def train_detectors(pairs: Sequence[Pair], seed: int) -> list[Fold]:
 
 
 def over_folds(values: Sequence[float]) -> Estimate:
-    """Mean and 95 % interval. Detectors share training images, so that the variance of their mean is s^2 (1/J + 1/(K - 1)) for
-    J detectors and K folds (Nadeau, Bengio 2003); Student's t has K - 1 degrees of freedom, as of one round of folds."""
+    """Mean and 95 % interval. Detectors share training images, so that the variance of their mean is s^2 (1/J + 1/(K -
+    1)) for J detectors and K folds (Nadeau, Bengio 2003); Student's t has K - 1 degrees of freedom, as of one round of
+    folds."""
     mean, spread = float(np.mean(values)), float(np.std(values, ddof=1))
     half = float(stats.t.ppf(0.975, FOLDS - 1)) * spread * (1 / len(values) + 1 / (FOLDS - 1)) ** 0.5
     return Estimate(mean, (mean - half, mean + half))
@@ -203,7 +205,8 @@ class Change:
 
 @dataclass(frozen=True)
 class Explained:
-    """One image that is not real. row: its place among the others of its pair. added: (features,) logits by TreeSHAP."""
+    """One image that is not real. row: its place among the others of its pair. added: (features,) logits by
+    TreeSHAP."""
 
     row: int
     of: int

@@ -60,7 +60,8 @@ def sampler(model: Model, config: FullEvaluation) -> Any:
 def generate(
     model: Model, captions: Sequence[str], seeds: Sequence[int], resolution: int, config: FullEvaluation
 ) -> torch.Tensor:
-    """(captions, 3, resolution, resolution) float32 in [0, 1], on the CPU. An image depends on its caption and seed only."""
+    """(captions, 3, resolution, resolution) float32 in [0, 1], on the CPU. An image depends on its caption and seed
+    only."""
     pipeline, own = model.pipeline, model.pipeline.scheduler
     # With one chunk as users draw: by the prompt.
     text = {"prompt": list(captions)} if model.caption_chunks == 1 else embeddings_of(model, captions)
@@ -117,9 +118,9 @@ def quality(
     """The `quality` entry of metrics.json; writes the images of the examples' captions to samples/.
 
     FID against `real`, the real images of the same captions. Image of caption i has seed config.seed + i, so that it is
-    the same for any batch size and number of processes. What an earlier call in `arm_dir` drew is used again where all that
-    decides it is the same. weights: see kept.weights_of, before the weights were quantized. keep_images: write all of them
-    to drawn/, see `drawn_images`.
+    the same for any batch size and number of processes. What an earlier call in `arm_dir` drew is used again where all
+    that decides it is the same. weights: see kept.weights_of, before the weights were quantized. keep_images: write all
+    of them to drawn/, see `drawn_images`.
     """
     order = evaluation_order(dataset, examples, config.generated_images)
     jobs = _jobs(order, config)
@@ -236,7 +237,8 @@ def images_key(config: FullEvaluation, weights: str, resolution: int, features: 
 
 
 def save_features(images: Generated, dataset: ImageCaptionDataset, features: Features | None, path: Path) -> None:
-    """What FID and finding AUC are of: indices (N,), features (N, d), and where there are some scores and labels (N, findings).
+    """What FID and finding AUC are of: indices (N,), features (N, d), and where there are some scores and labels (N,
+    findings).
 
     Writes nothing without features.
     """
@@ -276,8 +278,8 @@ def real_images(
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What all arms of a run are compared on. asked: the queries of localization. copied_from: the training images that a
-    generated image may be a copy of."""
+    """What all arms of a run are compared on. asked: the queries of localization. copied_from: the training images that
+    a generated image may be a copy of."""
 
     dataset: ImageCaptionDataset
     examples: list[int]
@@ -293,7 +295,8 @@ class HeldOut:
     latents: RealLatents = field(default_factory=RealLatents)
 
     def made_of(self, model: Model, weights: str, config: FullEvaluation, resolution: int) -> dict[str, JsonObject]:
-        """Part of the evaluation -> the hashes and options that decide it. features: None where they were not loaded."""
+        """Part of the evaluation -> the hashes and options that decide it. features: None where they were not
+        loaded."""
         located = with_subset(config, model).model_dump(mode="json", exclude={*OF_NO_NUMBER, *OF_QUALITY, *OF_UTILITY})
         drawn = config.model_dump(mode="json", include={*OF_QUALITY, *OF_BOTH})
         order = evaluation_order(self.dataset, self.examples, config.generated_images)

@@ -1,5 +1,5 @@
-"""What is wrong with generated images, as numbers of explain.json: the detector against real images, against real images that
-went through the VAE, and the control of real against real."""
+"""What is wrong with generated images, as numbers of explain.json: the detector against real images, against real
+images that went through the VAE, and the control of real against real."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def measure(
 ) -> Rows:
     """Rows of len(groups) images, shared between the processes. picture: places -> (N, 3, height, width) in [-1, 1].
 
-    gray: take the mean of the channels first, before they are rounded: a mean of rounded channels has finer levels than a
-    gray file.
+    gray: take the mean of the channels first, before they are rounded: a mean of rounded channels has finer levels than
+    a gray file.
     """
     mine = range(accelerator.process_index, len(groups), accelerator.num_processes)
     found: list[tuple[int, np.ndarray]] = []
@@ -65,8 +65,8 @@ def is_gray(rows: Rows) -> bool:
 def compare(pairs: Sequence[Pair], seed: int, *, images: bool = False) -> JsonObject:
     """An entry of explain.json: AUC, and every feature with its importance, most important first.
 
-    pairs: real rows, and as many other sets of rows as there are. images: also partial dependence, single images, and what
-    would have to change.
+    pairs: real rows, and as many other sets of rows as there are. images: also partial dependence, single images, and
+    what would have to change.
     """
     folds = detection.train_detectors(pairs, seed)
     alone = detection.importance(folds, [[place] for place in range(len(NAMES))], seed)

@@ -1,5 +1,5 @@
-"""Numbers of generated images from their features: how real they are, over all and per finding, and whether they show what
-their captions say."""
+"""Numbers of generated images from their features: how real they are, over all and per finding, and whether they show
+what their captions say."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from distill.metrics.bootstrap import percentile_interval, resample_counts
 from distill.metrics.features import Features
 
 CONDITIONAL = ("finding_auc", "finding_auc_negated", "finding_auc_unmentioned")
-"""AUC of a classifier's scores of images whose captions state a finding, against all others, against those whose captions
-negate it, and against those whose captions do not name it."""
+"""AUC of a classifier's scores of images whose captions state a finding, against all others, against those whose
+captions negate it, and against those whose captions do not name it."""
 RESAMPLES = 200
 
 
@@ -38,7 +38,8 @@ class Generated:
 def finding_labels(
     dataset: ImageCaptionDataset, indices: Sequence[int], features: Features
 ) -> tuple[list[int], torch.Tensor]:
-    """Columns of the classifier's scores that are findings of the data, and (images, columns) bool: what captions say."""
+    """Columns of the classifier's scores that are findings of the data, and (images, columns) bool: what captions
+    say."""
     columns = [i for i, name in enumerate(features.findings) if name in {f.lower() for f in dataset.findings}]
     labels = [[features.findings[c] in {x.lower() for x in dataset.labels(i)} for c in columns] for i in indices]
     return columns, torch.tensor(labels)
@@ -53,8 +54,8 @@ def compare(
     *,
     is_floor: bool = False,
 ) -> JsonObject:
-    """FIDELITY of two sets of features, over all and per finding, and whether the first shows what its captions (rows of
-    `dataset`) say; null where there is none.
+    """FIDELITY of two sets of features, over all and per finding, and whether the first shows what its captions (rows
+    of `dataset`) say; null where there is none.
 
     is_floor: `generated` are the real images, and `real` others: what the values are when nothing is wrong.
     """
@@ -137,8 +138,8 @@ def _but_fid(real: torch.Tensor, generated: torch.Tensor, config: FullEvaluation
 def of_each_finding(
     real: Generated, generated: Generated, config: FullEvaluation, *, alike: bool = False
 ) -> JsonObject:
-    """{"per_finding": finding in lower case -> FIDELITY without FID, "images" and "real_images"; "too_few": finding -> the
-    smaller of these counts, where it is below FEWEST_IMAGES}. Both are None without features or labels.
+    """{"per_finding": finding in lower case -> FIDELITY without FID, "images" and "real_images"; "too_few": finding ->
+    the smaller of these counts, where it is below FEWEST_IMAGES}. Both are None without features or labels.
 
     alike: take as many images of both sides, for real images against others: values depend on the number of images.
     """

@@ -52,9 +52,9 @@ def packed_pairs(
 ) -> list[JsonObject]:
     """For each pair of a query {"maps", "mask"} as text, so that a killed evaluation keeps them with the pair's scores.
 
-    maps: (4 + pairs, height, width), as the protocol made them. masks: (pairs, side, side) bool. causal: (pairs, 2, height,
-    width). The maps are kept in float32 at their own size, so that nothing is lost: at 64 x 64 latents 64 kB a pair.
-    "maps" is None for protocol `vilouras`: it compares at the size of each image file, where maps of two images
+    maps: (4 + pairs, height, width), as the protocol made them. masks: (pairs, side, side) bool. causal: (pairs, 2,
+    height, width). The maps are kept in float32 at their own size, so that nothing is lost: at 64 x 64 latents 64 kB a
+    pair. "maps" is None for protocol `vilouras`: it compares at the size of each image file, where maps of two images
     do not fit one mask.
     """
     protocol = PROTOCOLS[config.protocol]
@@ -193,11 +193,11 @@ def finish_rows(
 
 
 def summary(rows: Sequence[Row], config: FullEvaluation) -> dict[str, JsonObject]:
-    """token -> {"image_adds", "image_adds_ci", "other_image_auc", "image_adds_pairs"} and {"within_prior", "within_prior_ci",
-    "within_prior_pairs"}, averaged as the protocol's AUC.
+    """token -> {"image_adds", "image_adds_ci", "other_image_auc", "image_adds_pairs"} and {"within_prior",
+    "within_prior_ci", "within_prior_pairs"}, averaged as the protocol's AUC.
 
-    rows: see `finish_rows`, and with "within_prior" where it was measured. The intervals are 95 % bootstraps over images of
-    the pairs' values.
+    rows: see `finish_rows`, and with "within_prior" where it was measured. The intervals are 95 % bootstraps over
+    images of the pairs' values.
     """
     macro = PROTOCOLS[config.protocol].metrics(config)["auc"].average == "macro"
     found = {}

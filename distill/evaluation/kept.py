@@ -1,7 +1,7 @@
 """What results were made of, and entries on disk that later evaluations use again.
 
-An entry is used again only if all that decides it is the same: the weights, the options, and the image with its text. So an
-evaluation of more images makes those that are missing, and one of other weights makes all.
+An entry is used again only if all that decides it is the same: the weights, the options, and the image with its text.
+So an evaluation of more images makes those that are missing, and one of other weights makes all.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def features_key(features: Features | None) -> list[str]:
 class Kept:
     """What earlier calls made for one key, by the hash of what each entry was made of (entry["made_of"]).
 
-    NAME.jsonl holds entries of calls that ended. NAME.RANK.jsonl holds those of a call that goes on: an entry is on disk as
-    soon as it is added, so that a killed call loses at most one batch. Lines that are torn or changed are left out.
-    Every process must have read before one of them adds.
+    NAME.jsonl holds entries of calls that ended. NAME.RANK.jsonl holds those of a call that goes on: an entry is on
+    disk as soon as it is added, so that a killed call loses at most one batch. Lines that are torn or changed are left
+    out. Every process must have read before one of them adds.
     """
 
     def __init__(self, folder: Path, name: str, key: str, rank: int) -> None:
@@ -146,8 +146,8 @@ def _checksum(text: str) -> str:
 class Batches:
     """Items in batches, each of which is made anew as a whole, or not at all.
 
-    The composition of a batch can change the last bits of a result. So an entry is used again where its batch was full, and
-    a batch that was cut short, by the end of an earlier and smaller evaluation, is made anew.
+    The composition of a batch can change the last bits of a result. So an entry is used again where its batch was full,
+    and a batch that was cut short, by the end of an earlier and smaller evaluation, is made anew.
     """
 
     def __init__(self, hashes: Sequence[str], batch_size: int, *, rank: int = 0, world: int = 1) -> None:

@@ -54,9 +54,9 @@ MAPS_FILE = "maps.safetensors"
 class Scores:
     """The metrics of every token map, filled from the lines of pairs.
 
-    One line a pair: {"query", "image", "cluster" (see image_key), "finding", "scores": {token: {metric: number or null}},
-    "mass": [4], "image_adds": {token: number or null}}. scored.jsonl holds the pair's "maps" and "mask" in the place of
-    "image_adds" (see image_adds.py), because images that are added later are compared with them.
+    One line a pair: {"query", "image", "cluster" (see image_key), "finding", "scores": {token: {metric: number or
+    null}}, "mass": [4], "image_adds": {token: number or null}}. scored.jsonl holds the pair's "maps" and "mask" in the
+    place of "image_adds" (see image_adds.py), because images that are added later are compared with them.
     """
 
     def __init__(self, protocol: Protocol, config: FullEvaluation, device: torch.device) -> None:
@@ -197,10 +197,10 @@ def localization(
 ) -> JsonObject | None:
     """The `localization` entry of metrics.json, None without regions.
 
-    Writes the examples' maps to maps.safetensors, and the scores of each pair to pairs.jsonl. Scores of an earlier call in
-    `arm_dir` are used again where all that decides them is the same.
-    priors_dir: adds the entry "priors" (see priors.py), kept there for the run's other models. training: for its mean masks.
-    weights: see kept.weights_of, before the weights were quantized. latents: of earlier models on the same data.
+    Writes the examples' maps to maps.safetensors, and the scores of each pair to pairs.jsonl. Scores of an earlier call
+    in `arm_dir` are used again where all that decides them is the same. priors_dir: adds the entry "priors" (see
+    priors.py), kept there for the run's other models. training: for its mean masks. weights: see kept.weights_of,
+    before the weights were quantized. latents: of earlier models on the same data.
     """
     asked = queries(dataset, model, config, accelerator)
     if not asked:

@@ -1,4 +1,5 @@
-"""Are generated images copies of training images? The entry `memorization` of metrics.json, and the most suspicious pairs.
+"""Are generated images copies of training images? The entry `memorization` of metrics.json, and the most suspicious
+pairs.
 
 Images are compared in features, in latents (mean of the VAE's posterior, flattened) and in pixels (`thumbnails`).
 """
@@ -91,11 +92,13 @@ def memorization(
     arm_dir: Path,
     run_dir: Path,
 ) -> JsonObject:
-    """The `memorization` entry; writes memorization.jsonl, and memorization/*.png: generated, training and held-out image.
+    """The `memorization` entry; writes memorization.jsonl, and memorization/*.png: generated, training and held-out
+    image.
 
-    images: files of generated images. own: the row of `held_out` whose caption each is of, or -1; an image is not compared with
-    the held-out image of its own caption, for no training image is as close to its caption by construction.
-    Vectors of training and held-out images are kept in real/compared. All processes make them, and the main one compares.
+    images: files of generated images. own: the row of `held_out` whose caption each is of, or -1; an image is not
+    compared with the held-out image of its own caption, for no training image is as close to its caption by
+    construction. Vectors of training and held-out images are kept in real/compared. All processes make them, and the
+    main one compares.
     """
     make = partial(_vectors, model, features, accelerator.device)
     key = digest(model_fingerprint(model.vae), features_key(features), THUMBNAIL_PX)
@@ -139,7 +142,8 @@ def _compare(
     config: FullEvaluation,
     arm_dir: Path,
 ) -> JsonObject:
-    """files: of the vectors of training and held-out images. left_out: the held-out image that is none for each image."""
+    """files: of the vectors of training and held-out images. left_out: the held-out image that is none for each
+    image."""
     counts = len(pools[0]), len(pools[1]) - int((left_out >= 0).any())
     draws = config.bootstrap_samples, config.seed
     near: dict[str, tuple[Nearest, Nearest]] = {}
@@ -164,8 +168,8 @@ def _write_pairs(
 ) -> None:
     """A line for each image, the most suspicious first, and pictures of the first.
 
-    An image is as suspicious as the geometric mean of its ratios in all spaces; shown are its neighbours in the space of the
-    lowest.
+    An image is as suspicious as the geometric mean of its ratios in all spaces; shown are its neighbours in the space
+    of the lowest.
     """
     ratios = {space: suspicion(*both) for space, both in near.items()}
     with np.errstate(divide="ignore"):

@@ -37,7 +37,8 @@ MEANS_FILE = "mean_masks.safetensors"
 
 @dataclass(frozen=True)
 class MeanMasks:
-    """masks: finding -> (side, side) float32, without findings that no training image has a region of. images: all of them."""
+    """masks: finding -> (side, side) float32, without findings that no training image has a region of. images: all of
+    them."""
 
     masks: Mapping[str, torch.Tensor] = field(default_factory=dict)
     images: int = 0
@@ -53,12 +54,12 @@ def priors(
     accelerator: Accelerator,
     folder: Path | None = None,
 ) -> JsonObject:
-    """{"centre": {"auc", "auc_ci", "within_prior", "within_prior_ci"}, "mean_mask": {the same, "training_images"}}; "mean_mask"
-    and "within_prior" are None without training regions.
+    """{"centre": {"auc", "auc_ci", "within_prior", "within_prior_ci"}, "mean_mask": {the same, "training_images"}};
+    "mean_mask" and "within_prior" are None without training regions.
 
     The pairs, masks, metric and average are those of the protocol's "auc"; smoothing and thresholds of the model's maps
-    are not applied. folder: the result is kept in its priors.json, by a hash of what decides it. All processes must call
-    this, and share the work.
+    are not applied. folder: the result is kept in its priors.json, by a hash of what decides it. All processes must
+    call this, and share the work.
     """
     key = priors_key(held_out, training, asked, config)
     path = None if folder is None else folder / FILE
@@ -122,7 +123,8 @@ def centre_map(side: int) -> torch.Tensor:
 def training_rows(
     training: ImageCaptionDataset, held_out: ImageCaptionDataset, findings: Sequence[str]
 ) -> dict[str, list[int]]:
-    """finding -> rows of up to PRIOR_TRAINING_IMAGES different training images labelled with it, in a fixed random order.
+    """finding -> rows of up to PRIOR_TRAINING_IMAGES different training images labelled with it, in a fixed random
+    order.
 
     An image whose fingerprint is that of a held-out image is left out. No image is decoded.
     """
@@ -217,8 +219,8 @@ def _scores(
     config: FullEvaluation,
     accelerator: Accelerator,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], list[str]]:
-    """(pairs, 2, 2) of the centre and of the mean mask the AUC and that within the prior, NaN where there is none, and each
-    pair's finding and image."""
+    """(pairs, 2, 2) of the centre and of the mean mask the AUC and that within the prior, NaN where there is none, and
+    each pair's finding and image."""
     protocol = PROTOCOLS[config.protocol]
     metric = protocol.metrics(config)["auc"].to(accelerator.device)
     rows: list[tuple[int, int, str, list[list[float]]]] = []

@@ -144,7 +144,8 @@ def _hash_of(regions: Sequence[Region]) -> str:
 
 
 def selection(query: Query, columns: int) -> torch.Tensor:
-    """(tokens, columns) float32 that maps token probabilities to BOS, words, EOS, padding sums and word means of the pairs."""
+    """(tokens, columns) float32 that maps token probabilities to BOS, words, EOS, padding sums and word means of the
+    pairs."""
     matrix = torch.zeros(len(query.groups), columns)
     for column, code in enumerate((BOS, WORD, EOS, PADDING)):
         matrix[query.groups == code, column] = 1.0
@@ -160,8 +161,8 @@ def selection(query: Query, columns: int) -> torch.Tensor:
 class Inputs:
     """A batch of queries as the denoiser takes it.
 
-    latents: (batch, channels, height, width) posterior means, scaled. chosen: (batch, tokens, 4 + pairs), see `selection`.
-    images: index of each query's image.
+    latents: (batch, channels, height, width) posterior means, scaled. chosen: (batch, tokens, 4 + pairs), see
+    `selection`. images: index of each query's image.
     """
 
     model: Model
@@ -200,7 +201,8 @@ class Inputs:
 
 
 class RealLatents:
-    """Latents of real images, kept from one model to the next: arms of a run share their VAE. Not for data that changes."""
+    """Latents of real images, kept from one model to the next: arms of a run share their VAE. Not for data that
+    changes."""
 
     def __init__(self) -> None:
         self._kept: dict[tuple[str, tuple[int, ...]], torch.Tensor] = {}
@@ -313,8 +315,8 @@ def vilouras_layers(names: Sequence[str]) -> list[str]:
 def vilouras(inputs: Inputs, config: FullEvaluation, recorder: Recorder) -> tuple[torch.Tensor, torch.Tensor]:
     """DDIM inversion of the real latent in 300 steps without guidance; the steps 120 to 179 and four layers.
 
-    Min-max for each layer and step, mean, Gaussian of sigma 2.5, min-max, times its Otsu mask. As `ours`, but at the size
-    of the model's image, where the authors' code smooths; it also resizes each layer before the mean, where this
+    Min-max for each layer and step, mean, Gaussian of sigma 2.5, min-max, times its Otsu mask. As `ours`, but at the
+    size of the model's image, where the authors' code smooths; it also resizes each layer before the mean, where this
     resizes the mean.
     """
     model = inputs.model
@@ -354,8 +356,8 @@ MapFunction = Callable[[Inputs, FullEvaluation, Recorder], tuple[torch.Tensor, t
 @dataclass(frozen=True)
 class Protocol:
     """maps: batch -> maps. metrics: key of metrics.json -> metric. size: side that maps and truth are compared at, None
-    for the data's resolution, "original" for the image file's. resize: of the map. words: "finding" asks by the finding's
-    words, "all" by all words. layers: of all cross-attention layers, those to record."""
+    for the data's resolution, "original" for the image file's. resize: of the map. words: "finding" asks by the
+    finding's words, "all" by all words. layers: of all cross-attention layers, those to record."""
 
     maps: MapFunction
     metrics: Callable[[FullEvaluation], dict[str, LocalizationMetric]]
@@ -413,7 +415,8 @@ def with_subset(config: FullEvaluation, model: Model) -> FullEvaluation:
 def ground_truth(
     region: Region, resolution: int, size: int, kind: str
 ) -> tuple[torch.Tensor, list[tuple[float, float, float, float]]]:
-    """(size, size) bool mask of the region, by its boxes if `kind` is "boxes" and it has some, and its boxes, at `size`."""
+    """(size, size) bool mask of the region, by its boxes if `kind` is "boxes" and it has some, and its boxes, at
+    `size`."""
     scale = size / resolution
     boxes = [(x * scale, y * scale, width * scale, height * scale) for x, y, width, height in region.boxes]
     if kind == "boxes" and boxes:
@@ -431,7 +434,8 @@ def ground_truth(
 def ground_truths(
     query: Query, sample: Sample, names: Sequence[str], config: FullEvaluation
 ) -> tuple[torch.Tensor, list[list[tuple[float, float, float, float]]]]:
-    """(pairs, size, size) bool masks of a query's pairs, and the boxes of each, at the size that maps are compared at."""
+    """(pairs, size, size) bool masks of a query's pairs, and the boxes of each, at the size that maps are compared
+    at."""
     protocol = PROTOCOLS[config.protocol]
     kind = protocol.ground_truth if config.ground_truth == "auto" else config.ground_truth
     resolution = sample.pixel_values.shape[-1]

@@ -128,7 +128,8 @@ class Quality:
 
 @dataclass(frozen=True)
 class Memorization:
-    """Whether generated images are copies of training images; see `distill.metrics.memorization.Copies` and `Verdict`."""
+    """Whether generated images are copies of training images; see `distill.metrics.memorization.Copies` and
+    `Verdict`."""
 
     copies: UnitEstimate
     share: Unit
@@ -167,8 +168,8 @@ class Utility:
 
 @dataclass(frozen=True)
 class Similarity:
-    """How near a model finds images to their captions; see `distill.metrics.image_text.similarity`. real: of the real images of
-    these captions, or of others where the images are another tool's."""
+    """How near a model finds images to their captions; see `distill.metrics.image_text.similarity`. real: of the real
+    images of these captions, or of others where the images are another tool's."""
 
     own: AnyEstimate
     adds: AnyEstimate
@@ -240,8 +241,8 @@ class Arm:
 
     @property
     def notes(self) -> list[str]:
-        """Which weights are exported, where they are not those after the last step, and how images were drawn, where not
-        alike."""
+        """Which weights are exported, where they are not those after the last step, and how images were drawn, where
+        not alike."""
         shares = {name: (one.before, one.after) for name, one in (self.cost.drawn or {}).items()}
         drawn = [f"images of rare findings were drawn more often: {shares_text(shares)}"] if shares else []
         return [str(self.cost.kept), *drawn] if self.cost.kept else drawn
@@ -387,5 +388,6 @@ def parse_metrics(content: Mapping[str, object]) -> Results:
 
 
 def validate_metrics(metrics: Mapping[str, object]) -> None:
-    """Check the content of metrics.json. Raises ValueError with the path of the first wrong key, see `parse_metrics`."""
+    """Check the content of metrics.json. Raises ValueError with the path of the first wrong key, see
+    `parse_metrics`."""
     parse_metrics(metrics)

@@ -1,8 +1,8 @@
 """Does localization survive what training never showed? Other words, swapped sides, other images, and negations.
 
 Each shift wraps a data set and changes captions or pixels; the ground truth stays. What is measured is the word AUC of
-distill/localization.py, for negations how much attention a negated finding's word still gathers, and where a finding lies in
-two places of one image whether both are found.
+distill/localization.py, for negations how much attention a negated finding's word still gathers, and where a finding
+lies in two places of one image whether both are found.
 """
 
 from __future__ import annotations
@@ -150,8 +150,8 @@ class ShiftedDataset:
 
 
 def negation_queries(dataset: ImageCaptionDataset, model: Model, count: int) -> list[Query]:
-    """Of the first `count` captions that state a finding and name another that the image does not have, both: the stated
-    findings first. A finding is counted as stated or absent by the image's labels."""
+    """Of the first `count` captions that state a finding and name another that the image does not have, both: the
+    stated findings first. A finding is counted as stated or absent by the image's labels."""
     found: list[Query] = []
     for index in range(len(dataset)):
         if len(found) == count:
@@ -183,8 +183,8 @@ def maps_of(
     accelerator: Accelerator,
     label: str,
 ) -> Iterator[tuple[Query, Sample, torch.Tensor]]:
-    """Of this process's share of the queries: the image, and its maps by protocol ours at latent size, not normalized, of
-    shape (findings, height, width)."""
+    """Of this process's share of the queries: the image, and its maps by protocol ours at latent size, not normalized,
+    of shape (findings, height, width)."""
     config = with_subset(config.model_copy(update={"protocol": "ours"}), model)
     mine = asked[accelerator.process_index :: accelerator.num_processes]
     model.to(accelerator.device).freeze()
@@ -224,8 +224,8 @@ def negations(
     """How much a negated finding lights up, in images that also have a stated one; None if there is none.
 
     {"peak_ratio": mean over images of the largest attention on negated words over that on stated words (1: a negated
-    finding lights up as a stated one does), "peak_ratio_ci", "stated_wins": share of images where the stated one's peak is
-    larger, "stated_wins_ci", "images"}. Attention is that of protocol ours, not normalized.
+    finding lights up as a stated one does), "peak_ratio_ci", "stated_wins": share of images where the stated one's peak
+    is larger, "stated_wins_ci", "images"}. Attention is that of protocol ours, not normalized.
     """
     asked = negation_queries(dataset, model, config.localization_images)
     rows: list[tuple[int, float]] = []
@@ -252,9 +252,10 @@ def two_places(
 ) -> JsonObject | None:
     """Two findings of one kind: is each found, where one word names both? None if no finding has two boxes in an image.
 
-    {"auc": of all places of the finding, "lesser_auc": of the place that the map shows least, against all that is outside
-    both, "auc_ci", "lesser_auc_ci", "images", "pairs"}: means over the (image, finding) pairs of two boxes or more among
-    the first `localization_images` images, without post-processing of the maps. A place is a box's part of the mask.
+    {"auc": of all places of the finding, "lesser_auc": of the place that the map shows least, against all that is
+    outside both, "auc_ci", "lesser_auc_ci", "images", "pairs"}: means over the (image, finding) pairs of two boxes or
+    more among the first `localization_images` images, without post-processing of the maps. A place is a box's part of
+    the mask.
     """
     asked = queries(dataset, model, config.model_copy(update={"protocol": "ours"}), accelerator)
     metric, rows = PixelAUROC(), []

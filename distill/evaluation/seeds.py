@@ -1,8 +1,9 @@
 """One comparison out of several training seeds of the same arms: means, paired differences, and their intervals.
 
-A folder holds seed-N/, each a run folder of recipes/tradeoff.py. All arms of all seeds were evaluated on the same images
-and, for generation, the same captions and noise, so that differences are paired. Intervals: two-level bootstrap, seeds and
-images drawn with replacement (Field, Welsh 2007); with few seeds they show the spread of these seeds, not of all seeds.
+A folder holds seed-N/, each a run folder of recipes/tradeoff.py. All arms of all seeds were evaluated on the same
+images and, for generation, the same captions and noise, so that differences are paired. Intervals: two-level bootstrap,
+seeds and images drawn with replacement (Field, Welsh 2007); with few seeds they show the spread of these seeds, not of
+all seeds.
 """
 
 from __future__ import annotations
@@ -49,9 +50,9 @@ def run_folders(folder: Path) -> dict[int, Path]:
 def combine(folder: Path, samples: int | None = None, compare_to: Sequence[str] = ()) -> JsonObject:
     """metrics.json of `folder`: each arm's means over the seeds, `per_seed` values, and `paired` differences.
 
-    samples: resamples of the bootstrap, by default as many as the runs had. compare_to: the arms that all others but the
-    base are compared with; empty takes the first.
-    Raises UserError if the seeds' runs differ in configuration, arms or images.
+    samples: resamples of the bootstrap, by default as many as the runs had. compare_to: the arms that all others but
+    the base are compared with; empty takes the first. Raises UserError if the seeds' runs differ in configuration, arms
+    or images.
     """
     runs = run_folders(folder)
     if not runs:
@@ -96,7 +97,8 @@ def combine(folder: Path, samples: int | None = None, compare_to: Sequence[str] 
 
 @dataclass(frozen=True)
 class PairScores:
-    """Scores of every (sample, finding) pair of an arm. keys: (cluster, image, finding). scores: "word.auc" -> (pairs,), ..."""
+    """Scores of every (sample, finding) pair of an arm. keys: (cluster, image, finding). scores: "word.auc" ->
+    (pairs,), ..."""
 
     keys: Sequence[tuple[str, int, int]] = ()
     scores: Mapping[str, Array] = field(default_factory=dict)
@@ -105,7 +107,8 @@ class PairScores:
 class Resampled:
     """The scores and drawn images of arms, over one or several runs, resampled alike for every arm.
 
-    runs: training seed -> run folder. arms: name -> entry of metrics.json. Raises UserError if the arms drew other captions.
+    runs: training seed -> run folder. arms: name -> entry of metrics.json. Raises UserError if the arms drew other
+    captions.
     """
 
     def __init__(self, runs: Mapping[int, Path], arms: Mapping[str, Any], samples: int) -> None:
@@ -248,8 +251,9 @@ def _estimates(
     samples: int,
     micro: bool,
 ) -> dict[str, tuple[float | None, list[float] | None, list[float]]]:
-    """ "word.auc", ..., "quality.fid", ... -> mean over seeds, interval, value of each seed; of one arm, or of the difference
-    of the first of two from the second. quality: arm -> metric. micro: means over pairs, not over findings."""
+    """ "word.auc", ..., "quality.fid", ... -> mean over seeds, interval, value of each seed; of one arm, or of the
+    difference of the first of two from the second. quality: arm -> metric. micro: means over pairs, not over
+    findings."""
     found: dict[str, tuple[float | None, list[float] | None, list[float]]] = {}
     keys = scores[arms[0]][0].keys
     if any(entry.keys != keys for arm in arms for entry in scores[arm]):
@@ -277,7 +281,8 @@ def _draw_seeds(samples: int, count: int) -> Array:
 def of_pairs(
     table: Array, findings: NDArray[Any], images: NDArray[Any], samples: int
 ) -> tuple[float, list[float] | None, list[float]]:
-    """table: (seeds, pairs). Mean over findings of the mean over pairs, of each seed and of their mean, and its interval."""
+    """table: (seeds, pairs). Mean over findings of the mean over pairs, of each seed and of their mean, and its
+    interval."""
     image_ids, rows = np.unique(images, return_inverse=True)
     finding_ids, columns = np.unique(findings, return_inverse=True)
     sums = np.zeros((len(table), len(image_ids), len(finding_ids)))
@@ -318,8 +323,8 @@ def auc_resamples(scores: Sequence[Array], labels: NDArray[np.bool_], samples: i
 def fid_resamples(features: Sequence[NDArray[Any]], real: NDArray[Any], samples: int) -> tuple[Array, Array]:
     """FID of each seed, (seeds,), and of resamples of its images, (samples, seeds). features: (images, d) a seed.
 
-    Generated images and their captions' real images are drawn together, the same for every arm and seed. The mean excess
-    of resamples, which hold fewer different images, is taken off, as in `frechet_interval`.
+    Generated images and their captions' real images are drawn together, the same for every arm and seed. The mean
+    excess of resamples, which hold fewer different images, is taken off, as in `frechet_interval`.
     """
     target, generated = torch.from_numpy(real).double(), [torch.from_numpy(f).double() for f in features]
     exact = np.array([frechet_by_factors(target, f) for f in generated])

@@ -1,9 +1,9 @@
 """TreeSHAP of scikit-learn's histogram boosting: what each feature adds to the logit of one row.
 
-A leaf is reached through intervals of at most `depth` features. Of a set of known features, the tree expects the mean of the
-leaves that agree with the row on those features, weighted by the share of training rows at each unknown split. The Shapley
-values of one leaf are then a sum over the subsets of its few features, which is exact and short for shallow trees
-(Lundberg et al. 2020, path-dependent).
+A leaf is reached through intervals of at most `depth` features. Of a set of known features, the tree expects the mean
+of the leaves that agree with the row on those features, weighted by the share of training rows at each unknown split.
+The Shapley values of one leaf are then a sum over the subsets of its few features, which is exact and short for shallow
+trees (Lundberg et al. 2020, path-dependent).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class BoostedTrees(Protocol):
 
 
 def tree_shap(model: BoostedTrees, rows: Floats) -> tuple[float, Floats]:
-    """(expected logit, (N, features)); their sum over a row is its logit. For two classes and trees of a small depth."""
+    """(expected logit, (N, features)); their sum over a row is its logit. For two classes and trees of a small
+    depth."""
     expected, found = float(model._baseline_prediction.item()), np.zeros(rows.shape)
     for (tree,) in model._predictors:
         for value, path in _leaves(tree.nodes, rows, 0, {}):

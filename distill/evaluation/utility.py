@@ -1,7 +1,7 @@
 """Are generated images of use? A small classifier of findings is trained on them and tested on real held-out images.
 
-Beside it stand one that is trained on real images (those of the same captions, where a model drew the generated ones), and
-one that is trained on both. All take the same number of steps.
+Beside it stand one that is trained on real images (those of the same captions, where a model drew the generated ones),
+and one that is trained on both. All take the same number of steps.
 """
 
 from __future__ import annotations
@@ -88,8 +88,8 @@ def mean_auc(model: nn.Module, data: Labelled) -> float:
 
 
 def utility(real: Labelled, generated: Labelled, held_out: Labelled, *, steps: int, seeds: Sequence[int]) -> JsonObject:
-    """AUC on `held_out` of a classifier trained on "real", "generated" and "both", and the differences "generated_minus_real"
-    and "both_minus_real"; each with NAME_ci and NAME_per_seed.
+    """AUC on `held_out` of a classifier trained on "real", "generated" and "both", and the differences
+    "generated_minus_real" and "both_minus_real"; each with NAME_ci and NAME_per_seed.
 
     Intervals are Student's t over training seeds, differences are paired by seed; the held-out images are the same.
     """
@@ -109,7 +109,8 @@ def utility(real: Labelled, generated: Labelled, held_out: Labelled, *, steps: i
 
 @dataclass(frozen=True)
 class Task:
-    """real: rows of the data set whose images one classifier is trained on. tested: rows of other patients, or images."""
+    """real: rows of the data set whose images one classifier is trained on. tested: rows of other patients, or
+    images."""
 
     dataset: ImageCaptionDataset
     real: Sequence[int]

@@ -45,7 +45,8 @@ SCORES: dict[str, Callable[[JsonObject], float | None]] = {
 
 @dataclass
 class Looks:
-    """Looks of one training. localized: how maps are made. drawn: how images are drawn. folder: of files of one look."""
+    """Looks of one training. localized: how maps are made. drawn: how images are drawn. folder: of files of one
+    look."""
 
     dataset: ImageCaptionDataset
     localized: FullEvaluation
@@ -60,8 +61,8 @@ class Looks:
     def look(self, model: Model, step: int) -> JsonObject:
         """A row of validation_log.jsonl, the same on every process.
 
-        "validation_loss"; "finding_auc", None without a classifier; and where validation images have regions "images", "pairs",
-        AUC, CNR, top-1 and image_adds of "word", "eos" and "padding", and "mass".
+        "validation_loss"; "finding_auc", None without a classifier; and where validation images have regions "images",
+        "pairs", AUC, CNR, top-1 and image_adds of "word", "eos" and "padding", and "mass".
         """
         row: JsonObject = {"step": step}
         found = self._localized(model, f"step {step}")
@@ -109,7 +110,8 @@ def read_looks(log: Path) -> dict[int, JsonObject]:
 
 
 def write_look(log: Path, row: JsonObject) -> None:
-    """Add a row, in the place of those of later steps: they are of a training that was killed and goes on from before."""
+    """Add a row, in the place of those of later steps: they are of a training that was killed and goes on from
+    before."""
     rows = [before for step, before in read_looks(log).items() if step < row["step"]] + [row]
     write_atomic(log, "".join(json.dumps(one) + "\n" for one in rows))
 

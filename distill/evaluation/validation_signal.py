@@ -1,7 +1,7 @@
 """Do looks at validation images tell which weights are good on held-out images? Rank correlations within trainings.
 
-The unit is the training: each has one Spearman correlation between its looks and what the same weights score on held-out
-images. Their mean has a 95 % interval of Student's t over trainings, as in claims.py, cut off at -1 and 1.
+The unit is the training: each has one Spearman correlation between its looks and what the same weights score on
+held-out images. Their mean has a 95 % interval of Student's t over trainings, as in claims.py, cut off at -1 and 1.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ Measured = Mapping[int, Mapping[int, Mapping[str, float | None]]]
 class Agreement:
     """How well a rule of `keep` ranks the weights of a training as a metric of held-out images does.
 
-    per_seed: training seed -> Spearman's rank correlation; 1 if the looks rank them alike, the better first. interval: of the
-    mean; None of a single training. weights: how many are ranked in each training.
+    per_seed: training seed -> Spearman's rank correlation; 1 if the looks rank them alike, the better first. interval:
+    of the mean; None of a single training. weights: how many are ranked in each training.
     """
 
     rule: str
@@ -43,8 +43,8 @@ class Agreement:
 
 
 def rank_correlation(a: Sequence[float], b: Sequence[float]) -> float | None:
-    """Spearman's: Pearson's correlation of the ranks, ties at their mean rank. None of fewer than three pairs, and where all
-    values of a side are equal."""
+    """Spearman's: Pearson's correlation of the ranks, ties at their mean rank. None of fewer than three pairs, and
+    where all values of a side are equal."""
     if len(a) < 3 or min(len(set(a)), len(set(b))) < 2:
         return None
     return float(np.corrcoef(stats.rankdata(a), stats.rankdata(b))[0, 1])

@@ -1,7 +1,7 @@
 """AUC within the finding's prior: pixels inside the mask against pixels outside that are as likely to be inside.
 
-Pixels are put into strata of equal prior, which is the finding's mean mask over training images, and compared within each.
-A map that knows only where findings usually are has .5, because within a stratum it has nothing to choose by.
+Pixels are put into strata of equal prior, which is the finding's mean mask over training images, and compared within
+each. A map that knows only where findings usually are has .5, because within a stratum it has nothing to choose by.
 """
 
 from __future__ import annotations
@@ -35,10 +35,10 @@ def strata_of(prior: torch.Tensor) -> torch.Tensor:
 def areas_within(maps: torch.Tensor, mask: torch.Tensor, strata: torch.Tensor) -> torch.Tensor:
     """(N,) float64: sum_s U_s / (N_s + 1) over sum_s n_s m_s / (N_s + 1); NaN where no stratum has both kinds.
 
-    In stratum s, U_s counts the pairs of a pixel inside and one outside that the map ranks right, ties 1/2; n_s pixels are
-    inside, m_s outside, N_s = n_s + m_s. The weights are those of van Elteren 1960 for stratified rank tests; with one
-    stratum it is the AUC. If all pixels of a stratum are equally likely to be inside, then any map that does not depend
-    on the mask has .5 (as a ratio of means). maps: (N, P). mask: (P,) bool. strata: (P,) int64.
+    In stratum s, U_s counts the pairs of a pixel inside and one outside that the map ranks right, ties 1/2; n_s pixels
+    are inside, m_s outside, N_s = n_s + m_s. The weights are those of van Elteren 1960 for stratified rank tests; with
+    one stratum it is the AUC. If all pixels of a stratum are equally likely to be inside, then any map that does not
+    depend on the mask has .5 (as a ratio of means). maps: (N, P). mask: (P,) bool. strata: (P,) int64.
     """
     # Ranks by stratum first and value second: a stratum's own ranks begin where those of the strata before it end.
     ranks = twice_midranks(strata * (2.0 * mask.numel() + 1) + twice_midranks(maps))
@@ -65,7 +65,8 @@ def within_priors(
     config: FullEvaluation,
     device: torch.device,
 ) -> list[dict[str, float | None]]:
-    """For each pair {token: AUC within the prior}; None for a finding without a prior, and where no stratum has both kinds.
+    """For each pair {token: AUC within the prior}; None for a finding without a prior, and where no stratum has both
+    kinds.
 
     rows: as `packed_pairs` made them. names: of the findings. priors: finding -> (side, side) mean mask.
     """

@@ -1,7 +1,7 @@
 """Attention maps of every word of the example images' captions, for the report.
 
-A pass of its own after the scored one, so that no number depends on it. Latents, noise, timesteps, layers and aggregation
-are those of the protocol `ours`.
+A pass of its own after the scored one, so that no number depends on it. Latents, noise, timesteps, layers and
+aggregation are those of the protocol `ours`.
 """
 
 from __future__ import annotations

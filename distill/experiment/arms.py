@@ -90,7 +90,8 @@ def with_overrides(trainer: TrainerConfig, arm: ArmConfig) -> TrainerConfig:
 
 
 def resolved(configs: Mapping[str, ArmConfig], name: str, seen: tuple[str, ...] = ()) -> ArmConfig:
-    """The arm with the options of the arm that it is like. Raises ValueError, also for arms that are like each other."""
+    """The arm with the options of the arm that it is like. Raises ValueError, also for arms that are like each
+    other."""
     config = configs[name]
     if config.like is None:
         return config

@@ -42,7 +42,8 @@ def _difference(entry: Mapping[str, Any], key: str) -> str:
 
 
 def answer(name: str, entry: Mapping[str, Any]) -> str:
-    """Does the subset chosen on validation images raise the AUC on test images? One or two sentences, from the numbers."""
+    """Does the subset chosen on validation images raise the AUC on test images? One or two sentences, from the
+    numbers."""
     chosen, test, found = entry["chosen"], entry["test"], entry["test"]["difference"]["auc"]
     start = (
         f"{name}: {len(chosen['layers'])} of {len(entry['layers'])} layers at {', '.join(map(str, chosen['timesteps']))}, "

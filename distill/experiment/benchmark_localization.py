@@ -49,8 +49,8 @@ from distill.models import Model, load_model
 def paper_way(inputs: Inputs, config: FullEvaluation) -> torch.Tensor:
     """Maps as Dombrowski et al. make them.
 
-    50 sequential steps; the heads' mean of all places and tokens of every layer and step is kept on the device, as their
-    code does, and the last 40 are averaged at 64 x 64.
+    50 sequential steps; the heads' mean of all places and tokens of every layer and step is kept on the device, as
+    their code does, and the last 40 are averaged at 64 x 64.
     """
     model, kept = inputs.model, []
     family, noise = model.family, inputs.noise(50, config.seed)
@@ -69,7 +69,8 @@ def paper_way(inputs: Inputs, config: FullEvaluation) -> torch.Tensor:
 
 @torch.no_grad()
 def against_paper(model: Model, dataset: ImageCaptionDataset, config: FullEvaluation, device: torch.device) -> Row:
-    """Seconds an image from image and caption to maps, and the AUC of the same pairs, of ours and of the paper's way."""
+    """Seconds an image from image and caption to maps, and the AUC of the same pairs, of ours and of the paper's
+    way."""
     config = with_subset(config, model)
     assert config.timesteps is not None
     asked = queries(dataset, model, config)
@@ -128,8 +129,8 @@ def against_paper(model: Model, dataset: ImageCaptionDataset, config: FullEvalua
 def overheads(model: Model, batch_size: int, repeats: int, device: torch.device) -> Row:
     """Time that recording adds to a forward pass, as a share of the plain pass (SDPA) on the same batch.
 
-    Two words are recorded at all layers, by this project and by the peer, in turns, each with its maps computed. With the
-    peer, also how far the maps are apart.
+    Two words are recorded at all layers, by this project and by the peer, in turns, each with its maps computed. With
+    the peer, also how far the maps are apart.
     """
     prompts = [f"There is a small pleural effusion and an edema, view {i}." for i in range(batch_size)]
     words = ("effusion", "edema")

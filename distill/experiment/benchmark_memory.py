@@ -83,7 +83,8 @@ def full_size_pass(batch: int, records: bool, dtype: torch.dtype) -> Row:
 
 
 def full_size(budget_gb: float, dtype: torch.dtype) -> Row:
-    """Seconds and memory of one image, and the largest batch within `budget_gb`, by the memory that each further image took.
+    """Seconds and memory of one image, and the largest batch within `budget_gb`, by the memory that each further image
+    took.
 
     A GPU is fast enough to run that batch.
     """

@@ -70,7 +70,8 @@ class Plan(Protocol):
 
 
 class Entry(TypedDict, total=False):
-    """What was measured of a kind. turns: seconds a step of each turn; flops_share: of a large matrix product's speed."""
+    """What was measured of a kind. turns: seconds a step of each turn; flops_share: of a large matrix product's
+    speed."""
 
     seconds_a_step: float
     images_a_second: float
@@ -157,7 +158,8 @@ class Bench:
 
 
 def open_smaller(bench: Bench, trainings: Mapping[str, Training]) -> None:
-    """These kinds on a U-Net without its middle block, as compress.py makes it; WHOLE is the name of the whole model."""
+    """These kinds on a U-Net without its middle block, as compress.py makes it; WHOLE is the name of the whole
+    model."""
     base, folder = bench.own.base, bench.scratch / "smaller"
     prune(load_model(base), PRUNED_BLOCKS).pipeline.save_pretrained(folder)
     smaller = base.model_copy(update={"name": str(folder)})
@@ -165,8 +167,8 @@ def open_smaller(bench: Bench, trainings: Mapping[str, Training]) -> None:
 
 
 def speed(bench: Bench, partial: Path) -> dict[str, Entry]:
-    """Name -> seconds a step of each turn, and images a second; all kinds and peers take turns. partial: gets what is known
-    after each turn."""
+    """Name -> seconds a step of each turn, and images a second; all kinds and peers take turns. partial: gets what is
+    known after each turn."""
     bench.open_peers()
     found: dict[str, list[float]] = {}
     for _ in range(bench.config.turns):
@@ -232,8 +234,8 @@ def peak_flops(device: torch.device, mixed_precision: str) -> float:
 
 
 def first_step_seconds(config: Plan, base: BaseConfig, scratch: Path, limit_s: float) -> float:
-    """Seconds from the command of finetune.py to its first logged step, where its caches are there. Raises UserError if it
-    ends before, or takes longer than limit_s."""
+    """Seconds from the command of finetune.py to its first logged step, where its caches are there. Raises UserError if
+    it ends before, or takes longer than limit_s."""
     folder = scratch / "first"
     recipe = Path(__file__).parents[2] / "recipes" / "finetune.py"
     options = {

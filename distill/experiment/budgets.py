@@ -1,7 +1,7 @@
 """Arms at equal cost: the steps that a budget of image-passes allows each, and the folders of several budgets.
 
-A budget is given in optimizer steps of plain fine-tuning, which cost 3 image-passes an image: forward 1, backward 2. An arm
-with a teacher gets fewer steps, because the teacher's passes and its training count (distill/experiment/cost.py).
+A budget is given in optimizer steps of plain fine-tuning, which cost 3 image-passes an image: forward 1, backward 2. An
+arm with a teacher gets fewer steps, because the teacher's passes and its training count (distill/experiment/cost.py).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """What a training costs in image-passes: one image through a denoiser, forward 1 and backward 2.
 
-Teachers and models that are trained beside the student count as the student does. Not counted: what gradient checkpointing
-computes again inside backward, the text encoders and the VAE, and samples and looks at validation images while it trains.
+Teachers and models that are trained beside the student count as the student does. Not counted: what gradient
+checkpointing computes again inside backward, the text encoders and the VAE, and samples and looks at validation images
+while it trains.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ def training_passes(method: Method, trainer: TrainerConfig, processes: int) -> i
 
 
 def with_teachers(run: Run, arm: Arm, own: int) -> int | None:
-    """Image-passes of an arm and of all that it needs: other arms, each once, and run folders. None where one is unknown, as
-    earlier versions counted none. Other models count nothing."""
+    """Image-passes of an arm and of all that it needs: other arms, each once, and run folders. None where one is
+    unknown, as earlier versions counted none. Other models count nothing."""
     needed, waiting, folders = set[str](), list(arm.needs), set[Path]()
     while waiting:
         name = waiting.pop()

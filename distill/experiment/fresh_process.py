@@ -23,8 +23,8 @@ GRACE_S = 5.0
 def in_fresh_process(function: Callable[..., T], *arguments: object, limit_s: float | None = None) -> T:
     """`function(*arguments)` in a process that has done nothing before.
 
-    Raises TimeoutError after limit_s seconds, and UserError if the function fails or its process dies. The process then ends,
-    with all that it has started.
+    Raises TimeoutError after limit_s seconds, and UserError if the function fails or its process dies. The process then
+    ends, with all that it has started.
     """
     context = multiprocessing.get_context("spawn")
     answer, sender = context.Pipe(duplex=False)
@@ -58,7 +58,8 @@ def _answer(sender: Connection, function: Callable[..., object], arguments: tupl
 
 
 def _end(process: SpawnProcess) -> None:
-    """End a process and its group. SIGTERM first: `accelerate launch` then ends its processes, which are of other groups."""
+    """End a process and its group. SIGTERM first: `accelerate launch` then ends its processes, which are of other
+    groups."""
     assert process.pid
     for name in (signal.SIGTERM, signal.SIGKILL):
         with suppress(ProcessLookupError, PermissionError):

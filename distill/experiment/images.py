@@ -26,7 +26,8 @@ METADATA = ("metadata.csv", "metadata.jsonl")
 
 
 def read_images(folder: Path, resolution: int, fit: Fit = "crop") -> RecordDataset:
-    """The images of a folder with metadata.csv or metadata.jsonl: columns file_name and text, and labels if there is one.
+    """The images of a folder with metadata.csv or metadata.jsonl: columns file_name and text, and labels if there is
+    one.
 
     Raises UserError for missing captions, fewer than two images, damaged files, and files of the same bytes.
     """

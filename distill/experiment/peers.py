@@ -1,8 +1,8 @@
 """The training loops of diffusers' examples, with their calls, to be timed beside ours.
 
-Source: huggingface/diffusers, examples/text_to_image/train_text_to_image_lora.py and train_text_to_image.py (Apache 2.0), as of
-August 2026, with the options that the benchmark sets. Images are held in memory as tensors, which spares the peer the decoding
-and resizing of files.
+Source: huggingface/diffusers, examples/text_to_image/train_text_to_image_lora.py and train_text_to_image.py (Apache
+2.0), as of August 2026, with the options that the benchmark sets. Images are held in memory as tensors, which spares
+the peer the decoding and resizing of files.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Stages that make the bundled base and the classifiers from nothing, on generic captioned pictures, never on phantoms."""
+"""Stages that make the bundled base and the classifiers from nothing, on generic captioned pictures, never on
+phantoms."""
 
 from __future__ import annotations
 
@@ -128,9 +129,9 @@ def train_unet(
 ) -> None:
     """Train a new U-Net beside the trained parts (stage unet), or the U-Net of `base` further; `base` then has it.
 
-    text_encoder: how the text encoder of stage unet is trained; full starts from a new one. It is frozen in later stages.
-    parts: a pipeline whose tokenizer, text encoder and VAE stage unet takes; None takes those of the stages before it.
-    channels: of the two levels of a new U-Net.
+    text_encoder: how the text encoder of stage unet is trained; full starts from a new one. It is frozen in later
+    stages. parts: a pipeline whose tokenizer, text encoder and VAE stage unet takes; None takes those of the stages
+    before it. channels: of the two levels of a new U-Net.
     """
     accelerator = make_accelerator(trainer, work / stage)
     torch.manual_seed(seed)
@@ -174,7 +175,8 @@ def _widened(parts: str, channels: tuple[int, int]) -> StableDiffusionPipeline:
 def _untrained_pipeline(
     work: Path, text_encoder: Literal["frozen", "full"], channels: tuple[int, int] = (64, 96)
 ) -> StableDiffusionPipeline:
-    """A new U-Net beside the trained VAE and, unless the text encoder is to be trained in full, the trained text encoder."""
+    """A new U-Net beside the trained VAE and, unless the text encoder is to be trained in full, the trained text
+    encoder."""
     tokenizer = CLIPTokenizer.from_pretrained(work / "tokenizer")
     if text_encoder == "frozen":
         encoder = CLIPTextModelWithProjection.from_pretrained(work / "text_encoder" / "text_encoder_with_projection")
@@ -243,7 +245,8 @@ def save_base(pipeline: StableDiffusionPipeline, stage: str, work: Path, base: P
 def declare_float32(folder: Path) -> None:
     """Make stock transformers read the 16-bit weights in `folder` as float32.
 
-    transformers takes the type of config.json, diffusers float32: without this the parts of one pipeline differ in type.
+    transformers takes the type of config.json, diffusers float32: without this the parts of one pipeline differ in
+    type.
     """
     path = folder / "config.json"
     config = read_json(path) | {"dtype": "float32"}
@@ -262,8 +265,8 @@ def train_classifier(
 ) -> None:
     """Train a classifier on real images, never on generated ones.
 
-    Of phantoms, its features serve FID and its scores the faithfulness to captions. Of pictures, it tells whether the base's
-    own drawings are recognised.
+    Of phantoms, its features serve FID and its scores the faithfulness to captions. Of pictures, it tells whether the
+    base's own drawings are recognised.
     """
     rows = []
     for i in tqdm(range(len(dataset)), desc="images", unit="image"):

@@ -24,15 +24,16 @@ from distill.models import Model, load_model
 HELD_OUT_PICTURES = 3000
 """Of each kind of pictures; those of one object are looked for among them."""
 RECOGNISED_PICTURES = 400
-"""Held-out captions whose drawings the object classifier looks at: the first this many, and of those that name one object,
-at most this many, some of which are among the first."""
+"""Held-out captions whose drawings the object classifier looks at: the first this many, and of those that name one
+object, at most this many, some of which are among the first."""
 
 
 @torch.no_grad()
 def record(
     base: Path, classifier_dir: Path, work: Path, evaluation: FullEvaluation, *, resolution: int, seed: int
 ) -> JsonObject:
-    """Measure the base and the classifiers, write samples.png beside the base, and return what pretraining.json holds."""
+    """Measure the base and the classifiers, write samples.png beside the base, and return what pretraining.json
+    holds."""
     accelerator = Accelerator()
     model = load_model(BaseConfig(name=str(base))).to(accelerator.device).freeze()
     phantoms = PhantomDataset("test", 500, seed, resolution)
@@ -100,8 +101,8 @@ def recognition(
 ) -> JsonObject:
     """Whether the object classifier finds what captions name, in the base's drawings and in the real pictures.
 
-    For any number of objects: AUC, per object. For captions of one object: top-1, the share of images whose object has the
-    highest score of all (chance: 1 in 20).
+    For any number of objects: AUC, per object. For captions of one object: top-1, the share of images whose object has
+    the highest score of all (chance: 1 in 20).
     """
     classifier = ResNetForImageClassification.from_pretrained(classifier_dir).float().eval()
     kinds, size = pictures.findings, evaluation.batch_size

@@ -60,9 +60,9 @@ def evaluate_arm(
 ) -> JsonObject:
     """Load base and run folder as a user would, evaluate, and write <run>/<arm>/metrics.json; returns its entry.
 
-    A part that was measured before is kept if its weights, data, options and files are still the same.
-    base: the base of `folder`, where it is not the one that the arms are trained from. evaluation: in place of the run's or
-    the arm's. cost: of what this run has trained; its metrics.json then has the settings of its training, and it gets a card.
+    A part that was measured before is kept if its weights, data, options and files are still the same. base: the base
+    of `folder`, where it is not the one that the arms are trained from. evaluation: in place of the run's or the arm's.
+    cost: of what this run has trained; its metrics.json then has the settings of its training, and it gets a card.
     """
     arm_dir, arm, resolution = run.folder / name, run.arms.get(name), run.config.data.resolution
     config = evaluation or (arm.evaluation if arm else run.evaluation)
@@ -106,7 +106,8 @@ def evaluate_arm(
 
 
 def _measured_before(run: Run, name: str, made_of: Mapping[str, Any], parts: Sequence[str]) -> JsonObject:
-    """What an earlier launch measured and still holds: {"entry", "made_of", "provenance", "written"}. Says what does not."""
+    """What an earlier launch measured and still holds: {"entry", "made_of", "provenance", "written"}. Says what does
+    not."""
     path = run.folder / name / "metrics.json"
     empty = {"train_seconds": None, "steps": None, "peak_memory_gb": peak_memory_gb(), "trainable_parameters": None}
     nothing: JsonObject = {"localization": None, "quality": None, "cost": empty}
@@ -161,7 +162,8 @@ def _files(arm_dir: Path, part: str) -> dict[str, str]:
 
 
 def _merged(before: Mapping[str, Any], result: Mapping[str, Any], missing: Sequence[str]) -> JsonObject:
-    """An entry of metrics.json: the parts that were missing, and what was kept. Seconds are those of all that is in it."""
+    """An entry of metrics.json: the parts that were missing, and what was kept. Seconds are those of all that is in
+    it."""
     parts = {part: (result if part in missing else before)[part] for part in PARTS if part in missing or part in before}
     seconds = dict(result["seconds"])
     if any(before.get(part) is not None for part in PARTS):
@@ -220,8 +222,8 @@ def finish(run: Run, arms: Mapping[str, JsonObject], next_command: str) -> None:
 
 
 def judge_memorization(entry: JsonObject, folder: Path | None, limit: float | None) -> None:
-    """Write what was found to the model card in `folder`. Raises UserError if the share of copies is above `limit`, and no
-    chance."""
+    """Write what was found to the model card in `folder`. Raises UserError if the share of copies is above `limit`, and
+    no chance."""
     found = parse_metrics({"arms": {"model": entry}, "provenance": {}}).arms["model"].memorization
     if found is None:
         return

@@ -59,12 +59,11 @@ if TYPE_CHECKING:
 class Run:
     """An open run folder with its data, all checked.
 
-    base: what the arms are trained from. evaluation: of every model, unless an arm has its own. references: further models
-    that methods may name, such as the model that a smaller one is made of. data_hashes: of the training rows of each arm.
-    weight_hashes: of the models that were loaded, by the name that they were asked for by.
-    examples: held-out images that are shown. features: of quality. balance: how often training images are drawn, where that is
-    not alike. make_against: draws or reads the real images of the
-    evaluation.
+    base: what the arms are trained from. evaluation: of every model, unless an arm has its own. references: further
+    models that methods may name, such as the model that a smaller one is made of. data_hashes: of the training rows of
+    each arm. weight_hashes: of the models that were loaded, by the name that they were asked for by. examples: held-out
+    images that are shown. features: of quality. balance: how often training images are drawn, where that is not alike.
+    make_against: draws or reads the real images of the evaluation.
     """
 
     config: RunConfig
@@ -106,8 +105,8 @@ class Run:
             self.console.print(message, highlight=False, markup=False, soft_wrap=True)
 
     def load(self, reference: str) -> Model:
-        """A model by the name of an arm, `base`, one of `references`, a run folder, an adapter file, a pipeline folder, a whole
-        checkpoint or a hub id."""
+        """A model by the name of an arm, `base`, one of `references`, a run folder, an adapter file, a pipeline folder,
+        a whole checkpoint or a hub id."""
         if reference in self.references:
             return self.references[reference]()
         if reference in self.arms:
@@ -156,7 +155,8 @@ def open_run(
         test = load_dataset(config.data, "test")
         looks_for_copies = "memorization" in evaluation.parts
         train = load_dataset(config.data, "train") if arms or looks_for_copies else None
-        # Also where images alone are measured: it decides whether maps that were measured before are still of this data.
+        # Also where images alone are measured: it decides whether maps that were measured before are still of this
+        # data.
         prior, no_prior = (train, "") if train else _prior_images(config.data)
         validation = _load_validation(config, arms)
         refuse_shared_pictures(train or prior, test, validation)
@@ -218,8 +218,8 @@ def quiet_libraries() -> None:
 
 
 def claim(folder: Path, config: Settings) -> None:
-    """Refuse a folder that holds a run with other options that its weights depend on, of another recipe, or of an earlier
-    version. Options that may differ are declared beside themselves, see distill/settings.py."""
+    """Refuse a folder that holds a run with other options that its weights depend on, of another recipe, or of an
+    earlier version. Options that may differ are declared beside themselves, see distill/settings.py."""
     path = folder / "config.yaml"
     if not path.exists():
         return
@@ -257,7 +257,8 @@ def _accelerator(config: RunConfig, folder: Path) -> Accelerator:
 
 
 def _base_faults(config: RunConfig, evaluation: FullEvaluation, model: Model, arms: Mapping[str, Arm]) -> list[str]:
-    """What of the configuration does not fit the base. Raises UserError for layers and adapter targets that are not there."""
+    """What of the configuration does not fit the base. Raises UserError for layers and adapter targets that are not
+    there."""
     faults = []
     if config.data.resolution % model.vae_factor or config.data.resolution < 4 * model.vae_factor:
         faults.append(
@@ -349,8 +350,8 @@ def _check_keep(run: Run) -> None:
 def _prior_images(data: DataConfig) -> tuple[PhantomDataset | RecordDataset | None, str]:
     """The training images for the priors of localization where nothing else reads them, or why there are none.
 
-    Their masks and boxes are read, not their captions. A folder's files are all checked with its test split; those of other
-    kinds would take hours.
+    Their masks and boxes are read, not their captions. A folder's files are all checked with its test split; those of
+    other kinds would take hours.
     """
     if not isinstance(data, (PhantomData, FolderData)):
         return None, f"with data.kind {data.kind} evaluate.py opens no training images; tradeoff.py does"

@@ -30,7 +30,8 @@ class Job:
 
 
 def share_out(run: Run, jobs: dict[str, Job]) -> None:
-    """Do all jobs; if other processes share the run folder, each does those that no other is at, and waits for the rest.
+    """Do all jobs; if other processes share the run folder, each does those that no other is at, and waits for the
+    rest.
 
     The locks are the operating system's and end with their process. Under `accelerate launch` with several processes
     these do every job together, in order; the folder is then theirs alone, see `held`.
@@ -69,8 +70,8 @@ def _did(job: Job, path: Path) -> bool:
 
 
 def share_base(folders: Sequence[Path], target: Path) -> None:
-    """Copy the base's evaluation from another seed's folder in `folders`, since no seed changes it; `evaluate_arm` checks what
-    it is of."""
+    """Copy the base's evaluation from another seed's folder in `folders`, since no seed changes it; `evaluate_arm`
+    checks what it is of."""
     if target.exists() or not process_state().is_main_process:
         return
     runs = (path for folder in folders for path in run_folders(folder).values())

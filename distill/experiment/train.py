@@ -240,7 +240,8 @@ def _weights_hash(run: Run, key: str, model: Model) -> str:
 
 
 def _validation_fingerprint(run: Run, arm: Arm) -> dict[str, str]:
-    """Of the validation images that the weights depend on, and of the options of looks where one of these is exported."""
+    """Of the validation images that the weights depend on, and of the options of looks where one of these is
+    exported."""
     data, keeps = run.validation, arm.keep != "last"
     if data is None or not (arm.training.method.needs_validation or keeps):
         return {}
@@ -280,8 +281,8 @@ def _student(run: Run, arm: Arm, hashes: dict[str, str]) -> Model:
 
 
 def check_untrained(student: Model, base: Model, arm: Arm) -> None:
-    """UserError if a student that starts from another model differs from the base in a part that is not exported in full:
-    base and run folder would not give the trained model."""
+    """UserError if a student that starts from another model differs from the base in a part that is not exported in
+    full: base and run folder would not give the trained model."""
     if student.prediction_type != base.prediction_type:
         raise UserError(
             f"{arm.name} starts from a model that predicts {student.prediction_type}, and the base predicts "
@@ -347,7 +348,8 @@ def training_rows(run: Run, arm: Arm, model: Model, *, cached: bool) -> Training
 def _context(
     run: Run, arm: Arm, rows: TrainingRows, log_dir: Path, passes: ForwardPasses, hashes: dict[str, str]
 ) -> Context:
-    """What the arm's method is handed at set-up. passes, hashes: get the passes and the hashes of the models that it loads."""
+    """What the arm's method is handed at set-up. passes, hashes: get the passes and the hashes of the models that it
+    loads."""
     dry = run.config.dry_run
     looks, of_model = GateLooks(log_dir, run.accelerator, passes), dict[int, str]()
 
@@ -438,7 +440,8 @@ class _Validation:
 
 
 def dry_run(run: Run) -> None:
-    """Resolved configuration, parameter counts, and estimates from one real step of each arm. Writes nothing that stays."""
+    """Resolved configuration, parameter counts, and estimates from one real step of each arm. Writes nothing that
+    stays."""
     run.say(to_yaml(run.config))
     for arm in run.arms.values():
         with scratch_folder() as scratch:

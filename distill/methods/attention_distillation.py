@@ -191,7 +191,8 @@ class AttentionDistillation(Method):
         return (x.timesteps >= self.match.min_timestep) & (x.timesteps <= self.match.max_timestep)
 
     def attention_terms(self, student: Maps, teacher: Maps, x: Noised) -> Terms:
-        """Each attention term that has a weight, and as `loss` their weighted sum. Maps by the student's layer names."""
+        """Each attention term that has a weight, and as `loss` their weighted sum. Maps by the student's layer
+        names."""
         match, rows = self.match, self.compared_rows(x)
         groups = {group: x.groups == CODES[group] for group in match.place_groups}
         named = None
@@ -222,8 +223,8 @@ class AttentionDistillation(Method):
 
 
 class ModuleOutputs:
-    """Context manager that gives {"feature": {block: output}, "self_attention": {layer: output}} of a denoiser's forward
-    passes, as far as the options weigh them."""
+    """Context manager that gives {"feature": {block: output}, "self_attention": {layer: output}} of a denoiser's
+    forward passes, as far as the options weigh them."""
 
     def __init__(self, model: Model, options: AttentionMatch) -> None:
         from distill.attention import attention_layers

@@ -45,9 +45,9 @@ class LayerAuc(Protocol):
 class Context:
     """What a method is handed at set-up.
 
-    generator: for draws before the first step. load: a model by a name of Options.references, on the CPU. batches: about this
-    many training images, in batches on the device. captions: this many training texts, spread over the data set.
-    layer_auc: see LayerAuc; None in a dry run. say: a message for the user.
+    generator: for draws before the first step. load: a model by a name of Options.references, on the CPU. batches:
+    about this many training images, in batches on the device. captions: this many training texts, spread over the data
+    set. layer_auc: see LayerAuc; None in a dry run. say: a message for the user.
     """
 
     generator: torch.Generator
@@ -67,8 +67,8 @@ class Context:
 class Noised(Tensors):
     """One noised batch, the same for student and teacher.
 
-    noisy_latents, target: (batch, channels, height, width). timesteps: (batch,). text, groups, size_ids, label_tokens and
-    regions as in Batch, those of a dropped caption emptied. dropped: (batch,) bool, whose caption was dropped.
+    noisy_latents, target: (batch, channels, height, width). timesteps: (batch,). text, groups, size_ids, label_tokens
+    and regions as in Batch, those of a dropped caption emptied. dropped: (batch,) bool, whose caption was dropped.
     """
 
     noisy_latents: torch.Tensor
@@ -90,8 +90,8 @@ class Method(nn.Module):
     """One way to train a student. `forward(batch, generator)` gives the terms of the loss.
 
     The student's denoiser and text encoders are part of the module; which of their parameters train was decided before
-    (models.prepare_training). Everything that a method owns besides them (teacher, recorders) stays outside the module's
-    parameters; what a checkpoint must hold of it is given by `state`.
+    (models.prepare_training). Everything that a method owns besides them (teacher, recorders) stays outside the
+    module's parameters; what a checkpoint must hold of it is given by `state`.
     """
 
     def __init__(self, options: Options, denoising: DenoisingConfig) -> None:
@@ -118,12 +118,13 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def passes(self, step: int, images: int) -> int:
-        """Image-passes through denoisers, forward 1 and backward 2, of `images` images in optimizer step `step`, the first
-        being 1. A method that runs more than the student's own training pass says so."""
+        """Image-passes through denoisers, forward 1 and backward 2, of `images` images in optimizer step `step`, the
+        first being 1. A method that runs more than the student's own training pass says so."""
         return 3 * images
 
     def finish(self) -> JsonObject:
-        """After the last step: give the student back as stock modules, close recorders; returns what is worth logging."""
+        """After the last step: give the student back as stock modules, close recorders; returns what is worth
+        logging."""
         return {}
 
     def state(self) -> dict[str, torch.Tensor]:
@@ -149,8 +150,8 @@ class Method(nn.Module):
         return [self.denoiser]
 
     def leaves_parameters_unused(self) -> bool:
-        """Whether some of the trained parameters have no part in the loss. As one pass of the text encoders tells: SDXL reads
-        the last layer of its first encoder nowhere."""
+        """Whether some of the trained parameters have no part in the loss. As one pass of the text encoders tells: SDXL
+        reads the last layer of its first encoder nowhere."""
         trained = [p for p in self.text_encoders.parameters() if p.requires_grad]
         if not trained:
             return False
@@ -161,7 +162,8 @@ class Method(nn.Module):
     def parameter_groups(
         self, learning_rate: float, text_encoder_learning_rate: float, text_encoder_steps: int | None = None
     ) -> ParameterGroups:
-        """The trainable parameters, with their learning rates, and "until": the step after which they stay as they are."""
+        """The trainable parameters, with their learning rates, and "until": the step after which they stay as they
+        are."""
         parts = (
             (self.denoiser, learning_rate, None),
             (self.text_encoders, text_encoder_learning_rate, text_encoder_steps),
@@ -252,7 +254,8 @@ class Method(nn.Module):
 
         with record_function("text"):
             encoded = Conditions(*model.encode(x.text.input_ids, text_encoders))
-        # SDXL's pipeline guides away from zeros, and not from the empty caption, whose tokens a dropped caption has here.
+        # SDXL's pipeline guides away from zeros, and not from the empty caption, whose tokens a dropped caption has
+        # here.
         negative = model.family.negative_conditions(model, encoded)
         if x.dropped is None or negative is encoded:
             return TextEmbeddings(encoded.embeds, encoded.pooled)

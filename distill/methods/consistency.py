@@ -1,10 +1,10 @@
 """Few denoising steps: latent consistency distillation, with the attention held to the teacher's.
 
-L = mean sqrt(|f(z_t) - f(z'_s)|^2 + c^2) - c + the attention terms of attention_distillation.py,
-where f(z_t) = c_skip(t) z_t + c_out(t) x0(z_t), z'_s is one DDIM step of the teacher from t to s, the timestep before on a grid
-of solver_steps, under classifier-free guidance, and f(z'_s) has no gradient. The student then needs no guidance.
-Source: latent consistency models, Luo et al. 2023 (arXiv 2310.04378, equations 9 and 16), without an embedding of the
-guidance scale, as LCM-LoRA (arXiv 2311.05556); the target's weights are the student's own (Song and Dhariwal 2023).
+L = mean sqrt(|f(z_t) - f(z'_s)|^2 + c^2) - c + the attention terms of attention_distillation.py, where f(z_t) =
+c_skip(t) z_t + c_out(t) x0(z_t), z'_s is one DDIM step of the teacher from t to s, the timestep before on a grid of
+solver_steps, under classifier-free guidance, and f(z'_s) has no gradient. The student then needs no guidance. Source:
+latent consistency models, Luo et al. 2023 (arXiv 2310.04378, equations 9 and 16), without an embedding of the guidance
+scale, as LCM-LoRA (arXiv 2311.05556); the target's weights are the student's own (Song and Dhariwal 2023).
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""What a teacher may teach: the timesteps, layers and token groups in which it localizes at least as well as the student would.
+"""What a teacher may teach: the timesteps, layers and token groups in which it localizes at least as well as the
+student would.
 
-A student must never be pulled to maps worse than its own. Teacher and reference are compared on validation images, layer by
-layer. The reference stands for the student: the same training without a teacher, or the base.
+A student must never be pulled to maps worse than its own. Teacher and reference are compared on validation images,
+layer by layer. The reference stands for the student: the same training without a teacher, or the base.
 """
 
 from __future__ import annotations
@@ -34,8 +35,9 @@ LEAD = 2 / 3
 
 @dataclass(frozen=True)
 class Taught:
-    """layers, groups, timesteps (first, last): what passes. What it was decided by, AUC on validation images: auc, model ->
-    layer -> group, at these timesteps; auc_of_timesteps, of the teacher's words in all layers, at TIMESTEPS."""
+    """layers, groups, timesteps (first, last): what passes. What it was decided by, AUC on validation images: auc,
+    model -> layer -> group, at these timesteps; auc_of_timesteps, of the teacher's words in all layers, at
+    TIMESTEPS."""
 
     layers: tuple[str, ...]
     groups: tuple[Group, ...]
@@ -58,9 +60,9 @@ class Taught:
 def choose_taught(
     teacher: Model, reference: Model, layer_auc: LayerAuc, *, images: int, layers: Sequence[str]
 ) -> Taught:
-    """What the teacher may teach. First the timesteps at which it localizes (`localizing`); then those of `layers` whose word
-    maps have at least the reference's AUC there (macro over findings, mean over timesteps); then the token groups whose
-    maps have it in these layers, and are better than chance.
+    """What the teacher may teach. First the timesteps at which it localizes (`localizing`); then those of `layers`
+    whose word maps have at least the reference's AUC there (macro over findings, mean over timesteps); then the token
+    groups whose maps have it in these layers, and are better than chance.
 
     Raises UserError if the teacher has nothing to teach.
     """
@@ -84,8 +86,8 @@ def choose_taught(
 
 
 def localizing(auc: NDArray[np.float64]) -> tuple[int, int]:
-    """First and last index of the timesteps around the best that have at least LEAD of its lead over chance; all where there
-    is no lead, of which `decide` then keeps the layers and groups that have one. auc: (timesteps,)."""
+    """First and last index of the timesteps around the best that have at least LEAD of its lead over chance; all where
+    there is no lead, of which `decide` then keeps the layers and groups that have one. auc: (timesteps,)."""
     best = int(auc.argmax())
     if auc[best] <= 0.5:
         return 0, len(auc) - 1

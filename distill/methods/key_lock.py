@@ -1,10 +1,10 @@
 """Key-locking: keys of cross-attention from the text encoder as it was, values from the one that is trained.
 
-Where a word looks is decided by keys, what it draws there by values. A trained text encoder moves both, and the maps are
-lost. With locked keys it moves the maps only through the queries of later layers. The price is a forward pass of a text
-encoder; no teacher is needed. After training, `merge_keys` gives the keys back to the trained encoder, in closed form, so
-that the export is a stock denoiser and a stock text encoder, or adapters of both.
-Source: Perfusion, Tewel et al. 2023 (arXiv 2305.01644), which locks keys per concept and to its class.
+Where a word looks is decided by keys, what it draws there by values. A trained text encoder moves both, and the maps
+are lost. With locked keys it moves the maps only through the queries of later layers. The price is a forward pass of a
+text encoder; no teacher is needed. After training, `merge_keys` gives the keys back to the trained encoder, in closed
+form, so that the export is a stock denoiser and a stock text encoder, or adapters of both. Source: Perfusion, Tewel et
+al. 2023 (arXiv 2305.01644), which locks keys per concept and to its class.
 """
 
 from __future__ import annotations
@@ -40,11 +40,11 @@ RIDGE = 1e-4
 
 
 class KeyLockedTextEncoder(nn.Module):
-    """Two text encoders in place of one: every hidden state is (batch, tokens, 2 * width), the frozen encoder's, then the
-    trained one's. All else (pooled states, config) is the trained one's. Only `trained` ever has gradients.
+    """Two text encoders in place of one: every hidden state is (batch, tokens, 2 * width), the frozen encoder's, then
+    the trained one's. All else (pooled states, config) is the trained one's. Only `trained` ever has gradients.
 
-    The first half is what locked keys see: `tokens` says of which tokens it is the frozen encoder's; `unlocked`, 0 to 1, how
-    far it has passed over to the trained one's. ends: the id of the token that ends a caption.
+    The first half is what locked keys see: `tokens` says of which tokens it is the frozen encoder's; `unlocked`, 0 to
+    1, how far it has passed over to the trained one's. ends: the id of the token that ends a caption.
     """
 
     def __init__(self, frozen: nn.Module, trained: nn.Module, tokens: LockedTokens = "all", ends: int = -1) -> None:
@@ -87,7 +87,8 @@ class KeyLockedTextEncoder(nn.Module):
         return out
 
     def _seen(self, theirs: torch.Tensor, ours: torch.Tensor, input_ids: torch.Tensor) -> torch.Tensor:
-        """What locked keys see. theirs, ours: states of the frozen and of the trained encoder, (batch, tokens, width)."""
+        """What locked keys see. theirs, ours: states of the frozen and of the trained encoder, (batch, tokens,
+        width)."""
         if self.unlocked:
             theirs = theirs + self.unlocked * (ours - theirs)
         if self.tokens == "all":
@@ -98,8 +99,8 @@ class KeyLockedTextEncoder(nn.Module):
 
 @dataclass(frozen=True)
 class Merged:
-    """By token group, how much of the hidden states that locked keys saw is restored on held-out captions, 1 for all. r2: by
-    the merge. r2_unmerged: by the trained encoder as it is; a merge that is below it has failed."""
+    """By token group, how much of the hidden states that locked keys saw is restored on held-out captions, 1 for all.
+    r2: by the merge. r2_unmerged: by the trained encoder as it is; a merge that is below it has failed."""
 
     r2: dict[str, float]
     r2_unmerged: dict[str, float]
@@ -119,15 +120,16 @@ def _end_of(tokenizer: PreTrainedTokenizerBase) -> int:
 
 
 class KeyLock:
-    """The lock of one model: the hooks that part the hidden states, and the encoders to give back. layers: the locked ones."""
+    """The lock of one model: the hooks that part the hidden states, and the encoders to give back. layers: the locked
+    ones."""
 
     def __init__(
         self, model: Model, frozen: Sequence[nn.Module], layers: Sequence[str] = (), tokens: LockedTokens = "all"
     ) -> None:
         """Lock `model` in place: its text encoders, its pipeline's and its U-Net. frozen: the encoders that the keys
-        see. layers: prefixes of those that are locked; empty locks all. tokens: those whose keys are locked. After adapters are
-        attached, since the hooks are on the outermost module of each projection.
-        Raises UserError for a U-Net that projects the text itself, and for a prefix that matches nothing."""
+        see. layers: prefixes of those that are locked; empty locks all. tokens: those whose keys are locked. After
+        adapters are attached, since the hooks are on the outermost module of each projection. Raises UserError for a
+        U-Net that projects the text itself, and for a prefix that matches nothing."""
         ends = [_end_of(tokenizer) for tokenizer in model.tokenizers]
         endless = (
             ["locked_tokens: a tokenizer has no token that ends a caption"] if tokens != "all" and -1 in ends else []
@@ -188,8 +190,8 @@ def _select(columns: torch.Tensor) -> Callable[[nn.Module, tuple[torch.Tensor, .
 def lock_keys(
     model: Model, dtype: torch.dtype = torch.float32, *, layers: Sequence[str] = (), tokens: LockedTokens = "all"
 ) -> KeyLock:
-    """Before the first training step and after prepare_training, which knows nothing of the lock. dtype: of the copies that
-    the keys see. layers, tokens: see KeyLock."""
+    """Before the first training step and after prepare_training, which knows nothing of the lock. dtype: of the copies
+    that the keys see. layers, tokens: see KeyLock."""
     return KeyLock(model, [copy.deepcopy(encoder).to(dtype) for encoder in model.text_encoders], layers, tokens)
 
 
@@ -200,11 +202,11 @@ def merge_keys(
     """Give the keys back to the trained encoder, and release the lock.
 
     With x and y the hidden states of the trained and the frozen encoder, W is the linear map with W x closest to y in
-    least squares over the tokens of nine in ten of `captions` and the empty one (each token group counts
-    alike, or padding would be all), pulled to the identity by RIDGE. Every locked to_k becomes to_k W. Values are untouched.
+    least squares over the tokens of nine in ten of `captions` and the empty one (each token group counts alike, or
+    padding would be all), pulled to the identity by RIDGE. Every locked to_k becomes to_k W. Values are untouched.
 
-    rank: where the projections are LoRA layers, W - 1 is the best map of this rank (reduced-rank regression, Izenman 1975),
-    so that the adapter `default` of to_k takes it in exactly, by as many ranks more. Not for other layers.
+    rank: where the projections are LoRA layers, W - 1 is the best map of this rank (reduced-rank regression, Izenman
+    1975), so that the adapter `default` of to_k takes it in exactly, by as many ranks more. Not for other layers.
     """
     model = lock.model
     gram, cross, held = _moments(lock, captions, batch_size, progress)

@@ -117,8 +117,8 @@ class AttentionDistillationOptions(AttentionMatch):
     begin_after_steps: Number = 0
     """Train by the diffusion loss alone for this many steps, without a teacher's pass. Then the distillation begins."""
     gate_reference: Text | None = None
-    """Teach only timesteps, layers and token groups in which the teacher localizes at least as well as this model does, on
-    validation images: another arm, `base`, or a run folder. None teaches all."""
+    """Teach only timesteps, layers and token groups in which the teacher localizes at least as well as this model does,
+    on validation images: another arm, `base`, or a run folder. None teaches all."""
     gate_images: Count = 100
     """Validation images that the gate looks at."""
 

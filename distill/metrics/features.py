@@ -22,7 +22,8 @@ logger = logging.getLogger(__name__)
 class Features(nn.Module):
     """forward: (batch, 3, height, width) in [-1, 1] -> (features (batch, d), scores (batch, findings) or None).
 
-    findings: names of the columns of scores, lower case; empty without a classifier. resize: what is done to an image first.
+    findings: names of the columns of scores, lower case; empty without a classifier. resize: what is done to an image
+    first.
     """
 
     name: str
@@ -34,7 +35,8 @@ class Features(nn.Module):
 
 
 class PhantomFeatures(Features):
-    """The embedded classifier, trained on real phantoms: pooled features of 64 dimensions and logits of the findings."""
+    """The embedded classifier, trained on real phantoms: pooled features of 64 dimensions and logits of the
+    findings."""
 
     name = "phantom"
 
@@ -74,7 +76,8 @@ class InceptionFeatures(Features):
 
 
 class XrvFeatures(Features):
-    """DenseNet-121 of torchxrayvision on chest X-rays (Cohen et al. 2022): 1024 features and its pathologies' scores."""
+    """DenseNet-121 of torchxrayvision on chest X-rays (Cohen et al. 2022): 1024 features and its pathologies'
+    scores."""
 
     name = "xrv"
     resize = "224 px, bilinear with antialiasing"
@@ -117,8 +120,8 @@ def first_line(error: Exception) -> str:
 
 
 class Preprocessing(nn.Module):
-    """(batch, 3, height, width) in [-1, 1] -> the pixels that a model of transformers reads, as its folder says: resized to a
-    square, and normalized. Raises what `refuse` gives where the folder does not say how."""
+    """(batch, 3, height, width) in [-1, 1] -> the pixels that a model of transformers reads, as its folder says:
+    resized to a square, and normalized. Raises what `refuse` gives where the folder does not say how."""
 
     mean: Tensor
     std: Tensor
@@ -138,8 +141,8 @@ class Preprocessing(nn.Module):
 
 
 def load_folder(folder: Path, refuse: Refusal) -> tuple[PreTrainedModel, set[str]]:
-    """A model of transformers, in float32, and the names of weights that the folder lacks. Nothing is fetched, and no code of
-    the folder is run."""
+    """A model of transformers, in float32, and the names of weights that the folder lacks. Nothing is fetched, and no
+    code of the folder is run."""
     try:
         model, loaded = AutoModel.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
@@ -177,8 +180,8 @@ def _read_preprocessing(folder: Path, refuse: Refusal) -> tuple[int, list[float]
 class FolderFeatures(Features):
     """The pooled output, else the class token, of a vision model of transformers in a local folder, such as RadDINO.
 
-    Images are resized and normalized as preprocessor_config.json says. Nothing is fetched, and no code of the folder is run.
-    Raises UserError for a folder that does not hold all of a vision model.
+    Images are resized and normalized as preprocessor_config.json says. Nothing is fetched, and no code of the folder is
+    run. Raises UserError for a folder that does not hold all of a vision model.
     """
 
     def __init__(self, folder: Path) -> None:

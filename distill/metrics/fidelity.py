@@ -1,6 +1,7 @@
 """KID, and precision, recall, density and coverage: how generated images lie among real ones, in features of images.
 
-Every estimate takes counts: how often each image is drawn in a resample. Counts of 1 give the value of the sample itself.
+Every estimate takes counts: how often each image is drawn in a resample. Counts of 1 give the value of the sample
+itself.
 """
 
 from __future__ import annotations
@@ -115,8 +116,8 @@ def fidelity_resamples(
 ) -> dict[str, tuple[float, Array]]:
     """ "kid" and, with more than `neighbours` images a side, MANIFOLD -> value, and (S,) values of resamples.
 
-    The mean excess of the resamples, which hold fewer different images, is taken off, as in `frechet_interval`. Their spread
-    is that of new images or wider, up to 1.7 times for MANIFOLD at 80 images.
+    The mean excess of the resamples, which hold fewer different images, is taken off, as in `frechet_interval`. Their
+    spread is that of new images or wider, up to 1.7 times for MANIFOLD at 80 images.
     """
     kid = float(kernel_distance(real, generated)[0])
     found = {"kid": (kid, kernel_distance(real, generated, real_counts, generated_counts))}

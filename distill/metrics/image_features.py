@@ -1,8 +1,8 @@
 """Features of an image that have a name: what a person can see and say of it, as one row of numbers an image.
 
-Only brightness, contrast and clipped share know the image's own brightness and contrast. All others are of the standardized
-gray image z = (gray - mean) / standard deviation, so that a wrong contrast moves no measure of sharpness. A mirrored
-image has the same row, except `mass to the right`, whose sign turns.
+Only brightness, contrast and clipped share know the image's own brightness and contrast. All others are of the
+standardized gray image z = (gray - mean) / standard deviation, so that a wrong contrast moves no measure of sharpness.
+A mirrored image has the same row, except `mass to the right`, whose sign turns.
 """
 
 from __future__ import annotations

@@ -26,7 +26,8 @@ from distill.metrics.maps import min_max, mixture_masks, otsu_threshold, require
 MASS_GROUPS = ("bos", "words", "eos", "padding")
 
 Boxes = Sequence[Sequence[Sequence[float]]]
-"""For each pair (x, y, width, height) of each of its boxes, in pixels of the map. A pixel is inside if its centre is."""
+"""For each pair (x, y, width, height) of each of its boxes, in pixels of the map. A pixel is inside if its centre
+is."""
 
 
 def _index_tensor(name: str, indices: Sequence[int] | NDArray[np.int64] | Tensor, pairs: int) -> Tensor:
@@ -53,7 +54,8 @@ class Pairs:
 
 
 def _edges(boxes: Boxes, size: tuple[int, int], device: torch.device) -> list[Tensor]:
-    """Corners of each pair's boxes, cut at the map of `size` (height, width); ValueError for a box that has no area there."""
+    """Corners of each pair's boxes, cut at the map of `size` (height, width); ValueError for a box that has no area
+    there."""
     height, width = size
     corners = []
     for number, own in enumerate(boxes):
@@ -169,7 +171,8 @@ class LocalizationMetric(Metric, ABC):
         if scores.ndim != 1 or scores.isinf().any():
             raise ValueError(f"values must be (N,) and finite or NaN; got {tuple(scores.shape)} {scores.tolist()[:8]}")
         self._append(scores, findings, images)
-        # What torchmetrics does around `update`: forget the computed value, and know that there is something to compute.
+        # What torchmetrics does around `update`: forget the computed value, and know that there is something to
+        # compute.
         self._computed = None
         self._update_count += 1
 

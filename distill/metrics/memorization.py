@@ -1,4 +1,5 @@
-"""Are generated images copies of training images? Distances to the nearest training and held-out image, and their tests.
+"""Are generated images copies of training images? Distances to the nearest training and held-out image, and their
+tests.
 
 Every function takes distances or vectors of images (features, latents, or pixels), and knows no model.
 """
@@ -36,9 +37,10 @@ class Nearest:
 def nearest(images: Tensor, others: Iterable[Tensor], leave_out: NDArray[np.int64] | None = None) -> Nearest:
     """The nearest of `others` for each image; of equally near ones the first.
 
-    images: (N, d). others: blocks (B, d) of any size, one at a time in memory. leave_out: (N,) the row of `others` that an
-    image is not compared with, -1 for none. Each block is searched by one matrix product in float32, and its 8 best rows are
-    measured anew in float64, so that a copy has distance 0. Where all of `others` are left out, the distance is infinite.
+    images: (N, d). others: blocks (B, d) of any size, one at a time in memory. leave_out: (N,) the row of `others` that
+    an image is not compared with, -1 for none. Each block is searched by one matrix product in float32, and its 8 best
+    rows are measured anew in float64, so that a copy has distance 0. Where all of `others` are left out, the distance
+    is infinite.
     """
     origin = images.float().mean(dim=0)
     exact, centred = images.double(), images.float() - origin
@@ -59,7 +61,8 @@ def nearest(images: Tensor, others: Iterable[Tensor], leave_out: NDArray[np.int6
 
 
 def thumbnails(images: Tensor) -> Tensor:
-    """(N, 3, height, width) -> (N, 32 * 32): gray, of mean 0 and standard deviation 1, so that brightness does not count."""
+    """(N, 3, height, width) -> (N, 32 * 32): gray, of mean 0 and standard deviation 1, so that brightness does not
+    count."""
     gray = F.interpolate(images.float().mean(1, True), size=(THUMBNAIL_PX,) * 2, mode="area").flatten(1)
     gray = gray - gray.mean(dim=1, keepdim=True)
     return gray / gray.std(dim=1, keepdim=True).clamp_min(1e-6)
@@ -79,8 +82,8 @@ def closeness(generated: Array, held_out: Array, samples: int = 1000, seed: int 
 
     generated: (n,), held_out: (m,) distances to the nearest training image. The sign of z is turned: above 0 means that
     generated images are nearer. The interval draws images of both sides; p and the interval assume independent images.
-    A small distance is not yet a copy: an image that is smoother than real ones is near to everything. `copies` does not
-    have this fault.
+    A small distance is not yet a copy: an image that is smoother than real ones is near to everything. `copies` does
+    not have this fault.
     """
     n, m = len(generated), len(held_out)
     distances = np.concatenate([held_out, generated])
@@ -98,8 +101,8 @@ def closeness(generated: Array, held_out: Array, samples: int = 1000, seed: int 
 class Copies(TypedDict):
     """share: of generated images, those nearer to a training than to any held-out image. chance: of that for no copies.
     copies: (share - chance) / (1 - chance), at least 0: the share of copies, if all other images are as by chance.
-    neighbours: different images that are the nearest of some generated image. p: see `copies`. least_p: the p of as many
-    generated images that are copies of different training images; where it is not small, nothing can be found."""
+    neighbours: different images that are the nearest of some generated image. p: see `copies`. least_p: the p of as
+    many generated images that are copies of different training images; where it is not small, nothing can be found."""
 
     share: float
     chance: float
@@ -117,14 +120,14 @@ def copies(
 
     training, held_out: the nearest of `training_count` and of `held_out_count` images, for the same generated images.
 
-    Assumed: images came into the training or the held-out split by chance, and the model saw the training split only. Then a
-    model that does not copy would have drawn the same images had the splits been others, and the nearest image of all is a
-    training image with probability N / (N + M). All images are used, for a subset of the training images as large as the
-    held-out set would hide most of what was copied.
-    Several generated images may share a nearest image, and are then one observation: the test counts *different* nearest
-    images (exact, hypergeometric, one-sided), and the interval draws them with all generated images that they are nearest to.
-    So many copies of one single training image are not significant here; the pairs (`suspicion`) show them.
-    An image that is equally near to both counts one half in `share`, and as held-out in the test.
+    Assumed: images came into the training or the held-out split by chance, and the model saw the training split only.
+    Then a model that does not copy would have drawn the same images had the splits been others, and the nearest image
+    of all is a training image with probability N / (N + M). All images are used, for a subset of the training images as
+    large as the held-out set would hide most of what was copied. Several generated images may share a nearest image,
+    and are then one observation: the test counts *different* nearest images (exact, hypergeometric, one-sided), and the
+    interval draws them with all generated images that they are nearest to. So many copies of one single training image
+    are not significant here; the pairs (`suspicion`) show them. An image that is equally near to both counts one half
+    in `share`, and as held-out in the test.
     """
     is_training = training.distance < held_out.distance
     counted = is_training + 0.5 * (training.distance == held_out.distance)

@@ -29,8 +29,8 @@ def lora_targets(model: Model, lora: LoraConfig, part: str) -> tuple[str, ...]:
 
 
 def check_lora_targets(module: nn.Module, targets: Sequence[str], part: str) -> None:
-    """Raise UserError if a target matches no layer of `module`, with the names that would, or if transformers refuses the
-    installed peft, which it would say only when an adapter is attached."""
+    """Raise UserError if a target matches no layer of `module`, with the names that would, or if transformers refuses
+    the installed peft, which it would say only when an adapter is attached."""
     try:
         check_peft_version(MIN_PEFT_VERSION)
     except ValueError as error:
@@ -51,8 +51,8 @@ def check_lora_targets(module: nn.Module, targets: Sequence[str], part: str) -> 
 
 
 def add_lora(module: nn.Module, lora: LoraConfig, targets: Sequence[str], part: str) -> None:
-    """Attach a fresh adapter named `default` to `module`, or go on with the one that it has; its parameters are float32 and
-    the only trainable ones.
+    """Attach a fresh adapter named `default` to `module`, or go on with the one that it has; its parameters are float32
+    and the only trainable ones.
 
     Raises UserError if a target matches no layer, or if the adapter that is there is of another rank, scale or targets.
     """

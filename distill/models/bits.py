@@ -1,9 +1,10 @@
-"""Fewer bits: the denoiser in 16 bits, and the linear layers of denoiser and text encoders in 8 or 4 bits, by bitsandbytes.
+"""Fewer bits: the denoiser in 16 bits, and the linear layers of denoiser and text encoders in 8 or 4 bits, by
+bitsandbytes.
 
 int8 is LLM.int8 (Dettmers et al. 2022, arXiv 2208.07339) with its threshold of 6, nf4 the 4-bit NormalFloat of QLoRA
-(Dettmers et al. 2023, arXiv 2305.14314) in blocks of 64: what stock loading does with a BitsAndBytesConfig of load_in_8bit,
-or of load_in_4bit and bnb_4bit_quant_type nf4, which needs a GPU. Here each layer is replaced by hand, so that it works on a
-CPU too. Convolutions stay as they are.
+(Dettmers et al. 2023, arXiv 2305.14314) in blocks of 64: what stock loading does with a BitsAndBytesConfig of
+load_in_8bit, or of load_in_4bit and bnb_4bit_quant_type nf4, which needs a GPU. Here each layer is replaced by hand, so
+that it works on a CPU too. Convolutions stay as they are.
 """
 
 from __future__ import annotations
@@ -42,7 +43,8 @@ def fewer_bits(
 def denoise_in(model: Model, dtype: torch.dtype) -> None:
     """Hold the denoiser in a type of 16 bits and compute in it, in place; what it reads and gives stays float32.
 
-    So text, noise, sampler and VAE are those of float32, and an image or a map differs by the denoiser's rounding alone.
+    So text, noise, sampler and VAE are those of float32, and an image or a map differs by the denoiser's rounding
+    alone.
     """
     name, place = model.family.timestep_input
 

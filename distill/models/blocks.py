@@ -1,9 +1,9 @@
 """Fewer blocks: a stock U-Net made of some of a teacher's blocks, and which of the teacher's each one is.
 
-As BK-SDM (Kim et al. 2023, arXiv 2305.15798, section 3) compresses Stable Diffusion: of each stage's pairs of a residual and
-an attention block, the first stay, and in the up stages the last one too, which joins the stage's output to the skip of the
-stage before; the middle block and the innermost stages may go. All of it is what a config of UNet2DConditionModel can say,
-so the student needs no code of this project.
+As BK-SDM (Kim et al. 2023, arXiv 2305.15798, section 3) compresses Stable Diffusion: of each stage's pairs of a
+residual and an attention block, the first stay, and in the up stages the last one too, which joins the stage's output
+to the skip of the stage before; the middle block and the innermost stages may go. All of it is what a config of
+UNet2DConditionModel can say, so the student needs no code of this project.
 """
 
 from __future__ import annotations
@@ -87,8 +87,8 @@ def _at_most(value: Counts, most: int) -> Counts:
 
 
 def name_in_teacher(student: Mapping[str, Any], teacher: Mapping[str, Any]) -> ModuleName:
-    """Name of a module or parameter of the student -> its name in the teacher, from the configs of the two U-Nets, of which
-    the student's has at most as many stages."""
+    """Name of a module or parameter of the student -> its name in the teacher, from the configs of the two U-Nets, of
+    which the student's has at most as many stages."""
     removed = len(teacher["block_out_channels"]) - len(student["block_out_channels"])
     ours, theirs = (_per_stage(config["layers_per_block"], config) for config in (student, teacher))
 
@@ -114,8 +114,8 @@ def _per_stage(value: int | list[int], config: Mapping[str, Any]) -> list[int]:
 def pruned_unet(teacher: UNet2DConditionModel, blocks: BlocksConfig) -> UNet2DConditionModel:
     """A U-Net of some of the teacher's blocks, with their weights.
 
-    Raises UserError where a block that stays does not fit: the innermost stages can go only where the next one has as many
-    channels, as in Stable Diffusion.
+    Raises UserError where a block that stays does not fit: the innermost stages can go only where the next one has as
+    many channels, as in Stable Diffusion.
     """
     if not isinstance(teacher, UNet2DConditionModel):
         raise UserError(f"blocks can be taken out of a UNet2DConditionModel; this base has a {type(teacher).__name__}")

@@ -1,4 +1,5 @@
-"""torch.compile of the blocks of a denoiser, in place: attention and residual blocks, which are most of a step's kernels."""
+"""torch.compile of the blocks of a denoiser, in place: attention and residual blocks, which are most of a step's
+kernels."""
 
 from __future__ import annotations
 
@@ -17,7 +18,8 @@ from distill.errors import UserError
 IN_COMPILED_BLOCK = "_in_compiled_block"
 """Attribute of attention layers inside a compiled block: a recorder must not be called there."""
 VARIANTS = 64
-"""Compiled forms that one kind of block may have: of each size, with and without a recorder, with and without gradients."""
+"""Compiled forms that one kind of block may have: of each size, with and without a recorder, with and without
+gradients."""
 
 
 def blocks(denoiser: nn.Module) -> list[nn.Module]:
@@ -30,7 +32,8 @@ class CompiledBlocks:
     """The blocks of some denoisers, compiled until `close`. Hooks of a block run outside of its compiled part."""
 
     def __init__(self, denoisers: Sequence[nn.Module], *, fullgraph: bool = False) -> None:
-        """fullgraph: raise where a block would be compiled in several parts. Raises UserError without a C++ compiler."""
+        """fullgraph: raise where a block would be compiled in several parts. Raises UserError without a C++
+        compiler."""
         names = (os.environ.get("CXX", ""), "g++", "c++", "clang++", "cl")
         self._forward: dict[nn.Module, Callable[..., object]] = {}
         if not denoisers:

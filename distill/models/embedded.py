@@ -66,7 +66,8 @@ def new_vae(resolution: int) -> AutoencoderKL:
 
 
 def new_unet(vae: AutoencoderKL, text_width: int, channels: tuple[int, int] = (64, 96)) -> UNet2DConditionModel:
-    """Fresh weights, with cross-attention at 16 x 16 and 8 x 8 for 128 px. channels: of the two levels, multiples of 8."""
+    """Fresh weights, with cross-attention at 16 x 16 and 8 x 8 for 128 px. channels: of the two levels, multiples of
+    8."""
     return UNet2DConditionModel(
         sample_size=vae.config.sample_size // 8,
         in_channels=vae.config.latent_channels,

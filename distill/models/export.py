@@ -1,4 +1,5 @@
-"""Write what was trained to files that stock diffusers and transformers load, and prove that they give the same outputs."""
+"""Write what was trained to files that stock diffusers and transformers load, and prove that they give the same
+outputs."""
 
 from __future__ import annotations
 
@@ -27,11 +28,12 @@ PARITY_TOLERANCE = 1e-5
 
 
 def export(model: Model, run: Path) -> dict[str, str]:
-    """Write what is trainable: adapters to pytorch_lora_weights.safetensors (with alpha), full weights to diffusers folders.
+    """Write what is trainable: adapters to pytorch_lora_weights.safetensors (with alpha), full weights to diffusers
+    folders.
 
     The same adapters are written once more for ComfyUI, A1111 and kohya's scripts. No file has a path of this machine.
-    Returns {"lora": file} and, for each part with full weights, {stock name: folder}, both relative to `run`. All is written
-    to a temporary folder first, so that a kill or a full disk leaves no half-written file.
+    Returns {"lora": file} and, for each part with full weights, {stock name: folder}, both relative to `run`. All is
+    written to a temporary folder first, so that a kill or a full disk leaves no half-written file.
     """
     run.mkdir(parents=True, exist_ok=True)
     partial = run / "export.partial"
@@ -120,9 +122,9 @@ def fixed_output(model: Model, device: torch.device | str) -> torch.Tensor:
 def prove_parity(trained: Model, loaded: Model, device: torch.device | str) -> float:
     """Largest difference of the denoiser's output on fixed inputs between what was trained and what the files give.
 
-    Both run in float32 on `device`, and stay there in float32. Weights of the base that were rounded to 16 bits for training
-    are rounded in `loaded` too, so that only the files are tested. Raises UserError for a difference above 1e-5 times the
-    output's largest value.
+    Both run in float32 on `device`, and stay there in float32. Weights of the base that were rounded to 16 bits for
+    training are rounded in `loaded` too, so that only the files are tested. Raises UserError for a difference above
+    1e-5 times the output's largest value.
     """
     ours, theirs = ([model.denoiser, *model.text_encoders] for model in (trained, loaded))
     for mine, read in zip(ours, theirs, strict=True):

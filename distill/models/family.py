@@ -1,8 +1,8 @@
 """A model and its family: everything that differs between Stable Diffusion, SDXL and whatever comes next.
 
-A family is one stateless object in one file of this folder. It says how the denoiser is called, which attention layers it has
-and how they map to the image, how noise is added and what the denoiser predicts, which layers get adapters, and how they are
-saved. `register` makes it known; a model is then loaded, trained and evaluated as any other.
+A family is one stateless object in one file of this folder. It says how the denoiser is called, which attention layers
+it has and how they map to the image, how noise is added and what the denoiser predicts, which layers get adapters, and
+how they are saved. `register` makes it known; a model is then loaded, trained and evaluated as any other.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ class Model(ReadsText):
         return self
 
     def encode(self, input_ids: Sequence[torch.Tensor], text_encoders: Sequence[nn.Module] | None = None) -> TextStates:
-        """Hidden states of all chunks, and the pooled embedding of the first, as A1111 and ComfyUI take it. By the model's own
-        text encoders unless others are given; `input_ids` as `tokenize` gives them."""
+        """Hidden states of all chunks, and the pooled embedding of the first, as A1111 and ComfyUI take it. By the
+        model's own text encoders unless others are given; `input_ids` as `tokenize` gives them."""
         chunks = [ids.unflatten(1, (self.caption_chunks, -1)).flatten(0, 1) for ids in input_ids]
         encoders = self.text_encoders if text_encoders is None else text_encoders
         embeds, pooled = self.family.encode_text(encoders, chunks)
@@ -103,8 +103,8 @@ class Model(ReadsText):
 class Family(ABC):
     """How to use the models of one architecture. Stateless: every method takes the model or its denoiser.
 
-    The schedule methods are those of a DDPM schedule with a prediction of epsilon or v. A family with another schedule, such
-    as flow matching, overrides all of them.
+    The schedule methods are those of a DDPM schedule with a prediction of epsilon or v. A family with another schedule,
+    such as flow matching, overrides all of them.
     """
 
     name: ClassVar[str]
@@ -159,8 +159,8 @@ class Family(ABC):
 
     @abstractmethod
     def encode_text(self, text_encoders: Sequence[nn.Module], input_ids: Sequence[torch.Tensor]) -> TextStates:
-        """(batch, tokens, dim) hidden states for the denoiser, and the (batch, dim) pooled embedding or None, of texts of one
-        chunk."""
+        """(batch, tokens, dim) hidden states for the denoiser, and the (batch, dim) pooled embedding or None, of texts
+        of one chunk."""
 
     def negative_conditions(self, model: Model, empty: Conditions) -> Conditions:
         """What the stock pipeline guides away from when no negative prompt is given. empty: of the empty caption."""
@@ -268,7 +268,8 @@ class Family(ABC):
     ) -> None:
         """Write the adapters to a file that stock tools load.
 
-        states, configs: of each adapted module by its stock name. Without the configs as metadata, diffusers forgets alpha.
+        states, configs: of each adapted module by its stock name. Without the configs as metadata, diffusers forgets
+        alpha.
         """
         arguments: dict[str, Mapping[str, object]] = {f"{name}_lora_layers": state for name, state in states.items()}
         arguments |= {f"{name}_lora_adapter_metadata": config for name, config in configs.items()}

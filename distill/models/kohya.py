@@ -1,9 +1,9 @@
 """Adapters in the layout of kohya's scripts, which ComfyUI, A1111 and those scripts read.
 
 A layer `down_blocks.0.attentions.0...attn1.to_q` of the U-Net of Stable Diffusion 1 and 2 is three tensors:
-`lora_unet_down_blocks_0_attentions_0_..._attn1_to_q.lora_down.weight`, `.lora_up.weight` and the scalar `.alpha`. For SDXL
-the scripts name the U-Net's blocks as the original checkpoint does: `lora_unet_input_blocks_4_1_...`. Text encoders are
-`lora_te_...`; the two of SDXL are `lora_te1_...` and `lora_te2_...`.
+`lora_unet_down_blocks_0_attentions_0_..._attn1_to_q.lora_down.weight`, `.lora_up.weight` and the scalar `.alpha`. For
+SDXL the scripts name the U-Net's blocks as the original checkpoint does: `lora_unet_input_blocks_4_1_...`. Text
+encoders are `lora_te_...`; the two of SDXL are `lora_te1_...` and `lora_te2_...`.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ OUTSIDE_BLOCKS = {
 
 
 def original_name(name: str, layers_per_block: int) -> str:
-    """A module of diffusers' U-Net as the original checkpoint names it: down_blocks.1.attentions.0 is input_blocks.4.1."""
+    """A module of diffusers' U-Net as the original checkpoint names it: down_blocks.1.attentions.0 is
+    input_blocks.4.1."""
     if name in OUTSIDE_BLOCKS:
         return OUTSIDE_BLOCKS[name]
     found = re.fullmatch(
@@ -54,8 +55,8 @@ def original_name(name: str, layers_per_block: int) -> str:
 
 
 def kohya_name(part: str, layer: str, *, sdxl: bool, layers_per_block: int | None) -> str:
-    """Name of a layer, up to `.lora_down.weight`. part: unet, text_encoder or text_encoder_2. layers_per_block: None where
-    the stages of the U-Net have unequal numbers, which the original names cannot tell."""
+    """Name of a layer, up to `.lora_down.weight`. part: unet, text_encoder or text_encoder_2. layers_per_block: None
+    where the stages of the U-Net have unequal numbers, which the original names cannot tell."""
     if part == "unet":
         if sdxl and layers_per_block is not None:
             layer = original_name(layer, layers_per_block)

@@ -43,7 +43,8 @@ def read_subset(folder: Path, denoiser: nn.Module) -> AttentionSubset | None:
 
 
 def load_model(base: BaseConfig, run: str | Path | None = None) -> Model:
-    """Load a base by hub id, folder, file or the word `phantom`, and put a trained run folder's weights or adapters on it.
+    """Load a base by hub id, folder, file or the word `phantom`, and put a trained run folder's weights or adapters on
+    it.
 
     All in float32. Raises UserError for what is missing, of another kind, or does not fit.
     """
@@ -77,7 +78,8 @@ def load_model(base: BaseConfig, run: str | Path | None = None) -> Model:
 
 
 def _check_chunks(base: BaseConfig, run: Path) -> None:
-    """Raise UserError if a run was trained on captions of more chunks than are read now; one on fewer may be trained on."""
+    """Raise UserError if a run was trained on captions of more chunks than are read now; one on fewer may be trained
+    on."""
     path = next((path for path in (run / "config.yaml", run.parent / "config.yaml") if path.is_file()), None)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) if path else {}

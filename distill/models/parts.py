@@ -1,7 +1,7 @@
 """Read a pipeline folder part by part, so that a part that is damaged, foreign or unsafe is named by its file.
 
-Stock loaders run no code of the folder here: every class comes from diffusers or transformers by its name, and weights are
-read from safetensors only.
+Stock loaders run no code of the folder here: every class comes from diffusers or transformers by its name, and weights
+are read from safetensors only.
 """
 
 from __future__ import annotations
@@ -63,7 +63,8 @@ def read_object(path: Path) -> dict[str, object]:
 
 
 def check_file(path: Path) -> None:
-    """Raise UserError unless a file can be read: a pipe is waited for forever, and loaders skip a broken link in silence."""
+    """Raise UserError unless a file can be read: a pipe is waited for forever, and loaders skip a broken link in
+    silence."""
     try:
         mode = path.stat().st_mode
         if stat.S_ISREG(mode):
@@ -129,7 +130,8 @@ def check_adapter(path: Path) -> None:
 
 
 def read_index(folder: Path) -> tuple[Family, dict[str, object]]:
-    """The family of a pipeline folder, and its index. Raises UserError for no known family, or a part of no known library."""
+    """The family of a pipeline folder, and its index. Raises UserError for no known family, or a part of no known
+    library."""
     path = folder / INDEX
     if not path.exists() and not path.is_symlink():
         raise UserError(f"{folder} is not a diffusers pipeline folder (it has no {INDEX})")

@@ -42,9 +42,10 @@ def is_adapter(path: Path) -> bool:
 def load_single_file(path: Path, config: str | None) -> DiffusionPipeline:
     """The stock pipeline of a whole checkpoint, in float32, without a safety checker.
 
-    config: folder or hub id of the pipeline whose configs and tokenizer belong to it; None lets diffusers choose those of the
-    original model, on the hub or in the local cache. Raises UserError for what is no checkpoint, or lacks its configs, and
-    for an SDXL whose two text encoders are equally wide, by which diffusers tells them apart (the original's are not).
+    config: folder or hub id of the pipeline whose configs and tokenizer belong to it; None lets diffusers choose those
+    of the original model, on the hub or in the local cache. Raises UserError for what is no checkpoint, or lacks its
+    configs, and for an SDXL whose two text encoders are equally wide, by which diffusers tells them apart (the
+    original's are not).
     """
     keys = keys_of(path)
     if is_adapter(path):

@@ -161,8 +161,8 @@ class StableDiffusion(UNetFamily):
         return super().owns(denoiser) and denoiser.config.addition_embed_type != "text_time"  # type: ignore[union-attr]
 
     def encode_text(self, text_encoders: Sequence[nn.Module], input_ids: Sequence[torch.Tensor]) -> TextStates:
-        """The last hidden state, with an attention mask if the encoder's config asks for one (use_attention_mask), as in
-        the stock pipeline."""
+        """The last hidden state, with an attention mask if the encoder's config asks for one (use_attention_mask), as
+        in the stock pipeline."""
         encoder: Any = text_encoders[0]
         masked = getattr(encoder.config, "use_attention_mask", False)
         mask = (input_ids[0] != encoder.config.pad_token_id).long() if masked else None

@@ -33,8 +33,8 @@ def public_base(name: str) -> str | None:
 
 
 def plain_name(name: str) -> str:
-    """A base without a path of this machine: a hub id stays, also that of a folder of the hub's cache; of any other folder
-    or file its last name."""
+    """A base without a path of this machine: a hub id stays, also that of a folder of the hub's cache; of any other
+    folder or file its last name."""
     cached = re.search(r"(?:^|[\\/])models--([\w.-]+?)--([\w.-]+)[\\/]snapshots(?:[\\/]|$)", name)
     if cached:
         return f"{cached[1]}/{cached[2]}"

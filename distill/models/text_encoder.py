@@ -43,9 +43,9 @@ def load_text_encoder(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(encoder in float32, tokenizer of `max_tokens` positions) of a folder or hub id.
 
-    model_type: in place of the one in its config.json, for a checkpoint whose class lives outside transformers but whose
-    weights are of a known kind: `bert` for CXR-BERT. Raises UserError for what cannot be loaded, lacks weights, or cannot
-    tell which characters its tokens are of.
+    model_type: in place of the one in its config.json, for a checkpoint whose class lives outside transformers but
+    whose weights are of a known kind: `bert` for CXR-BERT. Raises UserError for what cannot be loaded, lacks weights,
+    or cannot tell which characters its tokens are of.
     """
     expected = (
         ". Expected a folder or hub id with config.json, model.safetensors and a tokenizer, of a kind that transformers lists "
@@ -100,11 +100,10 @@ def multi_label_encoder(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """(encoder, tokenizer) of one token for each label, for captions that are lists of labels.
 
-    The multi-label tokens of Dombrowski et al. (AAAI 2024): no word pieces, no positions, and no token sees another, which
-    is a T5 encoder without a layer: a table of vectors (of the same norm, at random; `swap_text_encoder` fits the U-Net to
-    them). Case, the length of white space, and commas or semicolons between labels do not count; anything else is one
-    unknown token a word.
-    Raises UserError for no label, and for more than `max_tokens` can hold.
+    The multi-label tokens of Dombrowski et al. (AAAI 2024): no word pieces, no positions, and no token sees another,
+    which is a T5 encoder without a layer: a table of vectors (of the same norm, at random; `swap_text_encoder` fits the
+    U-Net to them). Case, the length of white space, and commas or semicolons between labels do not count; anything else
+    is one unknown token a word. Raises UserError for no label, and for more than `max_tokens` can hold.
     """
     names = sorted({" ".join(label.lower().split()) for label in labels} | {NO_LABEL})
     if len(names) == 1:
@@ -148,13 +147,14 @@ def swap_text_encoder(
     *,
     batch_size: int = 32,
 ) -> tuple[StableDiffusionPipeline, float]:
-    """A stock pipeline with `encoder` in place of the text encoder, and how well it stands in: R^2 on held-out captions.
+    """A stock pipeline with `encoder` in place of the text encoder, and how well it stands in: R^2 on held-out
+    captions.
 
     A linear map from the new encoder's hidden states to the old one's is fitted by least squares on nine in ten of
-    `captions`, word by word (mean of a word's tokens), with the start, end and mean padding token as words; R^2 is of the
-    others, 1 for the same embeddings, 0 for their mean. With W that map, to_k and to_v become to_k W and to_v W: the U-Net
-    then expects the new encoder's width. Everything else is as it was; VAE and scheduler are shared.
-    Raises UserError for SDXL, for U-Nets that project text themselves, and for fewer than 10 captions.
+    `captions`, word by word (mean of a word's tokens), with the start, end and mean padding token as words; R^2 is of
+    the others, 1 for the same embeddings, 0 for their mean. With W that map, to_k and to_v become to_k W and to_v W:
+    the U-Net then expects the new encoder's width. Everything else is as it was; VAE and scheduler are shared. Raises
+    UserError for SDXL, for U-Nets that project text themselves, and for fewer than 10 captions.
     """
     config = model.denoiser.config
     width = config.get("cross_attention_dim")

@@ -1,5 +1,5 @@
-"""What an adapter file changes in a base: read tensor by tensor, without the stock loaders, which pass over what they do not
-know."""
+"""What an adapter file changes in a base: read tensor by tensor, without the stock loaders, which pass over what they
+do not know."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ Layer = tuple[str, str]
 class Verified:
     """What a base takes from an adapter file.
 
-    loaded: tensors that a layer of the base takes. ignored: name of a tensor -> why no layer takes it. layers: changed layers
-    by group. change: norm of the change of a group over the norm of its changed weights. output_change: the same of the
-    denoiser's output on fixed inputs.
+    loaded: tensors that a layer of the base takes. ignored: name of a tensor -> why no layer takes it. layers: changed
+    layers by group. change: norm of the change of a group over the norm of its changed weights. output_change: the same
+    of the denoiser's output on fixed inputs.
     """
 
     file: str

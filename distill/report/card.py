@@ -51,9 +51,9 @@ def write_model_card(
 ) -> Path:
     """Write README.md of one trained model to `arm_dir`, which holds its exported files.
 
-    metrics_for_arm: the arm's entry in metrics.json. config: resolved configuration of the run. base_name: hub id, folder
-    or `phantom`; the card shows no folder of this machine. export: see `distill.models.stock.exported`. The example prompt
-    is from real/ in `arm_dir` or beside it. Raises ValueError if `export` names an unknown part.
+    metrics_for_arm: the arm's entry in metrics.json. config: resolved configuration of the run. base_name: hub id,
+    folder or `phantom`; the card shows no folder of this machine. export: see `distill.models.stock.exported`. The
+    example prompt is from real/ in `arm_dir` or beside it. Raises ValueError if `export` names an unknown part.
     """
     if unknown := [part for part in export if part not in (*PARTS, "lora")]:
         raise ValueError(f"unknown exported part(s) {', '.join(unknown)}; known: lora, {', '.join(PARTS)}")

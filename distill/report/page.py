@@ -31,7 +31,8 @@ _OF_MAPS = (("auc", "AUC"), ("image_adds", "image adds"))
 
 @dataclass(frozen=True)
 class Example:
-    """One held-out image. boxes: (finding, left, top, width, height) in percent. arms: generated image and maps of each."""
+    """One held-out image. boxes: (finding, left, top, width, height) in percent. arms: generated image and maps of
+    each."""
 
     number: int
     caption: str
@@ -174,8 +175,8 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     """Write report.html (one self-contained file) and report.md (with figures/*.png) from the files of a run folder.
 
     Reads metrics.json, and where they exist real/examples.jsonl with its images and each arm's word_maps.safetensors,
-    samples/, train_log.jsonl and validation_log.jsonl. What cannot be read is said in the report. Raises UserError where
-    metrics.json cannot be read, and ValueError where it is not of the documented form (see `parse_metrics`).
+    samples/, train_log.jsonl and validation_log.jsonl. What cannot be read is said in the report. Raises UserError
+    where metrics.json cannot be read, and ValueError where it is not of the documented form (see `parse_metrics`).
     """
     results, notes = parse_metrics(read_json(run_dir / "metrics.json")), list[str]()
     # Of several seeds the pictures are those of the first.

@@ -56,7 +56,8 @@ def read_curves(folders: Mapping[int, Path]) -> dict[str, dict[int, Point]]:
 def compare_all(
     curves: Curves, arms: Sequence[str], compare_to: Sequence[str], margins: Mapping[str, float]
 ) -> list[Comparison]:
-    """Every one of `arms` with every arm of compare_to, at every budget that both have, in every metric with a margin."""
+    """Every one of `arms` with every arm of compare_to, at every budget that both have, in every metric with a
+    margin."""
     found = []
     for arm in arms:
         for parent in (name for name in compare_to if name != arm):
@@ -78,8 +79,8 @@ def write_proof(
 ) -> Path:
     """Write proof.json, proof.md and, if both sides were measured, fronts.png into `folder`; returns proof.md.
 
-    folders: budget -> folder with seed-N and their metrics.json. arms: those that are compared with `compare_to`; further
-    ones, such as teachers, are only listed.
+    folders: budget -> folder with seed-N and their metrics.json. arms: those that are compared with `compare_to`;
+    further ones, such as teachers, are only listed.
     """
     curves = read_curves(folders)
     arms = [name for name in arms if name in curves]
@@ -204,7 +205,8 @@ def _mean(point: Point, metric: tables.Metric) -> tables.Estimate:
 def _front_chart(
     lines: Mapping[tables.Metric, Mapping[str, Sequence[tuple[tables.Estimate, tables.Estimate]]]],
 ) -> Picture:
-    """One panel a metric of quality, and in it one line an arm: its points (what the image adds, quality) in their order."""
+    """One panel a metric of quality, and in it one line an arm: its points (what the image adds, quality) in their
+    order."""
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, len(lines), squeeze=False)[0]

@@ -21,7 +21,8 @@ _TONES = {"better": ("▲ ", "good"), "worse": ("▼ ", "bad"), "not separated":
 
 @dataclass(frozen=True)
 class Summary:
-    """arm: the first choice, None where nothing was measured. others: the arms that the table `why` compares it with."""
+    """arm: the first choice, None where nothing was measured. others: the arms that the table `why` compares it
+    with."""
 
     arm: str | None
     title: str

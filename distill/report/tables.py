@@ -123,7 +123,8 @@ def flatten(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def results_table(results: Results, wanted: Sequence[Metric] = MAIN) -> Table:
-    """One row an arm, real images and blind maps: the `wanted` metrics that are measured, and the cost if it is known."""
+    """One row an arm, real images and blind maps: the `wanted` metrics that are measured, and the cost if it is
+    known."""
     shown = [m for m in wanted if any(arm.estimate(m.key).value is not None for arm in results.arms.values())]
     rows: list[list[str | Cell]] = []
     for name, arm in results.with_real.items():
@@ -150,7 +151,8 @@ def relative_costs(results: Results) -> dict[str, str]:
 
 
 def terminal_table(metrics: Mapping[str, object]) -> RichTable:
-    """The main metrics, for a terminal of 80 columns; `-` where a value is unknown. An interval stands under its value."""
+    """The main metrics, for a terminal of 80 columns; `-` where a value is unknown. An interval stands under its
+    value."""
     found = results_table(parse_metrics(metrics), (WORD_AUC, IMAGE_ADDS, FID, FINDING_AUC))
     caption = "95 % intervals under the values; ↑ higher is better, ↓ lower is better"
     table = RichTable(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption, caption_justify="left")

@@ -1,7 +1,8 @@
-"""What rows of the generated data sets show, in a few numbers each; `python tests/goldens/generators.py` writes them anew.
+"""What rows of the generated data sets show, in a few numbers each; `python tests/goldens/generators.py` writes them
+anew.
 
-Checkpoints were trained on these rows and results measured on them, so that a row that changes is another data set: raise
-GENERATOR_VERSION with it.
+Checkpoints were trained on these rows and results measured on them, so that a row that changes is another data set:
+raise GENERATOR_VERSION with it.
 """
 
 from __future__ import annotations

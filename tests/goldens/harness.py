@@ -183,7 +183,8 @@ def tensor_digests(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def metrics(root: Path) -> Values:
-    """Metrics of arms, of real images and of pairs of arms; scores of each image; and what gates, atlases and others say."""
+    """Metrics of arms, of real images and of pairs of arms; scores of each image; and what gates, atlases and others
+    say."""
     found: Values = {}
 
     def add(label: str, what: Any, prefix: str = "") -> None:
@@ -423,7 +424,8 @@ def digests(found: Values) -> dict[str, dict[str, str]]:
 
 
 def compare(found: Values, recorded: dict[str, dict[str, str]], reference: Values | None = None) -> list[str]:
-    """What differs from the record, one text each. reference: all values of the recorded tree, to name differing keys."""
+    """What differs from the record, one text each. reference: all values of the recorded tree, to name differing
+    keys."""
     if ERROR in found:
         return [f"failed: {found[ERROR]}"]
     now, faults = digests(found), []

@@ -1,7 +1,7 @@
 """Every number of every recipe is the one that was recorded, bit for bit (harness.py); minutes on one core.
 
-The record is of one kind of CPU and one set of library versions, and elsewhere the tests are skipped: then run harness.py on
-two checkouts, the old and the new, with --dump, and compare with --diff.
+The record is of one kind of CPU and one set of library versions, and elsewhere the tests are skipped: then run
+harness.py on two checkouts, the old and the new, with --dump, and compare with --diff.
 """
 
 from __future__ import annotations

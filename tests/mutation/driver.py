@@ -2,10 +2,10 @@
 
     python tests/mutation/driver.py --count 300             # prints the kill rate of each room
 
-Each fault is written into a private copy of the tree, and the tests that run its line are run there, the quickest first, in
-a process forked from one that has already imported torch. Which tests run which lines is recorded once a test file, with
-coverage, in .mutants/map/, and again when the file changes. Verdicts are lines of .mutants/verdicts.jsonl; the same command
-continues after a stop. Needs Linux, and `pip install coverage`.
+Each fault is written into a private copy of the tree, and the tests that run its line are run there, the quickest
+first, in a process forked from one that has already imported torch. Which tests run which lines is recorded once a test
+file, with coverage, in .mutants/map/, and again when the file changes. Verdicts are lines of .mutants/verdicts.jsonl;
+the same command continues after a stop. Needs Linux, and `pip install coverage`.
 """
 
 from __future__ import annotations
@@ -264,8 +264,9 @@ class Tests:
         self.maps = maps
 
     def of(self, mutant: Mutant, source: str, seconds: float) -> list[tuple[str, float]]:
-        """(test, its seconds), of as many tests as there is time for: first those that run the lines; then, if lines run
-        when the module is imported or in another process, those that run any of the module, and those that import it."""
+        """(test, its seconds), of as many tests as there is time for: first those that run the lines; then, if lines
+        run when the module is imported or in another process, those that run any of the module, and those that import
+        it."""
         found = []
         for one in self.maps:
             lines = self.lines_now(one, mutant.module, source)

@@ -218,8 +218,8 @@ def _called(node: ast.AST) -> str:
 def sample(mutants: Mapping[str, list[Mutant]], lines: Mapping[str, int], seed: int) -> Iterator[Mutant]:
     """Mutants at random, every module in proportion to its lines; the first N are a sample for any N.
 
-    A golden-ratio sequence steps through all lines, so that modules are met evenly, and a place in it decides the module;
-    the mutant is any of those not drawn yet.
+    A golden-ratio sequence steps through all lines, so that modules are met evenly, and a place in it decides the
+    module; the mutant is any of those not drawn yet.
     """
     rng = random.Random(seed)
     left = {module: rng.sample(found, len(found)) for module, found in sorted(mutants.items()) if found}

@@ -1,8 +1,8 @@
 """Procedural chest radiographs with findings, exact masks and radiology-like captions. No patient, no file, no limit.
 
-A row is drawn in two steps: a `Scene` (scene.py; microseconds) from which the caption follows (captions.py),
-and its pixels (pixels.py). The scene lives in units of half the image side, so a resolution changes the sampling
-and not the layout. Radiological convention: the patient's right is on the image's left; captions use the patient's side.
+A row is drawn in two steps: a `Scene` (scene.py; microseconds) from which the caption follows (captions.py), and its
+pixels (pixels.py). The scene lives in units of half the image side, so a resolution changes the sampling and not the
+layout. Radiological convention: the patient's right is on the image's left; captions use the patient's side.
 
 Picture sheet: python -m distill.data.phantom --output sheet.png --rows 4 --columns 6 --seed 0 --outlines
 """
@@ -61,12 +61,12 @@ class PhantomDataset:
     Row i is a pure function of (seed, split, i, resolution), whatever the size; no two splits share a row.
 
     split: train, validation or test. size: number of rows. seed: 0 to 2**32 - 1. resolution: side in pixels, 64 to 512.
-    captions: reports (findings, negated findings, normal sentences), affirmed (no negated findings), stated (the findings
-    alone, or one normal sentence where there is none), or labels (their names). placement: anatomical (each finding where it
-    usually lies), or balanced (one of four findings on either side and in any zone, all equally often, half of them beside
-    another finding that the caption leaves out; the patient is shifted and enlarged), so that a place tells less: the mean
-    mask of a finding has AUC .73 there, .89 in the anatomical placement.
-    Raises UserError for values outside these.
+    captions: reports (findings, negated findings, normal sentences), affirmed (no negated findings), stated (the
+    findings alone, or one normal sentence where there is none), or labels (their names). placement: anatomical (each
+    finding where it usually lies), or balanced (one of four findings on either side and in any zone, all equally often,
+    half of them beside another finding that the caption leaves out; the patient is shifted and enlarged), so that a
+    place tells less: the mean mask of a finding has AUC .73 there, .89 in the anatomical placement. Raises UserError
+    for values outside these.
     """
 
     findings: tuple[str, ...] = FINDINGS

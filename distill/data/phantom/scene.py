@@ -1,4 +1,5 @@
-"""What a phantom shows: pose, anatomy and findings, in units of half the image side. Drawn from (seed, split, index)."""
+"""What a phantom shows: pose, anatomy and findings, in units of half the image side. Drawn from (seed, split,
+index)."""
 
 from __future__ import annotations
 
@@ -155,8 +156,8 @@ MOVABLE = ("atelectasis", "consolidation", "lung opacity", "pneumonia")
 
 
 def _draw_balanced(rng: np.random.Generator) -> tuple[tuple[Finding, ...], tuple[Finding, ...]]:
-    """One finding for the caption to name, in one of six places, each equally likely; half of the time another kind of finding
-    in another place, unnamed. Nothing in 15 % of the images."""
+    """One finding for the caption to name, in one of six places, each equally likely; half of the time another kind of
+    finding in another place, unnamed. Nothing in 15 % of the images."""
     if rng.random() < 0.15:
         return (), ()
     names, places = rng.permutation(MOVABLE), rng.permutation(6)

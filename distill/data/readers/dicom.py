@@ -28,8 +28,8 @@ def is_dicom(data: bytes) -> bool:
 def dicom_image(data: bytes, largest_px: int) -> Image.Image:
     """16-bit gray: black is 0 and white 65535, also for MONOCHROME1, whose values rise from white to black.
 
-    Values are rescaled, and shown through the file's VOI LUT, else its first window. Without either, black and white are
-    percentiles of the pixels (_PERCENTILES), padding left out.
+    Values are rescaled, and shown through the file's VOI LUT, else its first window. Without either, black and white
+    are percentiles of the pixels (_PERCENTILES), padding left out.
 
     Raises ValueError for what is no single gray picture, UserError without pydicom, and what pydicom raises.
     """

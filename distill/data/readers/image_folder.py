@@ -17,7 +17,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".dcm")
 
 
 class ImageFolder:
-    """The first `count` images of a folder, by name; made squares of `resolution` by `fit`, as the images of a data set are.
+    """The first `count` images of a folder, by name; made squares of `resolution` by `fit`, as the images of a data set
+    are.
 
     names: of the files. Raises UserError that lists all damaged files, and those that hold the same bytes.
     """

@@ -39,8 +39,8 @@ class Annotation:
 
 @dataclass(slots=True)
 class ImageRecord:
-    """One image file. name: path relative to root. frame: (width, height) that boxes refer to and were checked against by
-    the reader, None for the file's. patient: empty where unknown."""
+    """One image file. name: path relative to root. frame: (width, height) that boxes refer to and were checked against
+    by the reader, None for the file's. patient: empty where unknown."""
 
     place: Place
     name: str
@@ -52,8 +52,8 @@ class ImageRecord:
 
 @dataclass(frozen=True)
 class Inspection:
-    """What is known of a file once it was decoded. width, height: as displayed. extent: the box around what a mask of these
-    pixels holds, None if it holds nothing."""
+    """What is known of a file once it was decoded. width, height: as displayed. extent: the box around what a mask of
+    these pixels holds, None if it holds nothing."""
 
     width: int = 0
     height: int = 0
@@ -92,7 +92,8 @@ def inspect_all(root: Path, records: list[ImageRecord], faults: Faults) -> dict[
 
 
 def file_hashes(root: Path, paths: Iterable[Path]) -> dict[Path, str]:
-    """SHA-256 of each image file under `root`, empty for a file that cannot be read. The check of the files reuses the work."""
+    """SHA-256 of each image file under `root`, empty for a file that cannot be read. The check of the files reuses the
+    work."""
     distinct = list(dict.fromkeys(paths))
     return {path: inspection.sha256 for path, inspection in _inspect_files(root, distinct).items()}
 

@@ -266,16 +266,17 @@ _JOINED = (*_COMMON, "paths", "bboxxywh")
 class MsCxrDataset(RecordDataset):
     """The images of MS-CXR and their boxes. All rows are checked when it is made, and the images of this split.
 
-    config.metadata_file has one of three shapes, which its content tells: COCO's JSON with label_text in its annotations,
-    a CSV of one box a row, or the CSV of Dombrowski et al. 2024, whose bboxxywh is `x-y-w-h|x-y-w-h`. Boxes are of
-    image_width x image_height; they are resized with the image if the file has another size of the same aspect.
+    config.metadata_file has one of three shapes, which its content tells: COCO's JSON with label_text in its
+    annotations, a CSV of one box a row, or the CSV of Dombrowski et al. 2024, whose bboxxywh is `x-y-w-h|x-y-w-h`.
+    Boxes are of image_width x image_height; they are resized with the image if the file has another size of the same
+    aspect.
 
     Captions, by config.caption_source:
     impression: of config.mimic_file by dicom_id, else label_text of the CSV with bboxxywh; a sample an image.
     phrase: label_text; a sample for each phrase of an image. As many phrases joined by `|` as boxes are one each.
 
-    With config.mentioned_only, regions of findings that the caption has no word of are left out. A sample without regions
-    is left out. split: by config.split_column, where it names a column; else every row is a test row.
+    With config.mentioned_only, regions of findings that the caption has no word of are left out. A sample without
+    regions is left out. split: by config.split_column, where it names a column; else every row is a test row.
 
     findings: config.findings, or the categories of the file. labels: the findings of the caption's boxes.
 

@@ -43,8 +43,8 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 
 
 def open_image(data: bytes) -> Image.Image:
-    """The image decoded to the end, turned as its EXIF orientation says. Raises what Pillow and pydicom raise, and UserError
-    for DICOM without pydicom."""
+    """The image decoded to the end, turned as its EXIF orientation says. Raises what Pillow and pydicom raise, and
+    UserError for DICOM without pydicom."""
     if is_dicom(data):
         return dicom_image(data, LARGEST_IMAGE_PX)
     image = Image.open(io.BytesIO(data), formats=_FORMATS)

@@ -338,7 +338,8 @@ class RecordDataset:
 
 
 def square_pixels(image: Image.Image, resolution: int, fit: Fit) -> torch.Tensor:
-    """The square of an image of mode L or RGB, (3, resolution, resolution) float32 in [-1, 1]; bars of a letterbox are -1."""
+    """The square of an image of mode L or RGB, (3, resolution, resolution) float32 in [-1, 1]; bars of a letterbox are
+    -1."""
     shown = placed(*image.size, resolution, fit)
     square = Image.new(image.mode, (resolution, resolution))
     resized = image.resize((shown.width, shown.height), Image.Resampling.LANCZOS, box=shown.kept)

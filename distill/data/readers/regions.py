@@ -23,8 +23,8 @@ _GRID_PX = 2048
 
 
 class Placement(NamedTuple):
-    """How an image lies on the training square. kept: left, top, right and bottom of the part that is shown, in pixels of the
-    image. left, top, width, height: where it is shown, in pixels of the square."""
+    """How an image lies on the training square. kept: left, top, right and bottom of the part that is shown, in pixels
+    of the image. left, top, width, height: where it is shown, in pixels of the square."""
 
     kept: Box
     left: int
@@ -60,7 +60,8 @@ def regions_of(
     *,
     outlines: bool = True,
 ) -> tuple[Region, ...]:
-    """One region a finding, in the order of `findings`; an annotation counts by its mask or segmentation, else by its box.
+    """One region a finding, in the order of `findings`; an annotation counts by its mask or segmentation, else by its
+    box.
 
     row: a row of the table of images (see records.py). chosen: positions of its annotations. Without `outlines`
     segmentations count by their boxes.
@@ -114,8 +115,8 @@ class Square:
         return min(self.edges(box)) < -1 or max(self.edges(box)) > self.resolution + 1
 
     def cut(self, mask: NDArray[np.bool_], across: float = 1.0, down: float = 1.0) -> NDArray[np.bool_]:
-        """(resolution, resolution): where at least half of a pixel is inside. across, down: pixels of the file in one of
-        `mask`."""
+        """(resolution, resolution): where at least half of a pixel is inside. across, down: pixels of the file in one
+        of `mask`."""
         whole = Image.fromarray(mask.view(np.uint8) * np.uint8(255))
         left, top, right, bottom = self.shown.kept
         # A quotient may round up.

@@ -33,9 +33,9 @@ class Member:
 def split_by_rule(members: Sequence[Member]) -> tuple[list[Split], int]:
     """The split of each image, and the number of groups that stay together.
 
-    Images of one patient, and files of the same bytes, are a group. Groups are ordered by the SHA-256 of their patient, else
-    of their first name. The first tenth (at least one group) is the test split, the next tenth (at least one, if there are
-    three groups) validation, the rest train. The order of the rows does not count.
+    Images of one patient, and files of the same bytes, are a group. Groups are ordered by the SHA-256 of their patient,
+    else of their first name. The first tenth (at least one group) is the test split, the next tenth (at least one, if
+    there are three groups) validation, the rest train. The order of the rows does not count.
     """
     groups = _groups(members)
     keys = []

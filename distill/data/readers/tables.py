@@ -143,7 +143,8 @@ class GivenTwice(ValueError):
 
 
 def _once(pairs: list[tuple[str, object]]) -> dict[str, Any]:
-    """A JSON object, its keys without spaces around. Python's own reader keeps the last value of a key that is given twice."""
+    """A JSON object, its keys without spaces around. Python's own reader keeps the last value of a key that is given
+    twice."""
     found = {name.strip(): value for name, value in pairs}
     if len(found) < len(pairs):
         name, count = Counter(name.strip() for name, _ in pairs).most_common(1)[0]
