@@ -104,7 +104,8 @@ def write(parent: Path, checkpoint: Checkpoint) -> Path:
     except (OSError, RuntimeError, SafetensorError) as error:  # torch.save raises RuntimeError when the disk is full
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"the checkpoint {folder} cannot be written: {_reason(error)}; free some space, or make the folder writable. "
+            f"the checkpoint {folder} cannot be written: {_reason(error)}; free some space, or make the folder "
+            "writable. "
             f"The same command then goes on from {_newest_name(parent)}"
         ) from error
     # A later one is of a training that went back before it, because it was damaged.

@@ -174,7 +174,8 @@ class TrainerConfig(Settings):
             every = getattr(self, name)
             if every is not None and every > self.max_steps:
                 raise ValueError(
-                    f"{name} is {every}, above max_steps, {self.max_steps}, so that none is made; lower it, or set it to null"
+                    f"{name} is {every}, above max_steps, {self.max_steps}, so that none is made; lower it, or set it "
+                    "to null"
                 )
         return self
 
@@ -291,11 +292,13 @@ class FullEvaluation(EvaluationConfig):
             )
         if self.memorization_limit is not None and "memorization" not in self.parts:
             raise ValueError(
-                f"memorization_limit is {self.memorization_limit}, and parts lacks memorization; add it, or leave the limit out"
+                f"memorization_limit is {self.memorization_limit}, and parts lacks memorization; add it, or leave the "
+                "limit out"
             )
         if (self.image_text_model is None) == ("similarity" in self.parts):
             raise ValueError(
-                f"image_text_model is {self.image_text_model}, and parts is {','.join(self.parts)}; give both a model and the "
+                f"image_text_model is {self.image_text_model}, and parts is {','.join(self.parts)}; give both a model "
+                "and the "
                 "part similarity, or neither"
             )
         check_parts(self)

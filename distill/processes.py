@@ -83,7 +83,8 @@ def thread_advice(threads: int, processes: int) -> str | None:
     if threads * processes <= free:
         return None
     return (
-        f"{processes} process(es) of {threads} threads, and {free} of {len(cores())} cores free: threads that wait make "
+        f"{processes} process(es) of {threads} threads, and {free} of {len(cores())} cores free: threads that wait "
+        "make "
         f"steps several times slower; --num_cpu_threads_per_process {max(1, free // processes)} is faster"
     )
 

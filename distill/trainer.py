@@ -326,7 +326,8 @@ class _Loop:
         if signal:
             self._save()
             raise Interrupted(
-                f"{self.label}: stopped after step {self.step} of {self.config.max_steps}; the same command goes on from "
+                f"{self.label}: stopped after step {self.step} of {self.config.max_steps}; the same command goes on "
+                "from "
                 f"{checkpoints.folder_of(self.folder, self.step)}",
                 signal,
             )
@@ -577,7 +578,8 @@ class _Loop:
             raise UserError(f"{folder} was written by a run with other settings; {other}")
         if there["processes"] != here["processes"]:
             raise UserError(
-                f"{folder} was written by a launch of {there['processes']} processes, and this one has {here['processes']}: "
+                f"{folder} was written by a launch of {there['processes']} processes, and this one has "
+                f"{here['processes']}: "
                 f"each step would see other images; launch {there['processes']}, or {other}"
             )
         hashes = {**there["fingerprints"], **self.fingerprints}
@@ -593,7 +595,8 @@ class _Loop:
             )
         if there["max_steps"] != config.max_steps and config.lr_schedule not in ENDLESS:
             raise UserError(
-                f"trainer.max_steps is {config.max_steps}, and {folder} is of a training of {there['max_steps']} steps, whose "
+                f"trainer.max_steps is {config.max_steps}, and {folder} is of a training of {there['max_steps']} "
+                "steps, whose "
                 f"{config.lr_schedule} schedule ends there: it cannot go on as if it had been longer from the start. "
                 f"Give max_steps {there['max_steps']} again, or {other}; only lr_schedule constant has no end"
             )

@@ -151,7 +151,8 @@ def dry_run(
     size = cells.maps.element_size() * cells.maps[0].numel() * count * len(cells.maps) / images
     console.print(
         f"{len(cells.layers)} layers at {count} timesteps; about {seconds / 60:.1f} min and "
-        f"{size * config.validation_images / 1e9:.2f} GB of maps a model; peak memory so far {peak_memory_gb():.2f} GB\n"
+        f"{size * config.validation_images / 1e9:.2f} GB of maps a model; peak memory so far {peak_memory_gb():.2f} "
+        "GB\n"
         "dry run: the data and the models are fine; nothing was written"
     )
 

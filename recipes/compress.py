@@ -120,7 +120,8 @@ def compare_speed(run: Run, config: CompressConfig) -> None:
         for key, label in (("denoiser_parameters", "parameters"), ("denoiser_gflops", "operations"))
     ]
     run.say(
-        f"denoiser against the teacher's: {', '.join(parts)}, time of a pass {seconds['model'] / seconds['teacher']:.2f}; "
+        f"denoiser against the teacher's: {', '.join(parts)}, time of a pass "
+        f"{seconds['model'] / seconds['teacher']:.2f}; "
         f"cross-attention layers {layers['model']} of {layers['teacher']}"
     )
 

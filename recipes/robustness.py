@@ -77,10 +77,14 @@ def tables(models: JsonObject) -> str:
     return (
         "# Localization under shift\n\n"
         "The first rows are the word AUC on test images, under each shift. "
-        "`two places` is the AUC of findings that lie in two places of an image. `lesser of two places` is the AUC of the "
-        "place that the map shows least. `negated over stated` is the attention peak on a negated finding's word, divided "
-        "by the peak on a stated one's in the same caption; 1 means no difference. `stated above negated` is the share of "
-        f"images where the stated finding's peak is larger. Intervals are 95 % bootstrap intervals over images.\n\n{table}\n"
+        "`two places` is the AUC of findings that lie in two places of an image. `lesser of two places` is the AUC of "
+        "the "
+        "place that the map shows least. `negated over stated` is the attention peak on a negated finding's word, "
+        "divided "
+        "by the peak on a stated one's in the same caption; 1 means no difference. `stated above negated` is the share "
+        "of "
+        "images where the stated finding's peak is larger. Intervals are 95 % bootstrap intervals over "
+        f"images.\n\n{table}\n"
     )
 
 

@@ -102,7 +102,8 @@ def swap(config: SwapTextEncoderConfig) -> None:
         )
     if config.base.caption_chunks > 1:
         raise UserError(
-            f"base.caption_chunks is {config.base.caption_chunks}, and the new text encoder reads a caption at once; leave it "
+            f"base.caption_chunks is {config.base.caption_chunks}, and the new text encoder reads a caption at once; "
+            "leave it "
             "out, and set max_tokens"
         )
     folder = Path(config.output_dir)
@@ -120,7 +121,8 @@ def swap(config: SwapTextEncoderConfig) -> None:
     cut = sum(length > config.max_tokens for length in lengths)
     print(
         f"projection fitted on {len(captions):,} captions; R^2 {fit:.3f} on the tenth held out, where 1 is the old "
-        f"embeddings\n{sum(lengths) / len(lengths):.0f} tokens a caption, {max(lengths)} at most; {cut} captions are cut off"
+        f"embeddings\n{sum(lengths) / len(lengths):.0f} tokens a caption, {max(lengths)} at most; {cut} captions are "
+        "cut off"
     )
     if config.dry_run:
         print("dry run: nothing was written")
@@ -128,7 +130,8 @@ def swap(config: SwapTextEncoderConfig) -> None:
     difference = save_checked(pipeline, folder, base_of(model))
     print(
         f"{folder}: a stock pipeline; loaded back, difference {difference:.1e}\n"
-        f"next: accelerate launch recipes/finetune.py --base.name {folder}, to train it: the projection alone draws poorly"
+        f"next: accelerate launch recipes/finetune.py --base.name {folder}, to train it: the projection alone draws "
+        "poorly"
     )
 
 

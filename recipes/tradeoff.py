@@ -91,7 +91,8 @@ class TradeoffConfig(RunConfig):
             raise ValueError("trainer.max_steps and budgets are both given; leave trainer.max_steps out")
         if self.budgets and self.trainer.lr_schedule != "constant":
             raise ValueError(
-                f"budgets: trainer.lr_schedule is {self.trainer.lr_schedule}, which ends at one length; set it to constant"
+                f"budgets: trainer.lr_schedule is {self.trainer.lr_schedule}, which ends at one length; set it to "
+                "constant"
             )
         return self
 

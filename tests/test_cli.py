@@ -267,7 +267,8 @@ def test_options_of_another_kind_are_refused_with_the_kind_and_its_origin(yaml_f
     path = yaml_file("data:\n  kind: folder\n  train_size: 3\n")
     assert_faults(
         faults_of(Recipe, "--config", path, "--data.file", "x"),
-        f"data.train_size (from {path}, line 3): an option of data.kind drawn; data.kind is folder (from {path}, line 2)",
+        f"data.train_size (from {path}, line 3): an option of data.kind drawn; data.kind is folder (from {path}, line "
+        "2)",
         f"data.file (from the command line): an option of data.kind archive; data.kind is folder (from {path}, line 2)",
     )
     assert (
@@ -436,7 +437,8 @@ def test_all_faults_come_in_one_message_each_with_its_place(yaml_file: Callable[
         ),
         f"trainer.max_steps: expected a whole number of at least 1, got 'ten' (from {path}, line 2)",
         f"unknown key trainer.max_stesp; did you mean trainer.max_steps? (from {path}, line 3)",
-        f"trainer.optimizer: expected adamw or adamw8bit, got 'adam8bit'; did you mean adamw8bit? (from {path}, line 4)",
+        f"trainer.optimizer: expected adamw or adamw8bit, got 'adam8bit'; did you mean adamw8bit? (from {path}, line "
+        "4)",
         f"trainer.cache_latents: expected true or false, got 'yes' (from {path}, line 5)",
         f"name: expected text that is not blank, got 12; put it in quotes (from {path}, line 6)",
         f"data.findings: expected a list of texts that are not blank, got 'edema' (from {path}, line 8)",

@@ -240,8 +240,8 @@ def test_a_split_is_a_name_or_a_number(root: Path, split: str, options: dict[str
 def test_a_split_that_no_row_has(root: Path) -> None:
     message = refusal(mimic, root, "validation")
     assert (
-        "no row of mimic.csv has split validation or val or valid; there are mscxr (2 rows), train (1 rows), test (1 rows)"
-        in message
+        "no row of mimic.csv has split validation or val or valid; there are mscxr (2 rows), train (1 rows), test (1 "
+        "rows)" in message
     )
     assert ids(mimic(root, "validation", [study("t1", "2")])) == ["files/p1/t1.jpg"]
 

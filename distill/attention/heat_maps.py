@@ -44,7 +44,8 @@ class TokenSelection:
             batch, tokens = probabilities.shape[0], probabilities.shape[-1]
             if (batch, tokens) != matrix.shape[:2]:
                 raise ValueError(
-                    f"{batch} texts of {tokens} tokens reach the denoiser, where {len(matrix)} of {matrix.shape[1]} were "
+                    f"{batch} texts of {tokens} tokens reach the denoiser, where {len(matrix)} of {matrix.shape[1]} "
+                    "were "
                     "selected from; give both the same prompts and chunks"
                 )
             chosen = matrix.to(probabilities.device)
@@ -90,7 +91,8 @@ def select_tokens(
     missing = [word for word in words or () if not any(word in columns for columns in found)]
     if missing:
         raise UserError(
-            f"'{missing[0]}' is in none of the prompts, or behind their first {chunks * max_length} tokens: {prompts[0]!r}"
+            f"'{missing[0]}' is in none of the prompts, or behind their first {chunks * max_length} tokens: "
+            f"{prompts[0]!r}"
         )
     matrix = torch.zeros(len(prompts), chunks * max_length, max(len(columns) for columns in found))
     for row, columns in zip(matrix, found, strict=True):

@@ -107,7 +107,8 @@ def queries(
                 images += bool(own)
     if regions and not found:
         raise UserError(
-            "no held-out image has a region of a finding that its text names; check data.findings, data.query_words and "
+            "no held-out image has a region of a finding that its text names; check data.findings, data.query_words "
+            "and "
             "evaluation.localization_text"
         )
     return found

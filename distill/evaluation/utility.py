@@ -127,9 +127,12 @@ class Task:
         findings = [name for name in names if all(_is_mixed(name, side) for side in sides)]
         if not findings:
             raise UserError(
-                f"evaluation.parts has utility: classifiers are trained on {len(real):,} images (evaluation.generated_images) "
-                f"and tested on the {len(tested):,} other held-out ones, and no finding is in {FEWEST} of both and absent from "
-                f"{FEWEST} of both. Give more held-out images, another evaluation.generated_images, or leave utility out"
+                f"evaluation.parts has utility: classifiers are trained on {len(real):,} images "
+                "(evaluation.generated_images) "
+                f"and tested on the {len(tested):,} other held-out ones, and no finding is in {FEWEST} of both and "
+                "absent from "
+                f"{FEWEST} of both. Give more held-out images, another evaluation.generated_images, or leave utility "
+                "out"
             )
         return cls(dataset, real, tested, findings)
 

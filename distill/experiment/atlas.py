@@ -46,7 +46,8 @@ def answer(name: str, entry: Mapping[str, Any]) -> str:
     numbers."""
     chosen, test, found = entry["chosen"], entry["test"], entry["test"]["difference"]["auc"]
     start = (
-        f"{name}: {len(chosen['layers'])} of {len(entry['layers'])} layers at {', '.join(map(str, chosen['timesteps']))}, "
+        f"{name}: {len(chosen['layers'])} of {len(entry['layers'])} layers at "
+        f"{', '.join(map(str, chosen['timesteps']))}, "
         f"chosen on {entry['validation']['images']} validation images,"
     )
     end = (
@@ -119,7 +120,8 @@ def markdown(entries: Mapping[str, Mapping[str, Any]], evaluation: FullEvaluatio
         "\n".join(f"- {answer(name, entry)}" for name, entry in entries.items()),
         _markdown_table(HEAD, summary_rows(entries)),
         f"The default is all layers at the timesteps {', '.join(map(str, DEFAULT_TIMESTEPS))}. Validation: "
-        f"{first['validation']['images']} images, {first['validation']['pairs']} image-finding pairs; the chosen subset's "
+        f"{first['validation']['images']} images, {first['validation']['pairs']} image-finding pairs; the chosen "
+        "subset's "
         f"AUC there is the best of many and so too high. Test: {word['images']} other images, {word['pairs']} pairs; "
         f"95 % intervals of {evaluation.bootstrap_samples:,} resamples of images; noise seed "
         f"{evaluation.seed}. CNR and Top-1 are of the same maps.",

@@ -34,7 +34,8 @@ def read_images(folder: Path, resolution: int, fit: Fit = "crop") -> RecordDatas
     name = next((name for name in METADATA if (folder / name).is_file()), None)
     if name is None:
         raise UserError(
-            f"--images {folder} has neither {' nor '.join(METADATA)}; write one row an image, with the columns file_name and "
+            f"--images {folder} has neither {' nor '.join(METADATA)}; write one row an image, with the columns "
+            "file_name and "
             "text (its caption), and if you like labels"
         )
     try:

@@ -88,7 +88,8 @@ def train_arm(run: Run, arm: Arm) -> JsonObject:
         loaded = load_model(run.base, run=arm.folder)
         difference = prove_parity(model, loaded, run.accelerator.device)
         run.say(
-            f"{arm.name}: exported {', '.join(written.values())} to {arm.folder}; loaded back, difference {difference:.1e}"
+            f"{arm.name}: exported {', '.join(written.values())} to {arm.folder}; loaded back, difference "
+            f"{difference:.1e}"
         )
         write_json(done, cost)
         checkpoints.keep_only(log_dir / "state", result.steps)
@@ -299,7 +300,8 @@ def check_untrained(student: Model, base: Model, arm: Arm) -> None:
         wanted = theirs.state_dict()
         if found.keys() != wanted.keys() or not all(torch.equal(v, wanted[k]) for k, v in found.items()):
             raise UserError(
-                f"{arm.name} starts from a model whose {name} is not the base's, and does not train it in full, so that its "
+                f"{arm.name} starts from a model whose {name} is not the base's, and does not train it in full, so "
+                "that its "
                 "export would lack it; give that model, saved as a pipeline, as base.name"
             )
 
@@ -451,7 +453,8 @@ def dry_run(run: Run) -> None:
         steps = arm.trainer.max_steps
         run.say(
             f"{arm.name}: denoiser {total:,} parameters ({trainable:,} trainable), text encoder "
-            f"{sum(c[0] for c in counts):,} ({sum(c[1] for c in counts):,} trainable); one step {one.seconds:.2f} s, so "
+            f"{sum(c[0] for c in counts):,} ({sum(c[1] for c in counts):,} trainable); one step {one.seconds:.2f} s, "
+            "so "
             f"{steps:,} steps take about {one.seconds * steps / 60:.1f} min; peak memory {one.peak_memory_gb:.2f} GB"
         )
     run.say("dry run: the data and the base are fine; nothing was written")

@@ -38,7 +38,8 @@ class Consistency(AttentionDistillation):
         steps = student.family.num_timesteps(student)
         if steps % self.options.solver_steps:
             faults.append(
-                f"method.solver_steps is {self.options.solver_steps}; the base's {steps} timesteps must be a multiple of it"
+                f"method.solver_steps is {self.options.solver_steps}; the base's {steps} timesteps must be a multiple "
+                "of it"
             )
         if self.denoising.min_snr_gamma is not None:
             faults.append(

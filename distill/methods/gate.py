@@ -50,7 +50,8 @@ class Taught:
         first, last = max(self.timesteps[0], config.min_timestep), min(self.timesteps[1], config.max_timestep)
         if first > last:
             raise UserError(
-                f"method.gate_reference: the teacher localizes at timesteps {self.timesteps[0]} to {self.timesteps[1]}, and "
+                f"method.gate_reference: the teacher localizes at timesteps {self.timesteps[0]} to "
+                f"{self.timesteps[1]}, and "
                 f"method.min_timestep and max_timestep ask for {config.min_timestep} to {config.max_timestep}"
             )
         change = {"layers": self.layers, "place_groups": self.groups, "min_timestep": first, "max_timestep": last}
@@ -106,7 +107,8 @@ def decide(table: JsonObject, layers: Sequence[str]) -> tuple[tuple[str, ...], t
     kept = tuple(name for name in layers if teacher[name]["words"] >= reference[name]["words"])
     if not kept:
         raise UserError(
-            "method.gate_reference: the teacher's word maps localize worse than the reference's in every layer on validation "
+            "method.gate_reference: the teacher's word maps localize worse than the reference's in every layer on "
+            "validation "
             "images; it has nothing to teach. Train it longer, or train without distillation"
         )
     mean = {m: {g: float(np.mean([table[m][name][g] for name in kept])) for g in GROUPS} for m in table}

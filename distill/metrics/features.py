@@ -230,13 +230,15 @@ def load_features(name: str, *, phantom_data: bool) -> Features | None:
         if name == "none":
             logger.warning(
                 "no FID and no finding AUC: evaluation.features is auto and the data are not phantoms; "
-                "choose inception or xrv, whose weights are fetched once, or the folder of a vision model of transformers"
+                "choose inception or xrv, whose weights are fetched once, or the folder of a vision model of "
+                "transformers"
             )
     if name == "none":
         return None
     if name not in EXTRACTORS and not Path(name).exists():
         raise UserError(
-            f"evaluation.features: no extractor {name!r}; available: auto, none, {', '.join(EXTRACTORS)}, or the folder of a "
+            f"evaluation.features: no extractor {name!r}; available: auto, none, {', '.join(EXTRACTORS)}, or the "
+            "folder of a "
             "vision model of transformers, and there is no such folder"
         )
     found = EXTRACTORS[name]() if name in EXTRACTORS else FolderFeatures(Path(name))

@@ -57,7 +57,8 @@ FEATURES: tuple[Feature, ...] = (
     Feature("border brightness", "layout", SD, "Mean of the outermost sixteenth on all sides, from the mean."),
     Feature("dark area in the centre", "layout", "0 to 1", "Share of the centre that is dark: lungs, in a chest X-ray."),
     Feature("bright width between dark areas", "layout", "0 to 1",
-            "Share of bright pixels between the outer edges of the dark areas, below the middle: the cardiothoracic ratio, "
+            "Share of bright pixels between the outer edges of the dark areas, below the middle: the cardiothoracic "
+            "ratio, "
             "roughly. Unknown without a dark area on either side."),
     Feature("lower middle brightness", "layout", SD, "Mean of where a heart lies in a chest X-ray, from the mean."),
     Feature("colour saturation", "colour", SD, "Mean spread of red, green and blue; 0 in a gray image."),

@@ -100,7 +100,8 @@ def similarity(
     """
     if images.ndim != 2 or images.shape != texts.shape or len(captions) != len(images) or not len(images):
         raise ValueError(
-            f"images and texts must be (N, d) of N captions; got {tuple(images.shape)}, {tuple(texts.shape)}, {len(captions)}"
+            f"images and texts must be (N, d) of N captions; got {tuple(images.shape)}, {tuple(texts.shape)}, "
+            f"{len(captions)}"
         )
     if not (images.isfinite().all() and texts.isfinite().all()):
         raise ValueError("an embedding is NaN or inf")

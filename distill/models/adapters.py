@@ -35,12 +35,14 @@ def check_lora_targets(module: nn.Module, targets: Sequence[str], part: str) -> 
         check_peft_version(MIN_PEFT_VERSION)
     except ValueError as error:
         raise UserError(
-            f"transformers {transformers.__version__} does not work with the installed peft {peft.__version__}: {error}. "
+            f"transformers {transformers.__version__} does not work with the installed peft {peft.__version__}: "
+            f"{error}. "
             "Where no such peft is released, install an earlier transformers"
         ) from None
     if part == "text_encoder" and not isinstance(module, (CLIPTextModel, CLIPTextModelWithProjection)):
         raise UserError(
-            f"text_encoder lora: the base's text encoder is a {type(module).__name__}, and stock diffusers loads adapters "
+            f"text_encoder lora: the base's text encoder is a {type(module).__name__}, and stock diffusers loads "
+            "adapters "
             "of CLIP text encoders only; train it in full, or freeze it"
         )
     layers = [n for n, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
@@ -61,7 +63,8 @@ def add_lora(module: nn.Module, lora: LoraConfig, targets: Sequence[str], part: 
         theirs = (there.r, float(there.lora_alpha), set(there.target_modules))
         if theirs != (lora.rank, float(lora.alpha), set(targets)):
             raise UserError(
-                f"the {part} has an adapter of rank {there.r}, alpha {there.lora_alpha} on {', '.join(sorted(theirs[2]))}; to "
+                f"the {part} has an adapter of rank {there.r}, alpha {there.lora_alpha} on "
+                f"{', '.join(sorted(theirs[2]))}; to "
                 f"go on with it, set lora.rank, lora.alpha and lora.{part}_targets to these"
             )
         for name, parameter in module.named_parameters():

@@ -88,7 +88,8 @@ def check_weights_file(path: Path) -> None:
     for key, dtype in dtypes.items():
         if "F" not in dtype and not key.endswith(NOT_WEIGHTS):
             raise UserError(
-                f"{path}: {key} is of type {dtype}; expected floating-point numbers, such as F32 or F16. Quantized weights "
+                f"{path}: {key} is of type {dtype}; expected floating-point numbers, such as F32 or F16. Quantized "
+                "weights "
                 "are not read"
             )
 
@@ -149,7 +150,8 @@ def read_index(folder: Path) -> tuple[Family, dict[str, object]]:
         sound = len(entry) == 2 and all(value is None or isinstance(value, str) for value in entry)
         if not sound or (entry[0] is not None and entry[0] not in LIBRARIES):
             raise UserError(
-                f"{path}: {part} is {json.dumps(entry)}; expected a library, {' or '.join(LIBRARIES)}, and a class in it"
+                f"{path}: {part} is {json.dumps(entry)}; expected a library, {' or '.join(LIBRARIES)}, and a class in "
+                "it"
             )
     return known[name], index
 
@@ -170,7 +172,8 @@ def _class_of(part: str, family: Family, index: dict[str, object], path: Path) -
     found = getattr(LIBRARIES[library], name, None) if library is not None and name is not None else None
     if not (isinstance(found, type) and issubclass(found, base)):
         raise UserError(
-            f"{path}: {part} is {json.dumps(entry)}; expected the library and name of a class of a {base.__name__}, such as "
+            f"{path}: {part} is {json.dumps(entry)}; expected the library and name of a class of a {base.__name__}, "
+            "such as "
             f"pipeline.save_pretrained writes"
         )
     return found

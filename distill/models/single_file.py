@@ -54,7 +54,8 @@ def load_single_file(path: Path, config: str | None) -> DiffusionPipeline:
         )
     if not any(key.startswith("model.diffusion_model.") for key in keys):
         raise UserError(
-            f"{path} is no whole checkpoint of Stable Diffusion or SDXL: no tensor starts with model.diffusion_model; the "
+            f"{path} is no whole checkpoint of Stable Diffusion or SDXL: no tensor starts with model.diffusion_model; "
+            "the "
             "first is " + (sorted(keys) or ["none"])[0]
         )
     if config is not None and config.startswith((".", "/", "~")) and not Path(config).is_dir():
@@ -62,7 +63,8 @@ def load_single_file(path: Path, config: str | None) -> DiffusionPipeline:
     options: dict[str, None] = {"safety_checker": None, "feature_extractor": None}
     cls = StableDiffusionXLPipeline if SDXL_KEY in keys else StableDiffusionPipeline
     advice = (
-        ". The file has no configs and no tokenizer: where the hub is out of reach, give base.single_file_config, the folder "
+        ". The file has no configs and no tokenizer: where the hub is out of reach, give base.single_file_config, the "
+        "folder "
         "of a diffusers pipeline of the same architecture (its weights are not read)"
     )
     with refusing(f"cannot load {path}", advice):

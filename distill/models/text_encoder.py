@@ -48,7 +48,8 @@ def load_text_encoder(
     or cannot tell which characters its tokens are of.
     """
     expected = (
-        ". Expected a folder or hub id with config.json, model.safetensors and a tokenizer, of a kind that transformers lists "
+        ". Expected a folder or hub id with config.json, model.safetensors and a tokenizer, of a kind that "
+        "transformers lists "
         "for text encoding"
     )
     with refusing(f"text_encoder: cannot load {name}", expected):

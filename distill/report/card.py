@@ -19,7 +19,8 @@ _SETTINGS = (
     "blocks.layers_per_block", "blocks.remove_mid_block", "blocks.remove_stages", "blocks.transformer_layers",
 )  # fmt: skip
 _LIMITS = (
-    "Limits: not for clinical use. Generated images are not meant to show a real patient. The numbers hold for these held-out "
+    "Limits: not for clinical use. Generated images are not meant to show a real patient. The numbers hold for these "
+    "held-out "
     "images and one training seed. The licences of the base and of the training data apply."
 )
 _MEMORIZATION = "**Memorization.**"

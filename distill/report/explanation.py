@@ -80,7 +80,8 @@ def sentences(comparisons: Mapping[str, JsonObject]) -> list[str]:
     if changes["detected"] and changes["features"]:
         name, share = next(iter(changes["features"].items()))
         found.append(
-            f"Of the images that the detector finds, {changes['one_change_is_enough']:.0%} would pass as real with one feature "
+            f"Of the images that the detector finds, {changes['one_change_is_enough']:.0%} would pass as real with one "
+            "feature "
             f"changed, most often {name} ({share:.0%})."
         )
     control = comparisons[CONTROL]
@@ -172,7 +173,8 @@ def sections(comparisons: Mapping[str, JsonObject], images: Sequence[Image.Image
     gray = "Where the real images are gray, all are compared in gray: the mean of the channels."
     folds = "Intervals are 95 % over cross-validation folds; images of one patient or caption are never on both sides."
     importance = (
-        "Importance is the AUC that is lost when a feature is shuffled among unseen images. Where several features say the "
+        "Importance is the AUC that is lost when a feature is shuffled among unseen images. Where several features say "
+        "the "
         "same, one may stand for all: look at the kinds, and at the AUC of a feature alone."
     )
     return [

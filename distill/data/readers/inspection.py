@@ -115,7 +115,8 @@ def normalized_boxes(records: list[ImageRecord]) -> list[str]:
     place, box = boxes[0]
     return [
         f"boxes look normalized: all values of all {len(boxes)} boxes are from 0 to 1, such as "
-        f"{','.join(f'{value:g}' for value in box)} ({place}); right is x,y,width,height in pixels: multiply x and width by "
+        f"{','.join(f'{value:g}' for value in box)} ({place}); right is x,y,width,height in pixels: multiply x and "
+        "width by "
         "the image's width, y and height by its height"
     ]
 
@@ -141,7 +142,8 @@ def _frame_fault(frame: tuple[int, int] | None, size: tuple[int, int]) -> str | 
     else:
         return None
     return (
-        f"has {size[0]} x {size[1]} px and its boxes and masks are of {frame[0]} x {frame[1]}, {what}; right is the image "
+        f"has {size[0]} x {size[1]} px and its boxes and masks are of {frame[0]} x {frame[1]}, {what}; right is the "
+        "image "
         "that was annotated, or that image resized"
     )
 

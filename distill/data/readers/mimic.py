@@ -171,7 +171,8 @@ def _about(name: str, studies: list[_Study]) -> str:
     splits = ", ".join(f"{count:,} {split}" for split, count in Counter(study.split for study in studies).items())
     known = sum(bool(study.patient) for study in studies)
     return (
-        f"{name}: {len(studies):,} images, {splits}; columns {', '.join(_COLUMNS)} and labels; patient known of {known:,} "
+        f"{name}: {len(studies):,} images, {splits}; columns {', '.join(_COLUMNS)} and labels; patient known of "
+        f"{known:,} "
         "(subject_id, else path)"
     )
 
@@ -366,7 +367,8 @@ def _read_boxes(config: MsCxrData, root: Path, faults: Faults) -> tuple[list[_Ro
     missing = [column for column in (_JOINED if joined else _BOX_A_ROW) if column not in columns]
     if missing:
         broken.append(
-            f"there is no column {', '.join(missing)}; right are COCO's JSON, a CSV with {', '.join(_BOX_A_ROW)}, or one "
+            f"there is no column {', '.join(missing)}; right are COCO's JSON, a CSV with {', '.join(_BOX_A_ROW)}, or "
+            "one "
             f"with {', '.join(_JOINED)}"
         )
     if split_column and split_column not in columns:
@@ -385,7 +387,8 @@ def _read_boxes(config: MsCxrData, root: Path, faults: Faults) -> tuple[list[_Ro
                 identity = tuple(row[column].strip() for column in ("dicom_id", "category_name", "label_text"))
                 if seen.setdefault(identity, number) != number:
                     raise ValueError(
-                        f"dicom_id, category_name and label_text are those of row {seen[identity]}; right is one row for "
+                        f"dicom_id, category_name and label_text are those of row {seen[identity]}; right is one row "
+                        "for "
                         "each, with boxes joined by |"
                     )
             else:
@@ -414,7 +417,8 @@ def _split_column(config: MsCxrData) -> str | None:
 
 
 _NO_IMPRESSIONS = (
-    "data.caption_source impression: this file of MS-CXR has phrases only; set data.mimic_file to the MIMIC metadata CSV, "
+    "data.caption_source impression: this file of MS-CXR has phrases only; set data.mimic_file to the MIMIC metadata "
+    "CSV, "
     "or data.caption_source phrase"
 )
 

@@ -179,7 +179,8 @@ class RecordDataset:
         cut = self._kinds.pop("cut", 0)
         if cut:
             logger.warning(
-                "%s: the centre crop cuts off %d of %d boxes and masks, in part or whole; data.fit letterbox keeps them",
+                "%s: the centre crop cuts off %d of %d boxes and masks, in part or whole; data.fit letterbox keeps "
+                "them",
                 self.split,
                 cut,
                 sum(map(len, chosen.values())),
@@ -310,7 +311,8 @@ class RecordDataset:
             )
         cut = sum(caption in long for caption in self._samples.table.column("caption").to_pylist())
         self._cut = (
-            f"{cut:,} of {len(self):,} captions are cut at the {max_length} tokens that the text encoder reads (the longest "
+            f"{cut:,} of {len(self):,} captions are cut at the {max_length} tokens that the text encoder reads (the "
+            "longest "
             f"has {max(lengths)}; base.caption_chunks reads more)"
         )
 
@@ -327,8 +329,10 @@ class RecordDataset:
                     f"a caption is '{quote(captions[0])}'"
                 )
         raise_all(
-            "findings that no caption names; set data.query_words to the words that do, leave them out of data.findings, or "
-            "set evaluation.localization_text phrase, which records the maps for a box's phrase, else its finding's name",
+            "findings that no caption names; set data.query_words to the words that do, leave them out of "
+            "data.findings, or "
+            "set evaluation.localization_text phrase, which records the maps for a box's phrase, else its finding's "
+            "name",
             faults,
         )
 
