@@ -39,9 +39,8 @@ class Control:
             except OSError as error:
                 faults[0] = (
                     f"{error.filename or self.folder} cannot be written: {error.strerror}; free some space, or make "
-                    "the folder "
-                    "writable. The same command then goes on from the newest checkpoint, or starts again where there "
-                    "is none"
+                    "the folder writable. The same command then goes on from the newest checkpoint, or starts again "
+                    "where there is none"
                 )
         if self.group is not None:
             torch.distributed.broadcast_object_list(faults, src=0, group=self.group)

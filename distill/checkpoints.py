@@ -105,8 +105,7 @@ def write(parent: Path, checkpoint: Checkpoint) -> Path:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
             f"the checkpoint {folder} cannot be written: {_reason(error)}; free some space, or make the folder "
-            "writable. "
-            f"The same command then goes on from {_newest_name(parent)}"
+            f"writable. The same command then goes on from {_newest_name(parent)}"
         ) from error
     # A later one is of a training that went back before it, because it was damaged.
     kept = [step for step in steps_in(parent) if step <= checkpoint.step][:KEPT]

@@ -298,8 +298,7 @@ class FullEvaluation(EvaluationConfig):
         if (self.image_text_model is None) == ("similarity" in self.parts):
             raise ValueError(
                 f"image_text_model is {self.image_text_model}, and parts is {','.join(self.parts)}; give both a model "
-                "and the "
-                "part similarity, or neither"
+                "and the part similarity, or neither"
             )
         check_parts(self)
         return self

@@ -84,8 +84,7 @@ def thread_advice(threads: int, processes: int) -> str | None:
         return None
     return (
         f"{processes} process(es) of {threads} threads, and {free} of {len(cores())} cores free: threads that wait "
-        "make "
-        f"steps several times slower; --num_cpu_threads_per_process {max(1, free // processes)} is faster"
+        f"make steps several times slower; --num_cpu_threads_per_process {max(1, free // processes)} is faster"
     )
 
 

@@ -327,8 +327,7 @@ class _Loop:
             self._save()
             raise Interrupted(
                 f"{self.label}: stopped after step {self.step} of {self.config.max_steps}; the same command goes on "
-                "from "
-                f"{checkpoints.folder_of(self.folder, self.step)}",
+                f"from {checkpoints.folder_of(self.folder, self.step)}",
                 signal,
             )
 
@@ -579,8 +578,7 @@ class _Loop:
         if there["processes"] != here["processes"]:
             raise UserError(
                 f"{folder} was written by a launch of {there['processes']} processes, and this one has "
-                f"{here['processes']}: "
-                f"each step would see other images; launch {there['processes']}, or {other}"
+                f"{here['processes']}: each step would see other images; launch {there['processes']}, or {other}"
             )
         hashes = {**there["fingerprints"], **self.fingerprints}
         changed = [name for name in hashes if there["fingerprints"].get(name) != self.fingerprints.get(name)]
@@ -596,9 +594,9 @@ class _Loop:
         if there["max_steps"] != config.max_steps and config.lr_schedule not in ENDLESS:
             raise UserError(
                 f"trainer.max_steps is {config.max_steps}, and {folder} is of a training of {there['max_steps']} "
-                "steps, whose "
-                f"{config.lr_schedule} schedule ends there: it cannot go on as if it had been longer from the start. "
-                f"Give max_steps {there['max_steps']} again, or {other}; only lr_schedule constant has no end"
+                f"steps, whose {config.lr_schedule} schedule ends there: it cannot go on as if it had been longer from "
+                f"the start. Give max_steps {there['max_steps']} again, or {other}; only lr_schedule constant has no "
+                "end"
             )
 
     def _load(self, checkpoint: Checkpoint) -> None:

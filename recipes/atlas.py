@@ -152,8 +152,7 @@ def dry_run(
     console.print(
         f"{len(cells.layers)} layers at {count} timesteps; about {seconds / 60:.1f} min and "
         f"{size * config.validation_images / 1e9:.2f} GB of maps a model; peak memory so far {peak_memory_gb():.2f} "
-        "GB\n"
-        "dry run: the data and the models are fine; nothing was written"
+        "GB\ndry run: the data and the models are fine; nothing was written"
     )
 
 

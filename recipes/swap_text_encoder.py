@@ -103,8 +103,7 @@ def swap(config: SwapTextEncoderConfig) -> None:
     if config.base.caption_chunks > 1:
         raise UserError(
             f"base.caption_chunks is {config.base.caption_chunks}, and the new text encoder reads a caption at once; "
-            "leave it "
-            "out, and set max_tokens"
+            "leave it out, and set max_tokens"
         )
     folder = Path(config.output_dir)
     if folder.exists() and not config.dry_run:

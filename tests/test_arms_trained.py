@@ -420,8 +420,7 @@ def test_a_dry_run_of_an_evaluation_estimates_its_minutes(tmp_path: Path, monkey
     assert asked["images"] == (64, None, "r", True)
     assert said[0] == "the options" and said[1] == (
         "denoiser 100 parameters, text encoder 8, none trainable; maps 2.00 s an image, generation 5.00 s an image, so "
-        "about "
-        f"{(2 * 50 + 5 * (20 + 6)) / 60:.1f} min a model; peak memory 1.24 GB\n"
+        f"about {(2 * 50 + 5 * (20 + 6)) / 60:.1f} min a model; peak memory 1.24 GB\n"
         "dry run: the data and the base are fine; nothing was written"
     )
     run.test = range(2)

@@ -45,8 +45,7 @@ class TokenSelection:
             if (batch, tokens) != matrix.shape[:2]:
                 raise ValueError(
                     f"{batch} texts of {tokens} tokens reach the denoiser, where {len(matrix)} of {matrix.shape[1]} "
-                    "were "
-                    "selected from; give both the same prompts and chunks"
+                    "were selected from; give both the same prompts and chunks"
                 )
             chosen = matrix.to(probabilities.device)
             return probabilities.mean(dim=1) @ chosen if heads == "mean" else probabilities @ chosen[:, None]

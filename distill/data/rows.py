@@ -49,8 +49,7 @@ def check_training_text(dataset: ImageCaptionDataset, model: Model, config: Deno
         raise UserError(
             f"denoising.training_text and insert_labels: {len(long)} training texts are longer than the "
             f"{model.longest_caption} tokens that the text encoder reads with base.caption_chunks "
-            f"{model.caption_chunks}, "
-            f"the first of row {long[0]}: {texts[long[0]]!r}"
+            f"{model.caption_chunks}, the first of row {long[0]}: {texts[long[0]]!r}"
         )
 
 

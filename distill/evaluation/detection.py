@@ -132,8 +132,7 @@ def train_detectors(pairs: Sequence[Pair], seed: int) -> list[Fold]:
             if (count := len(np.unique(side.groups))) < LEAST_IMAGES:
                 raise UserError(
                     f"a detector needs at least {LEAST_IMAGES} images of different patients and captions, real as well "
-                    "as "
-                    f"generated; got {count}"
+                    f"as generated; got {count}"
                 )
         values, groups = np.concatenate([real.values, other.values]), np.concatenate([real.groups, other.groups])
         is_other = np.arange(len(values)) >= len(real)

@@ -108,8 +108,7 @@ def queries(
     if regions and not found:
         raise UserError(
             "no held-out image has a region of a finding that its text names; check data.findings, data.query_words "
-            "and "
-            "evaluation.localization_text"
+            "and evaluation.localization_text"
         )
     return found
 

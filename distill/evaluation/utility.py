@@ -128,9 +128,8 @@ class Task:
         if not findings:
             raise UserError(
                 f"evaluation.parts has utility: classifiers are trained on {len(real):,} images "
-                "(evaluation.generated_images) "
-                f"and tested on the {len(tested):,} other held-out ones, and no finding is in {FEWEST} of both and "
-                "absent from "
+                f"(evaluation.generated_images) and tested on the {len(tested):,} other held-out ones, and no finding "
+                f"is in {FEWEST} of both and absent from "
                 f"{FEWEST} of both. Give more held-out images, another evaluation.generated_images, or leave utility "
                 "out"
             )

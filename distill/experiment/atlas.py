@@ -121,9 +121,8 @@ def markdown(entries: Mapping[str, Mapping[str, Any]], evaluation: FullEvaluatio
         _markdown_table(HEAD, summary_rows(entries)),
         f"The default is all layers at the timesteps {', '.join(map(str, DEFAULT_TIMESTEPS))}. Validation: "
         f"{first['validation']['images']} images, {first['validation']['pairs']} image-finding pairs; the chosen "
-        "subset's "
-        f"AUC there is the best of many and so too high. Test: {word['images']} other images, {word['pairs']} pairs; "
-        f"95 % intervals of {evaluation.bootstrap_samples:,} resamples of images; noise seed "
+        f"subset's AUC there is the best of many and so too high. Test: {word['images']} other images, {word['pairs']} "
+        f"pairs; 95 % intervals of {evaluation.bootstrap_samples:,} resamples of images; noise seed "
         f"{evaluation.seed}. CNR and Top-1 are of the same maps.",
     ]
     for name, entry in entries.items():

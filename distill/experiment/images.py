@@ -35,8 +35,7 @@ def read_images(folder: Path, resolution: int, fit: Fit = "crop") -> RecordDatas
     if name is None:
         raise UserError(
             f"--images {folder} has neither {' nor '.join(METADATA)}; write one row an image, with the columns "
-            "file_name and "
-            "text (its caption), and if you like labels"
+            "file_name and text (its caption), and if you like labels"
         )
     try:
         found = FolderDataset(

@@ -276,7 +276,6 @@ def dry_run_evaluation(run: Run, folder: str | None) -> None:
     denoiser, text = parameter_counts(model.denoiser)[0], sum(parameter_counts(e)[0] for e in model.text_encoders)
     run.say(
         f"denoiser {denoiser:,} parameters, text encoder {text:,}, none trainable; maps {maps:.2f} s an image, "
-        "generation "
-        f"{images:.2f} s an image, so about {total / 60:.1f} min a model; peak memory {peak_memory_gb():.2f} GB\n"
-        "dry run: the data and the base are fine; nothing was written"
+        f"generation {images:.2f} s an image, so about {total / 60:.1f} min a model; peak memory "
+        f"{peak_memory_gb():.2f} GB\ndry run: the data and the base are fine; nothing was written"
     )

@@ -227,9 +227,8 @@ def claim(folder: Path, config: Settings) -> None:
     refused = [str(change) for change in changes(before, config) if not change.is_allowed]
     raise_all(
         f"{folder} holds a run with other options; choose another --output_dir, or give those of {path}. To train "
-        "longer, "
-        "raise only max_steps. To train on from its weights on more images, give the folder as base.name or as a "
-        "teacher "
+        "longer, raise only max_steps. To train on from its weights on more images, give the folder as base.name or as "
+        "a teacher "
         "in a new --output_dir",
         refused,
     )
@@ -324,8 +323,7 @@ def _load_validation(config: RunConfig, arms: Mapping[str, Arm]) -> PhantomDatas
     if located and not (any(validation.findings) and any(region_list(validation, i) for i in range(len(validation)))):
         raise UserError(
             f"{asks} needs validation images with a box or mask of a finding, and none of the {len(validation):,} has "
-            "one"
-            f"{_why_no_regions(validation)}"
+            f"one{_why_no_regions(validation)}"
         )
     return validation
 
@@ -339,16 +337,14 @@ def _check_keep(run: Run) -> None:
         raise UserError(
             f"keep is finding_auc, evaluation.features {run.evaluation.features}, and evaluation.parts "
             f"{', '.join(run.evaluation.parts)}: no classifier of findings is loaded; set features to xrv (or phantom, "
-            "on "
-            "phantom data) with quality in parts, or keep to loss"
+            "on phantom data) with quality in parts, or keep to loss"
         )
     images = range(min(DRAWN, len(run.validation)))
     _, labels = finding_labels(run.validation, images, run.features)
     if not any(column.any() and not column.all() for column in labels.T):
         raise UserError(
             f"keep is finding_auc, and no finding of the classifier ({', '.join(run.features.findings)}) is in some "
-            "and not in "
-            f"all of the first {len(images)} validation captions; set keep to loss"
+            f"and not in all of the first {len(images)} validation captions; set keep to loss"
         )
 
 

@@ -15,9 +15,8 @@ from distill.report.proof import Point, read_curves
 TITLE = "Do looks at validation images tell held-out quality?"
 HOW = (
     "Rank correlation of the looks (trainer.validate_every_steps) with metrics of held-out images, over the lengths of "
-    "a "
-    "training: 1 if both rank the weights alike, the better first, and 0 by chance. Mean over training seeds, and its "
-    "95 % "
+    "a training: 1 if both rank the weights alike, the better first, and 0 by chance. Mean over training seeds, and "
+    "its 95 % "
     "interval of Student's t."
 )
 

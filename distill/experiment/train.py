@@ -301,8 +301,7 @@ def check_untrained(student: Model, base: Model, arm: Arm) -> None:
         if found.keys() != wanted.keys() or not all(torch.equal(v, wanted[k]) for k, v in found.items()):
             raise UserError(
                 f"{arm.name} starts from a model whose {name} is not the base's, and does not train it in full, so "
-                "that its "
-                "export would lack it; give that model, saved as a pipeline, as base.name"
+                "that its export would lack it; give that model, saved as a pipeline, as base.name"
             )
 
 
@@ -454,7 +453,6 @@ def dry_run(run: Run) -> None:
         run.say(
             f"{arm.name}: denoiser {total:,} parameters ({trainable:,} trainable), text encoder "
             f"{sum(c[0] for c in counts):,} ({sum(c[1] for c in counts):,} trainable); one step {one.seconds:.2f} s, "
-            "so "
-            f"{steps:,} steps take about {one.seconds * steps / 60:.1f} min; peak memory {one.peak_memory_gb:.2f} GB"
+            f"so {steps:,} steps take about {one.seconds * steps / 60:.1f} min; peak memory {one.peak_memory_gb:.2f} GB"
         )
     run.say("dry run: the data and the base are fine; nothing was written")

@@ -138,8 +138,7 @@ class AttentionDistillation(Method):
             write_json(context.log_dir / "gate.json", asdict(taught))
         context.say(
             f"gate: {len(taught.layers)} of {len(layers)} layers and the maps of {', '.join(taught.groups)} are "
-            "taught, at "
-            f"timesteps {taught.timesteps[0]} to {taught.timesteps[1]}; {context.log_dir / 'gate.json'}"
+            f"taught, at timesteps {taught.timesteps[0]} to {taught.timesteps[1]}; {context.log_dir / 'gate.json'}"
         )
         return taught.narrow(self.options)
 

@@ -51,8 +51,8 @@ class Taught:
         if first > last:
             raise UserError(
                 f"method.gate_reference: the teacher localizes at timesteps {self.timesteps[0]} to "
-                f"{self.timesteps[1]}, and "
-                f"method.min_timestep and max_timestep ask for {config.min_timestep} to {config.max_timestep}"
+                f"{self.timesteps[1]}, and method.min_timestep and max_timestep ask for {config.min_timestep} to "
+                f"{config.max_timestep}"
             )
         change = {"layers": self.layers, "place_groups": self.groups, "min_timestep": first, "max_timestep": last}
         return config.model_copy(update=change)
@@ -108,8 +108,7 @@ def decide(table: JsonObject, layers: Sequence[str]) -> tuple[tuple[str, ...], t
     if not kept:
         raise UserError(
             "method.gate_reference: the teacher's word maps localize worse than the reference's in every layer on "
-            "validation "
-            "images; it has nothing to teach. Train it longer, or train without distillation"
+            "validation images; it has nothing to teach. Train it longer, or train without distillation"
         )
     mean = {m: {g: float(np.mean([table[m][name][g] for name in kept])) for g in GROUPS} for m in table}
     groups = tuple(g for g in GROUPS if mean["teacher"][g] >= mean["reference"][g] and mean["teacher"][g] > 0.5)

@@ -238,8 +238,7 @@ def load_features(name: str, *, phantom_data: bool) -> Features | None:
     if name not in EXTRACTORS and not Path(name).exists():
         raise UserError(
             f"evaluation.features: no extractor {name!r}; available: auto, none, {', '.join(EXTRACTORS)}, or the "
-            "folder of a "
-            "vision model of transformers, and there is no such folder"
+            "folder of a vision model of transformers, and there is no such folder"
         )
     found = EXTRACTORS[name]() if name in EXTRACTORS else FolderFeatures(Path(name))
     return found.eval().requires_grad_(False)

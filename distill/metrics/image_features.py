@@ -58,8 +58,7 @@ FEATURES: tuple[Feature, ...] = (
     Feature("dark area in the centre", "layout", "0 to 1", "Share of the centre that is dark: lungs, in a chest X-ray."),
     Feature("bright width between dark areas", "layout", "0 to 1",
             "Share of bright pixels between the outer edges of the dark areas, below the middle: the cardiothoracic "
-            "ratio, "
-            "roughly. Unknown without a dark area on either side."),
+            "ratio, roughly. Unknown without a dark area on either side."),
     Feature("lower middle brightness", "layout", SD, "Mean of where a heart lies in a chest X-ray, from the mean."),
     Feature("colour saturation", "colour", SD, "Mean spread of red, green and blue; 0 in a gray image."),
     Feature("blockiness", "compression", "1 where there is none", "Steps at every eighth pixel, over steps elsewhere."),

@@ -36,14 +36,12 @@ def check_lora_targets(module: nn.Module, targets: Sequence[str], part: str) -> 
     except ValueError as error:
         raise UserError(
             f"transformers {transformers.__version__} does not work with the installed peft {peft.__version__}: "
-            f"{error}. "
-            "Where no such peft is released, install an earlier transformers"
+            f"{error}. Where no such peft is released, install an earlier transformers"
         ) from None
     if part == "text_encoder" and not isinstance(module, (CLIPTextModel, CLIPTextModelWithProjection)):
         raise UserError(
             f"text_encoder lora: the base's text encoder is a {type(module).__name__}, and stock diffusers loads "
-            "adapters "
-            "of CLIP text encoders only; train it in full, or freeze it"
+            "adapters of CLIP text encoders only; train it in full, or freeze it"
         )
     layers = [n for n, m in module.named_modules() if isinstance(m, (nn.Linear, nn.Conv2d))]
     unmatched = [t for t in targets if not any(n == t or n.endswith("." + t) for n in layers)]

@@ -297,15 +297,13 @@ def text_faults(model: Model) -> list[str]:
         if not rows / 2 < len(tokenizer) <= rows:
             faults.append(
                 f"{tokenizer_name} has {len(tokenizer):,} tokens, and {encoder_name} embeds {rows:,}; are the files of "
-                "the "
-                "tokenizer all there, and of this model?"
+                "the tokenizer all there, and of this model?"
             )
         most, length = getattr(encoder.config, "max_position_embeddings", None), tokenizer.model_max_length
         if not isinstance(length, int) or not 2 < length <= (most or MAX_TOKENS):
             faults.append(
                 f"{tokenizer_name}: model_max_length is {length}; expected a whole number of 3 to "
-                f"{most or MAX_TOKENS:,}, the "
-                f"positions of {encoder_name}"
+                f"{most or MAX_TOKENS:,}, the positions of {encoder_name}"
             )
     return faults
 

@@ -89,8 +89,7 @@ def check_weights_file(path: Path) -> None:
         if "F" not in dtype and not key.endswith(NOT_WEIGHTS):
             raise UserError(
                 f"{path}: {key} is of type {dtype}; expected floating-point numbers, such as F32 or F16. Quantized "
-                "weights "
-                "are not read"
+                "weights are not read"
             )
 
 
@@ -173,8 +172,7 @@ def _class_of(part: str, family: Family, index: dict[str, object], path: Path) -
     if not (isinstance(found, type) and issubclass(found, base)):
         raise UserError(
             f"{path}: {part} is {json.dumps(entry)}; expected the library and name of a class of a {base.__name__}, "
-            "such as "
-            f"pipeline.save_pretrained writes"
+            f"such as pipeline.save_pretrained writes"
         )
     return found
 

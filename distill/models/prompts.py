@@ -21,8 +21,7 @@ def chunk_faults(model: Model) -> list[str]:
         return []
     return [
         f"{name} is a {type(tokenizer).__name__}, and chunks are of CLIP's tokens; set base.caption_chunks to 1, and "
-        "give the "
-        "text encoder more positions (swap_text_encoder.py, max_tokens)"
+        "give the text encoder more positions (swap_text_encoder.py, max_tokens)"
         for name, tokenizer in zip(model.family.tokenizer_names, model.tokenizers, strict=True)
         if not isinstance(tokenizer, CLIPTokenizer)
     ]

@@ -64,8 +64,7 @@ def load_single_file(path: Path, config: str | None) -> DiffusionPipeline:
     cls = StableDiffusionXLPipeline if SDXL_KEY in keys else StableDiffusionPipeline
     advice = (
         ". The file has no configs and no tokenizer: where the hub is out of reach, give base.single_file_config, the "
-        "folder "
-        "of a diffusers pipeline of the same architecture (its weights are not read)"
+        "folder of a diffusers pipeline of the same architecture (its weights are not read)"
     )
     with refusing(f"cannot load {path}", advice):
         pipeline: DiffusionPipeline = cls.from_single_file(

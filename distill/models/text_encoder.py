@@ -49,8 +49,7 @@ def load_text_encoder(
     """
     expected = (
         ". Expected a folder or hub id with config.json, model.safetensors and a tokenizer, of a kind that "
-        "transformers lists "
-        "for text encoding"
+        "transformers lists for text encoding"
     )
     with refusing(f"text_encoder: cannot load {name}", expected):
         if model_type is None:

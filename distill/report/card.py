@@ -20,8 +20,7 @@ _SETTINGS = (
 )  # fmt: skip
 _LIMITS = (
     "Limits: not for clinical use. Generated images are not meant to show a real patient. The numbers hold for these "
-    "held-out "
-    "images and one training seed. The licences of the base and of the training data apply."
+    "held-out images and one training seed. The licences of the base and of the training data apply."
 )
 _MEMORIZATION = "**Memorization.**"
 

@@ -81,8 +81,7 @@ def sentences(comparisons: Mapping[str, JsonObject]) -> list[str]:
         name, share = next(iter(changes["features"].items()))
         found.append(
             f"Of the images that the detector finds, {changes['one_change_is_enough']:.0%} would pass as real with one "
-            "feature "
-            f"changed, most often {name} ({share:.0%})."
+            f"feature changed, most often {name} ({share:.0%})."
         )
     control = comparisons[CONTROL]
     fine = "as it should be" if is_chance(control) else "which should hold .5: the other numbers cannot be trusted"
@@ -174,8 +173,7 @@ def sections(comparisons: Mapping[str, JsonObject], images: Sequence[Image.Image
     folds = "Intervals are 95 % over cross-validation folds; images of one patient or caption are never on both sides."
     importance = (
         "Importance is the AUC that is lost when a feature is shuffled among unseen images. Where several features say "
-        "the "
-        "same, one may stand for all: look at the kinds, and at the AUC of a feature alone."
+        "the same, one may stand for all: look at the kinds, and at the AUC of a feature alone."
     )
     return [
         Section("What betrays the generated images", sentences(comparisons), [importance_chart(main)], [areas]),

@@ -14,9 +14,8 @@ from distill.report.tables import format_number
 
 EXPLAINED = (
     "Each generated image is compared with its nearest training image and its nearest held-out image. A model that "
-    "copies "
-    "nothing draws images that are nearer to a training image as often as chance says. The row names the comparison "
-    "(features, "
+    "copies nothing draws images that are nearer to a training image as often as chance says. The row names the "
+    "comparison (features, "
     "latents or pixels) with the smallest p, and p is corrected for their number."
 )
 PAIRS = "Each picture shows a generated image, its nearest training image and its nearest held-out image, from left to right."
@@ -39,16 +38,14 @@ def sentence(found: Memorization) -> str:
     if found.is_found:
         return (
             f"About {format_share(found.copies.value)} of the generated images are copies of training images, or close "
-            "to it "
-            f"({found.space}, p {format_p(found.p)}; {counts}): look at the pairs in the report before you publish the "
-            "model."
+            f"to it ({found.space}, p {format_p(found.p)}; {counts}): look at the pairs in the report before you "
+            "publish the model."
         )
     if not found.can_be_found:
         return f"Memorization cannot be tested with {counts}: even copies alone would not differ from chance. Use more."
     return (
         f"No sign of copies: {format_share(found.share)} of the generated images are nearer to a training than to a "
-        "held-out "
-        f"image, and chance is {format_share(found.chance)} ({found.space}, p {format_p(found.p)}; {counts})."
+        f"held-out image, and chance is {format_share(found.chance)} ({found.space}, p {format_p(found.p)}; {counts})."
     )
 
 

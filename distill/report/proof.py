@@ -97,9 +97,8 @@ def write_proof(
 
 _HOW = (
     "A budget is in steps of plain fine-tuning; every arm got the steps that its image-passes allow, teachers "
-    "included. "
-    "Intervals are 95 % intervals of Student's t over training seeds. An arm is at least as good as a parent in a "
-    "metric if "
+    "included. Intervals are 95 % intervals of Student's t over training seeds. An arm is at least as good as a parent "
+    "in a metric if "
     "the one-sided 95 % bound of the difference, paired by seed, is inside the margin that was set beforehand."
 )
 

@@ -12,11 +12,9 @@ from distill.report.tables import FID, FINDING_AUC, IMAGE_ADDS, WORD_AUC, Metric
 
 RULE = (
     "The rule: a model is ruled out if another model is better on one measure and worse on none. Among the models that "
-    "are "
-    "left, the first choice has the best mean rank over localization and quality. “Better” means that the 95 % "
-    "interval of "
-    "the paired difference excludes 0. Where there is no paired difference, it means that the two intervals do not "
-    "overlap. "
+    "are left, the first choice has the best mean rank over localization and quality. “Better” means that the 95 % "
+    "interval of the paired difference excludes 0. Where there is no paired difference, it means that the two "
+    "intervals do not overlap. "
     "The intervals are not corrected for the number of comparisons."
 )
 _TONES = {"better": ("▲ ", "good"), "worse": ("▼ ", "bad"), "not separated": ("≈ ", "even"), "not measured": ("", "")}

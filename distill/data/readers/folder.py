@@ -98,8 +98,7 @@ class FolderDataset(RecordDataset):
         if every_image and split != "test":
             raise UserError(
                 f"data.test_split is {EVERY_IMAGE}, which evaluates every image, and this recipe also reads {split} "
-                "images, "
-                "which a test must not see; leave data.test_split at the name of a split"
+                "images, which a test must not see; leave data.test_split at the name of a split"
             )
         names, rows = _read_metadata(root, config.metadata_file)
         columns, problems = _choose_columns(config, names)
@@ -163,8 +162,7 @@ def _refuse_shared(config: FolderData, columns: _Columns, members: Sequence[Memb
     """UserError if a patient or a picture is in two splits of the split column."""
     advice = (
         f"Give all rows of a patient or a picture one value of {columns.split}, or set data.split_column {NONE} to "
-        "have the "
-        "images split by patient and file"
+        "have the images split by patient and file"
     )
     if columns.patient:
         advice += f"; if {columns.patient} names no patients, set data.patient_column {NONE}"
@@ -249,8 +247,7 @@ def _choose_columns(config: FolderData, names: list[str]) -> tuple[_Columns, lis
         if chosen[value] and columns.finding is None:
             faults.append(
                 f"data.{value}_column needs data.finding_column, which says what is there, and no column of findings "
-                "is read; "
-                f"name one, or set data.{value}_column {NONE} to leave column '{chosen[value]}' unread"
+                f"is read; name one, or set data.{value}_column {NONE} to leave column '{chosen[value]}' unread"
             )
     if config.findings and columns.finding is None and columns.label is None:
         faults.append("data.findings needs data.finding_column or data.label_column")
@@ -376,8 +373,7 @@ def _split_faults(column: str, wanted: tuple[str, ...], rows: list[Row]) -> list
     option = "" if wanted == VALIDATION_SPLITS else "name one of these by data.train_split or data.test_split, "
     return [
         f"no row has {column} = {' or '.join(wanted)}; there are {values}; {option}write the value into some rows, or "
-        "set "
-        f"data.split_column {NONE} to have the images split by patient and file"
+        f"set data.split_column {NONE} to have the images split by patient and file"
     ]
 
 
@@ -387,6 +383,5 @@ def _too_few_groups(split: str, groups: int) -> str:
         needed, remedy = 3, "write validation, val or valid into a column of splits"
     return (
         f"the {split} split is empty: without a column of splits it needs at least {needed} images that share no "
-        "patient and "
-        f"no file, and there are {groups}; the first is the test split. Add images, or {remedy}"
+        f"patient and no file, and there are {groups}; the first is the test split. Add images, or {remedy}"
     )

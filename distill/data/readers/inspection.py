@@ -116,8 +116,7 @@ def normalized_boxes(records: list[ImageRecord]) -> list[str]:
     return [
         f"boxes look normalized: all values of all {len(boxes)} boxes are from 0 to 1, such as "
         f"{','.join(f'{value:g}' for value in box)} ({place}); right is x,y,width,height in pixels: multiply x and "
-        "width by "
-        "the image's width, y and height by its height"
+        "width by the image's width, y and height by its height"
     ]
 
 
@@ -143,8 +142,7 @@ def _frame_fault(frame: tuple[int, int] | None, size: tuple[int, int]) -> str | 
         return None
     return (
         f"has {size[0]} x {size[1]} px and its boxes and masks are of {frame[0]} x {frame[1]}, {what}; right is the "
-        "image "
-        "that was annotated, or that image resized"
+        "image that was annotated, or that image resized"
     )
 
 

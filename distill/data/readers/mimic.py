@@ -172,8 +172,7 @@ def _about(name: str, studies: list[_Study]) -> str:
     known = sum(bool(study.patient) for study in studies)
     return (
         f"{name}: {len(studies):,} images, {splits}; columns {', '.join(_COLUMNS)} and labels; patient known of "
-        f"{known:,} "
-        "(subject_id, else path)"
+        f"{known:,} (subject_id, else path)"
     )
 
 
@@ -368,8 +367,7 @@ def _read_boxes(config: MsCxrData, root: Path, faults: Faults) -> tuple[list[_Ro
     if missing:
         broken.append(
             f"there is no column {', '.join(missing)}; right are COCO's JSON, a CSV with {', '.join(_BOX_A_ROW)}, or "
-            "one "
-            f"with {', '.join(_JOINED)}"
+            f"one with {', '.join(_JOINED)}"
         )
     if split_column and split_column not in columns:
         broken.append(f"data.split_column '{split_column}' is not a column")
@@ -388,8 +386,7 @@ def _read_boxes(config: MsCxrData, root: Path, faults: Faults) -> tuple[list[_Ro
                 if seen.setdefault(identity, number) != number:
                     raise ValueError(
                         f"dicom_id, category_name and label_text are those of row {seen[identity]}; right is one row "
-                        "for "
-                        "each, with boxes joined by |"
+                        "for each, with boxes joined by |"
                     )
             else:
                 boxes = [box_of([row[column] for column in ("x", "y", "w", "h")], "box")]
@@ -418,8 +415,7 @@ def _split_column(config: MsCxrData) -> str | None:
 
 _NO_IMPRESSIONS = (
     "data.caption_source impression: this file of MS-CXR has phrases only; set data.mimic_file to the MIMIC metadata "
-    "CSV, "
-    "or data.caption_source phrase"
+    "CSV, or data.caption_source phrase"
 )
 
 

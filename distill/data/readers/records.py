@@ -312,8 +312,7 @@ class RecordDataset:
         cut = sum(caption in long for caption in self._samples.table.column("caption").to_pylist())
         self._cut = (
             f"{cut:,} of {len(self):,} captions are cut at the {max_length} tokens that the text encoder reads (the "
-            "longest "
-            f"has {max(lengths)}; base.caption_chunks reads more)"
+            f"longest has {max(lengths)}; base.caption_chunks reads more)"
         )
 
     def check_queries(self) -> None:
@@ -330,9 +329,8 @@ class RecordDataset:
                 )
         raise_all(
             "findings that no caption names; set data.query_words to the words that do, leave them out of "
-            "data.findings, or "
-            "set evaluation.localization_text phrase, which records the maps for a box's phrase, else its finding's "
-            "name",
+            "data.findings, or set evaluation.localization_text phrase, which records the maps for a box's phrase, "
+            "else its finding's name",
             faults,
         )
 
