@@ -17,12 +17,13 @@ from test_recipes import TRAINING, arms_argv, run, work  # noqa: F401
 from distill import checkpoints
 from distill.config import FullEvaluation, TrainerConfig
 from distill.errors import UserError
-from distill.evaluation.claims import LOWER_IS_BETTER, student_interval
+from distill.evaluation.claims import LOWER_IS_BETTER, Comparison, compare, student_interval
 from distill.experiment import train
 from distill.experiment.arms import arms_of
 from distill.experiment.budgets import inherit, passes_of, spend
 from distill.files import read_json, write_json
 from distill.methods.training import ArmConfig
+from distill.report import proof
 from distill.report.proof import write_proof
 from distill.report.tables import METRICS, format_number
 
@@ -168,11 +169,23 @@ def test_the_proof_says_of_each_arm_whether_it_is_as_good_as_its_parents(tmp_pat
     assert ["✓" in row.split(" | ")[3] for row in rows] == [True, True, False]
     assert "+.010 [+.010, +.010] ✓ | -5 % [-5 %, -5 %] ✓ | yes |" in rows[0] and rows[2].endswith("| no |")
     assert "+0 % [+0 %, +0 %] ✓" in rows[2] and any("word AUC (-.010) | FID (+5 %) | all met" in line for line in lines)
-    proof = read_json(tmp_path / "proof.json")
-    assert proof["seeds"] == [5, 6, 7] and proof["arms"]["better"]["lengths"]["4"]["word.auc"]["mean"] == pytest.approx(
-        0.76
-    )
+    written = read_json(tmp_path / "proof.json")
+    assert written["seeds"] == [5, 6, 7] and written["arms"]["better"]["lengths"]["4"]["word.auc"][
+        "mean"
+    ] == pytest.approx(0.76)
     assert (tmp_path / "fronts.png").is_file() == any("fronts.png" in line for line in lines) == has_maps
+
+
+def test_a_margin_is_met_only_where_it_was_tested() -> None:
+    def one(*differences: float) -> Comparison:
+        return compare("a", "b", 4, "word.auc", dict(enumerate(differences)), -0.01)
+
+    good, bad, single = one(0.1, 0.1, 0.1), one(-0.1, -0.1, -0.1), one(0.1)
+    assert proof._all_met([good, good]) == "yes"
+    for found in ([good, single], [good, None], [None], [single]):
+        assert proof._all_met(found) == "not tested"
+    for found in ([good, bad], [bad, None], [single, bad]):
+        assert proof._all_met(found) == "no"
 
 
 def test_the_tables_of_the_proof_hold_what_was_measured(tmp_path: Path) -> None:
@@ -197,7 +210,7 @@ def test_the_tables_of_the_proof_hold_what_was_measured(tmp_path: Path) -> None:
     tables = [[line for line in part.splitlines() if line.startswith("|")] for part in text.split("## ")[1:]]
     assert tables[0] == [
         "| arm | minus | budget | word AUC (-.010) | FID (+5 %) | all met |", "| --- | ---: | ---: | ---: | ---: | ---: |",
-        "| b | a | 4 | +.050 | – | no |",
+        "| b | a | 4 | +.050 | – | not tested |",
     ]  # fmt: skip
     assert tables[1][0] == "| arm | steps | image-passes | word AUC ↑ | FID ↓ |"
     assert [row.split(" | ")[0] for row in tables[1][2:]] == ["| a"]

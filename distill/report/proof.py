@@ -141,6 +141,14 @@ def _entry(one: Comparison) -> JsonObject:
     return found
 
 
+def _all_met(found: Sequence[Comparison | None]) -> str:
+    """Of one arm and parent: a metric for each margin, None where it was not measured."""
+    tested = [one for one in found if one is not None and one.bound is not None]
+    if any(not one.met for one in tested):
+        return "no"
+    return "yes" if len(tested) == len(found) else "not tested"
+
+
 def _verdicts(comparisons: Sequence[Comparison], margins: Mapping[str, float]) -> Section:
     """One row an arm, parent and budget: the difference in each metric, and whether all margins are met."""
     rows: list[list[str]] = []
@@ -150,10 +158,13 @@ def _verdicts(comparisons: Sequence[Comparison], margins: Mapping[str, float]) -
         groups.setdefault((one.arm, one.parent, one.budget), {})[one.metric] = one
     for (arm, parent, budget), found in groups.items():
         cells = [_difference(found.get(metric)) for metric in margins]
-        rows.append([arm, parent, f"{budget:,}", *cells, "yes" if all(one.met for one in found.values()) else "no"])
+        rows.append([arm, parent, f"{budget:,}", *cells, _all_met([found.get(metric) for metric in margins])])
     heads = [f"{names.get(metric, metric)} ({_signed(margin, metric)})" for metric, margin in margins.items()]
     table = Table(["arm", "minus", "budget", *heads, "all met"], rows, "numbers", "differences at equal cost")
-    said = "In parentheses the margin. ✓: the bound of the difference is inside it. Differences of FID are relative."
+    said = (
+        "In parentheses the margin. ✓: the bound of the difference is inside it. Differences of FID are relative. A "
+        "single seed has no bound, so that nothing is tested."
+    )
     return Section("Is an arm at least as good as its parents?", [said], [], [table])
 
 
