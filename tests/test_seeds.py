@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
@@ -237,6 +238,26 @@ def test_seeds_are_combined_with_paired_differences(tmp_path: Path) -> None:
     assert kid["per_seed"]["3"] == pytest.approx(distilled - frozen)
     assert metrics["provenance"]["seeds"]["training"] == [3, 4]
     assert set(metrics["arms"]["distilled"]["per_seed"]) == {"3", "4"}
+
+
+def test_intervals_of_single_seeds_are_no_interval_of_their_mean(tmp_path: Path) -> None:
+    """Those that are not computed over the seeds; blind maps, which are the same in every seed, keep theirs."""
+    for seed in (3, 4):
+        write_run(tmp_path, seed, {"frozen": 0.0})
+        metrics = json.loads((tmp_path / f"seed-{seed}/metrics.json").read_text())
+        found, own = metrics["arms"]["frozen"], [0.1 * seed, 0.2 * seed]
+        found["quality"] |= {"finding_auc_negated": 0.1 * seed, "finding_auc_negated_ci": own}
+        found["quality"]["per_finding"] = {"edema": {"kid": float(seed), "kid_ci": own, "images": 20}}
+        found["localization"]["priors"] = {"centre": {"auc": 0.6, "auc_ci": [0.5, 0.7]}}
+        (tmp_path / f"seed-{seed}/metrics.json").write_text(json.dumps(metrics))
+    both = combine(tmp_path, samples=50)["arms"]["frozen"]
+    assert both["quality"]["finding_auc_negated"] == pytest.approx(0.35)
+    assert both["quality"]["per_finding"]["edema"] == {"kid": 3.5, "kid_ci": None, "images": 20}
+    assert both["quality"]["finding_auc_negated_ci"] is None and both["quality"]["kid_ci"] is not None
+    assert both["localization"]["priors"]["centre"] == {"auc": 0.6, "auc_ci": [0.5, 0.7]}
+    shutil.rmtree(tmp_path / "seed-4")
+    alone = combine(tmp_path, samples=50)["arms"]["frozen"]["quality"]
+    assert alone["finding_auc_negated_ci"] == pytest.approx([0.3, 0.6]) == alone["per_finding"]["edema"]["kid_ci"]
 
 
 def test_seeds_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:

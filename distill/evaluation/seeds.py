@@ -192,17 +192,22 @@ def _values(entry: JsonObject) -> dict[str, float | None]:
 
 
 def _mean(entries: Sequence[Any]) -> Any:
-    """Means of numbers at the same place, null where any is null; what is no number is the first's."""
+    """Means of numbers at the same place, null where any is null; what is no number is the first's.
+
+    An interval is kept where all seeds have the same, as the blind maps do. Else it is null: a mean of their ends would
+    be no interval of the mean.
+    """
     first = entries[0]
     if any(entry is None for entry in entries):
         return None
     if isinstance(first, dict):
-        return {key: _mean([entry.get(key) for entry in entries]) for key in first}
-    if isinstance(first, float):
-        return float(np.mean(entries))
-    if isinstance(first, list) and len(first) == 2 and all(isinstance(v, float) for v in first):
-        return [float(v) for v in np.mean(entries, axis=0)]
-    return first
+        each = {key: [entry.get(key) for entry in entries] for key in first}
+        return {key: _common(values) if key.endswith("_ci") else _mean(values) for key, values in each.items()}
+    return float(np.mean(entries)) if isinstance(first, float) else first
+
+
+def _common(values: Sequence[Any]) -> Any:
+    return values[0] if all(value == values[0] for value in values) else None
 
 
 def _pairs(arm_dir: Path) -> PairScores:
