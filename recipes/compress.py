@@ -24,7 +24,6 @@ if TYPE_CHECKING:
     from distill.experiment.run import Run
     from distill.files import JsonObject
 
-PRUNED = "pruned_base"
 WHOLE = "whole"
 
 
@@ -67,6 +66,7 @@ def compress(config: CompressConfig) -> None:
     from distill.methods.training import Training
     from distill.models import load_model
     from distill.models.blocks import prune
+    from distill.models.stock import PRUNED_BASE
 
     options = config.method
     if options.teacher != WHOLE or options.start_from_teacher or options.gate_reference is not None:
@@ -76,7 +76,7 @@ def compress(config: CompressConfig) -> None:
     folder, evaluation = Path(config.output_dir), config.evaluation.full()
     training = Training(denoiser="full", text_encoder=config.text_encoder, method=options, denoising=config.denoising)
     arm = Arm("model", folder, training, config.trainer, evaluation)
-    pruned = derived_base(config, config.run, PRUNED, partial(prune, blocks=config.blocks))
+    pruned = derived_base(config, config.run, PRUNED_BASE, partial(prune, blocks=config.blocks))
     with held(folder, write=not config.dry_run), pruned as base:
         references = {WHOLE: lambda: load_model(config.base, config.run)}
         run = open_run(config, {"model": arm}, base=base, references=references, compare_to=("teacher",))

@@ -70,6 +70,7 @@ def distill_steps(config: DistillStepsConfig) -> None:
     from distill.experiment.train import dry_run, train_arm
     from distill.methods.training import Training
     from distill.models import load_model
+    from distill.models.stock import WHOLE_BASE
 
     if config.method.teacher != WHOLE:
         raise UserError("distill_steps.py: the teacher is the whole model, base and run; leave method.teacher out")
@@ -78,7 +79,7 @@ def distill_steps(config: DistillStepsConfig) -> None:
     drawn = config.evaluation.full(num_inference_steps=config.student_steps, scheduler="lcm", guidance_scale=1.0)
     training = Training(denoiser=config.denoiser, method=config.method, lora=config.lora, denoising=config.denoising)
     arm = Arm("model", folder, training, config.trainer, drawn)
-    whole = derived_base(config, config.run, "whole_base") if config.run else nullcontext(config.base)
+    whole = derived_base(config, config.run, WHOLE_BASE) if config.run else nullcontext(config.base)
     with held(folder, write=not config.dry_run), whole as base:
         references = {WHOLE: lambda: load_model(config.base, config.run)}
         run = open_run(config, {"model": arm}, base=base, references=references, compare_to=("teacher", hurried))

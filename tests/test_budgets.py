@@ -176,6 +176,12 @@ def test_the_proof_says_of_each_arm_whether_it_is_as_good_as_its_parents(tmp_pat
     assert (tmp_path / "fronts.png").is_file() == any("fronts.png" in line for line in lines) == has_maps
 
 
+def test_a_signed_number_keeps_its_digits() -> None:
+    numbers = (0.0314, -0.5, 10.0, -20.25, 1.0, -0.9999)
+    said = [proof._signed(value, "quality.kid") for value in numbers]
+    assert said == ["+.031", "-.500", "+10.000", "-20.250", "+1.000", "-1.000"]
+
+
 def test_a_margin_is_met_only_where_it_was_tested() -> None:
     def one(*differences: float) -> Comparison:
         return compare("a", "b", 4, "word.auc", dict(enumerate(differences)), -0.01)

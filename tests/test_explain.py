@@ -159,13 +159,17 @@ def test_the_sentences_say_whose_fault_it_is_and_whether_the_control_holds() -> 
     assert "betrays itself with AUC .90 [.85, .95], by edge sharpness." in text
     assert "training the denoiser does not mend it" in text and text.endswith("cannot be trusted.")
     assert "cannot tell generated from real" in sentences({GENERATED: fine, CONTROL: fine})[0]
+    text = " ".join(sentences({GENERATED: found, VAE: fine, BEYOND: fine, CONTROL: fine}))
+    assert "The VAE alone leaves no trace" in text and "What betrays the images is the VAE" not in text
+    found["features"][0]["real"] = 0.1
+    assert "edge sharpness (the same median, 0.1, but other values)." in sentences({GENERATED: found, CONTROL: fine})[1]
 
 
 @pytest.mark.parametrize(
     ("before", "after", "said"),
     [
         (0.25, 0.28, "if edge sharpness were 12% higher."),
-        (-0.5, -0.25, "if edge sharpness were 50% lower."),
+        (-0.5, -0.25, "if edge sharpness were -0.25 instead of -0.5."),
         (0.01, 0.25, "if edge sharpness were 0.25 instead of 0.01."),
         (-0.1, 0.1, "if edge sharpness were 0.1 instead of -0.1."),
         (0.0, 0.1, "if edge sharpness were 0.1 instead of 0."),

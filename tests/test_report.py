@@ -26,7 +26,7 @@ from tiny import save_tiny, tiny_sd
 import distill.report
 from distill.errors import UserError
 from distill.evaluation.results import Estimate, parse_metrics
-from distill.models.stock import exported, loading_code, plain_name, public_base
+from distill.models.stock import code_of_arm, exported, loading_code, plain_name, public_base
 from distill.report import terminal_table, validate_metrics, write_model_card, write_report
 from distill.report.document import UNKNOWN, escape_markdown
 from distill.report.summary import compare, difference, sample, summarize, terminal_summary
@@ -1048,3 +1048,28 @@ def test_the_report_shows_the_loading_code_of_the_choice(tmp_path: Path) -> None
     code = re.search(r"```python\n(.*?)```", markdown.read_text(), re.DOTALL)
     assert code is not None and "load_lora_weights" in code[1]
     compile(code[1], "report", "exec")
+
+
+def test_the_loading_code_is_that_of_the_model_and_of_no_other(tmp_path: Path) -> None:
+    """Where no folder holds its weights there is none. The plain base has no weights of its own."""
+    run_dir, other = tmp_path / "out", tmp_path / "trained"
+    for folder in (run_dir, other):
+        (folder / "unet").mkdir(parents=True)
+
+    def code(name: str, trained: bool = False, **config: Any) -> str:
+        return code_of_arm(run_dir, name, {"base": {"name": "phantom"}} | config, trained=trained)
+
+    plain = code("base")
+    assert "checkpoints/phantom-base" in plain and "folder = " not in plain, "not the model that the same run trained"
+    assert "folder = 'out'" in code("model", trained=True)
+    assert "folder = 'trained'" in code("model", run=str(other))
+    assert code("images") == code("teacher", run=str(other)) == code("model") == ""
+    assert code("model", run=str(tmp_path / "gone")) == "" == code("base", base=None)
+    (run_dir / "alpha" / "unet").mkdir(parents=True)
+    assert "folder = 'alpha'" in code("alpha", trained=True)
+    hub = {"name": "some/hub", "revision": "r1", "caption_chunks": 2}
+    assert "revision='r1'" in code("model", trained=True, base=hub)
+    (run_dir / "pruned_base").mkdir()
+    student = code("model", trained=True, base=hub)
+    assert "pruned_base" in student and "some/hub" not in student and "r1" not in student
+    assert "folder = 'out'" in student and "chunks=2" in student

@@ -260,6 +260,24 @@ def test_intervals_of_single_seeds_are_no_interval_of_their_mean(tmp_path: Path)
     assert alone["finding_auc_negated_ci"] == pytest.approx([0.3, 0.6]) == alone["per_finding"]["edema"]["kid_ci"]
 
 
+def test_the_verdict_on_copies_is_that_of_the_worst_seed(tmp_path: Path) -> None:
+    """And the look whose weights were kept is said only where it is that of all seeds."""
+    for seed, p in ((3, 0.4), (4, 1e-9), (5, 0.2)):
+        write_run(tmp_path, seed, {"frozen": 0.0})
+        metrics = json.loads((tmp_path / f"seed-{seed}/metrics.json").read_text())
+        verdict = {"copies": 1 - p, "p": p, "space": f"of seed {seed}", "images": 20}
+        metrics["arms"]["frozen"] |= {"memorization": verdict}
+        metrics["arms"]["frozen"]["cost"]["kept"] = {"step": 100 if seed == 3 else 300, "rule": "loss", "value": 0.1}
+        (tmp_path / f"seed-{seed}/metrics.json").write_text(json.dumps(metrics))
+    found = combine(tmp_path, samples=50)["arms"]["frozen"]
+    assert found["memorization"] == {"copies": 1 - 1e-9, "p": 1e-9, "space": "of seed 4", "images": 20, "seed": 4}
+    assert "kept" not in found["cost"] and found["cost"]["train_seconds"] == 1.0
+    shutil.rmtree(tmp_path / "seed-3")
+    assert combine(tmp_path, samples=50)["arms"]["frozen"]["cost"]["kept"]["step"] == 300
+    shutil.rmtree(tmp_path / "seed-5")
+    assert "seed" not in combine(tmp_path, samples=50)["arms"]["frozen"]["memorization"]
+
+
 def test_seeds_that_do_not_belong_together_are_refused(tmp_path: Path) -> None:
     write_run(tmp_path, 0, {"frozen": 0.0, "distilled": 0.0}, steps=5)
     write_run(tmp_path, 1, {"frozen": 0.0}, steps=6)

@@ -140,6 +140,8 @@ class Memorization:
     images: int
     training_images: int
     held_out_images: int
+    seed: int | None = None
+    """Of several training seeds, whose p is the smallest."""
 
     @property
     def is_found(self) -> bool:

@@ -74,6 +74,7 @@ def combine(folder: Path, samples: int | None = None, compare_to: Sequence[str] 
     for arm in first["arms"]:
         entries = [one["arms"][arm] for one in metrics.values()]
         arms[arm] = _mean(entries)
+        arms[arm] |= _of_one_seed(list(runs), entries)
         arms[arm]["per_seed"] = {str(seed): _values(entry) for seed, entry in zip(runs, entries, strict=True)}
         for key, (_, interval, _) in found.estimates((arm,)).items():
             part, name = key.split(".")
@@ -204,6 +205,19 @@ def _mean(entries: Sequence[Any]) -> Any:
         each = {key: [entry.get(key) for entry in entries] for key in first}
         return {key: _common(values) if key.endswith("_ci") else _mean(values) for key, values in each.items()}
     return float(np.mean(entries)) if isinstance(first, float) else first
+
+
+def _of_one_seed(seeds: Sequence[int], entries: Sequence[Any]) -> JsonObject:
+    """What has no mean: the verdict on copies, which is that of the worst seed, and the look whose weights were kept."""
+    found: JsonObject = {}
+    verdicts = [entry.get("memorization") for entry in entries]
+    if len(entries) > 1 and all(verdicts):
+        worst = min(range(len(verdicts)), key=lambda place: verdicts[place]["p"])
+        found["memorization"] = verdicts[worst] | {"seed": seeds[worst]}
+    cost = entries[0].get("cost") or {}
+    if "kept" in cost and any((entry.get("cost") or {}).get("kept") != cost["kept"] for entry in entries):
+        found["cost"] = _mean([{k: v for k, v in entry["cost"].items() if k != "kept"} for entry in entries])
+    return found
 
 
 def _common(values: Sequence[Any]) -> Any:

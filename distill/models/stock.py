@@ -17,6 +17,10 @@ PARTS = {
     "text_encoder": ("transformers", "CLIPTextModel"),
     "text_encoder_2": ("transformers", "CLIPTextModelWithProjection"),
 }
+PLAIN_BASE, EVALUATED = "base", "model"
+"""Names that recipes give the base itself, and the run that evaluate.py measures."""
+WHOLE_BASE, PRUNED_BASE = DERIVED_BASES = "whole_base", "pruned_base"
+"""Folders in a run folder: the base and run, in one or made smaller, that distill_steps.py and compress.py train on."""
 
 
 def exported(folder: Path) -> dict[str, str]:
@@ -122,3 +126,22 @@ def code_of(base: str, folder: Path, parts: Mapping[str, str], config: Mapping[s
     options = {key: origin.get(key) for key in ("revision", "variant")}
     chunks = origin.get("caption_chunks") or 1
     return loading_code(base, folder, parts, prompt, few_steps=few_steps, caption_chunks=chunks, **options)
+
+
+def code_of_arm(run_dir: Path, arm: str, config: Mapping[str, Any], *, trained: bool) -> str:
+    """The code that loads a model of a run; empty where no folder is known to hold its weights, as those of the images
+    of another tool. config: the run's. trained: whether the run trained it."""
+    origin = dict(config.get("base") or {})
+    folders = [run_dir / arm]
+    if trained:  # by a recipe that trains one model
+        folders.append(run_dir)
+    elif arm == EVALUATED and config.get("run"):
+        folders.append(Path(config["run"]))
+    folder = next((f for f in folders if exported(f)), None)
+    if "name" not in origin or (folder is None and arm != PLAIN_BASE):
+        return ""
+    derived = [run_dir / name for name in DERIVED_BASES if (run_dir / name).is_dir()]
+    if derived:  # what the student was trained on, and not the base that both were made of
+        origin = {"name": str(derived[0]), "caption_chunks": origin.get("caption_chunks")}
+    parts = exported(folder) if folder else {}
+    return code_of(origin["name"], folder or run_dir, parts, {**config, "base": origin}, example_prompt(run_dir))

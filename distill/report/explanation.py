@@ -46,6 +46,8 @@ def betrayers(entry: JsonObject, count: int = 3) -> list[JsonObject]:
 def _said(feature: JsonObject) -> str:
     if feature["real"] is None:  # and the other too
         return f"{feature['name']} (unknown in all images of one side)"
+    if feature["other"] == feature["real"]:
+        return f"{feature['name']} (the same median, {feature['real']:.3g}, but other values)"
     way = "lower" if feature["other"] < feature["real"] else "higher"
     return f"{feature['name']} ({way}: {feature['other']:.3g}, and {feature['real']:.3g} in real images)"
 
@@ -55,7 +57,7 @@ def change_sentence(change: JsonObject | None) -> str:
     if change is None:
         return "No change of a single feature is enough to pass as real."
     name, before, after = change["name"], change["before"], change["after"]
-    ratio = after / before - 1 if before * after > 0 else float("inf")
+    ratio = after / before - 1 if before > 0 and after > 0 else float("inf")  # of no meaning below 0
     if abs(ratio) <= 1:
         return f"It would pass as real if {name} were {abs(ratio):.0%} {'higher' if ratio > 0 else 'lower'}."
     return f"It would pass as real if {name} were {after:.3g} instead of {before:.3g}."
@@ -96,7 +98,7 @@ def _of_the_vae(main: JsonObject, vae: JsonObject, beyond: JsonObject) -> list[s
         found = [f"The VAE alone betrays itself with AUC {interval(vae, 'auc')}, by {betrayers_text(vae, _MANY)}."]
     if is_chance(beyond):
         passes = f"Against real images through the VAE, generated ones pass: AUC {interval(beyond, 'auc')}."
-        return [*found, passes + ("" if is_chance(main) else _OF_THE_VAE)]
+        return [*found, passes + ("" if is_chance(main) or is_chance(vae) else _OF_THE_VAE)]
     return [
         *found,
         f"The denoiser's own faults have AUC {interval(beyond, 'auc')}, by {betrayers_text(beyond, _MANY)}.",

@@ -34,6 +34,7 @@ def sentence(found: Memorization) -> str:
     """One sentence that says what the test says."""
     counts = (
         f"{found.images:,} generated, {found.training_images:,} training and {found.held_out_images:,} held-out images"
+        + ("" if found.seed is None else f", training seed {found.seed}, whose p is the smallest")
     )
     if found.is_found:
         return (

@@ -19,7 +19,7 @@ from PIL import Image
 from distill.evaluation.results import Results, parse_metrics
 from distill.evaluation.word_maps import WORD_MAPS_FILE, WordMaps, read_word_maps
 from distill.files import JsonObject, read_json, write_atomic
-from distill.models.stock import code_of, example_prompt, exported
+from distill.models.stock import code_of_arm
 from distill.report import figures, tables
 from distill.report.document import Picture, Section, Table, escape_markdown, markdown_section
 from distill.report.memorization import memorization_section
@@ -31,8 +31,7 @@ _OF_MAPS = (("auc", "AUC"), ("image_adds", "image adds"))
 
 @dataclass(frozen=True)
 class Example:
-    """One held-out image. boxes: (finding, left, top, width, height) in percent. arms: generated image and maps of
-    each."""
+    """One held-out image. boxes: (finding, left, top, width, height) in percent. arms: image and maps of each."""
 
     number: int
     caption: str
@@ -160,17 +159,6 @@ def _markdown_examples(examples: Sequence[Example], folder: Path) -> list[str]:
     return parts
 
 
-def _loading(run_dir: Path, results: Results, arm: str | None) -> str:
-    """The code that loads `arm`; empty where the run folder does not hold its weights."""
-    config = results.provenance.get("config") or {}
-    base = dict(tables.flatten(config)).get("base.name")
-    folder = next((f for f in (run_dir / str(arm), run_dir) if exported(f)), None)
-    parts = exported(folder) if folder else {}
-    if arm is None or base is None or not (parts or results.arms[arm].cost.train_seconds is None):
-        return ""
-    return code_of(base, folder or run_dir, parts, config, example_prompt(run_dir))
-
-
 def write_report(run_dir: Path) -> tuple[Path, Path]:
     """Write report.html (one self-contained file) and report.md (with figures/*.png) from the files of a run folder.
 
@@ -185,7 +173,10 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     examples = _read_examples(files, list(results.arms), notes)
     charts = figures.tradeoff_charts(results, summary.arm)
     head = Section(summary.title, [*summary.reasons, sample(results)], charts[:1], summary.why)
-    sections, code = _sections(files, results, charts[1:], notes), _loading(files, results, summary.arm)
+    sections, code = _sections(files, results, charts[1:], notes), ""
+    if summary.arm is not None:
+        trained = results.arms[summary.arm].cost.train_seconds is not None
+        code = code_of_arm(files, summary.arm, results.provenance.get("config") or {}, trained=trained)
     for picture in (picture for section in [head, *sections] for picture in section.charts):
         write_atomic(run_dir / "figures" / f"{picture.name}.png", picture.png)
     loader = jinja2.PackageLoader("distill.report", ".")

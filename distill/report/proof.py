@@ -178,7 +178,8 @@ def _difference(one: Comparison | None) -> str:
 def _signed(value: float, metric: str) -> str:
     if metric in IN_LOGARITHMS:
         return f"{100 * np.expm1(value):+.0f} %"
-    return f"{value:+.3f}".replace("0.", ".", 1)
+    said = f"{value:+.3f}"
+    return said.replace("0.", ".", 1) if abs(value) < 1 else said
 
 
 def _budget(curves: Curves, arms: Sequence[str], budget: int) -> Section:
