@@ -463,6 +463,26 @@ def test_priors_are_computed_once_a_run(accelerator: Accelerator, tmp_path: Path
         assert again.images == kept.images == 8 and all(torch.equal(again.masks[f], kept.masks[f]) for f in NAMES)
 
 
+class WithBoxes(Images):
+    """Files whose boxes may change while the images stay, as those of a table."""
+
+    def region_fingerprint(self, index: int) -> str:
+        return str([region.boxes for region in self.samples[index].regions])
+
+
+def test_corrected_boxes_of_training_images_give_other_priors(accelerator: Accelerator, tmp_path: Path) -> None:
+    held_out, before, after = rectangles("a", 4), rectangles("t", 80, seed=1), rectangles("t", 80, seed=1)
+    last = rectangles("t", 80, seed=2).samples[79]
+    after.samples[79] = replace(after.samples[79], regions=last.regions)
+    assert last.regions and before.fingerprint(79) == after.fingerprint(79)
+    asked, shared = asked_of(held_out), {"accelerator": accelerator, "folder": tmp_path}
+    old, new = (WithBoxes(data.samples, WORDS) for data in (before, after))
+    first = priors(held_out, old, asked, CONFIG, **shared)
+    corrected = priors(held_out, new, asked, CONFIG, **shared)
+    assert corrected != first and corrected == priors(held_out, new, asked, CONFIG, accelerator=accelerator)
+    assert priors(held_out, old, asked, CONFIG, **shared) == first
+
+
 def test_priors_are_in_the_entry_of_localization(sd: Model, accelerator: Accelerator, tmp_path: Path) -> None:
     held_out, training = rectangles("a", 4), rectangles("t", 8, seed=1)
     shared: dict[str, Any] = {"accelerator": accelerator, "training": training}

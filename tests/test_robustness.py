@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tiny import save_tiny
 from distill.cli import parse
 from distill.config import FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
-from distill.data.sample import Sample
+from distill.data.sample import Sample, image_key
 from distill.evaluation import robustness
 from distill.evaluation.protocols import Query
 from distill.evaluation.robustness import (
@@ -80,6 +81,41 @@ def test_a_shift_changes_what_it_says_and_keeps_the_rest(name: str) -> None:
         rows, columns = new.mask.nonzero().T
         x, y = min(b[0] for b in new.boxes), min(b[1] for b in new.boxes)
         assert (int(columns.min()), int(rows.min())) == (int(x), int(y)), "boxes go with their masks"
+
+
+class TwoCaptions(PhantomDataset):
+    """Every image has two rows, as with several captions; findings are written with capitals."""
+
+    findings = tuple(finding.title() for finding in PHANTOMS.findings)
+    query_words = {finding.title(): words for finding, words in PHANTOMS.query_words.items()}
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        named = tuple(replace(r, finding=r.finding.title(), phrase=None) for r in sample.regions)
+        return replace(sample, regions=named)
+
+    def image_key(self, index: int) -> str:
+        return str(index // 2)
+
+
+@pytest.mark.parametrize("name", SHIFTS)
+def test_a_shift_knows_images_phrases_and_findings_in_any_case(name: str) -> None:
+    dataset = TwoCaptions("test", 60, resolution=64)
+    shifted = ShiftedDataset(dataset, name)
+    assert [image_key(shifted, row) for row in (0, 1, 2)] == ["0", "0", "1"]
+    assert robustness._clusters(shifted, [4, 5, 9, 1]) == [0, 0, 1, 2]
+    row = next(i for i in range(60) if "pleural effusion" in PHANTOMS.labels(i))
+    phrases = {region.finding: region.phrase for region in shifted[row].regions}
+    assert phrases["Pleural Effusion"] == {"none": None, "synonyms": "fluid collection"}.get(name, "Pleural Effusion")
+    text = shifted.caption(row)
+    assert find_words(text, shifted.query_words["Pleural Effusion"]), "the words of the text are asked for"
+
+
+def test_phrases_change_sides_with_the_captions() -> None:
+    dataset = ShiftedDataset(TwoCaptions("test", 60, resolution=64), "mirrored")
+    sided = replace(PHANTOMS[0], regions=tuple(replace(r, phrase="Left base") for r in PHANTOMS[2].regions))
+    dataset.dataset = cast("Any", [sided])
+    assert sided.regions and {region.phrase for region in dataset[0].regions} == {"Right base"}
 
 
 def test_negated_findings_are_those_that_the_caption_names_and_the_image_has_not(sd: Model) -> None:

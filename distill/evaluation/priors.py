@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from distill.config import FullEvaluation
-from distill.data.sample import ImageCaptionDataset, image_key, region_list
+from distill.data.sample import ImageCaptionDataset, image_key, region_fingerprint, region_list
 from distill.errors import UserError
 from distill.evaluation.image_adds import mean_over
 from distill.evaluation.protocols import PROTOCOLS, Query, ground_truth, ground_truths
@@ -95,7 +95,8 @@ def priors_key(
     asked: Sequence[Query],
     config: FullEvaluation,
 ) -> str:
-    """Hash of the pairs, the settings, and the training images, of which 64 stand for all."""
+    """Hash of the pairs, the settings, and the training images, of which 64 stand for all, with the boxes and masks of
+    those that the mean masks are made of."""
     count = 0 if training is None else len(training)
     parts: list[Any] = [
         config.protocol,
@@ -111,7 +112,14 @@ def priors_key(
     if training is not None:
         parts += [training.fingerprint(i) for i in range(0, count, max(1, count // 64))]
         parts += [training.labels(i) for i in range(count)]
+        if hasattr(training, "region_fingerprint"):  # else regions follow from the image's own fingerprint
+            rows = training_rows(training, held_out, _names(held_out, asked))
+            parts += [region_fingerprint(training, i) for i in sorted(set().union(*rows.values()))]
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _names(held_out: ImageCaptionDataset, asked: Sequence[Query]) -> list[str]:
+    return sorted({held_out.findings[f] for query in asked for f in query.findings})
 
 
 def centre_map(side: int) -> torch.Tensor:
@@ -189,7 +197,7 @@ def _mean_masks(
     accelerator: Accelerator,
 ) -> MeanMasks:
     kind = PROTOCOLS[config.protocol].ground_truth if config.ground_truth == "auto" else config.ground_truth
-    names = sorted({held_out.findings[f] for query in asked for f in query.findings})
+    names = _names(held_out, asked)
     chosen = {finding: set(rows) for finding, rows in training_rows(training, held_out, names).items()}
     indices = sorted(set().union(*chosen.values()))
     sums: dict[str, tuple[NDArray[np.float64], int]] = {}

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from distill.attention.recording import attention_layers
 from distill.config import FullEvaluation
 from distill.data.captions import negated_findings
-from distill.data.sample import ImageCaptionDataset, Sample
+from distill.data.sample import ImageCaptionDataset, Sample, image_key
 from distill.evaluation.protocols import PROTOCOLS, Query, open_recorder, prepare_inputs, queries, with_subset
 from distill.files import JsonObject
 from distill.metrics import PixelAUROC, bootstrap_interval
@@ -122,7 +122,8 @@ class ShiftedDataset:
 
     @property
     def query_words(self) -> Mapping[str, Sequence[str]]:
-        return {**self.dataset.query_words, **{k: v for k, v in self.shift.words.items() if k in self.findings}}
+        words = {finding: self.shift.words.get(finding.casefold()) for finding in self.findings}
+        return {**self.dataset.query_words, **{finding: own for finding, own in words.items() if own}}
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -136,6 +137,8 @@ class ShiftedDataset:
                 replace(r, mask=r.mask.flip(-1), boxes=tuple((side - x - w, y, w, h) for x, y, w, h in r.boxes))
                 for r in regions
             )
+        if self.name != "none":
+            regions = tuple(replace(r, phrase=self.shift.caption(r.phrase or r.finding)) for r in regions)
         pixels = self.shift.pixels(sample.pixel_values, sample.id)
         return replace(sample, pixel_values=pixels, caption=self.shift.caption(sample.caption), regions=regions)
 
@@ -147,6 +150,9 @@ class ShiftedDataset:
 
     def fingerprint(self, index: int) -> str:
         return f"{self.dataset.fingerprint(index)} {self.name}"
+
+    def image_key(self, index: int) -> str:
+        return image_key(self.dataset, index)
 
 
 def negation_queries(dataset: ImageCaptionDataset, model: Model, count: int) -> list[Query]:
@@ -213,6 +219,12 @@ def means(columns: Mapping[str, Sequence[float]], images: Sequence[int], config:
     return found
 
 
+def _clusters(dataset: ImageCaptionDataset, rows: Sequence[int]) -> list[int]:
+    """A number for each row of the data set: the same for rows of one image."""
+    numbers: dict[str, int] = {}
+    return [numbers.setdefault(image_key(dataset, row), len(numbers)) for row in rows]
+
+
 def negations(
     model: Model,
     dataset: ImageCaptionDataset,
@@ -239,7 +251,8 @@ def negations(
         return None
     images, ratio = zip(*rows, strict=True)
     columns = {"peak_ratio": ratio, "stated_wins": [float(value < 1) for value in ratio]}
-    return means(columns, images, config) | {"images": len(rows)}
+    clusters = _clusters(dataset, images)
+    return means(columns, clusters, config) | {"images": len(set(clusters))}
 
 
 def two_places(
@@ -280,8 +293,9 @@ def two_places(
     if not rows:
         return None
     images, _, whole_auc, lesser = zip(*rows, strict=True)
-    found = means({"auc": whole_auc, "lesser_auc": lesser}, images, config)
-    return found | {"images": len(set(images)), "pairs": len(rows)}
+    clusters = _clusters(dataset, images)
+    found = means({"auc": whole_auc, "lesser_auc": lesser}, clusters, config)
+    return found | {"images": len(set(clusters)), "pairs": len(rows)}
 
 
 def box_mask(box: tuple[float, float, float, float], size: Sequence[int]) -> torch.Tensor:
