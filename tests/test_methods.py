@@ -109,7 +109,9 @@ def test_only_flippable_rows_are_mirrored_and_those_about_half_of_the_time(tmp_p
     assert isinstance(image, Posterior) and image.mean_flipped is not None and flippable is not None
     assert flippable.tolist() == [not names_side(data.caption(i)) for i in range(12)]
     nothing = torch.zeros_like(image.std)  # then the latents are the mean, and noise can be taken off again
-    batch = replace(batch, image=replace(image, std=nothing, std_flipped=nothing))
+    regions = torch.zeros(12, 1, 2, 4, dtype=torch.uint8)
+    regions[..., 0] = 1
+    batch = replace(batch, image=replace(image, std=nothing, std_flipped=nothing), regions=regions)
     method = denoising_of(model)
     scale = model.vae.config.scaling_factor
     mirrored = torch.zeros(12)
@@ -119,7 +121,11 @@ def test_only_flippable_rows_are_mirrored_and_those_about_half_of_the_time(tmp_p
         latents = (x.noisy_latents - (1 - alpha).sqrt() * x.target) / alpha.sqrt() / scale
         distance = [(latents - mean).flatten(1).abs().amax(dim=1) for mean in (image.mean, image.mean_flipped)]
         assert torch.minimum(*distance).max() < 1e-3
-        mirrored += (distance[1] < distance[0]).float()
+        flips = distance[1] < distance[0]
+        mirrored += flips.float()
+        assert x.regions is not None and x.dropped is not None and not x.dropped.any()
+        expected = torch.where(flips[:, None, None, None], regions.flip(-1), regions)
+        assert torch.equal(x.regions, expected), "regions lie where the image shows them"
     assert torch.all(mirrored[~flippable] == 0)
     assert torch.all((mirrored[flippable] > 8) & (mirrored[flippable] < 32))
 
@@ -248,6 +254,20 @@ def test_gradients_reach_all_that_trains(build: Callable[[], Any]) -> None:
     for module in (model.denoiser, *model.text_encoders):
         assert has_gradient(module)
     assert not has_gradient(model.vae)
+
+
+@pytest.mark.parametrize(("denoiser", "text_encoder"), [("full", "frozen"), ("lora", "full"), ("full", "full")])
+def test_what_is_trained_in_full_is_not_rounded_first(denoiser: str, text_encoder: str) -> None:
+    """With the other parts in 16 bits."""
+    whole, model = prepared(tiny_sd), prepared(tiny_sd, denoiser, text_encoder, frozen_dtype="bf16")
+    for how, ours, theirs in (
+        (denoiser, model.denoiser, whole.denoiser),
+        (text_encoder, model.text_encoders[0], whole.text_encoders[0]),
+    ):
+        frozen = [p for name, p in ours.named_parameters() if "lora" not in name]
+        assert {p.dtype for p in frozen} == {torch.float32 if how == "full" else torch.bfloat16}
+        same = [torch.equal(a, b) for a, b in zip(frozen, theirs.parameters(), strict=True)]
+        assert all(same) == (how == "full")
 
 
 @pytest.mark.parametrize("build", [tiny_sd, tiny_sdxl])

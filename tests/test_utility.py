@@ -78,6 +78,16 @@ def test_no_patient_is_on_both_sides_and_findings_are_mixed_on_both() -> None:
         Task.of(phantoms(), range(58))
 
 
+def test_images_are_asked_for_findings_that_their_labels_name() -> None:
+    """A classifier trained on images whose labels name nothing would look useless, by noise."""
+    task = Task(phantoms(), range(30), range(30, 60), ("edema", "pleural effusion"))
+    edema = [("Edema",)] * FEWEST + [()] * FEWEST
+    assert task.named_in(edema).findings == ["edema"] and task.named_in(edema).tested == task.tested
+    for labels in ([()] * 20, [("edema",)] * 20, [("effusion",)] * 10 + [()] * 10):
+        with pytest.raises(UserError, match=r"held-out images \(edema, pleural effusion\) none is in the labels of 5 of"):
+            task.named_in(labels)
+
+
 def test_each_image_keeps_its_own_labels() -> None:
     dataset, rows = phantoms(), [*range(3, 40)]
     task = Task(dataset, rows, range(40, 60), ("pleural effusion", "edema"))
@@ -120,11 +130,11 @@ def test_the_recipe_measures_utility_and_keeps_it(
 
 def test_images_of_another_tool_have_a_utility(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "generate", never)
-    images = image_folder(tmp_path / "images", PhantomDataset("train", 16, 0, 64), 16)
+    images = image_folder(tmp_path / "images", PhantomDataset("train", 40, 0, 64), 40)
     recipe = recipe_module("evaluate")
     recipe.evaluate(parse(recipe.EvaluateConfig, argv_of(tmp_path, "--images", str(images))))
     utility = json.loads((tmp_path / "out/metrics.json").read_text())["arms"]["images"]["utility"]
-    assert (utility["images"], utility["real_images"], utility["held_out_images"]) == (16, 30, 30)
+    assert (utility["images"], utility["real_images"], utility["held_out_images"]) == (40, 30, 30)
     assert len(utility["both_per_seed"]) == 2 and utility["findings"]
 
 

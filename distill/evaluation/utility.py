@@ -7,7 +7,7 @@ and one that is trained on both. All take the same number of steps.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
@@ -134,6 +134,21 @@ class Task:
                 "out"
             )
         return cls(dataset, real, tested, findings)
+
+    def named_in(self, labels: Sequence[Sequence[str]]) -> Task:
+        """The task with the findings alone that the labels of some images, made by another tool, state and leave out.
+
+        Raises UserError where they name none: a classifier of such images would learn nothing, and look useless.
+        """
+        said = [{name.lower() for name in own} for own in labels]
+        findings = [name for name in self.findings if _is_mixed(name, said)]
+        if not findings:
+            raise UserError(
+                f"evaluation.parts has utility, and of the findings of the held-out images ({', '.join(self.findings)}) "
+                f"none is in the labels of {FEWEST} of the {len(said):,} images and absent from {FEWEST}. Name them alike "
+                "in the column labels of the images' metadata, or leave utility out"
+            )
+        return replace(self, findings=findings)
 
     def measure(
         self,

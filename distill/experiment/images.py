@@ -74,6 +74,9 @@ def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
     if other:
         run.say(f"images: {other:,} of {len(images):,} are made squares of {resolution} px as the data are")
     rows = range(len(images))
+    if "utility" in config.parts:
+        task = Task.of(run.test, evaluation_order(run.test, run.examples, config.generated_images))
+        task = task.named_in([images.labels(k) for k in rows])
     made = real_images(images, rows, against.features, accelerator, config.batch_size)
     entry: JsonObject = {"localization": None, "quality": None}
     if "quality" in config.parts:
@@ -89,7 +92,6 @@ def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
             accelerator=accelerator, arm_dir=arm_dir, run_dir=run.folder,
         )  # fmt: skip
     if "utility" in config.parts:
-        task = Task.of(run.test, evaluation_order(run.test, run.examples, config.generated_images))
         entry["utility"] = task.measure(
             len(images), lambda k: images[k].pixel_values, images.labels,
             steps=config.utility_steps, seeds=config.utility_seeds,

@@ -177,7 +177,8 @@ class Method(nn.Module):
     def noised(self, batch: Batch, generator: torch.Generator) -> Noised:
         """Flips, latents of the posterior, noise, timesteps and caption dropout, all drawn from the CPU `generator`."""
         student = self.student
-        mean, std = self._posterior(batch, generator)
+        flip = self._flips(batch, generator)
+        mean, std = self._posterior(batch, flip)
         device, count = mean.device, len(mean)
         vae_noise = sent(draws.normal(mean.shape, generator), device)
         noise = sent(draws.normal(mean.shape, generator), device)
@@ -186,6 +187,9 @@ class Method(nn.Module):
         drop = sent(dropped, device) & batch.droppable
         latents = (mean + std * vae_noise) * student.vae.config.scaling_factor
         target = student.family.target(student, latents, noise, timesteps)
+        regions = batch.regions
+        if regions is not None:
+            regions = torch.where(flip, regions.flip(-1), regions) * ~drop[:, None, None, None]
         return Noised(
             student.family.add_noise(student, latents, noise, timesteps),
             timesteps,
@@ -194,17 +198,20 @@ class Method(nn.Module):
             torch.where(drop[:, None], self._empty_groups, batch.groups),
             batch.size_ids,
             None if batch.label_tokens is None else batch.label_tokens & ~drop[:, None],
-            None if batch.regions is None else batch.regions * ~drop[:, None, None, None],
+            regions,
             drop,
         )
 
-    def _posterior(self, batch: Batch, generator: torch.Generator) -> tuple[torch.Tensor, torch.Tensor]:
-        """Mean and standard deviation of the VAE's posterior, of the image or of its mirror image."""
+    def _flips(self, batch: Batch, generator: torch.Generator) -> torch.Tensor:
+        """(batch, 1, 1, 1) bool: which images are mirrored in this step."""
         flip = torch.zeros_like(batch.droppable)
         if batch.flippable is not None:
             coin = draws.uniform(len(flip), generator) < 0.5
             flip = sent(coin, flip.device) & batch.flippable
-        flip = flip[:, None, None, None]
+        return flip[:, None, None, None]
+
+    def _posterior(self, batch: Batch, flip: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Mean and standard deviation of the VAE's posterior, of the image or of its mirror image."""
         image = batch.image
         if isinstance(image, Pixels):
             pixels = torch.where(flip, image.pixel_values.flip(-1), image.pixel_values)

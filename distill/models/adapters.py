@@ -93,16 +93,16 @@ def prepare_training(
     frozen_dtype: str = "fp32",
     gradient_checkpointing: bool = False,
 ) -> None:
-    """Freeze everything, cast all but the VAE to `frozen_dtype`, then make trainable (float32) what is trained."""
+    """Freeze everything, cast all that is not trained in full, but the VAE, to `frozen_dtype`, and make trainable (float32)
+    what is trained."""
     model.freeze()
-    for module in (model.denoiser, *model.text_encoders):
-        module.to(DTYPES[frozen_dtype])
     for module, how, part in (
         (model.denoiser, denoiser, "denoiser"),
         *((encoder, text_encoder, "text_encoder") for encoder in model.text_encoders),
     ):
+        # What is trained in full must not be rounded to 16 bits first.
+        module.to(torch.float32 if how == "full" else DTYPES[frozen_dtype])
         if how == "full":
-            module.to(torch.float32)
             module.requires_grad_(True)
             if getattr(module, "pooler", None) is not None:  # of BERT and its kin; no denoiser reads it
                 module.pooler.requires_grad_(False)
