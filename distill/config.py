@@ -369,6 +369,17 @@ class RunConfig(Settings):
     dry_run: Annotated[bool, HARMLESS] = False
     """Check everything, take one real step, print sizes and estimates of time and memory, and stop. Writes no model."""
 
+    @model_validator(mode="after")
+    def _check_precision(self) -> RunConfig:
+        trainer = self.trainer_options
+        if trainer is not None and self.base.frozen_dtype == "fp16" and trainer.mixed_precision != "fp16":
+            raise ValueError(
+                f"base.frozen_dtype is fp16, and trainer.mixed_precision is {trainer.mixed_precision}: small gradients "
+                "would become 0 in fp16 layers; set trainer.mixed_precision to fp16, which scales the loss, or "
+                "base.frozen_dtype to bf16"
+            )
+        return self
+
     @property
     def trainer_options(self) -> TrainerConfig | None:
         """The training loop of a recipe that trains, else None."""

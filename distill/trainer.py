@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin
 from diffusers.optimization import get_scheduler
 from diffusers.training_utils import EMAModel
 from numpy.typing import NDArray
@@ -149,7 +149,8 @@ def make_accelerator(config: TrainerConfig, output_dir: Path) -> Accelerator:
     AcceleratorState._reset_state()
     return Accelerator(
         mixed_precision=config.mixed_precision,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        # Not as a number, which an ACCELERATE_GRADIENT_ACCUMULATION_STEPS of the environment would replace.
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=config.gradient_accumulation_steps),
         log_with=tracker,
         project_dir=str(output_dir),
         kwargs_handlers=[DistributedDataParallelKwargs()],  # fit() says whether to search for unused parameters

@@ -21,7 +21,9 @@ from distill.evaluation.claims import LOWER_IS_BETTER, Comparison, compare, stud
 from distill.experiment import train
 from distill.experiment.arms import arms_of
 from distill.experiment.budgets import inherit, passes_of, spend
+from distill.experiment.cost import training_passes
 from distill.files import read_json, write_json
+from distill.methods import method_of
 from distill.methods.training import ArmConfig
 from distill.report import proof
 from distill.report.proof import write_proof
@@ -38,7 +40,7 @@ ARMS: dict[str, dict[str, Any]] = {
 
 def spent(arms: dict[str, dict[str, Any]], budget: int, processes: int = 1, **trainer: Any) -> Any:
     configs = {name: ArmConfig.model_validate(arm) for name, arm in arms.items()}
-    options = TrainerConfig(batch_size=4, **trainer)
+    options = TrainerConfig(**{"batch_size": 4} | trainer)
     return spend(arms_of(configs, options, FullEvaluation(), Path("run")), budget, processes)
 
 
@@ -61,6 +63,31 @@ def test_part_of_a_batch_costs_part_of_a_pass() -> None:
     half = {"like": "distilled", "method": {"kind": "attention_distillation", "batch_share": 0.5}}
     arms, _ = spent(ARMS | {"half": half}, 30)
     assert arms["half"].trainer.max_steps == int((30 * 3 - 6) / 3.5)
+
+
+def test_each_batch_rounds_what_it_teaches() -> None:
+    """A step of 8 batches of 2 images teaches 8 of them at least, not a fifth of 16."""
+    few = {"like": "distilled", "method": {"kind": "attention_distillation", "batch_share": 0.2}}
+    arms, _ = spent(ARMS | {"few": few}, 100, gradient_accumulation_steps=8, batch_size=2)
+    arm, teacher = arms["few"], passes_of(arms["teacher"], 1)
+    run = training_passes(method_of(arm.training.method, arm.training.denoising), arm.trainer, 1)
+    assert run + teacher <= 100 * 3 * 16 < run + teacher + run // arm.trainer.max_steps
+    assert passes_of(arm, 1) == run == arm.trainer.max_steps * 8 * (3 * 2 + 1)
+
+
+def test_a_run_folder_that_teaches_counts_with_its_own_teachers(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    folder.mkdir()
+    taught = {"text_encoder": "full", "method": {"kind": "attention_distillation", "teacher": str(folder)}}
+    arms, _ = spent(ARMS | {"taught": taught}, 30)
+    free = arms["taught"].trainer.max_steps
+    write_json(folder / "cost.json", {"image_passes": 1, "image_passes_with_teachers": 200})
+    arms, _ = spent(ARMS | {"taught": taught}, 30)
+    own = passes_of(arms["taught"], 1)
+    assert arms["taught"].trainer.max_steps < free and own + 200 <= 30 * 12 < own + 200 + own // free + 16
+    write_json(folder / "cost.json", {"steps": 3})
+    with pytest.raises(UserError, match=r"arms.taught: .*cost.json does not say image_passes_with_teachers"):
+        spent(ARMS | {"taught": taught}, 30)
 
 
 def test_a_student_whose_teacher_costs_all_is_left_out_with_those_that_it_teaches() -> None:

@@ -14,6 +14,7 @@ from pydantic_core import to_jsonable_python
 from recipe import ROOT, config_class_of, recipe_module
 
 from distill.cli import parse
+from distill.config import BaseConfig, FinetuningRunConfig, RunConfig, TrainerConfig
 from distill.configuration.options import entry_type, field_types, models_of
 from distill.experiment.arms import arms_of
 from distill.settings import Settings
@@ -139,3 +140,15 @@ def test_a_limit_changes_on_purpose_only() -> None:
         for group, options in recorded.items()
     }
     assert held == recorded
+
+
+def test_weights_in_fp16_need_a_loss_that_is_scaled() -> None:
+    """Else small gradients are 0; evaluation has none."""
+    base = BaseConfig(frozen_dtype="fp16")
+    for precision in ("no", "bf16"):
+        with pytest.raises(
+            ValueError, match=f"frozen_dtype is fp16, and trainer.mixed_precision is {precision}: small"
+        ):
+            FinetuningRunConfig(base=base, trainer=TrainerConfig(mixed_precision=precision))
+    FinetuningRunConfig(base=base, trainer=TrainerConfig(mixed_precision="fp16"))
+    assert RunConfig(base=base).base.frozen_dtype == "fp16"

@@ -119,6 +119,22 @@ def test_the_images_reach_the_trained_encoder_and_resting_dropout_stays_off(mode
         assert any(p.grad is not None and p.grad.any() for p in encoder.trained.parameters())
 
 
+def test_the_fit_is_judged_on_captions_that_are_not_fitted() -> None:
+    """A caption that is held out and occurs among the others tells nothing."""
+
+    def measured(captions: list[str]) -> dict[str, float]:
+        model = prepared(tiny_sd)
+        lock = lock_keys(model)
+        disturb(model)
+        return merge_keys(lock, captions, progress=False).r2
+
+    others = [f"{caption} {n}" for n, caption in enumerate(CAPTIONS * 4)][:9]
+    assert measured(["a small effusion", *others]).keys() == {"words", "padding"}, "one EOS has no spread"
+    assert measured(["a small effusion", *others[:8], "a small effusion"]) == {}
+    two = ["a small effusion", *others, "an opacity", *others]
+    assert measured(two) != measured([others[0], *others, "an opacity", *others]), "the new one alone is judged"
+
+
 def test_a_linear_change_of_the_hidden_states_is_merged_exactly(tmp_path: Path) -> None:
     model = load_model(BaseConfig(name=str(save_tiny(tmp_path / "base", "sd"))))
     prepare_training(model, denoiser="full", text_encoder="full", lora=LoraConfig())

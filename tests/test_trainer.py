@@ -255,6 +255,13 @@ def scaler() -> torch.amp.GradScaler:
     return torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=2)
 
 
+def test_the_environment_does_not_change_the_accumulation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4")
+    for steps in (1, 3):
+        config = TrainerConfig(gradient_accumulation_steps=steps, tracker="none")
+        assert make_accelerator(config, tmp_path).gradient_accumulation_steps == steps
+
+
 def test_a_step_that_fp16_skips_does_not_move_the_schedule(tmp_path: Path) -> None:
     train(LeastSquares(), tmp_path, scaler=scaler(), lr_schedule="linear", warmup_steps=4, max_steps=12, ema_decay=0.5)
     rows = log_of(tmp_path)

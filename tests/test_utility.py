@@ -84,7 +84,9 @@ def test_images_are_asked_for_findings_that_their_labels_name() -> None:
     edema = [("Edema",)] * FEWEST + [()] * FEWEST
     assert task.named_in(edema).findings == ["edema"] and task.named_in(edema).tested == task.tested
     for labels in ([()] * 20, [("edema",)] * 20, [("effusion",)] * 10 + [()] * 10):
-        with pytest.raises(UserError, match=r"held-out images \(edema, pleural effusion\) none is in the labels of 5 of"):
+        with pytest.raises(
+            UserError, match=r"held-out images \(edema, pleural effusion\) none is in the labels of 5 of"
+        ):
             task.named_in(labels)
 
 

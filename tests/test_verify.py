@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -76,6 +77,17 @@ def test_a_peft_folder_gives_the_denoisers_change(folder: Path) -> None:
     found, whole = verify(base(folder, "sd"), folder / "peft"), verify(base(folder, "sd"), folder / "sd-run")
     assert found.layout == "peft" and found.ignored == {}
     assert found.change == pytest.approx({k: v for k, v in whole.change.items() if k.startswith("unet")})
+
+
+def test_the_change_of_a_rank_stabilized_adapter_has_its_own_scale(folder: Path) -> None:
+    """alpha / sqrt(rank), Kalajdzievski 2023; the adapter has rank 2."""
+    plain = verify(base(folder, "sd"), folder / "peft").change
+    (folder / "rslora").mkdir()
+    shutil.copy(folder / "peft" / "adapter_model.safetensors", folder / "rslora")
+    said = json.dumps({"r": 2, "lora_alpha": 4.0, "use_rslora": True})
+    (folder / "rslora" / "adapter_config.json").write_text(said)
+    found = verify(base(folder, "sd"), folder / "rslora").change
+    assert found == pytest.approx({name: value * 2**0.5 for name, value in plain.items()})
 
 
 def renamed(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -207,7 +207,7 @@ def _mean(entries: Sequence[Any]) -> Any:
     return float(np.mean(entries)) if isinstance(first, float) else first
 
 
-def _of_one_seed(seeds: Sequence[int], entries: Sequence[Any]) -> JsonObject:
+def _of_one_seed(seeds: Sequence[int], entries: Sequence[JsonObject]) -> JsonObject:
     """What has no mean: the verdict on copies, which is that of the worst seed, and the look whose weights were kept."""
     found: JsonObject = {}
     verdicts = [entry.get("memorization") for entry in entries]
@@ -220,7 +220,7 @@ def _of_one_seed(seeds: Sequence[int], entries: Sequence[Any]) -> JsonObject:
     return found
 
 
-def _common(values: Sequence[Any]) -> Any:
+def _common(values: Sequence[object]) -> object:
     return values[0] if all(value == values[0] for value in values) else None
 
 

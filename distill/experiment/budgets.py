@@ -7,7 +7,7 @@ arm with a teacher gets fewer steps, because the teacher's passes and its traini
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
@@ -16,6 +16,7 @@ from accelerate import Accelerator
 
 from distill.errors import UserError
 from distill.experiment.arms import Arm
+from distill.experiment.cost import passes_in, training_passes
 from distill.files import whole_folder
 from distill.methods import method_of
 
@@ -46,6 +47,7 @@ def spend(arms: Mapping[str, Arm], budget: int, processes: int) -> tuple[dict[st
                 f"arms.{free[0]}.max_steps; its training counts as a part of the cost of {name}"
             )
         teachers = sum(passes_of(arms[other], processes) for other in needed)
+        teachers += sum(_trained_before([arm, *(arms[other] for other in needed)], arms))
         allowed = budget * PLAIN * _images(arm, processes)
         steps = _steps_within(arm, allowed - teachers, processes)
         if steps < 1:
@@ -57,8 +59,7 @@ def spend(arms: Mapping[str, Arm], budget: int, processes: int) -> tuple[dict[st
 
 def passes_of(arm: Arm, processes: int) -> int:
     """Image-passes of the steps of an arm, without its teachers' training."""
-    method, images = method_of(arm.training.method, arm.training.denoising), _images(arm, processes)
-    return sum(method.passes(step, images) for step in range(1, arm.trainer.max_steps + 1))
+    return training_passes(method_of(arm.training.method, arm.training.denoising), arm.trainer, processes)
 
 
 def inherit(accelerator: Accelerator, shorter: Path, arm: Arm) -> None:
@@ -93,6 +94,25 @@ def _needed(arms: Mapping[str, Arm], arm: Arm) -> list[str]:
     return found
 
 
+def _trained_before(needed: Sequence[Arm], arms: Mapping[str, Arm]) -> list[int]:
+    """Image-passes of the run folders that teach some arms, their own teachers included. Other models cost nothing.
+
+    Raises UserError for a folder that does not say what it cost.
+    """
+    found: dict[Path, int] = {}
+    for one in needed:
+        for folder in (Path(name) for name in one.training.method.references if name not in arms):
+            if (folder / "cost.json").is_file():
+                passes = passes_in(folder, "image_passes_with_teachers")
+                if passes is None:
+                    raise UserError(
+                        f"arms.{one.name}: under budgets its teacher's training counts, and {folder / 'cost.json'} does "
+                        "not say image_passes_with_teachers; train it again, or name an arm"
+                    )
+                found[folder.resolve()] = passes
+    return list(found.values())
+
+
 def _images(arm: Arm, processes: int) -> int:
     """Images of an optimizer step."""
     return arm.trainer.batch_size * arm.trainer.gradient_accumulation_steps * processes
@@ -100,9 +120,10 @@ def _images(arm: Arm, processes: int) -> int:
 
 def _steps_within(arm: Arm, allowed: int, processes: int) -> int:
     """The most steps whose image-passes are at most `allowed`."""
-    method, images, spent = method_of(arm.training.method, arm.training.denoising), _images(arm, processes), 0
+    method, spent = method_of(arm.training.method, arm.training.denoising), 0
+    batches = processes * arm.trainer.gradient_accumulation_steps
     for step in count(1):
-        spent += method.passes(step, images)
+        spent += batches * method.passes(step, arm.trainer.batch_size)  # each batch rounds what it teaches
         if spent > allowed:
             return step - 1
     raise AssertionError("every step costs")

@@ -66,14 +66,15 @@ def with_teachers(run: Run, arm: Arm, own: int) -> int | None:
         if name not in needed:
             needed.add(name)
             waiting += run.arms[name].needs
-    known = [_passes(run.arms[name].folder, "image_passes") for name in needed]
+    known = [passes_in(run.arms[name].folder, "image_passes") for name in needed]
     for one in (arm, *(run.arms[name] for name in needed)):
         folders |= {Path(name) for name in one.training.method.references if name not in run.arms}
-    known += [_passes(folder, "image_passes_with_teachers") for folder in folders if (folder / "cost.json").is_file()]
+    known += [passes_in(folder, "image_passes_with_teachers") for folder in folders if (folder / "cost.json").is_file()]
     return None if None in known else own + sum(passes for passes in known if passes is not None)
 
 
-def _passes(folder: Path, key: str) -> int | None:
+def passes_in(folder: Path, key: str) -> int | None:
+    """Image-passes that cost.json of a run folder names; None where it names none."""
     try:
         passes = read_json(folder / "cost.json").get(key)
     except (UserError, AttributeError):

@@ -239,7 +239,8 @@ Held = dict[int, list[tuple[torch.Tensor, torch.Tensor]]]
 def _moments(
     lock: KeyLock, captions: Sequence[str], batch_size: int, progress: bool
 ) -> tuple[torch.Tensor, torch.Tensor, Held]:
-    """Sums of x'x and of x'(y - x), in which each token group counts alike, and the states of every tenth caption."""
+    """Sums of x'x and of x'(y - x), in which each token group counts alike, and the states of every tenth caption that
+    is not among the others."""
     model = lock.model
     key_columns, value_columns = lock.columns
     texts = [*captions, *[""] * max(1, len(captions) // 50)]
@@ -249,6 +250,9 @@ def _moments(
     share = {int(code): float((codes == code).double().mean()) for code in codes.unique()}
     gram, cross = torch.zeros(width, width, dtype=torch.float64), torch.zeros(width, width, dtype=torch.float64)
     held: Held = {code: [] for code in share}
+    # A caption that is fitted elsewhere would tell nothing where it is held out.
+    seen = {text for place, text in enumerate(texts) if place % 10 or place >= len(captions)}
+    new = torch.tensor([text not in seen for text in texts])
     device = model.denoiser.device
     from tqdm.auto import tqdm
 
@@ -261,7 +265,7 @@ def _moments(
         out = (places % 10 == 0) & (places < len(captions))
         for code, amount in share.items():
             chosen = codes[start : start + len(part)] == code
-            fitted, kept = chosen & ~out[:, None], chosen & out[:, None]
+            fitted, kept = chosen & ~out[:, None], chosen & (out & new[places])[:, None]
             a, b = x[fitted], (y - x)[fitted]
             gram += a.T @ a / amount
             cross += a.T @ b / amount
@@ -365,7 +369,7 @@ class KeyLocked(Method):
         )
         context.say(
             "the locked keys are merged into the weights, so that the export is a plain model; R^2 on other captions: "
-            f"{fits}; {context.log_dir / 'key_lock.json'}"
+            f"{fits or 'not measured, as they all repeat'}; {context.log_dir / 'key_lock.json'}"
         )
         worse = [name for name, value in merged.r2.items() if value < merged.r2_unmerged[name] and name not in free]
         if worse:

@@ -80,9 +80,9 @@ class AttentionMatch(Options):
     layers: Texts = ()
     """Prefixes of the cross-attention layers to compare. Empty compares all."""
     min_timestep: Timestep = 0
-    """Compare attention only at timesteps of at least this."""
+    """Compare student and teacher only at timesteps of at least this."""
     max_timestep: Timestep = 999
-    """Compare attention only at timesteps of at most this."""
+    """Compare student and teacher only at timesteps of at most this."""
 
     @model_validator(mode="after")
     def _check_match(self) -> AttentionMatch:

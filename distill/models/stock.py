@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.files import JsonObject
+
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PHANTOM = "checkpoints/phantom-base"
 # Folder of a part -> library and class, where its config.json does not name one.
@@ -128,7 +130,7 @@ def code_of(base: str, folder: Path, parts: Mapping[str, str], config: Mapping[s
     return loading_code(base, folder, parts, prompt, few_steps=few_steps, caption_chunks=chunks, **options)
 
 
-def code_of_arm(run_dir: Path, arm: str, config: Mapping[str, Any], *, trained: bool) -> str:
+def code_of_arm(run_dir: Path, arm: str, config: JsonObject, *, trained: bool) -> str:
     """The code that loads a model of a run; empty where no folder is known to hold its weights, as those of the images
     of another tool. config: the run's. trained: whether the run trained it."""
     origin = dict(config.get("base") or {})

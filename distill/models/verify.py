@@ -159,7 +159,12 @@ def read_adapter(path: Path, model: Model) -> tuple[dict[Layer, LowRank], dict[s
             ignored |= dict.fromkeys(one.keys, fault)
             continue
         if one.alpha is None:
-            one.alpha = said_alpha(config, "" if name.startswith("base_model.") else f"{part}.", layer)
+            prefix = "" if name.startswith("base_model.") else f"{part}."
+            one.alpha = said_alpha(config, prefix, layer)
+            if config.get(f"{prefix}use_rslora") is True:  # alpha / sqrt(rank), which is alpha sqrt(rank) / rank
+                assert one.down is not None
+                rank = len(one.down)
+                one.alpha = (rank if one.alpha is None else one.alpha) * rank**0.5
         taken[part, layer] = one
     return taken, ignored
 
