@@ -210,8 +210,8 @@ def _mean(entries: Sequence[Any]) -> Any:
 def _of_one_seed(seeds: Sequence[int], entries: Sequence[JsonObject]) -> JsonObject:
     """What has no mean: the verdict on copies, which is that of the worst seed, and the look whose weights were kept."""
     found: JsonObject = {}
-    verdicts = [entry.get("memorization") for entry in entries]
-    if len(entries) > 1 and all(verdicts):
+    verdicts: list[JsonObject] = [entry["memorization"] for entry in entries if entry.get("memorization")]
+    if len(verdicts) == len(entries) > 1:
         worst = min(range(len(verdicts)), key=lambda place: verdicts[place]["p"])
         found["memorization"] = verdicts[worst] | {"seed": seeds[worst]}
     cost = entries[0].get("cost") or {}
