@@ -262,6 +262,28 @@ def test_examples_come_first_in_the_order_of_captions() -> None:
     assert evaluation_order(dataset, [], 99) == [0, 1, 2, 3, 4, 5]
 
 
+class TwoCaptions(Listed):
+    """Rows 2 k and 2 k + 1 are two captions of one image."""
+
+    def image_key(self, index: int) -> str:
+        return str(index // 2)
+
+
+def test_an_image_of_several_captions_counts_once_while_there_are_others(
+    sd: Model, accelerator: Accelerator, tmp_path: Path
+) -> None:
+    dataset = TwoCaptions(pictures(8).samples, WORDS)
+    assert evaluation_order(dataset, [3], 4) == [3, 0, 4, 6], "one of each image"
+    assert evaluation_order(dataset, [3], 99) == [3, 0, 4, 6, 1, 2, 5, 7]
+    config = CONFIG.model_copy(update={"generated_images": 4, "neighbours": 2, "examples": 1})
+    found = held_out(dataset, sd, config, Means(), accelerator=accelerator, run_dir=tmp_path)
+    assert len({index // 2 for index in found.real.indices}) == 4
+    assert found.quality["fid"] is None, "no image is left for the other side"
+    config = config.model_copy(update={"generated_images": 2})
+    found = held_out(dataset, sd, config, Means(), accelerator=accelerator, run_dir=tmp_path / "two")
+    assert found.quality["fid"] is not None
+
+
 def test_captions_without_boxes_have_quality_and_no_localization(sd: Model, tmp_path: Path) -> None:
     dataset = Listed([sample(n, f"A picture, {n}.") for n in "abcd"], {})
     result = run_all(sd, dataset, CONFIG, tmp_path, 64)

@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 from distill.config import FullEvaluation
 from distill.data.cache import model_fingerprint
 from distill.data.remembered import Remembered
-from distill.data.sample import ImageCaptionDataset
+from distill.data.sample import ImageCaptionDataset, image_key
 from distill.evaluation.fidelity import Generated, compare, finding_labels
 from distill.evaluation.images import is_image, read_png, save_png
 from distill.evaluation.kept import Batches, Kept, digest, features_key, packed, unpacked, weights_of
@@ -95,8 +95,17 @@ def _stack(rows: list[Any]) -> torch.Tensor | None:
 
 
 def evaluation_order(dataset: ImageCaptionDataset, examples: Sequence[int], count: int) -> list[int]:
-    """Indices of held-out captions to generate: the examples first, then the others in order."""
-    return [*examples, *(i for i in range(len(dataset)) if i not in set(examples))][:count]
+    """Indices of held-out captions to generate: the examples first, then one of each other image in order, then the other
+    captions of images. Real images that are there twice would look like a set of less variety."""
+    seen = {image_key(dataset, i) for i in examples}
+    first: list[int] = []
+    again: list[int] = []
+    for i in range(len(dataset)):
+        if i not in set(examples):
+            key = image_key(dataset, i)
+            (again if key in seen else first).append(i)
+            seen.add(key)
+    return [*examples, *first, *again][:count]
 
 
 @torch.no_grad()
@@ -388,8 +397,10 @@ def held_out(
     examples = _shown(dataset, asked, config)
     if accelerator.is_main_process:
         write_examples(dataset, examples, run_dir / "real")
-    order = evaluation_order(dataset, examples, 2 * config.generated_images)
-    first, others = order[: config.generated_images], order[config.generated_images :]
+    order = evaluation_order(dataset, examples, len(dataset))
+    first, rest = order[: config.generated_images], order[config.generated_images :]
+    taken = {image_key(dataset, i) for i in first}
+    others = [i for i in rest if image_key(dataset, i) not in taken][: config.generated_images]
     real = real_images(dataset, first, features, accelerator, config.batch_size)
     if accelerator.is_main_process:
         save_features(real, dataset, features, run_dir / "real" / "features.safetensors")
