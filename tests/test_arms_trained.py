@@ -63,12 +63,17 @@ def test_a_finished_arm_goes_on_where_it_can(tmp_path: Path) -> None:
         UserError, match=r"for 9 steps, .* is 10. Its last state was not kept .*: give trainer.max_steps 9"
     ):
         train._is_longer(run, arm, 9, log_dir)
+    checkpoints.folder_of(state, 8).mkdir(parents=True)
+    with pytest.raises(UserError, match="Its last state was not kept"):
+        train._is_longer(run, arm, 9, log_dir)
     checkpoints.folder_of(state, 9).mkdir(parents=True)
     other.folder.mkdir()
     (other.folder / "cost.json").touch()
     student.folder.mkdir()
     assert train._is_longer(run, arm, 9, log_dir) is True, "the student is not trained yet"
     assert said == ["model: trained for 9 steps; goes on to 10"]
+    checkpoints.folder_of(state, 9).rename(checkpoints.folder_of(state, 10))
+    assert train._is_longer(run, arm, 9, log_dir) is True, "it was killed while it went on"
     (student.folder / "cost.json").touch()
     with pytest.raises(
         UserError, match=r"model would be trained further, and student was trained with it .* \S+student to"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from pydantic import TypeAdapter, ValidationError
 from tiny import tiny_sd, tiny_sdxl
 from torch import nn
@@ -30,7 +31,7 @@ from training import (
 )  # fmt: skip
 
 from distill.attention import record_attention
-from distill.config import NO_LABEL, DenoisingConfig
+from distill.config import NO_LABEL, DenoisingConfig, LoraConfig
 from distill.data.batch import Batch, Pixels, Posterior, TextEmbeddings, Tokens
 from distill.data.cache import cache_latents, cache_text_embeddings
 from distill.data.captions import names_side
@@ -51,6 +52,7 @@ from distill.methods.pretraining import AutoencoderObjective, ContrastiveObjecti
 from distill.methods.supervised_attention import resize_regions
 from distill.methods.training import Training
 from distill.models import Model, model_of
+from distill.models.adapters import prepare_training
 from distill.tokens import EOS, WORD
 
 LABEL = "pleural effusion"
@@ -254,6 +256,17 @@ def test_gradients_reach_all_that_trains(build: Callable[[], Any]) -> None:
     for module in (model.denoiser, *model.text_encoders):
         assert has_gradient(module)
     assert not has_gradient(model.vae)
+
+
+@pytest.mark.parametrize(("before", "after"), [(0.0, 0.3), (0.3, 0.0), (0.3, 0.1)])
+def test_an_adapter_that_goes_on_has_the_dropout_that_is_asked_for(before: float, after: float) -> None:
+    model = model_of(tiny_sd())
+    for dropout in (before, after):
+        prepare_training(model, denoiser="lora", text_encoder="lora", lora=LoraConfig(rank=2, dropout=dropout))
+        for module in (model.denoiser, *model.text_encoders):
+            layers = [layer for layer in module.modules() if isinstance(layer, LoraLayer)]
+            assert layers and {getattr(layer.lora_dropout["default"], "p", 0.0) for layer in layers} == {dropout}
+            assert module.peft_config["default"].lora_dropout == dropout
 
 
 @pytest.mark.parametrize(("denoiser", "text_encoder"), [("full", "frozen"), ("lora", "full"), ("full", "full")])

@@ -160,13 +160,13 @@ def _cost_of(run: Run, name: str, path: Path) -> JsonObject | None:
 
 def _is_longer(run: Run, arm: Arm, steps: int, log_dir: Path) -> bool:
     """Whether a finished arm is to be trained further, than `steps`. Raises UserError where it cannot."""
-    wanted, state = arm.trainer.max_steps, checkpoints.folder_of(log_dir / "state", steps)
+    wanted = arm.trainer.max_steps
     if wanted == steps:
         return False
     again = f"give trainer.max_steps {steps}, or delete {arm.folder} to train {wanted} steps from the beginning"
     if wanted < steps:
         raise UserError(f"{arm.name}: trained for {steps} steps, and trainer.max_steps is {wanted}; {again}")
-    if not state.is_dir():
+    if not any(step >= steps for step in checkpoints.steps_in(log_dir / "state")):  # a later one where that was killed
         raise UserError(
             f"{arm.name}: trained for {steps} steps, and trainer.max_steps is {wanted}. Its last state was not kept "
             f"(trainer.keep_last_state_gb), so it cannot go on: {again}"

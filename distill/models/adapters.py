@@ -9,6 +9,7 @@ import peft
 import torch
 import transformers
 from peft import LoraConfig as PeftLoraConfig
+from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 from transformers.integrations.peft import MIN_PEFT_VERSION
@@ -65,6 +66,10 @@ def add_lora(module: nn.Module, lora: LoraConfig, targets: Sequence[str], part: 
                 f"{', '.join(sorted(theirs[2]))}; to "
                 f"go on with it, set lora.rank, lora.alpha and lora.{part}_targets to these"
             )
+        for layer in module.modules():
+            if isinstance(layer, LoraLayer):  # the file's own dropout, or none, is not what is asked for
+                layer.lora_dropout["default"] = nn.Dropout(lora.dropout) if lora.dropout else nn.Identity()
+        there.lora_dropout = lora.dropout
         for name, parameter in module.named_parameters():
             if "lora_" in name:
                 parameter.requires_grad_(True)
