@@ -93,3 +93,19 @@ def test_the_gate_narrows_what_is_asked_for() -> None:
     assert (narrowed.min_timestep, narrowed.max_timestep, narrowed.layers) == (100, 699, ("a",))
     with pytest.raises(UserError, match="timesteps 0 to 699, and .* ask for 800 to 999"):
         taught.narrow(AttentionDistillationOptions(min_timestep=800))
+
+
+def test_the_gate_teaches_no_token_group_that_is_not_asked_for() -> None:
+    """Where none is named, all that pass."""
+    taught = Taught(("a",), ("words", "eos"), (100, 699), {}, ())
+    assert taught.narrow(AttentionDistillationOptions()).place_groups == ("words", "eos")
+    both: list[tuple[tuple[Any, ...], tuple[str, ...]]] = [
+        (("words",), ("words",)),
+        (("eos", "padding"), ("eos",)),
+        (("padding", "words"), ("words",)),
+    ]
+    for asked, expected in both:
+        options = AttentionDistillationOptions(place_groups=asked).model_copy(update={"teacher": "frozen"})
+        assert taught.narrow(options).place_groups == expected
+    with pytest.raises(UserError, match=r"teacher localizes words, eos, and method.place_groups asks for padding"):
+        taught.narrow(AttentionDistillationOptions(place_groups=("padding",)))

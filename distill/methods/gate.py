@@ -46,7 +46,7 @@ class Taught:
     auc_of_timesteps: tuple[float, ...]
 
     def narrow(self, config: AttentionMatch) -> AttentionMatch:
-        """Its part of what `config` asks for."""
+        """Its part of what `config` asks for; all of its token groups where `config` names none."""
         first, last = max(self.timesteps[0], config.min_timestep), min(self.timesteps[1], config.max_timestep)
         if first > last:
             raise UserError(
@@ -54,7 +54,14 @@ class Taught:
                 f"{self.timesteps[1]}, and method.min_timestep and max_timestep ask for {config.min_timestep} to "
                 f"{config.max_timestep}"
             )
-        change = {"layers": self.layers, "place_groups": self.groups, "min_timestep": first, "max_timestep": last}
+        named = "place_groups" in config.model_fields_set
+        groups = tuple(group for group in self.groups if not named or group in config.place_groups)
+        if not groups:
+            raise UserError(
+                f"method.gate_reference: of the token groups, the teacher localizes {', '.join(self.groups)}, and "
+                f"method.place_groups asks for {', '.join(config.place_groups)}"
+            )
+        change = {"layers": self.layers, "place_groups": groups, "min_timestep": first, "max_timestep": last}
         return config.model_copy(update=change)
 
 
