@@ -150,7 +150,7 @@ def test_each_method_trains_on_chunks(name: str) -> None:
 
 def test_a_merge_of_keys_that_did_not_change_changes_nothing() -> None:
     student = prepared(chunks=2)
-    texts = [LONG, LONG.upper(), "effusion"] * 10
+    texts = [f"{number} {text}" for number in range(10) for text in (LONG, LONG.upper(), "effusion")]
     inputs = student.tokenize([LONG])
     before = {name: layer.clone() for name, layer in student.denoiser.state_dict().items() if "to_k" in name}
     merged = merge_keys(lock_keys(student), texts, progress=False)

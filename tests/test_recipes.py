@@ -551,7 +551,7 @@ def test_locked_keys_are_merged_into_stock_weights(
     run("finetune", [*locked, "--dry_run", "true", "--output_dir", str(tmp_path / "refused")])
     assert not (tmp_path / "refused").exists()
     run("finetune", [*locked, "--output_dir", str(tmp_path / "lora")])
-    assert "model: keys merged" in capsys.readouterr().out
+    assert "model: the locked keys are merged into the weights" in capsys.readouterr().out
     weights = load_file(tmp_path / "lora" / LORA_FILE)
     down = {key: len(weight) for key, weight in weights.items() if "attn2" in key and key.endswith("lora.down.weight")}
     ranks = {key.split(".attn2.")[1].removesuffix(".lora.down.weight"): rank for key, rank in down.items()}
