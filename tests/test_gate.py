@@ -96,11 +96,11 @@ def test_the_gate_narrows_what_is_asked_for() -> None:
 
 
 def test_the_gate_teaches_no_token_group_that_is_not_asked_for() -> None:
-    """Where none is named, all that pass."""
+    """The default stands for all that pass, also where a configuration spells it out, as those of arms do."""
     taught = Taught(("a",), ("words", "eos"), (100, 699), {}, ())
     assert taught.narrow(AttentionDistillationOptions()).place_groups == ("words", "eos")
     both: list[tuple[tuple[Any, ...], tuple[str, ...]]] = [
-        (("words",), ("words",)),
+        (("words",), ("words", "eos")),
         (("eos", "padding"), ("eos",)),
         (("padding", "words"), ("words",)),
     ]

@@ -46,7 +46,7 @@ class Taught:
     auc_of_timesteps: tuple[float, ...]
 
     def narrow(self, config: AttentionMatch) -> AttentionMatch:
-        """Its part of what `config` asks for; all of its token groups where `config` names none."""
+        """Its part of what `config` asks for; all of its token groups where `config` has the default."""
         first, last = max(self.timesteps[0], config.min_timestep), min(self.timesteps[1], config.max_timestep)
         if first > last:
             raise UserError(
@@ -54,8 +54,8 @@ class Taught:
                 f"{self.timesteps[1]}, and method.min_timestep and max_timestep ask for {config.min_timestep} to "
                 f"{config.max_timestep}"
             )
-        named = "place_groups" in config.model_fields_set
-        groups = tuple(group for group in self.groups if not named or group in config.place_groups)
+        every = config.place_groups == type(config).model_fields["place_groups"].default
+        groups = tuple(group for group in self.groups if every or group in config.place_groups)
         if not groups:
             raise UserError(
                 f"method.gate_reference: of the token groups, the teacher localizes {', '.join(self.groups)}, and "

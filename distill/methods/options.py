@@ -74,8 +74,8 @@ class AttentionMatch(Options):
     tail_weight: Weight = 0.0
     """Weight of the attention mass of EOS and padding beyond the teacher's."""
     place_groups: Annotated[tuple[Group, ...], Field(min_length=1)] = ("words",)
-    """Tokens whose maps the KL over places compares. With a gate: those of them that pass it, or, where none are named,
-    all that pass."""
+    """Tokens whose maps the KL over places compares. With a gate: those of them that pass it; the default, words,
+    then stands for all that pass."""
     words: Literal["all", "labels"] = "all"
     """labels compares only the words that name a label of the image; all other tokens count as one."""
     layers: Texts = ()
