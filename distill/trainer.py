@@ -183,14 +183,16 @@ def fit(
 ) -> FitResult:
     """Train what requires a gradient in `objective` for config.max_steps optimizer steps.
 
-    objective: forward(batch, generator) -> {"loss": scalar, every other term by name: scalar}. parameter_groups: lists
-    of parameters with their own `lr`, and `until`, the step after which they stay as they are, or None; default: all
-    trainable ones at config.learning_rate. on_sample, on_validate: called with the step every
-    config.sample_every_steps, validate_every_steps, on every process, with the averaged weights where config.ema_decay
-    asks for them. keep_best: leave the weights of the step for which on_validate gave the highest number, of equal ones
-    the first; those after the last step where it gave none. It must give the same number on every process.
+    objective: forward(batch, generator) -> {"loss": scalar, every other term by name: scalar}.
+    parameter_groups: lists of parameters with their own `lr`, and `until`, the step after which they stay as they are,
+    or None; default: all trainable ones at config.learning_rate.
+    on_sample, on_validate: called with the step every config.sample_every_steps, validate_every_steps, on every
+    process, with the averaged weights where config.ema_decay asks for them.
+    keep_best: leave the weights of the step for which on_validate gave the highest number, of equal ones the first;
+    those after the last step where it gave none. It must give the same number on every process.
     fingerprints: hashes of what the training depends on, by a name for the user; a checkpoint with others is refused.
-    chances: see `StepSampler`. Writes train_log.jsonl and state/step-*; continues from the newest whole checkpoint.
+    chances: see `StepSampler`.
+    Writes train_log.jsonl and state/step-*; continues from the newest whole checkpoint.
     Raises UserError on a non-finite loss, a data set smaller than needed, nothing to train, a checkpoint of another
     training, or files that cannot be written; Interrupted, with a checkpoint written, on SIGINT and SIGTERM.
     """

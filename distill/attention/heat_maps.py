@@ -64,10 +64,10 @@ def select_tokens(
 
     Words are found by the tokenizer's offsets, whole and without regard to case. A word's column is the mean over its
     tokens, and over all places where it occurs: "a red cat and a red dog" has one column "red". The column of the
-    padding is the sum over its tokens, which may be dozens, so that its values are not comparable with a word's. With
-    several tokenizers (SDXL) the mean of their selections, which agree unless one splits a word otherwise. chunks: of
-    `max_length` tokens each, that a prompt has, see `distill.tokens`. Raises UserError if a word is in no prompt, or
-    truncation cuts it off.
+    padding is the sum over its tokens, which may be dozens, so that its values are not comparable with a word's.
+    With several tokenizers (SDXL) the mean of their selections, which agree unless one splits a word otherwise.
+    chunks: of `max_length` tokens each, that a prompt has, see `distill.tokens`.
+    Raises UserError if a word is in no prompt, or truncation cuts it off.
     """
     prompts = [prompts] if isinstance(prompts, str) else list(prompts)
     words = [words] if isinstance(words, str) else words

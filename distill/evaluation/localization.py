@@ -198,9 +198,9 @@ def localization(
     """The `localization` entry of metrics.json, None without regions.
 
     Writes the examples' maps to maps.safetensors, and the scores of each pair to pairs.jsonl. Scores of an earlier call
-    in `arm_dir` are used again where all that decides them is the same. priors_dir: adds the entry "priors" (see
-    priors.py), kept there for the run's other models. training: for its mean masks. weights: see kept.weights_of,
-    before the weights were quantized. latents: of earlier models on the same data.
+    in `arm_dir` are used again where all that decides them is the same.
+    priors_dir: adds the entry "priors" (see priors.py), kept there for the run's other models. training: for its mean
+    masks. weights: see kept.weights_of, before the weights were quantized. latents: of earlier models on the same data.
     """
     asked = queries(dataset, model, config, accelerator)
     if not asked:

@@ -97,8 +97,9 @@ def memorization(
 
     images: files of generated images. own: the row of `held_out` whose caption each is of, or -1; an image is not
     compared with the held-out image of its own caption, for no training image is as close to its caption by
-    construction. Vectors of training and held-out images are kept in real/compared. All processes make them, and the
-    main one compares.
+    construction.
+    Vectors of training and held-out images are kept in real/compared. All processes make them, and the main one
+    compares.
     """
     make = partial(_vectors, model, features, accelerator.device)
     key = digest(model_fingerprint(model.vae), features_key(features), THUMBNAIL_PX)

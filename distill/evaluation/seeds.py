@@ -51,8 +51,8 @@ def combine(folder: Path, samples: int | None = None, compare_to: Sequence[str] 
     """metrics.json of `folder`: each arm's means over the seeds, `per_seed` values, and `paired` differences.
 
     samples: resamples of the bootstrap, by default as many as the runs had. compare_to: the arms that all others but
-    the base are compared with; empty takes the first. Raises UserError if the seeds' runs differ in configuration, arms
-    or images.
+    the base are compared with; empty takes the first.
+    Raises UserError if the seeds' runs differ in configuration, arms or images.
     """
     runs = run_folders(folder)
     if not runs:

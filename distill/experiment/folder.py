@@ -29,9 +29,9 @@ _LEFTOVER = re.compile(r"\..+\.\d+(\.\d+)?\.tmp|(export|look|step-\d+|)\.partial
 def held(folder: Path, *, shared: bool = False, write: bool = True) -> Iterator[None]:
     """Keep other launches out of a run folder; all ranks of one launch must call this.
 
-    shared: let those in that share it too. write: False changes and locks nothing, as a dry run asks. Removes what a
-    killed launch left half-written. Raises UserError if another launch is at the folder, or if it cannot be written. A
-    launch that fails before it wrote anything leaves nothing.
+    shared: let those in that share it too. write: False changes and locks nothing, as a dry run asks.
+    Removes what a killed launch left half-written. Raises UserError if another launch is at the folder, or if it cannot
+    be written. A launch that fails before it wrote anything leaves nothing.
     """
     in_the_way = next((path for path in (folder, *folder.parents) if path.exists() and not path.is_dir()), None)
     if in_the_way is not None:

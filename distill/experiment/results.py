@@ -60,9 +60,10 @@ def evaluate_arm(
 ) -> JsonObject:
     """Load base and run folder as a user would, evaluate, and write <run>/<arm>/metrics.json; returns its entry.
 
-    A part that was measured before is kept if its weights, data, options and files are still the same. base: the base
-    of `folder`, where it is not the one that the arms are trained from. evaluation: in place of the run's or the arm's.
-    cost: of what this run has trained; its metrics.json then has the settings of its training, and it gets a card.
+    A part that was measured before is kept if its weights, data, options and files are still the same.
+    base: the base of `folder`, where it is not the one that the arms are trained from. evaluation: in place of the
+    run's or the arm's. cost: of what this run has trained; its metrics.json then has the settings of its training, and
+    it gets a card.
     """
     arm_dir, arm, resolution = run.folder / name, run.arms.get(name), run.config.data.resolution
     config = evaluation or (arm.evaluation if arm else run.evaluation)

@@ -61,9 +61,9 @@ class Run:
 
     base: what the arms are trained from. evaluation: of every model, unless an arm has its own. references: further
     models that methods may name, such as the model that a smaller one is made of. data_hashes: of the training rows of
-    each arm. weight_hashes: of the models that were loaded, by the name that they were asked for by. examples: held-out
-    images that are shown. features: of quality. balance: how often training images are drawn, where that is not alike.
-    make_against: draws or reads the real images of the evaluation.
+    each arm. weight_hashes: of the models that were loaded, by the name that they were asked for by.
+    examples: held-out images that are shown. features: of quality. balance: how often training images are drawn, where
+    that is not alike. make_against: draws or reads the real images of the evaluation.
     """
 
     config: RunConfig

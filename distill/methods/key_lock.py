@@ -3,8 +3,8 @@
 Where a word looks is decided by keys, what it draws there by values. A trained text encoder moves both, and the maps
 are lost. With locked keys it moves the maps only through the queries of later layers. The price is a forward pass of a
 text encoder; no teacher is needed. After training, `merge_keys` gives the keys back to the trained encoder, in closed
-form, so that the export is a stock denoiser and a stock text encoder, or adapters of both. Source: Perfusion, Tewel et
-al. 2023 (arXiv 2305.01644), which locks keys per concept and to its class.
+form, so that the export is a stock denoiser and a stock text encoder, or adapters of both.
+Source: Perfusion, Tewel et al. 2023 (arXiv 2305.01644), which locks keys per concept and to its class.
 """
 
 from __future__ import annotations
@@ -128,8 +128,8 @@ class KeyLock:
     ) -> None:
         """Lock `model` in place: its text encoders, its pipeline's and its U-Net. frozen: the encoders that the keys
         see. layers: prefixes of those that are locked; empty locks all. tokens: those whose keys are locked. After
-        adapters are attached, since the hooks are on the outermost module of each projection. Raises UserError for a
-        U-Net that projects the text itself, and for a prefix that matches nothing."""
+        adapters are attached, since the hooks are on the outermost module of each projection.
+        Raises UserError for a U-Net that projects the text itself, and for a prefix that matches nothing."""
         ends = [_end_of(tokenizer) for tokenizer in model.tokenizers]
         endless = (
             ["locked_tokens: a tokenizer has no token that ends a caption"] if tokens != "all" and -1 in ends else []

@@ -93,10 +93,11 @@ def similarity(
 ) -> Similarity:
     """How near images are to their captions, and how much nearer than to other captions.
 
-    images, texts: (N, d), of length 1; row k is of captions[k]. own: mean of 100 cos(image, its caption), as CLIPScore
-    of torchmetrics without its cut at 0 (after Hessel et al. 2021). adds: the same, minus its mean over the captions of
-    `captions` that differ from the image's own: 0 for images that do not depend on their captions. Intervals are
-    percentile bootstraps over images. Raises ValueError on other shapes, NaN and inf.
+    images, texts: (N, d), of length 1; row k is of captions[k].
+    own: mean of 100 cos(image, its caption), as CLIPScore of torchmetrics without its cut at 0 (after Hessel et al.
+    2021). adds: the same, minus its mean over the captions of `captions` that differ from the image's own: 0 for images
+    that do not depend on their captions. Intervals are percentile bootstraps over images.
+    Raises ValueError on other shapes, NaN and inf.
     """
     if images.ndim != 2 or images.shape != texts.shape or len(captions) != len(images) or not len(images):
         raise ValueError(

@@ -123,11 +123,12 @@ def copies(
     Assumed: images came into the training or the held-out split by chance, and the model saw the training split only.
     Then a model that does not copy would have drawn the same images had the splits been others, and the nearest image
     of all is a training image with probability N / (N + M). All images are used, for a subset of the training images as
-    large as the held-out set would hide most of what was copied. Several generated images may share a nearest image,
-    and are then one observation: the test counts *different* nearest images (exact, hypergeometric, one-sided), and the
-    interval draws them with all generated images that they are nearest to. So many copies of one single training image
-    are not significant here; the pairs (`suspicion`) show them. An image that is equally near to both counts one half
-    in `share`, and as held-out in the test.
+    large as the held-out set would hide most of what was copied.
+    Several generated images may share a nearest image, and are then one observation: the test counts *different*
+    nearest images (exact, hypergeometric, one-sided), and the interval draws them with all generated images that they
+    are nearest to. So many copies of one single training image are not significant here; the pairs (`suspicion`) show
+    them.
+    An image that is equally near to both counts one half in `share`, and as held-out in the test.
     """
     is_training = training.distance < held_out.distance
     counted = is_training + 0.5 * (training.distance == held_out.distance)

@@ -169,9 +169,10 @@ def finding_auroc(
     """Area under the ROC curve of each finding, by torchmetrics, and its mean over the findings ("auc").
 
     scores: (N, F) float, any monotone scale. labels: (N, F) bool, what the caption says. counted: (N, F) bool, the
-    images that count for a finding; None counts all. A finding that all images or none have has no area (None) and is
-    left out of the mean. "auc_ci" is a percentile bootstrap over images, in which a finding is left out of the
-    resamples that lack one of its classes. Raises ValueError on other shapes, labels that are not bool, NaN or inf.
+    images that count for a finding; None counts all.
+    A finding that all images or none have has no area (None) and is left out of the mean. "auc_ci" is a percentile
+    bootstrap over images, in which a finding is left out of the resamples that lack one of its classes.
+    Raises ValueError on other shapes, labels that are not bool, NaN or inf.
     """
     if scores.ndim != 2 or scores.shape != labels.shape:
         raise ValueError(f"scores and labels must both be (N, F); got {tuple(scores.shape)} and {tuple(labels.shape)}")

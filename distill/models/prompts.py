@@ -51,8 +51,9 @@ def prompt_embeddings(
 
         image = pipe(**prompt_embeddings(pipe, prompt, chunks=2)).images[0]
 
-    For a model that was trained with base.caption_chunks, give as many; a short prompt has as many too. A longer prompt
-    is cut, with a warning. Raises UserError for a pipeline of no known family, or without CLIP's tokens.
+    For a model that was trained with base.caption_chunks, give as many; a short prompt has as many too.
+    A longer prompt is cut, with a warning. Raises UserError for a pipeline of no known family, or without CLIP's
+    tokens.
     """
     if chunks < 1:
         raise UserError(f"chunks is {chunks}; expected a whole number from 1 on")

@@ -103,7 +103,8 @@ def multi_label_encoder(
     The multi-label tokens of Dombrowski et al. (AAAI 2024): no word pieces, no positions, and no token sees another,
     which is a T5 encoder without a layer: a table of vectors (of the same norm, at random; `swap_text_encoder` fits the
     U-Net to them). Case, the length of white space, and commas or semicolons between labels do not count; anything else
-    is one unknown token a word. Raises UserError for no label, and for more than `max_tokens` can hold.
+    is one unknown token a word.
+    Raises UserError for no label, and for more than `max_tokens` can hold.
     """
     names = sorted({" ".join(label.lower().split()) for label in labels} | {NO_LABEL})
     if len(names) == 1:
@@ -153,8 +154,8 @@ def swap_text_encoder(
     A linear map from the new encoder's hidden states to the old one's is fitted by least squares on nine in ten of
     `captions`, word by word (mean of a word's tokens), with the start, end and mean padding token as words; R^2 is of
     the others, 1 for the same embeddings, 0 for their mean. With W that map, to_k and to_v become to_k W and to_v W:
-    the U-Net then expects the new encoder's width. Everything else is as it was; VAE and scheduler are shared. Raises
-    UserError for SDXL, for U-Nets that project text themselves, and for fewer than 10 captions.
+    the U-Net then expects the new encoder's width. Everything else is as it was; VAE and scheduler are shared.
+    Raises UserError for SDXL, for U-Nets that project text themselves, and for fewer than 10 captions.
     """
     config = model.denoiser.config
     width = config.get("cross_attention_dim")

@@ -155,8 +155,8 @@ def write_caption(
     """A caption of 1-4 sentences and at most 44 words, and the phrase that names each finding in it.
 
     Findings are named in positive sentences only; negated ones name findings that the scene does not have. Unnamed
-    findings are neither. Sentences come in any order, so that the place of a word does not tell the finding. style: see
-    `PhantomDataset`.
+    findings are neither. Sentences come in any order, so that the place of a word does not tell the finding.
+    style: see `PhantomDataset`.
     """
 
     def pick(options: Sequence[str]) -> str:

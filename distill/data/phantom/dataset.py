@@ -65,8 +65,8 @@ class PhantomDataset:
     findings alone, or one normal sentence where there is none), or labels (their names). placement: anatomical (each
     finding where it usually lies), or balanced (one of four findings on either side and in any zone, all equally often,
     half of them beside another finding that the caption leaves out; the patient is shifted and enlarged), so that a
-    place tells less: the mean mask of a finding has AUC .73 there, .89 in the anatomical placement. Raises UserError
-    for values outside these.
+    place tells less: the mean mask of a finding has AUC .73 there, .89 in the anatomical placement.
+    Raises UserError for values outside these.
     """
 
     findings: tuple[str, ...] = FINDINGS

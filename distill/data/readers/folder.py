@@ -82,9 +82,9 @@ class _Entry:
 class FolderDataset(RecordDataset):
     """One split of a folder. All rows and files of all splits are checked when it is made.
 
-    Columns are those of the documented names (`DOCUMENTED`), unless the config names others or none. split: `train` and
-    `test` mean the values in `config`; `validation` means validation, val or valid. Without a column for it,
-    `split_by_rule` gives each image its split. config.test_split `all` is every image, for evaluation only.
+    Columns are those of the documented names (`DOCUMENTED`), unless the config names others or none.
+    split: `train` and `test` mean the values in `config`; `validation` means validation, val or valid. Without a column
+    for it, `split_by_rule` gives each image its split. config.test_split `all` is every image, for evaluation only.
 
     findings: config.findings, or all that the metadata names, sorted.
 
