@@ -136,7 +136,11 @@ def test_a_map_of_one_of_two_places_is_worse_by_the_place_that_it_lacks(
     """With maps that are the true mask, and the mask of its first box alone."""
     config = FullEvaluation(localization_images=40, timesteps=(300,), bootstrap_samples=20)
 
-    def score(places: int) -> dict[str, float]:
+    class InPairs(PhantomDataset):
+        def image_key(self, index: int) -> str:
+            return str(index // 20)
+
+    def score(places: int, dataset: PhantomDataset = PHANTOMS) -> dict[str, float]:
         def true_maps(*arguments: Any, **options: Any) -> Iterator[tuple[Query, Sample, torch.Tensor]]:
             for query in arguments[2]:
                 sample = PHANTOMS[query.image]
@@ -149,12 +153,13 @@ def test_a_map_of_one_of_two_places_is_worse_by_the_place_that_it_lacks(
                 yield query, sample, torch.stack(maps)
 
         monkeypatch.setattr(robustness, "maps_of", true_maps)
-        found = two_places(sd, PHANTOMS, config, accelerator=accelerator, label="")
+        found = two_places(sd, dataset, config, accelerator=accelerator, label="")
         assert found is not None and found["pairs"] >= 5
         return found
 
     both, first = score(2), score(1)
     assert both["auc"] == both["lesser_auc"] == 1
+    assert both["images"] > score(2, InPairs("test", 60, resolution=64))["images"] <= 3, "rows of one image count once"
     assert first["lesser_auc"] == pytest.approx(0.5, abs=0.02) and 0.5 < first["auc"] < 1
 
 
@@ -172,3 +177,24 @@ def test_the_recipe_scores_every_model_under_every_shift(tmp_path: Path) -> None
     assert 0 <= found["two_places"]["lesser_auc"] <= found["two_places"]["auc"] <= 1
     assert found["negations"]["images"] >= 1 and found["negations"]["peak_ratio"] > 0
     assert "| mirrored |" in (tmp_path / "out/robustness.md").read_text()
+
+
+def test_negations_of_one_image_count_once(
+    sd: Model, accelerator: Accelerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class InPairs(PhantomDataset):
+        def image_key(self, index: int) -> str:
+            return str(index // 30)
+
+    def maps(*arguments: Any, **options: Any) -> Iterator[tuple[Query, Sample, torch.Tensor]]:
+        for query in arguments[2]:
+            yield query, PHANTOMS[query.image], torch.rand(len(query.findings), 4, 4) + 0.1
+
+    monkeypatch.setattr(robustness, "maps_of", maps)
+    config = FullEvaluation(localization_images=40, bootstrap_samples=20)
+    counts = []
+    for dataset in (PHANTOMS, InPairs("test", 60, resolution=64)):
+        found = robustness.negations(sd, dataset, config, accelerator=accelerator, label="")
+        assert found is not None
+        counts.append(found["images"])
+    assert counts[0] > 10 and counts[1] == 2

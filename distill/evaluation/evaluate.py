@@ -97,11 +97,11 @@ def _stack(rows: list[Any]) -> torch.Tensor | None:
 def evaluation_order(dataset: ImageCaptionDataset, examples: Sequence[int], count: int) -> list[int]:
     """Indices of held-out captions to generate: the examples first, then one of each other image in order, then the other
     captions of images. Real images that are there twice would look like a set of less variety."""
-    seen = {image_key(dataset, i) for i in examples}
+    shown, seen = set(examples), {image_key(dataset, i) for i in examples}
     first: list[int] = []
     again: list[int] = []
     for i in range(len(dataset)):
-        if i not in set(examples):
+        if i not in shown:
             key = image_key(dataset, i)
             (again if key in seen else first).append(i)
             seen.add(key)

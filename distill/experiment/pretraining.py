@@ -35,6 +35,7 @@ from distill.methods.pretraining import AutoencoderObjective, ClassificationObje
 from distill.models import Model, model_of
 from distill.models.adapters import parameter_counts, prepare_training
 from distill.models.embedded import (
+    UNET_CHANNELS,
     ImageTower,
     new_classifier,
     new_pipeline,
@@ -125,13 +126,13 @@ def train_unet(
     denoising: DenoisingConfig,
     text_encoder: Literal["frozen", "full"],
     parts: str | None = None,
-    channels: tuple[int, int] = (64, 96),
+    channels: tuple[int, int] = UNET_CHANNELS,
 ) -> None:
     """Train a new U-Net beside the trained parts (stage unet), or the U-Net of `base` further; `base` then has it.
 
-    text_encoder: how the text encoder of stage unet is trained; full starts from a new one. It is frozen in later
-    stages. parts: a pipeline whose tokenizer, text encoder and VAE stage unet takes; None takes those of the stages
-    before it. channels: of the two levels of a new U-Net.
+    text_encoder: how the text encoder of stage unet is trained; full starts from a new one. In later stages it is frozen.
+    parts: a pipeline whose tokenizer, text encoder and VAE stage unet takes; None takes those of the stages before it.
+    channels: of the two levels of a new U-Net.
     """
     accelerator = make_accelerator(trainer, work / stage)
     torch.manual_seed(seed)
@@ -173,7 +174,7 @@ def _widened(parts: str, channels: tuple[int, int]) -> StableDiffusionPipeline:
 
 
 def _untrained_pipeline(
-    work: Path, text_encoder: Literal["frozen", "full"], channels: tuple[int, int] = (64, 96)
+    work: Path, text_encoder: Literal["frozen", "full"], channels: tuple[int, int] = UNET_CHANNELS
 ) -> StableDiffusionPipeline:
     """A new U-Net beside the trained VAE and, unless the text encoder is to be trained in full, the trained text
     encoder."""

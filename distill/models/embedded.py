@@ -17,6 +17,9 @@ from transformers import (
     ResNetModel,
 )
 
+UNET_CHANNELS = (64, 96)
+"""Of the two levels of the bundled U-Net."""
+
 
 class ImageTower(nn.Module):
     """(batch, 3, height, width) -> (batch, projection_dim), at half the resolution."""
@@ -65,7 +68,7 @@ def new_vae(resolution: int) -> AutoencoderKL:
     )
 
 
-def new_unet(vae: AutoencoderKL, text_width: int, channels: tuple[int, int] = (64, 96)) -> UNet2DConditionModel:
+def new_unet(vae: AutoencoderKL, text_width: int, channels: tuple[int, int] = UNET_CHANNELS) -> UNet2DConditionModel:
     """Fresh weights, with cross-attention at 16 x 16 and 8 x 8 for 128 px. channels: of the two levels, multiples of
     8."""
     return UNet2DConditionModel(
@@ -86,7 +89,7 @@ def new_pipeline(
     tokenizer: CLIPTokenizer,
     with_projection: CLIPTextModelWithProjection,
     vae: AutoencoderKL,
-    channels: tuple[int, int] = (64, 96),
+    channels: tuple[int, int] = UNET_CHANNELS,
 ) -> StableDiffusionPipeline:
     """Stock pipeline of trained parts and a fresh U-Net."""
     text_encoder = CLIPTextModel(with_projection.config)
