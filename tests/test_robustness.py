@@ -197,4 +197,4 @@ def test_negations_of_one_image_count_once(
         found = robustness.negations(sd, dataset, config, accelerator=accelerator, label="")
         assert found is not None
         counts.append(found["images"])
-    assert counts[0] > 10 and counts[1] == 2
+    assert counts[0] > 2 >= counts[1]
