@@ -26,7 +26,7 @@ LAUNCH := $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --
 .PHONY: demo test test-slow lint mutants clean
 
 demo: $(VENV)/.installed
-	@echo "The demo fine-tunes four models and compares them: about 9 minutes on two CPU cores. Each bar shows the time left."
+	@echo "The demo fine-tunes four models and compares them: about 8 minutes on two CPU cores. Each bar shows the time left."
 	$(LAUNCH) recipes/tradeoff.py --config $(DEMO_CONFIG) $(DEMO_ARGS)
 
 test: $(VENV)/.installed
