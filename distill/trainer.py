@@ -277,7 +277,7 @@ class _Loop:
         self.rows: list[str] = []
         self.finite = Finite(accelerator)
         self.sums: dict[str, torch.Tensor] = {}
-        self.count = 0
+        self.counts: dict[str, int] = {}
         self.grad_norm: torch.Tensor | float = float("nan")
 
     def run(self, dataset: Dataset[object], collate: Collate | None, looks: list[Look]) -> FitResult:
@@ -310,7 +310,7 @@ class _Loop:
                     self._save()
                 self._look(looks)
             self._stop_if_asked(stop)
-        if self.count:
+        if self.counts:
             self._log()
         self.finite.check(self._fault)
         if self.best is not None:
@@ -396,7 +396,7 @@ class _Loop:
         for name, value in terms.items():
             before = self.sums.get(name, torch.zeros((), device=accelerator.device))
             self.sums[name] = before + value.detach().float()
-        self.count += 1
+            self.counts[name] = self.counts.get(name, 0) + 1
         if not accelerator.sync_gradients:
             return False
         self.step += 1
@@ -423,11 +423,11 @@ class _Loop:
         )
 
     def _log(self) -> dict[str, float]:
-        """Write a row with the means since the row before; returns them."""
+        """Write a row with the means since the row before, of a term over the batches that have it; returns them."""
         self.finite.check(self._fault)
         accelerator = self.accelerator
-        means = {k: float(accelerator.reduce(v / self.count, reduction="mean")) for k, v in self.sums.items()}
-        self.sums, self.count = {}, 0
+        means = {k: float(accelerator.reduce(v / self.counts[k], reduction="mean")) for k, v in self.sums.items()}
+        self.sums, self.counts = {}, {}
         norm = float(self.grad_norm)
         row = {
             "step": self.step,
@@ -512,8 +512,7 @@ class _Loop:
         )
         gathered = self.accelerator.gather(values[None]).cpu()  # each process has sums of its own
         loop["means"] = {
-            "names": list(self.sums),
-            "count": self.count,
+            "counts": self.counts,
             "sums": gathered[:, :-1],
             "norm": gathered[0, -1],
         }
@@ -615,7 +614,7 @@ class _Loop:
             if part is not None:
                 part.load_state_dict(loop[name])
         sums = means["sums"][self.accelerator.process_index].to(self.accelerator.device)
-        self.sums, self.count = dict(zip(means["names"], sums.unbind(), strict=True)), means["count"]
+        self.sums, self.counts = dict(zip(means["counts"], sums.unbind(), strict=True)), means["counts"]
         self.grad_norm = means["norm"]
         self.step, self.seconds_before = checkpoint.step, float(checkpoint.facts["seconds"])
         self.rows, self.best = checkpoint.log.splitlines(keepends=True), checkpoint.best

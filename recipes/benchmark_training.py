@@ -72,6 +72,11 @@ class BenchmarkTrainingConfig(RunConfig):
             raise ValueError(
                 f"base.caption_chunks is {self.base.caption_chunks}, and diffusers' scripts read one; leave it out"
             )
+        if self.trainer.gradient_accumulation_steps > 1:
+            raise ValueError(
+                f"trainer.gradient_accumulation_steps is {self.trainer.gradient_accumulation_steps}, and a step of "
+                "diffusers' loop here is one batch; leave it out"
+            )
         known = [*kinds(self.lora), *kinds_of_smaller()]
         if unknown := [name for name in self.kinds if name not in known]:
             raise ValueError(f"kinds: {', '.join(unknown)} is none; there are {', '.join(known)}")

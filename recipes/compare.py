@@ -28,8 +28,8 @@ TRAINING_DATA = {
     "cache_dir",
 }  # fmt: skip
 """Of data: what says nothing of the held-out images."""
-SPEED = {"batch_size", "parts"}
-"""Of evaluation: what changes no number."""
+BESIDES = {"batch_size", "parts", "protocol", "layers", "timesteps"}
+"""Of evaluation: what changes no number, and what is compared as it was used (`localization.*` below)."""
 KEPT = (
     "pairs.jsonl", "features.safetensors", "maps.safetensors", "train_log.jsonl", "validation_log.jsonl", "samples",
 )  # fmt: skip
@@ -60,12 +60,13 @@ class CompareConfig(Settings):
 class Evaluated:
     """One evaluated model.
 
-    entry: its part of metrics.json. commit: of the code that evaluated it. config: of its run. settings: of its
-    training.
+    entry: its part of metrics.json. made_of: part of the evaluation -> what its numbers were made of. commit: of the
+    code that evaluated it. config: of its run. settings: of its training.
     """
 
     folder: Path
     entry: JsonObject
+    made_of: JsonObject
     commit: str | None
     config: JsonObject
     settings: JsonObject
@@ -108,11 +109,16 @@ def read_evaluated(path: Path) -> Evaluated:
     if path.name not in found["arms"]:
         raise UserError(f"{path} was renamed: its metrics.json is of {', '.join(found['arms'])}; name it so again")
     settings = found.get("settings", config)
-    return Evaluated(path, found["arms"][path.name], found["provenance"].get("commit"), config, settings)
+    entry, origin = found["arms"][path.name], found["provenance"]
+    return Evaluated(path, entry, found.get("made_of", {}), origin.get("commit"), config, settings)
 
 
 def measured_on(found: Evaluated) -> JsonObject:
-    """Dotted key -> value of all that decides what an evaluation measures; keys that an older run lacks, by default."""
+    """Dotted key -> value of all that decides what an evaluation measures; keys that an older run lacks, by default.
+
+    The options of evaluation are those that the numbers were made with: an arm may have its own, and a run that was
+    started again with others may have measured only some of its arms anew.
+    """
     from pydantic import TypeAdapter
 
     from distill.config import FullEvaluation
@@ -123,13 +129,18 @@ def measured_on(found: Evaluated) -> JsonObject:
         "data": kind.validate_python({"kind": found.config["data"]["kind"]}).model_dump(mode="json"),
         "evaluation": FullEvaluation().model_dump(mode="json"),
     }
+    used: dict[str, JsonObject] = {"data": {}, "evaluation": {}}
+    for hashes in found.made_of.values():
+        used["evaluation"] |= hashes["options"]
     result: JsonObject = {}
-    for group, besides in (("data", TRAINING_DATA), ("evaluation", SPEED)):
-        known = defaults[group] | found.config[group]
+    for group, besides in (("data", TRAINING_DATA), ("evaluation", BESIDES)):
+        known = defaults[group] | found.config[group] | used[group]
         result |= {f"{group}.{key}": value for key, value in known.items() if key not in besides}
     # Not configured, but chosen with the model: recipes/atlas.py.
     located = found.entry["localization"] or {}
-    return result | {f"localization.{key}": located.get(key) for key in ("protocol", "layers", "timesteps")}
+    result |= {f"localization.{key}": located.get(key) for key in ("protocol", "layers", "timesteps")}
+    extractor = found.made_of.get("quality", {}).get("features")
+    return result | ({"the hash of the feature extractor": extractor} if extractor else {})
 
 
 def differing(one: Evaluated, first: Evaluated) -> JsonObject:
@@ -179,9 +190,9 @@ def gather(config: CompareConfig) -> dict[int, dict[str, Evaluated]]:
     for (_, name), one in found.items():
         have = measured_on(one)
         faults += [
-            f"{name}: {one.folder}: {key} is {have.get(key)!r}, and {wanted.get(key)!r} in {first.folder}"
-            for key in wanted | have
-            if have.get(key) != wanted.get(key)
+            f"{name}: {one.folder}: {key} is {have[key]!r}, and {wanted[key]!r} in {first.folder}"
+            for key in wanted
+            if key in have and have[key] != wanted[key]
         ]
     raise_all("the runs were not evaluated alike", faults)
     if not config.seeds:

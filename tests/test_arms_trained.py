@@ -160,12 +160,26 @@ def test_an_arm_is_trained_exported_and_recorded(tmp_path: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("adapted", [True, False])
-@pytest.mark.parametrize("denoiser", ["lora", "full"])
+@pytest.mark.parametrize(
+    ("part", "denoiser", "text_encoder"),
+    [
+        ("denoiser", "lora", "full"),
+        ("denoiser", "full", "lora"),
+        ("text_encoder", "full", "lora"),
+        ("text_encoder", "lora", "full"),
+        ("text_encoder", "lora", "frozen"),
+    ],
+)
 def test_a_student_of_adapters_goes_on_with_them(
-    adapted: bool, denoiser: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    adapted: bool, part: str, denoiser: Any, text_encoder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """In the denoiser, and in any of the text encoders; else its export would lack them."""
+
+    def module(holder: str) -> torch.nn.Module:
+        return torch.nn.ModuleDict({"lora_A" if adapted and holder == part else "plain": torch.nn.Linear(1, 1)})
+
     student: Any = SimpleNamespace(
-        denoiser=torch.nn.ModuleDict({"lora_A" if adapted else "plain": torch.nn.Linear(1, 1)})
+        denoiser=module("denoiser"), text_encoders=[module("neither"), module("text_encoder")]
     )
     checked: list[Any] = []
     prepared: list[Any] = []
@@ -174,19 +188,22 @@ def test_a_student_of_adapters_goes_on_with_them(
     monkeypatch.setattr(train, "prepare_training", lambda model, **options: prepared.append((model, options)))
     monkeypatch.setattr(train, "_weights_hash", lambda run, key, model: f"hash of {key}")
     method = AttentionDistillationOptions(teacher="a/run", start_from_teacher=True)
-    training = Training(denoiser=denoiser, text_encoder="lora", method=method)
+    training = Training(denoiser=denoiser, text_encoder=text_encoder, method=method)
     arm = arm_of(tmp_path, training=training, trainer={"gradient_checkpointing": True})
     config = SimpleNamespace(base=SimpleNamespace(frozen_dtype="bf16"))
     run, _ = run_of(tmp_path, arm, base="the base", config=config, load=lambda name: student)
     hashes: dict[str, str] = {}
-    if adapted and denoiser == "full":
-        with pytest.raises(UserError, match="model: a/run is an adapter, and this arm trains full weights"):
+    how = {"denoiser": denoiser, "text_encoder": text_encoder}
+    if adapted and how[part] != "lora":
+        expected = f"model: a/run has an adapter on its {part}, and this arm has {part} {how[part]}; set it to lora"
+        with pytest.raises(UserError, match=expected):
             train._student(run, arm, hashes)
         return
     assert train._student(run, arm, hashes) is student and hashes == {"weights of a/run": "hash of a/run"}
     assert checked == [(student, "model of the base", arm)]
-    options = {"denoiser": denoiser, "text_encoder": "lora", "lora": training.lora, "frozen_dtype": "bf16"}
-    assert prepared == [(student, options | {"gradient_checkpointing": True})]
+    assert prepared == [
+        (student, how | {"lora": training.lora, "frozen_dtype": "bf16", "gradient_checkpointing": True})
+    ]
 
 
 def test_captions_are_spread_over_all_rows() -> None:

@@ -128,6 +128,11 @@ def plan_of(base: Path, folder: Path, **options: Any) -> Any:
     return recipe_module("benchmark_training").BenchmarkTrainingConfig(**(few | options))
 
 
+def test_accumulated_steps_are_refused_as_the_peers_take_one_batch_a_step(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"gradient_accumulation_steps is 2, and a step of .* is one batch"):
+        plan_of(tmp_path, tmp_path, trainer={"batch_size": 2, "gradient_accumulation_steps": 2})
+
+
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("plan")

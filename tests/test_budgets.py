@@ -90,6 +90,20 @@ def test_a_run_folder_that_teaches_counts_with_its_own_teachers(tmp_path: Path) 
         spent(ARMS | {"taught": taught}, 30)
 
 
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_a_method_measures_before_its_first_step_counts(processes: int) -> None:
+    """A gate's looks once, however many processes share them; the tail penalty's measurement in each process."""
+    gated = {"like": "distilled", "method": TAUGHT | {"gate_reference": "base", "gate_images": 3}}
+    tail = {"method": {"kind": "tail_penalty"}}
+    arms, _ = spent(ARMS | {"gated": gated, "tail": tail, "after": gated | {"max_steps": 4}}, 500, processes)
+    images = 4 * processes
+    assert arms["gated"].trainer.max_steps == (500 * 3 * images - 2 * 3 * images - 3 * 10 * 2) // (4 * images)
+    assert arms["tail"].trainer.max_steps == (500 * 3 * images - processes * 512) // (3 * images)
+    assert passes_of(arms["after"], processes) == 4 * 4 * images + 3 * 10 * 2
+    three, _ = spent({"tail": tail}, 500, processes, batch_size=3)
+    assert three["tail"].trainer.max_steps == (500 * 9 * processes - processes * 513) // (9 * processes)
+
+
 def test_a_student_whose_teacher_costs_all_is_left_out_with_those_that_it_teaches() -> None:
     second = {
         "text_encoder": "full",
@@ -98,7 +112,7 @@ def test_a_student_whose_teacher_costs_all_is_left_out_with_those_that_it_teache
     }
     arms, left_out = spent(ARMS, 2)
     assert list(arms) == ["frozen", "learnable", "teacher"]
-    assert left_out == {"distilled": "its teachers cost 24 of 24 image-passes"}
+    assert left_out == {"distilled": "its teachers and its set-up cost 24 of 24 image-passes"}
     arms, left_out = spent(ARMS | {"second": second}, 2)
     assert "second" not in arms
 

@@ -31,6 +31,7 @@ from fitting import (
 )  # fmt: skip
 
 from distill import checkpoints
+from distill.draws import step_of
 from distill.errors import Interrupted, UserError
 from distill.trainer import fit
 
@@ -299,6 +300,24 @@ def test_means_after_a_kill_are_those_of_an_unbroken_training(tmp_path: Path) ->
     train(LeastSquares(), tmp_path / "killed", **options)
     assert [row["step"] for row in log_of(tmp_path / "killed")] == [3, 6, 8]
     assert without_time(log_of(tmp_path / "killed")) == without_time(log_of(tmp_path / "straight"))
+
+
+class Late(LeastSquares):
+    """With a term that begins at step 3, as that of a distillation that begins later."""
+
+    def forward(self, batch: dict[str, Any], generator: torch.Generator) -> dict[str, torch.Tensor]:
+        late = {"late": torch.tensor(3.0)} if step_of(generator) > 2 else {}
+        return super().forward(batch, generator) | late
+
+
+def test_a_term_that_begins_later_is_a_mean_over_the_batches_that_have_it(tmp_path: Path) -> None:
+    """Its first row is at step 4; the checkpoint, at step 3, has one batch with it and three with the others."""
+    options = EVERY_TWO | {"log_every_steps": 4, "checkpoint_every_steps": 3}
+    with pytest.raises(Killed):
+        train(Late(), tmp_path, on=kill_at(3), **options)
+    train(Late(), tmp_path, **options)
+    first, second = log_of(tmp_path)
+    assert first["late"] == second["late"] == 3.0 and first["constant"] == 2.0
 
 
 # Full disks

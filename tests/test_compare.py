@@ -115,6 +115,26 @@ def test_the_settings_of_arms_of_one_run_and_its_seed_are_told(tmp_path: Path) -
     assert origin["arms"]["b"]["differs"] == {"trainer.max_steps": "800"} and origin["seeds"]["training"] == [7]
 
 
+def test_arms_are_judged_by_what_they_were_measured_with(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """And not by the config.yaml of their run, which a second launch with other options has written."""
+    run = finished(tmp_path, 0, {"frozen": 0.0, "longer": 0.1})
+
+    def measured_with(arm: str, part: str, steps: int, extractor: str | None) -> None:
+        found = json.loads((run / arm / "metrics.json").read_text())
+        options = {"num_inference_steps": steps, "timesteps": [steps], "layers": []}
+        found["made_of"] = {part: {"options": options, "features": extractor}}
+        (run / arm / "metrics.json").write_text(json.dumps(found))
+
+    argv = ["--arms", f"{{a: '{run}/frozen', b: '{run}/longer'}}", "--output_dir", str(tmp_path / "out")]
+    measured_with("frozen", "quality", 10, "one")
+    measured_with("longer", "quality", 20, "two")  # 20: what config.yaml says
+    message = refusal(argv, capsys)
+    assert "b: " in message and "evaluation.num_inference_steps is 20, and 10" in message
+    assert "the hash of the feature extractor is 'two', and 'one'" in message
+    measured_with("longer", "localization", 10, None)
+    run_recipe(argv)
+
+
 def test_names_of_shipped_comparisons_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     paths = list((ROOT / "recipes/configs").rglob("compare*.yaml"))
     assert paths

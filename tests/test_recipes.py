@@ -617,7 +617,9 @@ def test_a_student_continues_from_its_teacher(work: Path, tmp_path: Path, capsys
     assert (out / "continued" / LORA_FILE).exists() and not (out / "continued" / "unet").exists()
     full = ["--base.name", str(work / "sd"), "--method.teacher", str(out / "frozen"), "--denoiser", "full", *TRAINING]
     full += ["--method.start_from_teacher", "true", "--text_encoder", "frozen", "--output_dir", str(tmp_path / "full")]
-    assert "is an adapter, and this arm trains full weights" in refusal("distill_attention", full, capsys)
+    assert "has an adapter on its denoiser, and this arm has denoiser full" in refusal(
+        "distill_attention", full, capsys
+    )
 
 
 def test_processes_that_share_a_folder_share_its_arms(tmp_path: Path) -> None:

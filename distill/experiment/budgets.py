@@ -2,6 +2,7 @@
 
 A budget is given in optimizer steps of plain fine-tuning, which cost 3 image-passes an image: forward 1, backward 2. An
 arm with a teacher gets fewer steps, because the teacher's passes and its training count (distill/experiment/cost.py).
+So does one whose method measures models before its first step.
 """
 
 from __future__ import annotations
@@ -46,20 +47,26 @@ def spend(arms: Mapping[str, Arm], budget: int, processes: int) -> tuple[dict[st
                 f"arms.{name}: under budgets, {free[0]}, which it is taught by, needs a length of its own: set "
                 f"arms.{free[0]}.max_steps; its training counts as a part of the cost of {name}"
             )
-        teachers = sum(passes_of(arms[other], processes) for other in needed)
-        teachers += sum(_trained_before([arm, *(arms[other] for other in needed)], arms))
+        before = sum(passes_of(arms[other], processes) for other in needed) + _setup_passes(arm, processes)
+        before += sum(_trained_before([arm, *(arms[other] for other in needed)], arms))
         allowed = budget * PLAIN * _images(arm, processes)
-        steps = _steps_within(arm, allowed - teachers, processes)
+        steps = _steps_within(arm, allowed - before, processes)
         if steps < 1:
-            left_out[name] = f"its teachers cost {teachers:,} of {allowed:,} image-passes"
+            left_out[name] = f"its teachers and its set-up cost {before:,} of {allowed:,} image-passes"
         else:
             found[name] = replace(arm, trainer=arm.trainer.model_copy(update={"max_steps": steps}))
     return {name: arm for name, arm in found.items() if not set(arm.needs) & left_out.keys()}, left_out
 
 
 def passes_of(arm: Arm, processes: int) -> int:
-    """Image-passes of the steps of an arm, without its teachers' training."""
-    return training_passes(method_of(arm.training.method, arm.training.denoising), arm.trainer, processes)
+    """Image-passes of an arm's steps and, at most, of its set-up, without its teachers' training."""
+    method = method_of(arm.training.method, arm.training.denoising)
+    return training_passes(method, arm.trainer, processes) + _setup_passes(arm, processes)
+
+
+def _setup_passes(arm: Arm, processes: int) -> int:
+    method = method_of(arm.training.method, arm.training.denoising)
+    return method.setup_passes(arm.trainer.batch_size, processes)
 
 
 def inherit(accelerator: Accelerator, shorter: Path, arm: Arm) -> None:

@@ -263,12 +263,15 @@ def _student(run: Run, arm: Arm, hashes: dict[str, str]) -> Model:
     key = run.base.model_dump_json() if start is None else start
     hashes[f"weights of {start or BASE}"] = _weights_hash(run, key, model)
     if start is not None:
-        adapted = any("lora_" in name for name, _ in model.denoiser.named_parameters())
-        if adapted and training.denoiser != "lora":
-            raise UserError(
-                f"{arm.name}: {start} is an adapter, and this arm trains full weights; fuse it into a pipeline "
-                "(pipe.fuse_lora, pipe.unload_lora_weights, pipe.save_pretrained) and give that"
-            )
+        parts = [("denoiser", training.denoiser, model.denoiser)]
+        parts += [("text_encoder", training.text_encoder, encoder) for encoder in model.text_encoders]
+        for part, how, module in parts:
+            if how != "lora" and any("lora_" in name for name, _ in module.named_parameters()):
+                raise UserError(
+                    f"{arm.name}: {start} has an adapter on its {part}, and this arm has {part} {how}; set it to lora, "
+                    "or fuse the adapter into a pipeline (pipe.fuse_lora, pipe.unload_lora_weights, "
+                    "pipe.save_pretrained) and give that"
+                )
         check_untrained(model, load_model(run.base), arm)
     prepare_training(
         model,

@@ -145,6 +145,11 @@ class AttentionDistillation(Method):
     def passes(self, step: int, images: int) -> int:
         return 3 * images + (self.taught(images) if step > self.options.begin_after_steps else 0)
 
+    def setup_passes(self, batch_size: int, processes: int) -> int:
+        from distill.methods.gate import looks_passes
+
+        return 0 if self.options.gate_reference is None else looks_passes(self.options.gate_images)
+
     def taught(self, images: int) -> int:
         """How many of a batch of this size the teacher sees."""
         return max(1, round(self.options.batch_share * images))

@@ -122,6 +122,10 @@ class Method(nn.Module):
         first being 1. A method that runs more than the student's own training pass says so."""
         return 3 * images
 
+    def setup_passes(self, batch_size: int, processes: int) -> int:
+        """The most image-passes that `setup` runs, on all processes together."""
+        return 0
+
     def finish(self) -> JsonObject:
         """After the last step: give the student back as stock modules, close recorders; returns what is worth
         logging."""

@@ -56,6 +56,9 @@ class Consistency(AttentionDistillation):
     def passes(self, step: int, images: int) -> int:
         return (3 + 1 + 2) * images  # the student, its target, and the teacher with the caption and without
 
+    def setup_passes(self, batch_size: int, processes: int) -> int:
+        return 0
+
     def leaves_parameters_unused(self) -> bool:
         return self.trains_text  # its states are no part of the graph
 

@@ -93,6 +93,11 @@ def choose_taught(
     return Taught(kept, groups, (TIMESTEPS[first] - half, TIMESTEPS[last] + half - 1), table, tuple(map(float, words)))
 
 
+def looks_passes(images: int) -> int:
+    """The most image-passes that `choose_taught` takes: of teacher and reference, at TIMESTEPS."""
+    return 2 * images * len(TIMESTEPS)
+
+
 def localizing(auc: NDArray[np.float64]) -> tuple[int, int]:
     """First and last index of the timesteps around the best that have at least LEAD of its lead over chance; all where
     there is no lead, of which `decide` then keeps the layers and groups that have one. auc: (timesteps,)."""

@@ -5,6 +5,7 @@ L = L_denoising + weight * mean over layers of max(0, mass of EOS and padding - 
 
 from __future__ import annotations
 
+import math
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,9 @@ class TailPenalty(Method):
         self._maps = self._open.enter_context(record_attention(student.denoiser))
         self._allowed: dict[str, torch.Tensor] = {}
         self.measure(context.batches(IMAGES), context.generator)
+
+    def setup_passes(self, batch_size: int, processes: int) -> int:
+        return processes * math.ceil(IMAGES / batch_size) * batch_size  # each process measures all of them
 
     @torch.no_grad()
     def measure(self, batches: Iterable[Batch], generator: torch.Generator) -> None:
