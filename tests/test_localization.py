@@ -541,6 +541,13 @@ def test_means_and_intervals_are_over_images_and_findings(
         over = groups if average == "macro" else np.zeros_like(groups)
         expected = macro_mean_interval(values, over, images, 50, config.seed)
         assert found["auc_ci"] == pytest.approx(expected, abs=1e-6)
+        for index, name in enumerate(dataset.findings):
+            own = groups == index
+            expected = macro_mean_interval(values[own], groups[own], images[own], 50, config.seed)
+            of_one_image = name == "pleural effusion"
+            assert found["per_finding"][name]["auc"] == pytest.approx(values[own].mean(), abs=1e-6)
+            assert (expected is None) == of_one_image and own.sum() == (2 if of_one_image else 6)
+            assert found["per_finding"][name]["auc_ci"] == (None if of_one_image else pytest.approx(expected, abs=1e-6))
 
 
 def _rank(rank: int, base: str, folder: str) -> None:

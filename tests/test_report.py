@@ -429,7 +429,9 @@ def test_unequal_compute_and_sample_sizes_are_said() -> None:
     assert one in sample(parse_metrics(several))  # each of another arm
     arms["a"]["per_seed"] = {seed: {"word.auc": 0.7, "quality.fid": None} for seed in "012"}
     said = sample(parse_metrics(several))
-    assert said.startswith("3 training seeds a model; the intervals are over seeds and images.")
+    assert said.startswith(
+        "3 training seeds a model; the intervals are over seeds and images. Those of single findings"
+    )
     assert "Localization: 100 held-out images, 123 image-finding pairs." in said
     assert one in sample(parse_metrics(make_metrics()))
 

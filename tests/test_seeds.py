@@ -240,20 +240,27 @@ def test_seeds_are_combined_with_paired_differences(tmp_path: Path) -> None:
     assert set(metrics["arms"]["distilled"]["per_seed"]) == {"3", "4"}
 
 
-def test_intervals_of_single_seeds_are_no_interval_of_their_mean(tmp_path: Path) -> None:
-    """Those that are not computed over the seeds; blind maps, which are the same in every seed, keep theirs."""
+def test_what_is_not_resampled_has_an_interval_over_seeds(tmp_path: Path) -> None:
+    """Student's t of two values: their mean -+ 12.706 of half their distance. Blind maps, which are the same in every
+    seed, keep theirs."""
     for seed in (3, 4):
         write_run(tmp_path, seed, {"frozen": 0.0})
         metrics = json.loads((tmp_path / f"seed-{seed}/metrics.json").read_text())
         found, own = metrics["arms"]["frozen"], [0.1 * seed, 0.2 * seed]
         found["quality"] |= {"finding_auc_negated": 0.1 * seed, "finding_auc_negated_ci": own}
         found["quality"]["per_finding"] = {"edema": {"kid": float(seed), "kid_ci": own, "images": 20}}
+        found["quality"]["per_finding"]["no"] = {"kid": None if seed == 3 else 1.0, "kid_ci": own[: seed - 3] or None}
         found["localization"]["priors"] = {"centre": {"auc": 0.6, "auc_ci": [0.5, 0.7]}}
         (tmp_path / f"seed-{seed}/metrics.json").write_text(json.dumps(metrics))
     both = combine(tmp_path, samples=50)["arms"]["frozen"]
     assert both["quality"]["finding_auc_negated"] == pytest.approx(0.35)
-    assert both["quality"]["per_finding"]["edema"] == {"kid": 3.5, "kid_ci": None, "images": 20}
-    assert both["quality"]["finding_auc_negated_ci"] is None and both["quality"]["kid_ci"] is not None
+    half = 12.7062 * 0.5
+    assert both["quality"]["per_finding"]["edema"] == {
+        "kid": 3.5, "kid_ci": pytest.approx([3.5 - half, 3.5 + half], abs=1e-3), "images": 20,
+    }  # fmt: skip
+    assert both["quality"]["per_finding"]["no"] == {"kid": None, "kid_ci": None}
+    assert both["quality"]["finding_auc_negated_ci"] == pytest.approx([0.35 - half / 10, 0.35 + half / 10], abs=1e-4)
+    assert both["quality"]["kid_ci"] is not None
     assert both["localization"]["priors"]["centre"] == {"auc": 0.6, "auc_ci": [0.5, 0.7]}
     shutil.rmtree(tmp_path / "seed-4")
     alone = combine(tmp_path, samples=50)["arms"]["frozen"]["quality"]

@@ -351,10 +351,11 @@ def _summary(
             float(np.mean([values[findings == f].mean() for f in set(findings.tolist())])) if len(values) else None
         )
     # Counts are those of the AUC; the CNR also leaves out maps whose contrast is infinite.
-    values, _, images = metrics["auc"].values()
+    values, findings, images = metrics["auc"].values()
+    clusters = np.array([image_key(dataset, i) for i in images.tolist()])
     result |= {"micro": micro, "macro": macro, "average": metrics["auc"].average}
     per_metric = {key: metric.per_finding(dataset.findings) for key, metric in metrics.items()}
-    result["images"], result["pairs"] = len({image_key(dataset, i) for i in images.tolist()}), len(values)
+    result["images"], result["pairs"] = len(set(clusters.tolist())), len(values)
     result["per_finding"] = {
         name: {"top1": None, "iou": None}
         | {key: found[name]["value"] for key, found in per_metric.items()}
@@ -362,4 +363,10 @@ def _summary(
         for name, entry in per_metric["auc"].items()
         if entry["pairs"]
     }
+    for index, name in enumerate(dataset.findings):
+        if name in result["per_finding"]:
+            own = findings == index
+            of_finding = (values[own], findings[own], clusters[own])
+            interval = macro_mean_interval(*of_finding, config.bootstrap_samples, config.seed)
+            result["per_finding"][name]["auc_ci"] = list(interval) if interval else None
     return result

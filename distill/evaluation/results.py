@@ -35,7 +35,7 @@ AnyEstimate = Annotated[Estimate, -math.inf, math.inf]
 
 @dataclass(frozen=True)
 class Finding:
-    auc: Unit | None
+    auc: UnitEstimate
     pairs: int
 
 
@@ -264,7 +264,7 @@ class Arm:
             few = {finding: (count, Estimate()) for finding, count in (quality.too_few or {}).items()}
             return {f: (one.images, getattr(one, name)) for f, one in (quality.per_finding or {}).items()} | few
         located: TokenMap | None = getattr(self.localization, part, None)
-        return {f: (one.pairs, Estimate(one.auc)) for f, one in located.per_finding.items()} if located else {}
+        return {f: (one.pairs, one.auc) for f, one in located.per_finding.items()} if located else {}
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 A folder holds seed-N/, each a run folder of recipes/tradeoff.py. All arms of all seeds were evaluated on the same
 images and, for generation, the same captions and noise, so that differences are paired. Intervals: two-level bootstrap,
 seeds and images drawn with replacement (Field, Welsh 2007); with few seeds they show the spread of these seeds, not of
-all seeds.
+all seeds. What has an interval in each run, but is not resampled here, gets Student's t over seeds.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from distill.config import FullEvaluation, TrainerConfig
 from distill.configuration.changes import without_harmless
 from distill.errors import UserError, raise_all
 from distill.evaluation.causal import CAUSAL
+from distill.evaluation.claims import student_interval
 from distill.evaluation.image_adds import MAP_TOKENS, PAIR_MEASURES
 from distill.files import JsonObject, read_json
 from distill.metrics.bootstrap import divide_or_nan, mean_of_defined, percentile_interval, resample_counts
@@ -195,15 +196,16 @@ def _values(entry: JsonObject) -> dict[str, float | None]:
 def _mean(entries: Sequence[Any]) -> Any:
     """Means of numbers at the same place, null where any is null; what is no number is the first's.
 
-    An interval is kept where all seeds have the same, as the blind maps do. Else it is null: a mean of their ends would
-    be no interval of the mean.
+    An interval is kept where all seeds have the same, as the blind maps do. Else it is Student's t of the seeds' values,
+    null where it is not defined: a mean of the seeds' intervals would be no interval of the mean.
     """
     first = entries[0]
     if any(entry is None for entry in entries):
         return None
     if isinstance(first, dict):
         each = {key: [entry.get(key) for entry in entries] for key in first}
-        return {key: _common(values) if key.endswith("_ci") else _mean(values) for key, values in each.items()}
+        ends = {key: _interval(each.get(key[:-3], []), each[key]) for key in each if key.endswith("_ci")}
+        return {key: ends[key] if key in ends else _mean(values) for key, values in each.items()}
     return float(np.mean(entries)) if isinstance(first, float) else first
 
 
@@ -220,8 +222,15 @@ def _of_one_seed(seeds: Sequence[int], entries: Sequence[JsonObject]) -> JsonObj
     return found
 
 
-def _common(values: Sequence[object]) -> object:
-    return values[0] if all(value == values[0] for value in values) else None
+def _interval(values: Sequence[Any], intervals: Sequence[Any]) -> list[float] | None:
+    """values: of the seeds. intervals: of the seeds, over images."""
+    if all(interval == intervals[0] for interval in intervals):
+        common: list[float] | None = intervals[0]
+        return common
+    if not all(isinstance(value, float) for value in values):
+        return None
+    found = student_interval(values)
+    return list(found) if found else None
 
 
 def _pairs(arm_dir: Path) -> PairScores:

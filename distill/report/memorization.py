@@ -15,8 +15,7 @@ from distill.report.tables import format_number
 EXPLAINED = (
     "Each generated image is compared with its nearest training image and its nearest held-out image. A model that "
     "copies nothing draws images that are nearer to a training image as often as chance says. The row names the "
-    "comparison (features, "
-    "latents or pixels) with the smallest p, and p is corrected for their number."
+    "comparison (features, latents or pixels) with the smallest p, and p is corrected for their number."
 )
 PAIRS = "Each picture shows a generated image, its nearest training image and its nearest held-out image, from left to right."
 

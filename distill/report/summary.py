@@ -14,8 +14,7 @@ RULE = (
     "The rule: a model is ruled out if another model is better on one measure and worse on none. Among the models that "
     "are left, the first choice has the best mean rank over localization and quality. “Better” means that the 95 % "
     "interval of the paired difference excludes 0. Where there is no paired difference, it means that the two "
-    "intervals do not overlap. "
-    "The intervals are not corrected for the number of comparisons."
+    "intervals do not overlap. The intervals are not corrected for the number of comparisons."
 )
 _TONES = {"better": ("▲ ", "good"), "worse": ("▼ ", "bad"), "not separated": ("≈ ", "even"), "not measured": ("", "")}
 
@@ -170,7 +169,9 @@ def _compute(results: Results) -> list[str]:
 def sample(results: Results) -> str:
     """How many images, pairs and seeds the numbers rest on."""
     one, count = "One training seed a model, whose choice no interval covers.", results.seeds_an_arm
-    parts = [one if count == 1 else f"{count} training seeds a model; the intervals are over seeds and images."]
+    several = (f"{count} training seeds a model; the intervals are over seeds and images. Those of single findings, "
+               "negations, utility and similarity are over seeds alone (Student's t).")  # fmt: skip
+    parts = [one if count == 1 else several]
     if word := next((a.localization.word for a in results.arms.values() if a.localization), None):
         parts.append(f"Localization: {word.images:,} held-out images, {word.pairs:,} image-finding pairs.")
     if drawn := next((arm.quality for arm in results.arms.values() if arm.quality), None):
