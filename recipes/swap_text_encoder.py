@@ -119,7 +119,7 @@ def swap(config: SwapTextEncoderConfig) -> None:
     lengths = [len(ids) for ids in tokenizer(captions, verbose=False).input_ids]
     cut = sum(length > config.max_tokens for length in lengths)
     print(
-        f"projection fitted on {len(captions):,} captions; R^2 {fit:.3f} on the tenth held out, where 1 is the old "
+        f"projection fitted on {len(set(captions)):,} captions; R^2 {fit:.3f} on the tenth held out, where 1 is the old "
         f"embeddings\n{sum(lengths) / len(lengths):.0f} tokens a caption, {max(lengths)} at most; {cut} captions are "
         "cut off"
     )

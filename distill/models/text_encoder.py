@@ -151,10 +151,10 @@ def swap_text_encoder(
     """A stock pipeline with `encoder` in place of the text encoder, and how well it stands in: R^2 on held-out
     captions.
 
-    A linear map from the new encoder's hidden states to the old one's is fitted by least squares on nine in ten of
-    `captions`, word by word (mean of a word's tokens), with the start, end and mean padding token as words; R^2 is of
-    the others, 1 for the same embeddings, 0 for their mean. With W that map, to_k and to_v become to_k W and to_v W:
-    the U-Net then expects the new encoder's width. Everything else is as it was; VAE and scheduler are shared.
+    A linear map from the new encoder's hidden states to the old one's is fitted by least squares on nine in ten of the
+    different `captions`, word by word (mean of a word's tokens), with the start, end and mean padding token as words;
+    R^2 is of the others, 1 for the same embeddings, 0 for their mean. With W that map, to_k and to_v become to_k W and
+    to_v W: the U-Net then expects the new encoder's width. Everything else is as it was; VAE and scheduler are shared.
     Raises UserError for SDXL, for U-Nets that project text themselves, and for fewer than 10 captions.
     """
     config = model.denoiser.config
@@ -167,6 +167,7 @@ def swap_text_encoder(
         raise UserError(
             "the text encoder can be swapped in SD 1.x and 2.x; this base has two encoders, or projects text"
         )
+    captions = list(dict.fromkeys(captions))  # a caption that is held out must not be fitted too
     if len(captions) < 10:
         raise UserError(f"{len(captions)} captions are too few to fit the projection; at least 10, better 1,000")
     other = replace(model, text_encoders=[encoder], tokenizers=[tokenizer])
