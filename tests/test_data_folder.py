@@ -22,6 +22,7 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch.utils.data import DataLoader
 from transformers import CLIPTokenizer
 
+from distill.data.captions import negated_findings
 from distill.data.loading import load_dataset
 from distill.data.readers.folder import FolderDataset, _boxes
 from distill.errors import UserError
@@ -275,6 +276,17 @@ def test_findings_are_kept_and_named_as_the_config_says(root: Path) -> None:
     dataset = load(root, rows, findings=("edema",), query_words={"Edema": ["oedema"]})
     assert dataset.findings == ("edema",) and dataset.query_words == {"edema": ("oedema",)}
     assert [region.finding for region in dataset[0].regions] == ["edema"] and dataset[0].labels == ("edema",)
+
+
+def test_labels_are_spelled_as_the_findings_are(root: Path) -> None:
+    """Else a finding that its image has counts as negated by the caption, and its words are no label's."""
+    rows = [
+        {**row(text="Edema. No nodule.", finding="Edema", box="5,0,10,10"), "labels": "edema|EDEMA|Support Devices"}
+    ]
+    dataset = load(root, rows)
+    assert dataset.findings == ("Edema",) and dataset.labels(0) == dataset[0].labels == ("Edema", "Support Devices")
+    assert negated_findings(dataset, 0) == ()
+    assert load(root, rows, findings=("edema",)).labels(0) == ("edema", "Support Devices")
 
 
 def test_labels_of_the_image_go_before_findings_of_boxes(root: Path) -> None:

@@ -9,11 +9,19 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
 import torch
-from diffusers import DDPMPipeline, DDPMScheduler, FlowMatchEulerDiscreteScheduler, UNet2DModel
+from diffusers import (
+    DDIMScheduler,
+    DDPMPipeline,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    UNet2DModel,
+)
 from full_size import ARCHITECTURES, VAE_PARAMETERS, Architecture, full_size
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
@@ -34,7 +42,7 @@ from distill.methods.options import DenoisingOptions
 from distill.models.adapters import add_lora, check_lora_targets, lora_targets, parameter_counts, prepare_training
 from distill.models.export import adapter_state, export
 from distill.models.family import Model, text_faults
-from distill.models.loading import LORA_FILE, load_model
+from distill.models.loading import LORA_FILE, load_model, model_of
 from distill.trainer import fit, make_accelerator
 
 CAPTIONS = ["Small pleural effusion in the left lower zone.", ""]
@@ -221,6 +229,33 @@ def test_only_what_was_asked_for_is_trainable_and_it_is_float32(
             assert parameter.requires_grad == (how == "full" or (how == "lora" and "lora_" in name)), name
             assert parameter.dtype == (torch.float32 if parameter.requires_grad else torch.bfloat16), name
         assert any("lora_" in name for name, _ in module.named_parameters()) == (how == "lora")
+
+
+@pytest.mark.parametrize("how", ["lora", "frozen"])
+def test_an_adapter_that_trains_on_is_not_rounded(bases: dict[str, Path], how: str) -> None:
+    """One that stays frozen is in 16 bits, as all frozen weights."""
+    model, lora = load(bases["sd"]), LoraConfig(rank=2)
+    prepare_training(model, denoiser="lora", text_encoder="lora", lora=lora)
+    parts = [model.denoiser, *model.text_encoders]
+    torch.manual_seed(0)
+    for module in parts:
+        for _, parameter in trainable(module):
+            parameter.data.normal_()
+    before = [{n: p.detach().clone() for n, p in trainable(module)} for module in parts]
+    prepare_training(model, denoiser=how, text_encoder=how, lora=lora, frozen_dtype="bf16")  # type: ignore[arg-type]
+    for module, values in zip(parts, before, strict=True):
+        for name, parameter in module.named_parameters():
+            exact = how == "lora" and name in values
+            assert parameter.dtype == (torch.float32 if exact else torch.bfloat16) and parameter.requires_grad == exact
+            assert not exact or torch.equal(parameter, values[name])
+
+
+@pytest.mark.parametrize("kind", [EulerDiscreteScheduler, DDIMScheduler])
+def test_latents_are_not_clipped_unless_the_base_says_so(bases: dict[str, Path], kind: Any) -> None:
+    """DDPMScheduler's own default is to clip, as for pixels; Euler's configuration has no such option."""
+    pipeline = load(bases["sd"]).pipeline
+    pipeline.scheduler = kind(beta_schedule="scaled_linear")
+    assert model_of(pipeline).noise_scheduler.config.clip_sample == (kind is DDIMScheduler)
 
 
 def test_a_fresh_adapter_changes_nothing_until_it_is_trained(bases: dict[str, Path]) -> None:

@@ -13,6 +13,7 @@ from training import tokens_of
 from distill.config import NO_LABEL, DenoisingConfig
 from distill.data.batch import Batch
 from distill.data.cache import cache_latents
+from distill.data.captions import has_label, names_side
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.rows import TrainingRows, check_training_text, training_caption
 from distill.data.sample import Region, Sample
@@ -92,6 +93,31 @@ def tensors_of(batch: Batch) -> list[torch.Tensor]:
     found: list[torch.Tensor] = []
     batch.apply(lambda tensor: found.append(tensor) or tensor)  # type: ignore[func-returns-value]
     return found
+
+
+def test_a_row_is_mirrored_if_its_training_text_names_no_side(sd: Model, tmp_path: Path) -> None:
+    """Not its caption; and where the cache lacks the mirrored image, its regions stay too."""
+    config = DenoisingConfig(training_text="labels")
+    texts = [training_caption(ROWS, i, config) for i in range(len(ROWS))]
+    every = range(len(ROWS))
+    of_texts, of_captions = (
+        cache_latents(ROWS, sd.vae, tmp_path, batch_size=8, flip=True, device="cpu", captions=captions)
+        for captions in (texts, None)
+    )
+    named = [names_side(ROWS.caption(i)) for i in every]
+    assert any(named) and not any(map(names_side, texts))
+    for latents, expected in ((of_texts, [True] * len(ROWS)), (of_captions, [not side for side in named])):
+        rows = TrainingRows(ROWS, sd, config, latents=latents, flip=True)
+        assert [bool(rows[i].flippable) for i in every] == expected
+        assert [latents.may_flip(i) for i in every] == [latents.flipped(i) is not None for i in every] == expected
+    assert all(TrainingRows(ROWS, sd, config, flip=True)[i].flippable for i in every)
+
+
+def test_labels_that_limit_caption_dropout_are_compared_in_any_case() -> None:
+    assert has_label(("Edema",), "edema") and not has_label(("Edema",), "ede")
+    for labels in ((), ("No Finding",), (NO_LABEL,)):
+        assert has_label(labels, NO_LABEL) and has_label(labels, "No Finding") and not has_label(labels, "edema")
+    assert not has_label(("Edema",), "No Finding")
 
 
 def test_a_caption_that_may_be_dropped_is_of_an_image_with_the_label(sd: Model) -> None:

@@ -144,6 +144,17 @@ def test_the_data_of_an_arm_are_hashed_once_for_its_cost_and_its_checkpoints(
     assert len(hashed) == 1 and set(data) == {"training images", "training captions"} and data.items() <= given.items()
 
 
+def test_images_are_mirrored_by_the_texts_that_are_trained_on(
+    base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(train, "cache_latents", lambda *parts, **options: given.append(options))
+    words = ["--trainer.cache_latents", "true", "--denoising.training_text", "labels"]
+    run, arm = opened(base, tmp_path, *words)
+    rows = train.training_rows(run, arm, load_model(run.base), cached=True)
+    assert given[0]["captions"] == [rows.caption(i) for i in range(4)] != [run.train.caption(i) for i in range(4)]
+
+
 GATED = [
     "--data.validation_size", "4", "--data.resolution", "64", "--text_encoder", "full",
     "--method", '{"kind": "attention_distillation", "teacher": "base", "gate_reference": "base", "gate_images": 3}',

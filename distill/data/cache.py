@@ -91,6 +91,10 @@ class LatentCache:
         shard, row = divmod(index, SHARD_ROWS)
         return self._shards.row(shard, "mean", row), self._shards.row(shard, "std", row)
 
+    def may_flip(self, index: int) -> bool:
+        """Whether `flipped` has the row."""
+        return self._flips[index]
+
     def flipped(self, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
         if not self._flips[index]:
             return None
@@ -124,15 +128,18 @@ def cache_latents(
     flip: bool,
     device: torch.device | str,
     num_workers: int = 0,
+    captions: Sequence[str] | None = None,
 ) -> LatentCache:
     """Encode the rows of `dataset` that are not in `folder` yet; `vae` is moved to `device`.
 
-    flip: also encode the mirrored image of each row whose caption names no side.
+    flip: also encode the mirrored image of each row whose caption names no side. captions: the texts of the rows that
+    are trained on, where they are not those of `dataset`.
     Several processes may call this at once; let the main process go first (accelerate's main_process_first), or all
     encode the same. Raises UserError if latents are not finite or `folder` cannot be written.
     """
     model_hash = model_fingerprint(vae)
-    flips = [flip and not names_side(dataset.caption(index)) for index in range(len(dataset))]
+    texts = captions if captions is not None else [dataset.caption(index) for index in range(len(dataset))]
+    flips = [flip and not names_side(text) for text in texts]
     rows = [(dataset.fingerprint(index), flips[index]) for index in range(len(dataset))]
     paths, missing = _plan(Path(folder), "latents", model_hash, rows)
     vae.to(device)

@@ -80,6 +80,11 @@ def _forms(word: str) -> Iterable[str]:
         yield word + "s"
 
 
+def has_label(labels: Sequence[str], name: str) -> bool:
+    """Whether an image has this label, in any case. One without labels has NO_LABEL."""
+    return name.casefold() in ({label.casefold() for label in labels} or {NO_LABEL})
+
+
 def names_side(caption: str) -> bool:
     """Whether mirroring the image could make the caption wrong: it names left or right in any of the listed ways.
 

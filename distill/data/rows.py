@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
-from distill.config import NO_LABEL, DenoisingConfig
+from distill.config import DenoisingConfig
 from distill.data.batch import Batch, Pixels, Posterior, TextEmbeddings, Tokens
 from distill.data.cache import LatentCache, TextEmbeddingCache
-from distill.data.captions import insert_labels, names_side, text_of_labels
+from distill.data.captions import has_label, insert_labels, names_side, text_of_labels
 from distill.data.sample import ImageCaptionDataset, hash_of, region_fingerprint, region_list, size_ids
 from distill.errors import UserError
 from distill.tokens import find_words
@@ -144,11 +144,15 @@ class TrainingRows(Dataset[Batch]):
             caption,
             tokens=None if self.text is not None else Tokens(tuple(ids[0] for ids in model.tokenize([caption]))),
             groups=model.token_groups(caption),
-            droppable=torch.tensor(only is None or only in (labels or (NO_LABEL,))),
-            flippable=torch.tensor(not names_side(caption)) if self.flip else None,
+            droppable=torch.tensor(only is None or has_label(labels, only)),
+            flippable=torch.tensor(self._may_flip(index, caption)) if self.flip else None,
             size_ids=torch.tensor(size_ids(self.dataset, index), dtype=torch.float32) if reads_size else None,
             label_tokens=self._label_tokens(labels, caption) if self.label_tokens else None,
         )
+
+    def _may_flip(self, index: int, caption: str) -> bool:
+        """An image that is not mirrored in the cache stays as it is, so that its regions do."""
+        return self.latents.may_flip(index) if self.latents is not None else not names_side(caption)
 
     def _image(self, index: int) -> Pixels | Posterior:
         if self.latents is None:

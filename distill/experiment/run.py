@@ -24,6 +24,7 @@ from distill.cli import to_yaml
 from distill.config import NO_LABEL, BaseConfig, FullEvaluation, RunConfig
 from distill.configuration.changes import changes
 from distill.data.balance import Balance, balance_findings, shares_text
+from distill.data.captions import has_label
 from distill.data.loading import load_dataset, refuse_shared_pictures
 from distill.data.readers.records import RecordDataset
 from distill.data.readers.splits import VALIDATION_SPLITS
@@ -408,7 +409,7 @@ def _check_data(run: Run, model: Model) -> None:
                 "data.finding_column, or the format's own column"
             )
         for label in {t.denoising.caption_dropout_label for t in trainings.values()} - {None}:
-            if not any(label in (found or (NO_LABEL,)) for found in labels):
+            if not any(has_label(found, label) for found in labels):
                 raise UserError(
                     f"denoising.caption_dropout_label is {label!r}, and no training image has that label; there are "
                     f"{', '.join(sorted({name for found in labels for name in found}))}, and {NO_LABEL!r} for images "

@@ -315,6 +315,7 @@ def training_rows(run: Run, arm: Arm, model: Model, *, cached: bool) -> Training
     folder, flip = Path(config.data.cache_dir or "checkpoints/.cache"), getattr(config.data, "horizontal_flip", False)
     device = run.accelerator.device
     latents = text = None
+    captions = [training_caption(train, i, training.denoising) for i in range(len(train))]
     with run.accelerator.main_process_first():
         if trainer.cache_latents and cached:
             latents = cache_latents(
@@ -325,6 +326,7 @@ def training_rows(run: Run, arm: Arm, model: Model, *, cached: bool) -> Training
                 flip=flip,
                 device=device,
                 num_workers=loader_processes(trainer.num_workers, device),
+                captions=captions,
             )
         if trainer.cache_text_embeddings and cached:
 
@@ -332,7 +334,6 @@ def training_rows(run: Run, arm: Arm, model: Model, *, cached: bool) -> Training
                 embeds, pooled = model.encode([x.to(device) for x in model.tokenize(captions)])
                 return embeds if pooled is None else (embeds, pooled)
 
-            captions = [training_caption(train, i, training.denoising) for i in range(len(train))]
             hashes = [model_fingerprint(encoder) for encoder in model.text_encoders]
             hashes += [str(ids.tolist()) for ids in model.tokenize(captions[:8])]
             text = cache_text_embeddings(captions, encode, folder, "-".join(hashes), trainer.batch_size)

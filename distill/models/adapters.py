@@ -105,8 +105,11 @@ def prepare_training(
         (model.denoiser, denoiser, "denoiser"),
         *((encoder, text_encoder, "text_encoder") for encoder in model.text_encoders),
     ):
-        # What is trained in full must not be rounded to 16 bits first.
+        # What is trained, in full or as an adapter that is there already, must not be rounded to 16 bits first.
+        exact = {name: p.data for name, p in module.named_parameters() if how == "lora" and ".lora_" in name}
         module.to(torch.float32 if how == "full" else DTYPES[frozen_dtype])
+        for name, values in exact.items():
+            module.get_parameter(name).data = values
         if how == "full":
             module.requires_grad_(True)
             if getattr(module, "pooler", None) is not None:  # of BERT and its kin; no denoiser reads it

@@ -28,13 +28,16 @@ class UNetFamily(Family):
     timestep_input = ("timestep", 1)
 
     def model_of(self, pipeline: StableDiffusionPipeline) -> Model:
+        config = pipeline.scheduler.config
+        # DDPMScheduler clips to [-1, 1] unless told: for pixels, not for latents.
+        unclipped = {} if "clip_sample" in config else {"clip_sample": False}
         return Model(
             family=self,
             denoiser=pipeline.unet,
             vae=pipeline.vae,
             text_encoders=[getattr(pipeline, name) for name in self.text_encoder_names],
             tokenizers=[getattr(pipeline, name) for name in self.tokenizer_names],
-            noise_scheduler=DDPMScheduler.from_config(pipeline.scheduler.config),
+            noise_scheduler=DDPMScheduler.from_config(config, **unclipped),
             pipeline=pipeline,
         )
 

@@ -140,7 +140,9 @@ class RecordDataset:
                 "id": [sample.id for sample in samples],
                 "image": [places[id(sample.image)] for sample in samples],
                 "caption": [sample.caption for sample in samples],
-                "labels": [list(dict.fromkeys(sample.labels)) for sample in samples],
+                "labels": [
+                    list(dict.fromkeys(canonical.get(key(name), name) for name in sample.labels)) for sample in samples
+                ],
                 "regions": [list(sample.regions) for sample in samples],
             },
             _SAMPLE_SCHEMA,
