@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from distill.errors import UserError
+from distill.processes import PATIENCE
 
 
 class Control:
@@ -18,7 +19,7 @@ class Control:
         self.is_main, self.folder = accelerator.is_main_process, folder
         self.group = None
         if accelerator.num_processes > 1:
-            self.group = torch.distributed.new_group(backend="gloo")
+            self.group = torch.distributed.new_group(backend="gloo", timeout=PATIENCE)
 
     def largest(self, value: int) -> int:
         """The largest value that a process gives."""

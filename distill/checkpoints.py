@@ -169,6 +169,16 @@ def _best_step(folder: Path) -> int | None:
         return None
 
 
+def planned_steps(parent: Path) -> int | None:
+    """max_steps of the training of the newest checkpoint; None where there is none, or it cannot be read."""
+    try:
+        return int(
+            json.loads((folder_of(parent, steps_in(parent)[0]) / FACTS).read_text(encoding="utf-8"))["max_steps"]
+        )
+    except (*UNREADABLE, IndexError):
+        return None
+
+
 def newest(parent: Path, say: Callable[[str], None]) -> Checkpoint | None:
     """The newest whole checkpoint; None if there is none. `say` is told of each damaged one."""
     steps = steps_in(parent)

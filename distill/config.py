@@ -170,7 +170,7 @@ class TrainerConfig(Settings):
     def _check(self) -> TrainerConfig:
         if self.warmup_steps > self.max_steps:
             raise ValueError(f"warmup_steps is {self.warmup_steps}, above max_steps, {self.max_steps}; lower it")
-        for name in ("checkpoint_every_steps", "sample_every_steps", "validate_every_steps"):
+        for name in INTERVALS:
             every = getattr(self, name)
             if every is not None and every > self.max_steps:
                 raise ValueError(
@@ -178,6 +178,10 @@ class TrainerConfig(Settings):
                     "to null"
                 )
         return self
+
+
+INTERVALS = ("checkpoint_every_steps", "sample_every_steps", "validate_every_steps")
+"""Options of TrainerConfig that are at most max_steps."""
 
 
 class EvaluationConfig(Settings):

@@ -15,6 +15,9 @@ if TYPE_CHECKING:
     from accelerate import PartialState
 
 STORE_SECONDS = 5
+PATIENCE = timedelta(days=1)
+"""How long processes wait for the first one, which reads the data and encodes images alone: with the default of 10
+minutes a launch on several GPUs would end there."""
 
 
 def process_state() -> PartialState:
@@ -23,7 +26,7 @@ def process_state() -> PartialState:
     from accelerate import PartialState
     from accelerate.utils import parse_flag_from_env
 
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"), timeout=PATIENCE)
 
 
 def is_first_to_say(message: str) -> bool:

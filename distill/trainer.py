@@ -40,6 +40,19 @@ ENDLESS = ("constant",)
 """Learning rate schedules of which a step does not depend on max_steps, so that a training can be made longer."""
 
 
+def schedule_fault(config: TrainerConfig, planned: int, state: Path) -> str | None:
+    """Why a training that was to take `planned` steps cannot take another number; None where it can. state: the folder
+    of its checkpoints."""
+    if planned == config.max_steps or config.lr_schedule in ENDLESS:
+        return None
+    return (
+        f"trainer.max_steps is {config.max_steps}, and {state} is of a training of {planned} steps, whose "
+        f"{config.lr_schedule} schedule ends there: it cannot go on as if it had been longer from the start. Give "
+        f"max_steps {planned} again, or choose another output_dir, or delete {state} to train from the beginning; only "
+        "lr_schedule constant has no end"
+    )
+
+
 class Record(Protocol):
     """A batch that moves itself."""
 
@@ -593,13 +606,8 @@ class _Loop:
             raise UserError(
                 f"trainer.max_steps is {config.max_steps}, and {folder} is after more steps; raise it, or {other}"
             )
-        if there["max_steps"] != config.max_steps and config.lr_schedule not in ENDLESS:
-            raise UserError(
-                f"trainer.max_steps is {config.max_steps}, and {folder} is of a training of {there['max_steps']} "
-                f"steps, whose {config.lr_schedule} schedule ends there: it cannot go on as if it had been longer from "
-                f"the start. Give max_steps {there['max_steps']} again, or {other}; only lr_schedule constant has no "
-                "end"
-            )
+        if fault := schedule_fault(config, there["max_steps"], self.folder):
+            raise UserError(fault)
 
     def _load(self, checkpoint: Checkpoint) -> None:
         loop, means = checkpoint.loop, checkpoint.loop["means"]

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import AfterValidator, Field, model_validator
 
 from distill.cli import main
-from distill.config import RunConfig, TrainerConfig
+from distill.config import INTERVALS, RunConfig, TrainerConfig
 from distill.configuration import renamed as old
 from distill.methods.training import ArmConfig
 from distill.settings import HARMLESS, MAY_GAIN, Count, Seed, Text, Texts, once
@@ -87,8 +87,11 @@ class TradeoffConfig(RunConfig):
             raise ValueError(f"margins: there is no {unknown[0]}; {hint}")
         if self.budgets and list(self.budgets) != sorted(self.budgets):
             raise ValueError(f"budgets: expected from small to large, got {list(self.budgets)}")
-        if self.budgets and "max_steps" in self.trainer.model_fields_set:
-            raise ValueError("trainer.max_steps and budgets are both given; leave trainer.max_steps out")
+        if self.budgets and "max_steps" in self.trainer.model_fields_set and self.trainer.max_steps != self.budgets[-1]:
+            raise ValueError(
+                f"trainer.max_steps and budgets are both given; leave trainer.max_steps out, or set it to the largest "
+                f"budget, {self.budgets[-1]}"
+            )
         if self.budgets and self.trainer.lr_schedule != "constant":
             raise ValueError(
                 f"budgets: trainer.lr_schedule is {self.trainer.lr_schedule}, which ends at one length; set it to "
@@ -103,6 +106,8 @@ def tradeoff(config: TradeoffConfig) -> None:
     from distill.processes import process_state
 
     folder = Path(config.output_dir)
+    for budget in config.budgets:
+        at_budget(config, config.seeds[0], folder, budget)  # what a budget cannot have is told at the start
     # The ranks of one launch train each arm together, and share with no other launch.
     with held(folder, shared=process_state().num_processes == 1, write=not config.dry_run):
         if config.budgets and not config.dry_run:
@@ -144,6 +149,25 @@ def at_equal_cost(config: TradeoffConfig, folder: Path) -> None:
         print(f"next: open {proof}")
 
 
+def at_budget(
+    config: TradeoffConfig, seed: int, folder: Path, budget: int | None
+) -> tuple[TradeoffConfig, dict[str, Arm], dict[str, str]]:
+    """The configuration of one run folder, its arms, and those that the budget leaves out, with the reason."""
+    from distill.experiment.arms import arms_of
+    from distill.experiment.budgets import spend
+    from distill.processes import process_state
+
+    changed: dict[str, object] = {"seeds": (seed,), "output_dir": str(folder)}
+    if budget is not None:
+        every = {name: getattr(config.trainer, name) for name in INTERVALS}
+        shorter_than = {name: min(steps, budget) for name, steps in every.items() if steps is not None}
+        trainer = config.trainer.model_copy(update={"max_steps": budget} | shorter_than)
+        changed |= {"trainer": trainer, "budgets": (), "margins": {}}
+    own = config.model_copy(update=changed)
+    arms = arms_of(own.arms, own.trainer, own.evaluation.full(), folder)
+    return own, *(spend(arms, budget, process_state().num_processes) if budget is not None else (arms, {}))
+
+
 def one_seed(
     config: TradeoffConfig, seed: int, folder: Path, budget: int | None = None, shorter: Path | None = None
 ) -> None:
@@ -151,22 +175,13 @@ def one_seed(
 
     budget: see `TradeoffConfig.budgets`. shorter: run folder of this seed at the budget before.
     """
-    from distill.experiment.arms import arms_of
-    from distill.experiment.budgets import inherit, spend
+    from distill.experiment.budgets import inherit
     from distill.experiment.results import evaluate_arm, finish
     from distill.experiment.run import open_run
     from distill.experiment.sharing import Job, share_out
     from distill.experiment.train import dry_run, train_arm
-    from distill.processes import process_state
 
-    changed: dict[str, object] = {"seeds": (seed,), "output_dir": str(folder)}
-    if budget is not None:
-        trainer = config.trainer.model_copy(update={"max_steps": budget})
-        changed |= {"trainer": trainer, "budgets": (), "margins": {}}
-    own = config.model_copy(update=changed)
-    arms, left_out = arms_of(own.arms, own.trainer, own.evaluation.full(), folder), dict[str, str]()
-    if budget is not None:
-        arms, left_out = spend(arms, budget, process_state().num_processes)
+    own, arms, left_out = at_budget(config, seed, folder, budget)
     run = open_run(own, arms, compare_to=config.compare_to or (next(iter(arms)),))
     if config.dry_run:
         return dry_run(run)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +13,7 @@ import pytest
 import torch
 from accelerate import Accelerator
 from listed import WORDS, Listed, sample
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
 from distill import checkpoints
@@ -76,7 +78,7 @@ def test_a_finished_arm_goes_on_where_it_can(tmp_path: Path) -> None:
     assert train._is_longer(run, arm, 9, log_dir) is True, "it was killed while it went on"
     (student.folder / "cost.json").touch()
     with pytest.raises(
-        UserError, match=r"model would be trained further, and student was trained with it .* \S+student to"
+        UserError, match=r"model: it would be trained further, and student was trained with it .* \S+student to"
     ):
         train._is_longer(run, arm, 9, log_dir)
 
@@ -644,6 +646,41 @@ def test_a_model_is_found_by_every_name_it_may_have(tmp_path: Path, monkeypatch:
     assert found("org/other")[0].single_file_config == "org/configs"
     config.dry_run = True
     assert found("model") == (own, None), "a dry run trains no teacher"
+
+
+def test_a_derived_base_is_made_anew_or_refused_when_its_source_has_changed(tmp_path: Path) -> None:
+    def derived() -> float:
+        config: Any = SimpleNamespace(base=BaseConfig(name=str(base)), output_dir=str(out), dry_run=False)
+        with pytest.MonkeyPatch.context() as patched:
+            patched.setattr(derive, "claim", lambda folder, config: None)
+            with derive.derived_base(config, None, "smaller") as found:
+                weight = next(iter(load_model(found).denoiser.parameters())).detach().double().norm()
+        return float(weight)
+
+    def scale(by: float) -> None:
+        path = base / "unet/diffusion_pytorch_model.safetensors"
+        save_file({name: by * value for name, value in load_file(path).items()}, path)
+
+    base, out = save_tiny(tmp_path / "base"), tmp_path / "out"
+    out.mkdir()
+    (out / "config.yaml").touch()
+    first = derived()
+    written = (out / "smaller/model_index.json").stat().st_mtime_ns
+    assert derived() == first and (out / "smaller/model_index.json").stat().st_mtime_ns == written
+    scale(2.0)
+    assert derived() == pytest.approx(2 * first), "no student was begun from it"
+    (out / "model/state/step-00000001").mkdir(parents=True)
+    assert derived() == pytest.approx(2 * first)
+    scale(0.5)
+    with pytest.raises(UserError, match=r"base has other weights than when \S+smaller was made from it"):
+        derived()
+    shutil.rmtree(out / "model")
+    (out / "student").mkdir()
+    (out / "student/cost.json").touch()
+    with pytest.raises(UserError, match="has other weights"):
+        derived()
+    (out / "smaller" / derive.SOURCE).unlink()
+    assert derived() == pytest.approx(2 * first), "of an earlier version, which did not say what it was made of"
 
 
 def test_a_derived_base_keeps_the_layers_that_were_chosen(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from recipe import recipe_module, refusal_of
 from test_recipes import TRAINING, arms_argv, run, work  # noqa: F401
 
 from distill import checkpoints
+from distill.cli import parse
 from distill.config import FullEvaluation, TrainerConfig
 from distill.errors import UserError
 from distill.evaluation.claims import LOWER_IS_BETTER, Comparison, compare, student_interval
@@ -117,6 +118,31 @@ def test_a_student_whose_teacher_costs_all_is_left_out_with_those_that_it_teache
     assert "second" not in arms
 
 
+def test_a_budget_without_an_arm_is_refused() -> None:
+    arms = {"teacher": {"max_steps": 2}, "distilled": ARMS["distilled"]}
+    assert list(spent(arms, 2)[0]) == ["teacher"]
+    with pytest.raises(UserError, match=r"budgets: 1 allows no arm a single step \(tail: its teachers and its set-up"):
+        spent({"tail": {"method": {"kind": "tail_penalty"}}}, 1)
+
+
+def test_the_length_of_a_teacher_is_not_that_of_an_arm_that_is_like_it() -> None:
+    """Else the arm would train the same number of steps at every budget, and be compared at equal cost."""
+    arms, _ = spent(ARMS | {"alike": {"like": "teacher", "text_encoder": "full"}}, 30)
+    assert (arms["teacher"].trainer.max_steps, arms["alike"].trainer.max_steps) == (2, 30)
+
+
+def test_intervals_are_at_most_the_budget(tmp_path: Path) -> None:
+    recipe = recipe_module("tradeoff")
+    every = ["--trainer.checkpoint_every_steps", "1500", "--trainer.validate_every_steps", "30"]
+    every += ["--trainer.max_steps", "2000"]  # the largest budget, which the intervals are compared with
+    config = parse(recipe.TradeoffConfig, [*arms_argv("frozen"), "--budgets", "[20,2000]", *every])
+    for budget, expected in ((20, (20, 20, 20)), (2000, (2000, 1500, 30))):
+        own, arms, _ = recipe.at_budget(config, 3, tmp_path, budget)
+        trainer = arms["frozen"].trainer
+        assert (trainer.max_steps, trainer.checkpoint_every_steps, trainer.validate_every_steps) == expected
+        assert own.seeds == (3,) and own.budgets == () and own.trainer == trainer and own.output_dir == str(tmp_path)
+
+
 def test_a_teacher_without_a_length_of_its_own_is_refused() -> None:
     with pytest.raises(UserError, match=r"arms.distilled: .* set arms.teacher.max_steps"):
         spent(ARMS | {"teacher": {}}, 30)
@@ -149,7 +175,7 @@ def test_options_that_do_not_fit_are_refused(
 def test_an_arm_goes_on_from_its_state_and_one_of_the_same_length_keeps_its_weights(
     fixed: bool, tmp_path: Path
 ) -> None:
-    files = {"state/step-00000002/model.safetensors", "train_log.jsonl", "validation_log.jsonl"}
+    files = {"state/step-00000002/model.safetensors", "train_log.jsonl", "validation_log.jsonl", "gate_looks.json"}
     ends = {"cost.json", "metrics.json", "README.md", "lora.safetensors", "unet/config.json", "samples/0000.png"}
     for name in files | ends:
         path = tmp_path / "shorter/a" / name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import random
+from itertools import product
 
 import numpy as np
 import pytest
@@ -58,8 +59,13 @@ def test_the_sign_flip_test_counts_all_flips(values):
 
 def test_five_positive_differences_are_the_least_that_resolve_5_percent():
     assert sign_flip_p([1.0] * 5) == 1 / 32 < 0.05 < sign_flip_p([1.0] * 4)
-    with pytest.raises(ValueError, match="1 to 16"):
-        sign_flip_p([1.0] * 17)
+
+
+def test_of_many_values_a_sample_of_the_flips_is_counted():
+    many = list(np.random.default_rng(1).normal(0.2, 1, 17))
+    flips = np.array(list(product((1, -1), repeat=17)))
+    assert sign_flip_p(many) == pytest.approx(np.mean(flips @ many >= sum(many) - 1e-12), abs=0.005)
+    assert sign_flip_p([1.0] * 40) == 2.0**-16, "never 0"
 
 
 @pytest.mark.parametrize(

@@ -221,11 +221,13 @@ def test_diversity_is_above_0_for_images_that_differ(
     sd: Model, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
 ) -> None:
     config = CONFIG.model_copy(update=dict(generated_images=1, diversity_captions=1, diversity_samples=3))
+    (tmp_path / "features.safetensors").touch()  # of an earlier evaluation, with features
     result = quality(
         sd, phantoms, config, resolution=64, features=None, real=Generated([], None, None), accelerator=accelerator,
         arm_dir=tmp_path,
     )  # fmt: skip
     assert 0 < result["diversity"] <= 1
+    assert not (tmp_path / "features.safetensors").exists(), "differences of models would be computed from it"
     assert result["features"] is result["fid"] is result["fid_ci"] is result["finding_auc"] is None
 
 

@@ -183,11 +183,18 @@ def test_the_card_says_what_was_found_once(tmp_path: Path) -> None:
     assert "**Memorization.** Not to be published: copies are above the limit of 0.25. About 30.0 %" in marked
     judge_memorization(entry(), tmp_path, 0.3)
     assert card.read_text() == text
+    with pytest.raises(UserError):
+        judge_memorization(entry(), tmp_path, 0.25)
+    unmeasured = {key: value for key, value in entry().items() if key != "memorization"}
+    write_model_card(tmp_path, unmeasured, {}, {}, base_name="phantom", export={})
+    assert card.read_text() == marked, "what evaluate.py has found stays, as the weights do"
+    write_model_card(tmp_path, entry(), {}, {}, base_name="phantom", export={})
+    assert card.read_text() == text, "unless it is measured again"
     card.write_text("# My own card\n")
     judge_memorization(entry(), tmp_path, None)
     assert card.read_text() == "# My own card\n"
     judge_memorization(entry(p=0.06), tmp_path, 0.0)  # that may be chance
-    judge_memorization({key: value for key, value in entry().items() if key != "memorization"}, tmp_path, 0.0)
+    judge_memorization(unmeasured, tmp_path, 0.0)
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -131,3 +132,11 @@ def test_one_process_of_a_launch_is_the_first_to_say_something(monkeypatch: pyte
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.delenv("MASTER_ADDR")
     assert processes.is_first_to_say("a"), "twice is better than never"
+
+
+def test_processes_wait_for_long_work_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reading data and encoding images take hours; the default of a launch on several GPUs is 10 minutes."""
+    given: dict[str, object] = {}
+    monkeypatch.setattr("accelerate.PartialState", lambda **options: given.update(options))
+    processes.process_state()
+    assert given == {"cpu": False, "timeout": processes.PATIENCE} and timedelta(hours=12) <= processes.PATIENCE

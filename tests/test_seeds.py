@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 from distill.errors import UserError
-from distill.evaluation.results import Quality
+from distill.evaluation.results import Quality, parse_metrics
 from distill.evaluation.seeds import (
     QUALITY,
     auc_resamples,
@@ -238,6 +238,29 @@ def test_seeds_are_combined_with_paired_differences(tmp_path: Path) -> None:
     assert kid["per_seed"]["3"] == pytest.approx(distilled - frozen)
     assert metrics["provenance"]["seeds"]["training"] == [3, 4]
     assert set(metrics["arms"]["distilled"]["per_seed"]) == {"3", "4"}
+
+
+def test_without_baselines_the_first_arm_that_was_trained_is_one(tmp_path: Path) -> None:
+    write_run(tmp_path, 3, {"base": 0.0, "frozen": 0.1, "distilled": 0.2})
+    for named in ((), ("gone",)):  # left out by a budget
+        found = combine(tmp_path, samples=50, compare_to=named)
+        assert found["compare_to"] == ["frozen"] and list(found["paired"]) == ["distilled - frozen"]
+        parse_metrics(found)
+    assert combine(tmp_path, samples=50, compare_to=("gone", "distilled"))["compare_to"] == ["distilled"]
+    write_run(tmp_path / "alone", 3, {"base": 0.0})
+    assert combine(tmp_path / "alone", samples=50)["compare_to"] == ["base"]
+
+
+def test_features_of_an_earlier_evaluation_count_nothing(tmp_path: Path) -> None:
+    """The file is there, and the numbers are of an evaluation without features."""
+    write_run(tmp_path, 3, {"frozen": 0.0, "distilled": 0.1})
+    path = tmp_path / "seed-3/metrics.json"
+    metrics = json.loads(path.read_text())
+    assert "quality.fid" in combine(tmp_path, samples=50)["paired"]["distilled - frozen"]
+    metrics["arms"]["distilled"]["quality"] |= {"features": None, "fid": None, "fid_ci": None}
+    path.write_text(json.dumps(metrics))
+    found = combine(tmp_path, samples=50)["paired"]["distilled - frozen"]
+    assert "word.auc" in found and not any(key.startswith("quality.") for key in found)
 
 
 def test_what_is_not_resampled_has_an_interval_over_seeds(tmp_path: Path) -> None:

@@ -84,6 +84,43 @@ class Stopped(Exception):
     pass
 
 
+def test_the_card_of_other_weights_goes_with_them(base: str, tmp_path: Path) -> None:
+    """What it says of copies was found in the weights of before."""
+    for steps, stays in ((1, None), (1, True), (2, False)):
+        train.train_arm(*opened(base, tmp_path, "--trainer.max_steps", str(steps)))
+        assert stays is None or (tmp_path / "README.md").exists() == stays
+        (tmp_path / "README.md").write_text("card")
+
+
+@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--trainer.lr_schedule", "cosine"], "whose cosine schedule ends there"),
+        (["--trainer.keep_last_state_gb", "0"], "Its last state was not kept"),
+    ],
+)
+def test_a_length_that_cannot_be_leaves_the_run_folder_as_it_was(
+    ended: bool, words: list[str], expected: str, base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the command that it was begun with works again, also after a kill."""
+    words = [*words, "--trainer.checkpoint_every_steps", "1"]
+
+    def killed(*parts: Any) -> Any:
+        raise Stopped
+
+    with monkeypatch.context() as patched, nullcontext() if ended else pytest.raises(Stopped):
+        if not ended:
+            patched.setattr(train, "export", killed)
+        train.train_arm(*opened(base, tmp_path, *words, "--trainer.max_steps", "2"))
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    if ended or "cosine" in words:
+        with pytest.raises(UserError, match=f"arms that cannot go on.*\n.*model: .*{expected}"):
+            opened(base, tmp_path, *words, "--trainer.max_steps", "3")
+        assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert train.train_arm(*opened(base, tmp_path, *words, "--trainer.max_steps", "2"))["steps"] == 2
+
+
 @pytest.mark.parametrize(("text_rate", "expected"), [("0.25", 0.25), ("null", 0.5)])
 def test_denoiser_and_text_encoder_get_their_own_learning_rates(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text_rate: str, expected: float

@@ -176,6 +176,7 @@ def quality(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         kept.merge()
+        (arm_dir / "features.safetensors").unlink(missing_ok=True)  # of earlier images, and now there may be none
         save_features(generated, dataset, features, arm_dir / "features.safetensors")
     found: list[JsonObject] = [{}]
     if accelerator.is_main_process:

@@ -52,7 +52,7 @@ def combine(folder: Path, samples: int | None = None, compare_to: Sequence[str] 
     """metrics.json of `folder`: each arm's means over the seeds, `per_seed` values, and `paired` differences.
 
     samples: resamples of the bootstrap, by default as many as the runs had. compare_to: the arms that all others but
-    the base are compared with; empty takes the first.
+    the base are compared with, as far as they are there; else the first.
     Raises UserError if the seeds' runs differ in configuration, arms or images.
     """
     runs = run_folders(folder)
@@ -82,9 +82,10 @@ def combine(folder: Path, samples: int | None = None, compare_to: Sequence[str] 
             where = arms[arm]["quality"] if part == "quality" else (arms[arm]["localization"] or {}).get(part)
             if where is not None and where.get(name) is not None:
                 where[f"{name}_ci"] = interval
-    compare_to = tuple(compare_to) or (next(iter(first["arms"])),)
     # In a comparison of several commands, the base is an arm like any other.
     names = [arm for arm in arms if arm != "base" or "arms" in first["provenance"]]
+    # A budget may be too small for a baseline.
+    compare_to = tuple(name for name in compare_to if name in arms) or tuple(names[:1]) or ("base",)
     paired = found.paired(names, compare_to)
     origin = dict(first["provenance"])
     single = origin["seeds"]["training"]  # a list: compare.py, of runs of a seed each
@@ -121,7 +122,7 @@ class Resampled:
             for arm, entry in arms.items()
         }
         drawn = {
-            arm: [_images(path / arm) if entry["quality"] else None for path in runs.values()]
+            arm: [_images(path / arm) if (entry["quality"] or {}).get("features") else None for path in runs.values()]
             for arm, entry in arms.items()
         }
         real, faults = _images(next(iter(runs.values())) / "real"), []

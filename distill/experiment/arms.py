@@ -75,7 +75,7 @@ def arms_of(
             own_trainer,
             evaluation,
             tuple(reference for reference in references if reference in configs),
-            config.max_steps is not None,
+            configs[name].max_steps is not None,  # not that of an arm that it is like
         )
     raise_all("arms that cannot be trained", faults)
     raise_all("arms that wait for each other", _cycles(found))

@@ -55,6 +55,9 @@ def spend(arms: Mapping[str, Arm], budget: int, processes: int) -> tuple[dict[st
             left_out[name] = f"its teachers and its set-up cost {before:,} of {allowed:,} image-passes"
         else:
             found[name] = replace(arm, trainer=arm.trainer.model_copy(update={"max_steps": steps}))
+    if not found:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
+        raise UserError(f"budgets: {budget} allows no arm a single step ({reasons}); leave it out")
     return {name: arm for name, arm in found.items() if not set(arm.needs) & left_out.keys()}, left_out
 
 
@@ -85,7 +88,7 @@ def inherit(accelerator: Accelerator, shorter: Path, arm: Arm) -> None:
     accelerator.wait_for_everyone()
 
 
-_OF_THE_WAY = ("state", "train_log.jsonl", "validation_log.jsonl", "gate.json", "progress")
+_OF_THE_WAY = ("state", "train_log.jsonl", "validation_log.jsonl", "gate.json", "gate_looks.json", "progress")
 """What a training that goes on needs of one that ended. All else is made anew."""
 
 

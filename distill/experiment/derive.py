@@ -8,16 +8,19 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from distill.config import BaseConfig, RunConfig
+from distill.data.cache import weights_fingerprint
 from distill.errors import UserError
 from distill.experiment.folder import scratch_folder
 from distill.experiment.run import claim, quiet_libraries
-from distill.files import whole_folder, write_json
+from distill.files import read_json, whole_folder, write_json
 from distill.models import Model, load_model
 from distill.models.export import base_of, name_base
 from distill.models.loading import SUBSET_FILE
 from distill.processes import process_state
 
 Change = Callable[[Model], Model]
+SOURCE = "made_of.json"
+"""Hash of the weights of base and run, before the change."""
 
 
 @contextmanager
@@ -43,6 +46,8 @@ def derived_base(
             with state.main_process_first():
                 if state.is_main_process and not started:
                     shutil.rmtree(path, ignore_errors=True)  # of a command that was killed, perhaps with other options
+                elif state.is_main_process and path.exists():
+                    _forget_other(config.base, run, path)
                 if not path.exists():
                     _write(config.base, run, path, change)
             own = {"name": str(path), "single_file_config": None, "revision": None, "variant": None}
@@ -62,10 +67,29 @@ def whole(base: BaseConfig, run: str | None) -> Model:
     return model
 
 
+def _forget_other(base: BaseConfig, run: str | None, path: Path) -> None:
+    """Remove the folder if base and run have other weights now. Raises UserError if a student was begun from it."""
+    try:
+        known = read_json(path / SOURCE)["weights"]
+    except (OSError, UserError, KeyError, TypeError):
+        return
+    if known == weights_fingerprint(whole(base, run).modules()):
+        return
+    if any(path.parent.glob("**/cost.json")) or any(path.parent.glob("*/state/step-*")):
+        raise UserError(
+            f"{run or base.name} has other weights than when {path} was made from it, and a student was begun from "
+            "that. Put back what was there, or choose another --output_dir"
+        )
+    shutil.rmtree(path)
+
+
 def _write(base: BaseConfig, run: str | None, folder: Path, change: Change) -> None:
     """At `folder` only when it is whole."""
-    model = change(whole(base, run))
+    model = whole(base, run)
+    source = weights_fingerprint(model.modules())
+    model = change(model)
     with whole_folder(folder) as partial:
+        write_json(partial / SOURCE, {"weights": source})
         model.pipeline.save_pretrained(partial, safe_serialization=True)
         name_base(partial, base_of(model))
         if model.subset:

@@ -37,6 +37,7 @@ from distill.evaluation.fidelity import finding_labels
 from distill.evaluation.utility import Task
 from distill.evaluation.validation import DRAWN
 from distill.experiment.arms import BASE, Arm
+from distill.experiment.lengths import check_lengths
 from distill.files import code_version, write_atomic
 from distill.memory import keep_freed_memory
 from distill.methods import method_of
@@ -147,6 +148,7 @@ def open_run(
     folder, began = Path(config.output_dir), time.perf_counter()
     if not config.dry_run:
         claim(folder, config)
+        check_lengths(arms, folder)
     accelerator = _accelerator(config, folder)
     set_seed(config.training_seed)
     model = load_model(base or config.base, run)
@@ -408,7 +410,7 @@ def _check_data(run: Run, model: Model) -> None:
                 f"{reads[0]} needs labels of the training images, and none has one; see data.label_column and "
                 "data.finding_column, or the format's own column"
             )
-        for label in {t.denoising.caption_dropout_label for t in trainings.values()} - {None}:
+        for label in {name for t in trainings.values() if (name := t.denoising.caption_dropout_label)}:
             if not any(has_label(found, label) for found in labels):
                 raise UserError(
                     f"denoising.caption_dropout_label is {label!r}, and no training image has that label; there are "

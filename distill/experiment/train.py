@@ -35,6 +35,7 @@ from distill.experiment.arms import BASE, Arm
 from distill.experiment.cost import ForwardPasses, training_passes, with_teachers
 from distill.experiment.folder import scratch_folder
 from distill.experiment.gate_looks import GateLooks, Look
+from distill.experiment.lengths import length_fault
 from distill.experiment.run import Run
 from distill.files import JsonObject, read_json, write_json
 from distill.memory import reset_peak_memory
@@ -84,6 +85,7 @@ def train_arm(run: Run, arm: Arm) -> JsonObject:
     }
     cost |= _kept(run, arm, result) | _drawn(run)
     if run.accelerator.is_main_process:
+        (arm.folder / "README.md").unlink(missing_ok=True)  # the card of other weights
         written = export(model, arm.folder)
         loaded = load_model(run.base, run=arm.folder)
         difference = prove_parity(model, loaded, run.accelerator.device)
@@ -160,26 +162,11 @@ def _cost_of(run: Run, name: str, path: Path) -> JsonObject | None:
 
 def _is_longer(run: Run, arm: Arm, steps: int, log_dir: Path) -> bool:
     """Whether a finished arm is to be trained further, than `steps`. Raises UserError where it cannot."""
-    wanted = arm.trainer.max_steps
-    if wanted == steps:
+    if fault := length_fault(run.arms, arm, steps, log_dir / "state"):
+        raise UserError(f"{arm.name}: {fault}")
+    if arm.trainer.max_steps == steps:
         return False
-    again = f"give trainer.max_steps {steps}, or delete {arm.folder} to train {wanted} steps from the beginning"
-    if wanted < steps:
-        raise UserError(f"{arm.name}: trained for {steps} steps, and trainer.max_steps is {wanted}; {again}")
-    if not any(step >= steps for step in checkpoints.steps_in(log_dir / "state")):  # a later one where that was killed
-        raise UserError(
-            f"{arm.name}: trained for {steps} steps, and trainer.max_steps is {wanted}. Its last state was not kept "
-            f"(trainer.keep_last_state_gb), so it cannot go on: {again}"
-        )
-    students = [
-        other for other in run.arms.values() if arm.name in other.needs and (other.folder / "cost.json").exists()
-    ]
-    if students:
-        raise UserError(
-            f"{arm.name} would be trained further, and {students[0].name} was trained with it as it was; delete "
-            f"{students[0].folder} to train that again afterwards"
-        )
-    run.say(f"{arm.name}: trained for {steps} steps; goes on to {wanted}")
+    run.say(f"{arm.name}: trained for {steps} steps; goes on to {arm.trainer.max_steps}")
     return True
 
 

@@ -40,6 +40,13 @@ def mark_model_card(arm_dir: Path, memorization: str) -> Path | None:
     return write_atomic(path, "\n\n".join(kept))
 
 
+def _said_before(arm_dir: Path) -> str:
+    """What the card says of memorization, which evaluate.py may have found; empty where it says nothing."""
+    path = arm_dir / "README.md"
+    parts = path.read_text(encoding="utf-8").split("\n\n") if path.is_file() else []
+    return next((part for part in parts if part.startswith(_MEMORIZATION)), "")
+
+
 def write_model_card(
     arm_dir: Path,
     metrics_for_arm: Mapping[str, object],
@@ -53,7 +60,8 @@ def write_model_card(
 
     metrics_for_arm: the arm's entry in metrics.json. config: resolved configuration of the run. base_name: hub id,
     folder or `phantom`; the card shows no folder of this machine. export: see `distill.models.stock.exported`. The
-    example prompt is from real/ in `arm_dir` or beside it. Raises ValueError if `export` names an unknown part.
+    example prompt is from real/ in `arm_dir` or beside it. What the card says of memorization stays, unless it was
+    measured again; a new export must remove the card first. Raises ValueError if `export` names an unknown part.
     """
     if unknown := [part for part in export if part not in (*PARTS, "lora")]:
         raise ValueError(f"unknown exported part(s) {', '.join(unknown)}; known: lora, {', '.join(PARTS)}")
@@ -83,7 +91,7 @@ def write_model_card(
         escape_markdown("; ".join(made) + "." if export else "Nothing was trained: the numbers are the base's own."),
         markdown_table(measured),
         escape_markdown(f"Measured on {' and '.join(sizes)}." if sizes else "Not measured."),
-        f"{_MEMORIZATION} {escape_markdown(sentence(arm.memorization))}" if arm.memorization else "",
+        f"{_MEMORIZATION} {escape_markdown(sentence(arm.memorization))}" if arm.memorization else _said_before(arm_dir),
         _LIMITS,
         escape_markdown(f"Made with {origin}." if origin else ""),
     ]
