@@ -223,14 +223,12 @@ def _of_one_seed(seeds: Sequence[int], entries: Sequence[JsonObject]) -> JsonObj
     return found
 
 
-def _interval(values: Sequence[Any], intervals: Sequence[Any]) -> list[float] | None:
+def _interval(values: Sequence[object], intervals: Sequence[object]) -> object:
     """values: of the seeds. intervals: of the seeds, over images."""
     if all(interval == intervals[0] for interval in intervals):
-        common: list[float] | None = intervals[0]
-        return common
-    if not all(isinstance(value, float) for value in values):
-        return None
-    found = student_interval(values)
+        return intervals[0]
+    known = [value for value in values if isinstance(value, float)]
+    found = student_interval(known) if len(known) == len(values) else None
     return list(found) if found else None
 
 
