@@ -202,7 +202,7 @@ class EvaluationConfig(Settings):
     700."""
     layers: Texts = ()
     """Protocol ours: cross-attention layers to average, by name prefix such as up_blocks.1. Empty takes those of
-    localization.json, else all."""
+    localization.json, unless timesteps are given; else all."""
     localization_text: Literal["caption", "phrase"] = "caption"
     """Prompt of the attention maps: the image's caption, or the region's phrase."""
     generated_images: Annotated[Count, HARMLESS] = 200
@@ -357,7 +357,7 @@ class LayerEvaluation(MapEvaluation):
     700."""
     layers: Texts = ()
     """Protocol ours: cross-attention layers to average, by name prefix such as up_blocks.1. Empty takes those of
-    localization.json, else all."""
+    localization.json, unless timesteps are given; else all."""
     self_attention_power: Annotated[int, Field(ge=0, le=100)] = 0
     """Protocol ours: how often the map is multiplied by the self-attention, which sharpens it. 0 is off."""
 
