@@ -103,7 +103,9 @@ def explain_all(config: ExplainConfig) -> None:
 
     from distill.data.loading import load_dataset
     from distill.data.readers.records import RecordDataset
-    from distill.evaluation.detection import check_installed
+    from distill.data.sample import group_key
+    from distill.errors import raise_all
+    from distill.evaluation.detection import check_installed, group_faults
     from distill.evaluation.explanation import one_of_each_image
     from distill.files import provenance, write_json
     from distill.models import load_model
@@ -120,6 +122,8 @@ def explain_all(config: ExplainConfig) -> None:
         if isinstance(test, RecordDataset) and not config.images:
             test.check_captions(model)
     sets = sets_of(config, test, chosen[: config.drawing.count], model)
+    groups = [group_key(test, index) for index in chosen]
+    raise_all("too few images", group_faults(groups, config.drawing.count, [names for _, names in sets]))
     console.print(f"{len(chosen)} real images, and {len(sets)} sets of {len(sets[0][1])} generated ones")
     if config.dry_run:
         console.print(to_yaml(config) + "dry run: the data and the images are fine; nothing was written")

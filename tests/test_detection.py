@@ -17,7 +17,16 @@ from distill.data.phantom import pixels
 from distill.data.phantom.scene import draw_scene
 from distill.errors import UserError
 from distill.evaluation import detection
-from distill.evaluation.detection import NAMES, Pair, Rows, counterfactual, eight_bit, halves, over_folds
+from distill.evaluation.detection import (
+    NAMES,
+    Pair,
+    Rows,
+    counterfactual,
+    eight_bit,
+    group_faults,
+    halves,
+    over_folds,
+)
 from distill.evaluation.tree_shap import tree_shap
 from distill.models.family import Model
 
@@ -152,7 +161,7 @@ def test_the_interval_is_that_of_nadeau_and_bengio() -> None:
 
 
 def test_too_few_images_are_refused() -> None:
-    with pytest.raises(UserError, match="at least 10 images of different patients.*got 9"):
+    with pytest.raises(UserError, match="at least 10 different patients.*got 9"):
         detection.train_detectors([Pair(table(20, 0), table(9, 1))], 0)
 
 
@@ -232,3 +241,13 @@ def test_real_images_are_not_told_from_real_ones() -> None:
     found = detection.auc(detection.train_detectors(halves(rows, 3, 0), 0))
     print(found)
     assert found.interval[0] < 0.5 < found.interval[1]
+
+
+def test_groups_and_not_images_are_counted() -> None:
+    patients = [f"patient {k // 3}" for k in range(60)]
+    assert group_faults(patients, 30, [patients[:30]]) == []
+    (fault,) = group_faults(patients, 27, [patients[:30]])
+    assert fault == "the 27 images that are compared are of 9 patients or images; a detector needs 10"
+    (fault,) = group_faults(patients[:57], 30, [patients[:30]])
+    assert "of 19 patients or images; the control, real against real images, needs 20" in fault
+    assert len(group_faults(patients[:27], 27, [patients[:30], patients[:27]])) == 3

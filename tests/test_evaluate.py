@@ -354,6 +354,20 @@ def measured(model: Model, dataset: Any, folder: Path, **options: Any) -> dict[s
     return found | {"files": files}
 
 
+def test_images_for_other_parts_leave_the_features_of_the_quality_that_was_measured(
+    sd: Model, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = measured(sd, pictures(6), tmp_path)["files"]["features.safetensors"]
+    dataset, given = pictures(6), []
+    monkeypatch.setattr(module, "_utility", lambda *parts: given.append(parts) or {})
+    against = held_out(dataset, sd, CONFIG, None, accelerator=accelerator, run_dir=tmp_path)
+    evaluate(
+        sd, against, CONFIG, resolution=64, accelerator=accelerator, arm_dir=tmp_path / "model", label="m",
+        parts=["utility"],
+    )  # fmt: skip
+    assert given and (tmp_path / "model/features.safetensors").read_bytes() == before
+
+
 class Calls:
     """Counts the images that are drawn and the captions whose maps are made."""
 

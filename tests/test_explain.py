@@ -88,6 +88,21 @@ def test_a_folder_of_blurred_images_is_betrayed_by_its_sharpness(tmp_path: Path)
     assert "What the features mean" in text
 
 
+def test_too_few_images_are_refused_before_any_is_drawn(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also by --dry_run; the control, which comes last, needs the most."""
+    recipe = recipe_module("explain")
+    config_class, folder = config_class_of(recipe), folder_of_phantoms(tmp_path / "images", 9, 0)
+    words = ["--output_dir", str(tmp_path / "out"), "--dry_run", "true"]
+    few = ["--data.resolution", "64", "--data.test_size", "18", "--drawing.count", "10", "--images", str(folder)]
+    message = refusal_of(recipe.explain, config_class, [*few, *words], capsys)
+    assert "are of 18 patients or images; the control, real against real images, needs 20" in message
+    assert "a set of generated images has 9; a detector needs 10" in message
+    enough = folder_of_phantoms(tmp_path / "enough", 10, 0)
+    least = ["--data.resolution", "64", "--data.test_size", "20", "--drawing.count", "10", "--images", str(enough)]
+    recipe.explain(parse(config_class, [*least, *words]))
+    assert not (tmp_path / "out").exists()
+
+
 def test_damaged_and_equal_files_are_refused_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = folder_of_phantoms(tmp_path / "images", 3, 0)
     (folder / "001.png").write_bytes((folder / "000.png").read_bytes())

@@ -9,7 +9,7 @@ import torch
 from scipy.stats import binomtest, mannwhitneyu
 from torch import Tensor
 
-from distill.metrics.memorization import Nearest, closeness, copies, nearest, suspicion, thumbnails
+from distill.metrics.memorization import Nearest, closeness, copies, nearer, nearest, suspicion, thumbnails
 
 
 def cloud(count: int, seed: int, width: int = 5) -> Tensor:
@@ -53,6 +53,13 @@ def test_a_copy_far_from_the_origin_has_distance_0() -> None:
 def test_an_image_without_any_other_is_infinitely_far() -> None:
     found = nearest(cloud(1, 0), [cloud(1, 1)], np.array([0]))
     assert found.distance.tolist() == [np.inf] and found.row.tolist() == [-1]
+
+
+def test_of_two_neighbours_the_nearer_counts_and_of_equal_ones_the_first() -> None:
+    one = Nearest(np.array([1.0, 2.0, 3.0]), np.array([10, 11, 12]))
+    other = Nearest(np.array([2.0, 1.0, 3.0]), np.array([20, 21, 22]))
+    found = nearer(one, other)
+    assert found.distance.tolist() == [1, 1, 3] and found.row.tolist() == [10, 21, 12]
 
 
 def test_a_thumbnail_does_not_know_brightness_and_contrast() -> None:

@@ -2,8 +2,8 @@
 one?
 
 A row is an image (distill/metrics/image_features.py). Boosted trees learn real against generated on some images and are
-scored on others; images of one patient, or of one caption, are never on both sides. Every explanation is of images that
-the detector did not see. Source: Kapar et al. 2025, who do this for tables.
+scored on others; images of one group (patient, else real image and what is drawn of its caption) are never on both
+sides. Every explanation is of images that the detector did not see. Source: Kapar et al. 2025, who do this for tables.
 """
 
 from __future__ import annotations
@@ -95,6 +95,26 @@ class Estimate(NamedTuple):
     interval: tuple[float, float]
 
 
+def group_faults(groups: Sequence[str], count: int, sets: Sequence[Sequence[str]]) -> list[str]:
+    """Why real images of these groups, of which the first `count` are compared with `sets`, are too few to train
+    detectors on: at least LEAST_IMAGES groups on each side, and in each half of the control."""
+    least, all_groups, first = LEAST_IMAGES, len(set(groups)), len(set(groups[:count]))
+    faults = []
+    if all_groups < 2 * least:
+        faults.append(
+            f"the held-out images are of {all_groups} patients or images; the control, real against real images, needs "
+            f"{2 * least}"
+        )
+    if first < least:
+        faults.append(
+            f"the {count} images that are compared are of {first} patients or images; a detector needs {least}"
+        )
+    fewest = min((len(set(names)) for names in sets), default=least)
+    if fewest < least:
+        faults.append(f"a set of generated images has {fewest}; a detector needs {least}")
+    return faults
+
+
 def halves(rows: Rows, count: int, seed: int) -> list[Pair]:
     """`count` ways to split real images in two by group: the control, whose AUC is .5."""
     rng, names = np.random.default_rng(seed), np.unique(rows.groups)
@@ -131,8 +151,8 @@ def train_detectors(pairs: Sequence[Pair], seed: int) -> list[Fold]:
         for side in (real, other):
             if (count := len(np.unique(side.groups))) < LEAST_IMAGES:
                 raise UserError(
-                    f"a detector needs at least {LEAST_IMAGES} images of different patients and captions, real as well "
-                    f"as generated; got {count}"
+                    f"a detector needs at least {LEAST_IMAGES} different patients, or images where none is known, real "
+                    f"as well as generated; got {count}"
                 )
         values, groups = np.concatenate([real.values, other.values]), np.concatenate([real.groups, other.groups])
         is_other = np.arange(len(values)) >= len(real)

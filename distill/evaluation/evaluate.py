@@ -123,13 +123,15 @@ def quality(
     label: str = "",
     weights: str | None = None,
     keep_images: bool = False,
+    is_measured: bool = True,
 ) -> JsonObject:
     """The `quality` entry of metrics.json; writes the images of the examples' captions to samples/.
 
     FID against `real`, the real images of the same captions. Image of caption i has seed config.seed + i, so that it is
     the same for any batch size and number of processes. What an earlier call in `arm_dir` drew is used again where all
     that decides it is the same. weights: see kept.weights_of, before the weights were quantized. keep_images: write all
-    of them to drawn/, see `drawn_images`.
+    of them to drawn/, see `drawn_images`. is_measured: write features.safetensors; else its images are for other parts
+    alone, and the file is of a quality that was measured before.
     """
     order = evaluation_order(dataset, examples, config.generated_images)
     jobs = _jobs(order, config)
@@ -176,6 +178,7 @@ def quality(
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         kept.merge()
+    if accelerator.is_main_process and is_measured:
         (arm_dir / "features.safetensors").unlink(missing_ok=True)  # of earlier images, and now there may be none
         save_features(generated, dataset, features, arm_dir / "features.safetensors")
     found: list[JsonObject] = [{}]
@@ -461,6 +464,7 @@ def evaluate(
             features=against.features,
             real=against.real,
             keep_images=bool(of_images),
+            is_measured="quality" in parts,
             **own,
         )
     more: JsonObject = {}

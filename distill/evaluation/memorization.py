@@ -1,13 +1,14 @@
 """Are generated images copies of training images? The entry `memorization` of metrics.json, and the most suspicious
 pairs.
 
-Images are compared in features, in latents (mean of the VAE's posterior, flattened) and in pixels (`thumbnails`).
+Images are compared in features, in latents (mean of the VAE's posterior, flattened) and in pixels (`thumbnails`). A
+generated image is compared as it is and mirrored, with all others alike: a training may mirror its images.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -31,6 +32,7 @@ from distill.metrics.memorization import (
     Nearest,
     closeness,
     copies,
+    nearer,
     nearest,
     suspicion,
     thumbnails,
@@ -114,8 +116,11 @@ def memorization(
     if accelerator.is_main_process:
         batches = (images[k : k + sizes["batch_size"]] for k in range(0, len(images), sizes["batch_size"]))
         with torch.no_grad():
-            parts = [make(torch.stack([read_png(path) for path in batch]) * 2 - 1) for batch in batches]
-        generated = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+            read = (torch.stack([read_png(path) for path in batch]) * 2 - 1 for batch in batches)
+            parts = [(make(pixels), make(pixels.flip(-1))) for pixels in read]
+        generated = {
+            name: tuple(torch.cat([views[k][name] for views in parts]) for k in (0, 1)) for name in parts[0][0]
+        }
         left_out = np.array([pools[1].place[held_out.fingerprint(row)] if row >= 0 else -1 for row in own])
         entry = [_compare(generated, files, left_out, pools, images, config, arm_dir)]
     broadcast_object_list(entry)
@@ -135,7 +140,7 @@ def _vectors(
 
 
 def _compare(
-    generated: dict[str, torch.Tensor],
+    generated: Mapping[str, Sequence[torch.Tensor]],
     files: Sequence[Sequence[Path]],
     left_out: np.ndarray,
     pools: tuple[Pool, Pool],
@@ -143,22 +148,23 @@ def _compare(
     config: FullEvaluation,
     arm_dir: Path,
 ) -> JsonObject:
-    """files: of the vectors of training and held-out images. left_out: the held-out image that is none for each
-    image."""
+    """generated: vectors of the images, and of their mirror images. files: of the vectors of training and held-out
+    images. left_out: the held-out image that is none for each image."""
     counts = len(pools[0]), len(pools[1]) - int((left_out >= 0).any())
     draws = config.bootstrap_samples, config.seed
     near: dict[str, tuple[Nearest, Nearest]] = {}
     found: dict[str, Copies] = {}
     near_by: dict[str, Closeness] = {}
-    for space, vectors in generated.items():
-        near[space] = (
-            nearest(vectors, read_vectors(files[0], space)),
-            nearest(vectors, read_vectors(files[1], space), left_out),
+    for space, views in generated.items():
+        plain, mirrored = (
+            [nearest(view, read_vectors(files[k], space), out) for k, out in ((0, None), (1, left_out))]
+            for view in views
         )
+        near[space] = nearer(plain[0], mirrored[0]), nearer(plain[1], mirrored[1])
         real = torch.cat([*read_vectors(files[1][: -(-CLOSENESS_IMAGES // SHARD_ROWS)], space)])[:CLOSENESS_IMAGES]
         apart = nearest(real, read_vectors(files[0], space)).distance
         found[space] = copies(*near[space], *counts, *draws)
-        near_by[space] = closeness(near[space][0].distance, apart, *draws)
+        near_by[space] = closeness(plain[0].distance, apart, *draws)
     _write_pairs(near, pools, images, arm_dir)
     used = {"images": len(images), "training_images": counts[0], "held_out_images": len(pools[1])}
     return {**verdict(found), **used, "spaces": {name: {**found[name], "closeness": near_by[name]} for name in found}}

@@ -94,7 +94,8 @@ def evaluate_arm(
         written = {
             "arms": {name: entry},
             "provenance": provenance() if missing else before["provenance"],
-            "made_of": {part: hashes | {"files": _files(arm_dir, part)} for part, hashes in known.items()},
+            # The files of a part that was kept are those that it was measured with.
+            "made_of": {part: {"files": _files(arm_dir, part)} | hashes for part, hashes in known.items()},
         } | ({"settings": settings} if settings else {})
         # The card first: after a kill between the two, the numbers are not there yet, and both are written again.
         if folder and cost and settings and (missing or not (folder / "README.md").is_file()):

@@ -60,6 +60,12 @@ def nearest(images: Tensor, others: Iterable[Tensor], leave_out: NDArray[np.int6
     return Nearest(best, rows)
 
 
+def nearer(one: Nearest, other: Nearest) -> Nearest:
+    """For each image the nearer of two neighbours; of equally near ones that of `one`."""
+    first = one.distance <= other.distance
+    return Nearest(*(np.where(first, a, b) for a, b in ((one.distance, other.distance), (one.row, other.row))))
+
+
 def thumbnails(images: Tensor) -> Tensor:
     """(N, 3, height, width) -> (N, 32 * 32): gray, of mean 0 and standard deviation 1, so that brightness does not
     count."""

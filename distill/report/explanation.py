@@ -172,7 +172,10 @@ def sections(comparisons: Mapping[str, JsonObject], images: Sequence[Image.Image
               if e["score"] >= 0.5]  # fmt: skip
     meaning = Table(["feature", "unit or range", "meaning"], [[f.name, f.unit, f.meaning] for f in FEATURES])
     gray = "Where the real images are gray, all are compared in gray: the mean of the channels."
-    folds = "Intervals are 95 % over cross-validation folds; images of one patient or caption are never on both sides."
+    folds = (
+        "Intervals are 95 % over cross-validation folds. Images of one patient are never on both sides; where no patient "
+        "is known, that holds for a real image and those drawn of its caption. Each file of a folder stands alone."
+    )
     importance = (
         "Importance is the AUC that is lost when a feature is shuffled among unseen images. Where several features say "
         "the same, one may stand for all: look at the kinds, and at the AUC of a feature alone."

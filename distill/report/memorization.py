@@ -13,7 +13,7 @@ from distill.report.figures import data_uri
 from distill.report.tables import format_number
 
 EXPLAINED = (
-    "Each generated image is compared with its nearest training image and its nearest held-out image. A model that "
+    "Each generated image, and its mirror image, is compared with its nearest training and held-out image. A model that "
     "copies nothing draws images that are nearer to a training image as often as chance says. The row names the "
     "comparison (features, latents or pixels) with the smallest p, and p is corrected for their number."
 )
