@@ -55,7 +55,7 @@ class FileData(Data):
     """Value of the split column for training."""
     test_split: Text = "test"
     """Value of the split column for evaluation; `all` evaluates every row and is refused where a model is trained.
-    Rows of the validation split are called validation, val or valid."""
+    Rows of the validation split are called validation, val, valid or validate."""
     findings: Texts = ()
     """Findings to keep and evaluate. Empty keeps all that the files name."""
     query_words: dict[Text, Annotated[list[Text], Field(min_length=1)]] = Field(default_factory=dict)
@@ -90,7 +90,7 @@ class FolderData(FileData):
     caption_column: Text = "text"
     """The caption."""
     split_column: Text = "auto"
-    """Column of the split: train, test, and validation, val or valid. auto: `split` where there is one; none: by a
+    """Column of the split: train, test, and validation, val, valid or validate. auto: `split` where there is one; none: by a
     rule."""
     finding_column: Text = "auto"
     """Finding of the row's box, or a list of one finding for each box. auto: `finding` where there is one."""

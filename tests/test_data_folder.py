@@ -213,6 +213,48 @@ def test_a_mask_of_nothing_is_said_by_name(
     ) in dataset.summary
 
 
+@pytest.mark.parametrize("make", ["quantize", "adaptive", "indices", "indices of colours"])
+def test_black_is_outside_a_mask_however_its_palette_is_ordered(root: Path, make: str) -> None:
+    """quantize() may give white index 0. Without black, or where index 0 is black, the index counts, as in VOC."""
+    gray = Image.new("L", (40, 30), 0)
+    gray.paste(255, (5, 0, 15, 10))
+    mask = {
+        "quantize": lambda: gray.convert("RGB").quantize(2),
+        "adaptive": lambda: gray.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=2),
+        "indices": lambda: gray.point(lambda value: value // 255).convert("P"),
+        "indices of colours": lambda: gray.point(lambda value: value // 255).convert("P"),
+    }[make]()
+    if make.startswith("indices"):
+        mask.putpalette([0, 0, 0, 0, 0, 0] if make == "indices" else [200, 0, 0, 0, 200, 0])
+    mask.save(root / "mask.png")
+    dataset = load(root, [row(finding="edema", mask="mask.png")], resolution=30)
+    (region,) = dataset[0].regions
+    assert int(region.mask.sum()) == 100 and bool(region.mask[:10, :10].all()), "columns 5 to 34 are kept"
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_a_tiff_whose_0_is_white_is_not_a_negative(root: Path, bits: int) -> None:
+    ramp = np.linspace(0, 255, 40 * 30).reshape(30, 40)
+    pixels = ramp.astype(np.uint8) if bits == 8 else (ramp * 257).astype(np.uint16)
+    Image.fromarray(pixels).save(root / "a.tif")
+    data, entry = (root / "a.tif").read_bytes(), struct.pack("<HHIHH", 262, 3, 1, 1, 0)
+    assert data.count(entry) == 1, "photometric interpretation, one short: 1, where 0 is black"
+    (root / "white.tif").write_bytes(data.replace(entry, struct.pack("<HHIHH", 262, 3, 1, 0, 0)))
+    black, white = (load(root, [row(name)], resolution=30)[0].pixel_values for name in ("a.tif", "white.tif"))
+    torch.testing.assert_close(white, -black, atol=0.01, rtol=0)
+    assert float(black.max() - black.min()) > 1
+
+
+def test_without_a_column_of_findings_the_labels_are_the_findings(root: Path) -> None:
+    """Else they would have no finding AUC, and data.query_words nothing to be of."""
+    rows = many(root, 4, split="test", labels=lambda i: ["Edema|No Finding", "edema", "Nodule", ""][i])
+    dataset = plain(root, rows, query_words={"nodule": ["edema"]})
+    assert dataset.findings == ("Edema", "Nodule") and dataset.query_words["Nodule"] == ("edema",)
+    assert [dataset.labels(i) for i in range(4)] == [("Edema", "No Finding"), ("Edema",), ("Nodule",), ()]
+    boxed = plain(root, many(root, 2, split="test", labels="nodule", finding="edema", bbox="5,5,9,9"))
+    assert boxed.findings == ("edema",)
+
+
 def test_regions_outside_the_centre_square_are_dropped_and_named(root: Path, caplog: pytest.LogCaptureFixture) -> None:
     write_image(root / "wide.png", (200, 20))
     rows = [row("wide.png", finding="edema", box="0,0,20,20"), row("wide.png", finding="effusion", box="80,0,20,20")]
@@ -298,7 +340,9 @@ def test_labels_of_the_image_go_before_findings_of_boxes(root: Path) -> None:
 def test_splits(root: Path) -> None:
     write_image(root / "b.png", (41, 30))
     write_image(root / "c.png", (42, 30))
-    rows = [{**row(name), "split": split} for name, split in (("a.png", "train"), ("b.png", " val"), ("c.png", "3"))]
+    rows = [
+        {**row(name), "split": split} for name, split in (("a.png", "train"), ("b.png", " validate"), ("c.png", "3"))
+    ]
     for split, name in (("train", "a.png"), ("validation", "b.png"), ("test", "c.png")):
         dataset = load(root, rows, split, split_column="split", test_split="3")
         assert [sample.id for sample in (dataset[0],)] == [name] and len(dataset) == 1
@@ -452,7 +496,10 @@ def test_only_the_first_20_of_shared_pictures_are_listed(root: Path) -> None:
 def test_no_validation_images_says_how_they_are_called(root: Path) -> None:
     rows = many(root, 3, split=lambda i: "train" if i else "test")
     message = plain_fault(root, rows, "validation")
-    assert "no row has split = validation or val or valid; there are 'train' (2 rows), 'test' (1 rows)" in message
+    assert (
+        "no row has split = validation or val or valid or validate; there are 'train' (2 rows), 'test' (1 rows)"
+        in message
+    )
 
 
 def test_normalized_boxes_are_one_fault(root: Path) -> None:

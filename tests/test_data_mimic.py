@@ -240,10 +240,11 @@ def test_a_split_is_a_name_or_a_number(root: Path, split: str, options: dict[str
 def test_a_split_that_no_row_has(root: Path) -> None:
     message = refusal(mimic, root, "validation")
     assert (
-        "no row of mimic.csv has split validation or val or valid; there are mscxr (2 rows), train (1 rows), test (1 "
-        "rows)" in message
+        "no row of mimic.csv has split validation or val or valid or validate; there are mscxr (2 rows), train (1 "
+        "rows), test (1 rows)" in message
     )
-    assert ids(mimic(root, "validation", [study("t1", "2")])) == ["files/p1/t1.jpg"]
+    for name in ("2", "val", "validate"):  # the last as in the split file of MIMIC-CXR-JPG
+        assert ids(mimic(root, "validation", [study("t1", name)])) == ["files/p1/t1.jpg"]
 
 
 def test_images_of_other_splits_need_not_be_there_but_their_rows_are_checked(root: Path) -> None:
@@ -517,6 +518,23 @@ def test_training_leaves_out_the_patients_of_mscxr(root: Path, caplog: pytest.Lo
     write_csv(root / "mimic.csv", rows)
     assert ids(load_dataset(given, "train")) == ["files/p1/t1.jpg", "files/p1/t2.jpg"]
     assert "data.mimic_file is missing" in refusal(load_dataset, config(root, metadata_file="boxes.json"), "train")
+
+
+def test_patients_of_mscxr_are_left_out_where_the_metadata_lack_their_rows(root: Path) -> None:
+    """A CSV of training rows alone, with or without subject_id."""
+    for name, patient in (("d1", "p10000001"), ("t1", "p10000001"), ("t2", "p10000002")):
+        move(root, patient, name)
+    write_box_a_row(root / "boxes.csv", [Box()])
+    text = (root / "boxes.csv").read_text()
+    (root / "boxes.csv").write_text(text.replace("files/p1/", "files/p10/p10000001/s1/"))
+    for named in (False, True):
+        rows = [
+            study(f"t{n}", "1", path=f"files/p10/p1000000{n}/s1/t{n}.dcm", patient=f"1000000{n}" if named else "")
+            for n in (1, 2)
+        ]
+        write_csv(root / "mimic.csv", rows)
+        given = config(root, metadata_file="boxes.csv", mimic_file="mimic.csv", caption_source="phrase")
+        assert ids(load_dataset(given, "train")) == ["files/p10/p10000002/s1/t2.jpg"]
 
 
 # --- geometry -----------------------------------------------------------------------------------------------------

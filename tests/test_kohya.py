@@ -12,17 +12,20 @@ import torch
 from diffusers import StableDiffusionPipeline, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.utils import convert_unet_state_dict_to_peft
 from safetensors import safe_open
-from safetensors.torch import load_file
-from tiny import tiny_sd, tiny_sdxl
+from safetensors.torch import load_file, save_file
+from tiny import save_tiny, tiny_sd, tiny_sdxl
 from torch import nn
 from training import NO_DROPOUT, batch_of, context_of, generator, prepared
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
+from distill.config import BaseConfig
+from distill.errors import UserError
 from distill.methods import method_of
 from distill.methods.key_lock import KeyLockOptions
 from distill.models.export import export
 from distill.models.kohya import KOHYA_FILE, kohya_name, original_name
-from distill.models.loading import LORA_FILE
+from distill.models.loading import LORA_FILE, load_model
+from distill.models.parts import check_weights_file
 
 PROJECTIONS = [f"attn{n}_to_{part}" for n in (1, 2) for part in ("q", "k", "v", "out_0")]
 SD_BLOCKS = [
@@ -149,6 +152,23 @@ def test_the_file_has_alpha_beside_each_layer_and_says_its_kind_of_base(build: A
     with safe_open(tmp_path / KOHYA_FILE, "pt") as file:
         version = file.metadata()["ss_base_model_version"]
     assert version == ("sdxl_base_v1-0" if build is tiny_sdxl else "sd_v1")
+
+
+def test_a_whole_alpha_is_read_as_a_number(tmp_path: Path) -> None:
+    """kohya's scripts write one where no --network_alpha is given."""
+    model = prepared(tiny_sd, "lora", "lora")
+    export(model, tmp_path)
+    tensors = load_file(tmp_path / KOHYA_FILE)
+    whole = {name: value.to(torch.int64) if name.endswith(".alpha") else value for name, value in tensors.items()}
+    save_file(whole, tmp_path / "whole.safetensors")
+    base = BaseConfig(name=str(save_tiny(tmp_path / "base")))
+    found, expected = (load_model(base, tmp_path / name) for name in ("whole.safetensors", KOHYA_FILE))
+    own = dict(expected.denoiser.named_parameters())
+    assert all(torch.equal(value, own[name]) for name, value in found.denoiser.named_parameters())
+    check_weights_file(tmp_path / "whole.safetensors")
+    save_file({"weight": torch.ones(2, dtype=torch.int64)}, tmp_path / "quantized.safetensors")
+    with pytest.raises(UserError, match="is of type I64"):
+        check_weights_file(tmp_path / "quantized.safetensors")
 
 
 def test_adapters_of_locked_keys_have_their_own_rank_and_alpha(tmp_path: Path) -> None:

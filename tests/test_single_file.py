@@ -160,6 +160,36 @@ def test_an_adapter_file_is_as_good_as_its_run_folder(either: Path, base: str, n
         assert scales[0] == scales[1] and set(scales[0].values()) == {2.0}
 
 
+@pytest.mark.parametrize(
+    ("extra", "said", "expected"),
+    [
+        ((), None, ("epsilon", False)),
+        (("v_pred",), None, ("v_prediction", False)),
+        (("v_pred", "ztsnr"), None, ("v_prediction", True)),
+        ((), "v", ("v_prediction", False)),
+        ((), "epsilon", ("epsilon", False)),
+    ],
+)
+def test_a_file_that_predicts_v_is_trained_and_drawn_so(
+    extra: tuple[str, ...], said: str | None, expected: tuple[str, bool], folder: Path, tmp_path: Path
+) -> None:
+    """Its configs are those of any model of its shape."""
+    tensors = load_file(folder / "sd.safetensors") | {name: torch.tensor([]) for name in extra}
+    metadata = None if said is None else {"modelspec.prediction_type": said}
+    save_file(tensors, tmp_path / "v.safetensors", metadata)
+    model = load_model(BaseConfig(name=str(tmp_path / "v.safetensors"), single_file_config=str(folder / "configs")))
+    for scheduler in (model.noise_scheduler, model.pipeline.scheduler):
+        assert (scheduler.config.prediction_type, scheduler.config.rescale_betas_zero_snr) == expected
+    assert model.prediction_type == expected[0]
+    assert (float(model.noise_scheduler.alphas_cumprod[-1]) == 0) == expected[1]
+
+
+def test_an_edm_schedule_is_refused(folder: Path, tmp_path: Path) -> None:
+    tensors = load_file(folder / "sd.safetensors") | {"edm_vpred.sigma_max": torch.tensor(120.0)}
+    save_file(tensors, tmp_path / "edm.safetensors")
+    assert "EDM schedule" in refusal(tmp_path, "edm.safetensors", config=str(folder / "configs"))
+
+
 def refusal(*args: Any, **kwargs: Any) -> str:
     with pytest.raises(UserError) as caught:
         load(*args, **kwargs)

@@ -7,8 +7,8 @@ from distill.data.readers.coco import CocoDataset
 from distill.data.readers.folder import FolderDataset
 from distill.data.readers.mimic import MimicDataset, MsCxrDataset, mscxr_training
 from distill.data.readers.records import RecordDataset
-from distill.data.readers.splits import VALIDATION_SPLITS, Split, refuse_shared
-from distill.data.readers.tables import SPLIT_CODES
+from distill.data.readers.splits import Split, refuse_shared
+from distill.data.readers.tables import SPLIT_CODES, VALIDATION_SPLITS
 from distill.data_config import CocoData, DataConfig, FileData, FolderData, MimicData, MsCxrData
 from distill.errors import UserError
 

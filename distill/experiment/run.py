@@ -27,7 +27,7 @@ from distill.data.balance import Balance, balance_findings, shares_text
 from distill.data.captions import has_label
 from distill.data.loading import load_dataset, refuse_shared_pictures
 from distill.data.readers.records import RecordDataset
-from distill.data.readers.splits import VALIDATION_SPLITS
+from distill.data.readers.tables import VALIDATION_SPLITS
 from distill.data.rows import check_training_text
 from distill.data.sample import region_list
 from distill.data_config import DataConfig, FolderData, PhantomData

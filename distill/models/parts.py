@@ -86,7 +86,7 @@ def check_weights_file(path: Path) -> None:
     if not dtypes:
         raise UserError(f"{path} holds no weights")
     for key, dtype in dtypes.items():
-        if "F" not in dtype and not key.endswith(NOT_WEIGHTS):
+        if "F" not in dtype and not key.endswith((*NOT_WEIGHTS, ".alpha")):  # kohya's alpha may be whole
             raise UserError(
                 f"{path}: {key} is of type {dtype}; expected floating-point numbers, such as F32 or F16. Quantized "
                 "weights are not read"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -24,6 +25,11 @@ def refuse_pickle(path: str | Path) -> None:
             f"{path} is a pickle, which can run any code when it is read, so that it is refused; convert it to "
             ".safetensors on a machine that you can lose, or take the .safetensors file of the same model"
         )
+
+
+V_PREDICTION, ZERO_SNR = "v_pred", "ztsnr"
+"""Empty tensors by which a single file says that it predicts v, with a schedule that ends without signal."""
+PREDICTION_TYPES = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
 
 
 def keys_of(path: Path) -> list[str]:
@@ -76,5 +82,22 @@ def load_single_file(path: Path, config: str | None) -> DiffusionPipeline:
             if missing:
                 raise UserError(f"{path} lacks {len(missing)} weights of the {name}: {missing[0]} …")
             check_weights(part, path)
+    _set_prediction_type(pipeline, path, keys)
     pipeline.register_to_config(_name_or_path=path.name)
     return pipeline
+
+
+def _set_prediction_type(pipeline: DiffusionPipeline, path: Path, keys: Sequence[str]) -> None:
+    """Give the scheduler what the file says of itself, where its configs say otherwise: empty tensors `v_pred` and
+    `ztsnr` (zero terminal SNR), which ComfyUI reads, or the metadata modelspec.prediction_type. Raises UserError for
+    EDM."""
+    if edm := [key for key in keys if key.startswith("edm_")]:
+        raise UserError(f"{path} is a model with an EDM schedule ({edm[0]}), which is not supported; give another base")
+    with safe_open(path, "pt") as file:
+        said = (file.metadata() or {}).get("modelspec.prediction_type", "").lower()
+    kind = "v_prediction" if V_PREDICTION in keys else PREDICTION_TYPES.get(said)
+    change = ({"prediction_type": kind} if kind else {}) | (
+        {"rescale_betas_zero_snr": True} if ZERO_SNR in keys else {}
+    )
+    if change:
+        pipeline.scheduler = type(pipeline.scheduler).from_config({**pipeline.scheduler.config, **change})

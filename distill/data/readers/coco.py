@@ -23,9 +23,10 @@ from distill.data.readers.records import (
     data_root,
     path_under,
 )
-from distill.data.readers.splits import VALIDATION_SPLITS, Split
+from distill.data.readers.splits import Split
 from distill.data.readers.tables import (
     SPLIT_CODES,
+    VALIDATION_SPLITS,
     Box,
     Faults,
     GivenTwice,

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from distill.config import NO_LABEL
 from distill.data.captions import query_words_for
 from distill.data.readers.inspection import Annotation, ImageRecord, file_hashes
 from distill.data.readers.records import (
@@ -21,8 +22,9 @@ from distill.data.readers.records import (
     choose_findings,
     data_root,
 )
-from distill.data.readers.splits import EVERY_IMAGE, VALIDATION_SPLITS, Member, Split, refuse_shared, split_by_rule
+from distill.data.readers.splits import EVERY_IMAGE, Member, Split, refuse_shared, split_by_rule
 from distill.data.readers.tables import (
+    VALIDATION_SPLITS,
     Box,
     Faults,
     Place,
@@ -352,7 +354,8 @@ def _path_in(root: Path, name: str, column: str | None) -> Path:
 
 
 def _findings(config: FolderData, columns: _Columns, rows: list[Row]) -> tuple[tuple[str, ...], list[str]]:
-    """Findings of the data set, and faults of the config's findings and query words."""
+    """Findings of the data set, by default those of boxes, else the labels; and faults of the config's findings and query
+    words."""
     of_boxes: dict[str, str] = {}
     of_images: dict[str, str] = {}
     for _, row in rows:
@@ -362,7 +365,8 @@ def _findings(config: FolderData, columns: _Columns, rows: list[Row]) -> tuple[t
                     names.setdefault(key(name), name)
             except ValueError:
                 continue  # listed with its row
-    return choose_findings(config, sorted(of_boxes.values()), {**of_images, **of_boxes}.values(), "row")
+    labels = {name: label for name, label in of_images.items() if name != NO_LABEL}
+    return choose_findings(config, sorted((of_boxes or labels).values()), {**of_images, **of_boxes}.values(), "row")
 
 
 def _split_faults(column: str, wanted: tuple[str, ...], rows: list[Row]) -> list[str]:

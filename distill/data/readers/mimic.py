@@ -20,9 +20,10 @@ from distill.data.readers.records import (
     logger,
     path_under,
 )
-from distill.data.readers.splits import VALIDATION_SPLITS, Member, Split, refuse_shared
+from distill.data.readers.splits import Member, Split, refuse_shared
 from distill.data.readers.tables import (
     SPLIT_CODES,
+    VALIDATION_SPLITS,
     Box,
     Faults,
     Place,
@@ -90,8 +91,8 @@ class MimicDataset(RecordDataset):
     published metadata means it. Labels are those of the column `Finding Labels`, joined by `|`, or of one column a
     finding, of which 1 counts.
 
-    held_out: for training, dicom_ids of images that are evaluated on: all images of their patients (column
-    subject_id, else of the path, else the images themselves) are left out.
+    held_out, held_out_patients: for training, dicom_ids of images that are evaluated on, and their patients as far as
+    known: all images of these patients (column subject_id, or of the path), and these images, are left out.
     findings: config.findings, or all labels but `No Finding`, sorted.
 
     Raises UserError that lists all faults at once.
@@ -103,6 +104,7 @@ class MimicDataset(RecordDataset):
         split: Split,
         *,
         held_out: Collection[str] = (),
+        held_out_patients: Collection[str] = (),
     ) -> None:
         root = data_root(config)
         option = "metadata_file" if config.kind == "mimic" else "mimic_file"
@@ -119,7 +121,8 @@ class MimicDataset(RecordDataset):
             )
         if held_out:
             patients = {study.patient for study in studies if study.dicom_id in held_out and study.patient}
-            kept = [s for s in chosen if s.dicom_id not in held_out and s.patient not in patients]
+            patients |= set(held_out_patients)
+            kept = [s for s in chosen if s.dicom_id not in held_out and not {s.patient, _patient(s.path)} & patients]
             if len(kept) < len(chosen):
                 logger.warning(
                     "%d of %d training images are left out, because images of their patients are evaluated on",
@@ -350,7 +353,9 @@ def mscxr_training(config: MsCxrData) -> MimicDataset:
     if config.mimic_file is None:
         raise UserError("data.mimic_file is missing: MS-CXR is for evaluation; training needs the MIMIC metadata CSV")
     rows, _ = _read_boxes(config, data_root(config), [])
-    return MimicDataset(config, "train", held_out={row.dicom_id for row in rows})
+    # The metadata CSV need not have rows of the images of MS-CXR.
+    patients = {_patient(row.path) for row in rows} - {""}
+    return MimicDataset(config, "train", held_out={row.dicom_id for row in rows}, held_out_patients=patients)
 
 
 def _read_boxes(config: MsCxrData, root: Path, faults: Faults) -> tuple[list[_Row], list[str]]:

@@ -42,6 +42,10 @@ warnings.simplefilter("ignore", Image.DecompressionBombWarning)
 # --- files --------------------------------------------------------------------------------------------------------
 
 
+PHOTOMETRIC, WHITE_IS_ZERO = 262, 0
+"""Tag of a TIFF file, and its value where 0 is white. Source: TIFF 6.0."""
+
+
 def open_image(data: bytes) -> Image.Image:
     """The image decoded to the end, turned as its EXIF orientation says. Raises what Pillow and pydicom raise, and
     UserError for DICOM without pydicom."""
@@ -72,7 +76,10 @@ def eight_bits(image: Image.Image) -> Image.Image:
     """Mode L or RGB. 16-bit gray is divided by 257, so that 65535 becomes 255; transparent pixels lie on white."""
     check_range(image)
     if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.float32) / 257.0 + 0.5).astype(np.uint8))
+        values = np.asarray(image).astype(np.float32)
+        # Pillow turns a TIFF whose 0 is white only where it has 8 bits.
+        values = 65535 - values if getattr(image, "tag_v2", {}).get(PHOTOMETRIC) == WHITE_IS_ZERO else values
+        return Image.fromarray((values / 257.0 + 0.5).astype(np.uint8))
     if image.has_transparency_data:
         image = image if image.mode == "RGBA" else image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
@@ -81,13 +88,18 @@ def eight_bits(image: Image.Image) -> Image.Image:
 
 
 def mask_of_file(path: Path) -> NDArray[np.bool_]:
-    """(height, width): where a pixel, or its index in the palette, is not zero; transparency does not count."""
+    """(height, width): where a pixel is not zero, see `mask_values`; transparency does not count."""
     values = mask_values(open_image(path.read_bytes()))
     return np.asarray(values.any(axis=2) if values.ndim == 3 else values != 0)
 
 
 def mask_values(image: Image.Image) -> NDArray[np.generic]:
-    """Its pixels without their transparency: non-zero is inside."""
+    """Its pixels without their transparency: non-zero is inside. Of a palette image its indices; its colours where black
+    is a colour of the picture and not that of index 0, as some programs order the palette of a black and white mask."""
+    if image.mode == "P":
+        indices: NDArray[np.generic] = np.asarray(image)
+        coloured: NDArray[np.bool_] = np.asarray(image.convert("RGB")).max(axis=2) > 0
+        return indices if coloured.all() or not coloured[indices == 0].all() else coloured
     return np.asarray(image.convert(image.mode[:-1]) if image.mode in ("LA", "RGBA") else image)
 
 

@@ -11,8 +11,6 @@ from typing import Literal
 from distill.data.readers.tables import Place, quote
 from distill.errors import UserError, raise_all
 
-VALIDATION_SPLITS = ("validation", "val", "valid")
-
 EVERY_IMAGE = "all"
 """Value of data.test_split that evaluates a folder as a whole."""
 

@@ -27,6 +27,9 @@ Row = tuple[int, dict[str, Any]]
 SPLIT_CODES = {"0": "test", "1": "train", "2": "val", "3": "p19", "4": "mscxr"}
 """Values of the column `split`. Source: metadata files of Dombrowski et al. 2024 (arXiv 2303.17908)."""
 
+VALIDATION_SPLITS = ("validation", "val", "valid", "validate")
+"""Names of the validation split; the last is that of MIMIC-CXR-JPG."""
+
 _QUOTED_CHARACTERS = 80
 _LARGEST_FRAME_PX = 2**28
 _INVISIBLE = ("Cc", "Cf", "Zs", "Zl", "Zp")
@@ -254,7 +257,7 @@ def split_of(row: dict[str, object], column: str) -> str:
     """The name of a split code; a number may have been written as a float."""
     text = text_of(row, column)
     code = text.removesuffix(".0")
-    name = SPLIT_CODES.get(code, text)
+    name = SPLIT_CODES.get(code, "val" if text in VALIDATION_SPLITS else text)
     if name not in SPLIT_CODES.values():
         known = ", ".join(f"{code} {name}" for code, name in SPLIT_CODES.items())
         raise ValueError(f"{column} '{quote(text)}' is none of {known}")
