@@ -74,9 +74,11 @@ def tables(models: JsonObject) -> str:
         cells = [entry[part] or {} for entry in models.values()]
         rows.append([name, *(interval(cell.get(key), cell.get(f"{key}_ci")) for cell in cells)])
     table = markdown_table(Table(["", *models], rows, "numbers"))
+    plain = next(iter(models.values()))["shifts"]["none"]
     return (
         "# Localization under shift\n\n"
-        "The first rows are the word AUC on test images, under each shift. "
+        f"The first rows are the word AUC under each shift, all of the same {plain.get('pairs', 0):,} findings in "
+        f"{plain.get('images', 0):,} test images: those that the text names under every shift. "
         "`two places` is the AUC of findings that lie in two places of an image. `lesser of two places` is the AUC of "
         "the place that the map shows least. `negated over stated` is the attention peak on a negated finding's word, "
         "divided by the peak on a stated one's in the same caption; 1 means no difference. `stated above negated` is "
@@ -97,13 +99,18 @@ def measure(
 ) -> JsonObject:
     """A model's entry of robustness.json."""
     from distill.evaluation.localization import localization
-    from distill.evaluation.robustness import SHIFTS, ShiftedDataset, negations, two_places
+    from distill.evaluation.robustness import SHIFTS, Comparable, ShiftedDataset, negations, two_places
 
-    shifts = {}
+    by_words = evaluation.protocol == "ours" and evaluation.localization_text == "caption"
+    comparable = Comparable(test, model) if by_words else None
+    shifts: JsonObject = {}
     for shift in SHIFTS:
+        if comparable is not None and shift not in comparable.shifts:
+            shifts[shift] = {"auc": None, "auc_ci": None}
+            continue
         result = localization(
             model,
-            ShiftedDataset(test, shift),
+            ShiftedDataset(test, shift, comparable),
             evaluation,
             accelerator=accelerator,
             arm_dir=folder / shift.replace(" ", "_"),

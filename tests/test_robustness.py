@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
+from listed import Listed, sample
 from recipe import config_class_of, recipe_module
 from tiny import save_tiny
 
@@ -21,9 +22,10 @@ from distill.config import FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.sample import Sample, image_key
 from distill.evaluation import robustness
-from distill.evaluation.protocols import Query
+from distill.evaluation.protocols import Query, queries
 from distill.evaluation.robustness import (
     SHIFTS,
+    Comparable,
     ShiftedDataset,
     box_mask,
     negation_queries,
@@ -109,6 +111,39 @@ def test_a_shift_knows_images_phrases_and_findings_in_any_case(name: str) -> Non
     assert phrases["Pleural Effusion"] == {"none": None, "synonyms": "fluid collection"}.get(name, "Pleural Effusion")
     text = shifted.caption(row)
     assert find_words(text, shifted.query_words["Pleural Effusion"]), "the words of the text are asked for"
+
+
+def captioned(*rows: tuple[str, tuple[str, ...]]) -> Listed:
+    words = {"pleural effusion": ("pleural", "effusion"), "edema": ("edema",), "nodule": ("nodule",)}
+    return Listed([sample(str(n), text, *((f, None) for f in names)) for n, (text, names) in enumerate(rows)], words)
+
+
+def test_all_shifts_are_compared_on_the_same_pairs(sd: Model) -> None:
+    """`pleural disease` names an effusion by a word that no synonym replaces, and a nodule has none."""
+    data = captioned(
+        ("Pleural disease and edema.", ("pleural effusion", "edema")),
+        ("Small effusion, a nodule.", ("pleural effusion", "nodule")),
+        ("A nodule.", ("nodule",)),
+    )
+    comparable = Comparable(data, sd)
+    assert comparable.shifts == tuple(SHIFTS)
+    kept = [sorted(comparable.findings(i)) for i in range(3)]
+    assert kept == [["edema"], ["pleural effusion"], []]
+    config = FullEvaluation(localization_images=3)
+    asked = {}
+    for name in SHIFTS:
+        shifted = ShiftedDataset(data, name, comparable)
+        asked[name] = [(q.image, [data.findings[f] for f in q.findings]) for q in queries(shifted, sd, config)]
+    assert asked["none"] == [(0, ["edema"]), (1, ["pleural effusion"])]
+    assert all(pairs == asked["none"] for pairs in asked.values())
+
+
+def test_synonyms_are_left_out_where_no_text_has_any(sd: Model) -> None:
+    for rows in ([("A nodule.", ("nodule",))], [("A nodule, pleural disease.", ("nodule", "pleural effusion"))]):
+        data = captioned(*rows)
+        comparable = Comparable(data, sd)
+        assert "synonyms" not in comparable.shifts and len(comparable.shifts) == len(SHIFTS) - 1
+        assert comparable.findings(0) == set(rows[0][1])
 
 
 def test_phrases_change_sides_with_the_captions() -> None:

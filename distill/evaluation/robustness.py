@@ -29,7 +29,7 @@ from distill.evaluation.protocols import PROTOCOLS, Query, open_recorder, prepar
 from distill.files import JsonObject
 from distill.metrics import PixelAUROC, bootstrap_interval
 from distill.models.family import Model
-from distill.tokens import find_words
+from distill.tokens import ReadsText, find_words
 
 SYNONYMS: tuple[tuple[str, str], ...] = (
     (r"pleural effusions?|effusions?|pleural fluid", "fluid collection"),
@@ -100,9 +100,10 @@ class Shift:
     flips: bool = False
 
 
+SYNONYMS_SHIFT = "synonyms"
 SHIFTS: dict[str, Shift] = {
     "none": Shift(),
-    "synonyms": Shift(caption=with_synonyms, words=SYNONYM_WORDS),
+    SYNONYMS_SHIFT: Shift(caption=with_synonyms, words=SYNONYM_WORDS),
     "swapped sides": Shift(caption=with_swapped_sides),
     "noise": Shift(pixels=with_noise),
     "low contrast": Shift(pixels=with_low_contrast),
@@ -111,10 +112,11 @@ SHIFTS: dict[str, Shift] = {
 
 
 class ShiftedDataset:
-    """A data set under a shift; implements `distill.data.sample.ImageCaptionDataset`."""
+    """A data set under a shift; implements `distill.data.sample.ImageCaptionDataset`. comparable: which regions it
+    keeps; None keeps all."""
 
-    def __init__(self, dataset: ImageCaptionDataset, name: str) -> None:
-        self.dataset, self.name, self.shift = dataset, name, SHIFTS[name]
+    def __init__(self, dataset: ImageCaptionDataset, name: str, comparable: Comparable | None = None) -> None:
+        self.dataset, self.name, self.shift, self.comparable = dataset, name, SHIFTS[name], comparable
 
     @property
     def findings(self) -> Sequence[str]:
@@ -131,6 +133,8 @@ class ShiftedDataset:
     def __getitem__(self, index: int) -> Sample:
         sample = self.dataset[index]
         regions = sample.regions
+        if self.comparable is not None:
+            regions = tuple(r for r in regions if r.finding in self.comparable.findings(index))
         if self.shift.flips:
             side = sample.pixel_values.shape[-1]
             regions = tuple(
@@ -153,6 +157,45 @@ class ShiftedDataset:
 
     def image_key(self, index: int) -> str:
         return image_key(self.dataset, index)
+
+
+class Comparable:
+    """Which findings of a row its text names under every shift, so that all rows of a table are of the same pairs.
+
+    Where no text names a finding that SYNONYM_WORDS has, synonyms change nothing and are left out: see `shifts`.
+    """
+
+    def __init__(self, dataset: ImageCaptionDataset, model: ReadsText) -> None:
+        self._model, self._names = model, tuple(dataset.findings)
+        self._found: dict[int, frozenset[str]] = {}
+        self._shifted = {name: ShiftedDataset(dataset, name) for name in SHIFTS}
+        self._words = {name: shifted.query_words for name, shifted in self._shifted.items()}
+        if not any(self.findings(index) for index in range(len(dataset) if self._has_synonyms else 0)):
+            del self._shifted[SYNONYMS_SHIFT]
+            self._found.clear()
+
+    @property
+    def shifts(self) -> tuple[str, ...]:
+        return tuple(self._shifted)
+
+    @property
+    def _has_synonyms(self) -> bool:
+        return any(name.casefold() in SYNONYM_WORDS for name in self._names)
+
+    def findings(self, index: int) -> frozenset[str]:
+        if index not in self._found:
+            captions = {name: shifted.caption(index) for name, shifted in self._shifted.items()}
+            self._found[index] = frozenset(
+                finding
+                for finding in self._names
+                if all(self._names_it(name, caption, finding) for name, caption in captions.items())
+            )
+        return self._found[index]
+
+    def _names_it(self, shift: str, caption: str, finding: str) -> bool:
+        if shift == SYNONYMS_SHIFT and finding.casefold() not in SYNONYM_WORDS:
+            return False
+        return bool(self._model.token_spans(caption, find_words(caption, self._words[shift][finding])))
 
 
 def negation_queries(dataset: ImageCaptionDataset, model: Model, count: int) -> list[Query]:
