@@ -14,6 +14,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, get_args
 
+import yaml
 from pydantic import AfterValidator, Field
 
 from distill.cli import main, to_yaml
@@ -55,14 +56,16 @@ class BenchmarkLocalizationConfig(Settings):
 
 
 def scale_options(config: BenchmarkLocalizationConfig) -> list[str]:
-    """Options of evaluate.py for the part scale: the same base, data and maps, and as few images as it allows."""
+    """Options of evaluate.py for the part scale: the same base, data and maps, and as few images as it allows. Writes
+    them to a file in output_dir."""
+    from distill.files import write_atomic
+
     few = {"generated_images": 1, "diversity_captions": 1, "diversity_samples": 2, "num_inference_steps": 1}
-    few |= {name: getattr(config.evaluation, name) for name in ("localization_images", "batch_size")}
-    options = [f"--evaluation.{name}={value}" for name, value in few.items()]
-    options += [f"--base.name={config.base.name}"]
-    if isinstance(config.data, PhantomData):
-        options += [f"--data.test_size={config.data.test_size}"]
-    return options
+    same = {name: getattr(config, name).model_dump(mode="json") for name in ("base", "data", "evaluation")}
+    path = write_atomic(
+        Path(config.output_dir) / "scale.yaml", yaml.safe_dump(same | {"evaluation": same["evaluation"] | few})
+    )
+    return [f"--config={path}"]
 
 
 def print_results(results: JsonObject, path: Path) -> None:
@@ -121,7 +124,7 @@ def benchmark(config: BenchmarkLocalizationConfig) -> None:
         repeats=config.repeats,
         budget_gb=config.memory_budget_gb,
         recipe=Path(__file__).with_name("evaluate.py"),
-        options=scale_options(config),
+        options=scale_options(config) if "scale" in config.parts else [],
     )
     print_results(measure(jobs, config.limit_minutes, write), path)
 

@@ -77,6 +77,10 @@ class BenchmarkTrainingConfig(RunConfig):
                 f"trainer.gradient_accumulation_steps is {self.trainer.gradient_accumulation_steps}, and a step of "
                 "diffusers' loop here is one batch; leave it out"
             )
+        if self.trainer.ema_decay is not None:
+            raise ValueError(
+                f"trainer.ema_decay is {self.trainer.ema_decay}, and diffusers' loop here keeps no average; leave it out"
+            )
         known = [*kinds(self.lora), *kinds_of_smaller()]
         if unknown := [name for name in self.kinds if name not in known]:
             raise ValueError(f"kinds: {', '.join(unknown)} is none; there are {', '.join(known)}")

@@ -50,8 +50,8 @@ def evaluate(config: EvaluateConfig) -> None:
     from distill.experiment.run import open_run
 
     with held(Path(config.output_dir), write=not config.dry_run):
-        size, fit = config.data.resolution, fit_of(config.data)
-        images = read_images(Path(config.images), size, fit) if config.images else None
+        size, fit, words = config.data.resolution, fit_of(config.data), getattr(config.data, "query_words", None)
+        images = read_images(Path(config.images), size, fit, words) if config.images else None
         run = open_run(config, {}, evaluation=config.evaluation, run=config.run, compare_to=("base",))
         if config.dry_run and images:
             return run.say(f"dry run: {len(images):,} images, the data and the base are fine; nothing was written")

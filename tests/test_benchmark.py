@@ -17,11 +17,13 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from recipe import recipe_module
 from sklearn.metrics import roc_auc_score
 from tiny import save_tiny
 
 from distill.attention.heat_maps import aggregate
 from distill.attention.recording import attention_layers, record_attention
+from distill.cli import parse
 from distill.config import BaseConfig, FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data_config import PhantomData
@@ -413,3 +415,21 @@ def test_a_gpu_runs_the_largest_batch_after_a_warm_pass(sd: Model, monkeypatch: 
     }  # fmt: skip
     assert "seconds_of_largest" not in benchmark_memory.full_size(2, torch.bfloat16), "not one image fits"
     assert "seconds_of_largest" in benchmark_memory.full_size(6, torch.bfloat16), "one does"
+
+
+def test_the_part_scale_measures_the_same_base_data_and_maps(tmp_path: Path) -> None:
+    recipe, evaluate = recipe_module("benchmark_localization"), recipe_module("evaluate")
+    argv = ["--data.resolution", "64", "--data.seed", "7", "--data.test_size", "9", "--evaluation.timesteps", "[20,30]"]
+    argv += [
+        "--evaluation.layers",
+        "[up_blocks]",
+        "--evaluation.localization_images",
+        "5",
+        "--base.caption_chunks",
+        "2",
+    ]
+    config = parse(recipe.BenchmarkLocalizationConfig, [*argv, "--output_dir", str(tmp_path / "out")])
+    given = parse(evaluate.EvaluateConfig, recipe.scale_options(config))
+    assert given.base == config.base and given.data == config.data
+    assert config.evaluation.model_dump().items() <= given.evaluation.model_dump().items()
+    assert (given.evaluation.generated_images, given.evaluation.num_inference_steps) == (1, 1)

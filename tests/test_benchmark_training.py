@@ -133,6 +133,11 @@ def test_accumulated_steps_are_refused_as_the_peers_take_one_batch_a_step(tmp_pa
         plan_of(tmp_path, tmp_path, trainer={"batch_size": 2, "gradient_accumulation_steps": 2})
 
 
+def test_an_average_of_the_weights_is_refused_as_the_peers_keep_none(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"ema_decay is 0.5, and diffusers' loop here keeps no average"):
+        plan_of(tmp_path, tmp_path, trainer={"batch_size": 2, "ema_decay": 0.5})
+
+
 @pytest.fixture(scope="module")
 def plan(tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder = tmp_path_factory.mktemp("plan")

@@ -297,10 +297,12 @@ def test_images_of_another_tool_become_squares_as_the_data_do(
     monkeypatch.setattr("distill.experiment.images.read_images", stop)
     recipe = recipe_module("evaluate")
     config = recipe.EvaluateConfig(
-        images=str(images), output_dir=str(tmp_path / "out"), data={"kind": "folder", "resolution": 32, "fit": fit}
-    )
+        images=str(images), output_dir=str(tmp_path / "out"),
+        data={"kind": "folder", "resolution": 32, "fit": fit, "query_words": {name: ["x"] for name in TRAINING.labels(0)}},
+    )  # fmt: skip
     with pytest.raises(UserError, match="enough"):
         recipe.evaluate(config)
+    assert TRAINING.labels(0) and all(read[0].query_words[name] == ("x",) for name in TRAINING.labels(0))
     pixels = read[0][0].pixel_values
     assert (pixels[:, :8] == -1).all() == (fit == "letterbox") and (pixels[:, 8:24] > -0.3).all()
 

@@ -144,3 +144,11 @@ def test_only_a_gpu_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not waited
     peers.synchronize(torch.device("cuda"))
     assert len(waited) == 1
+
+
+def test_the_peer_obeys_the_options_that_its_script_has() -> None:
+    """Else the ratios would compare different things."""
+    peer, plain = training(gradient_checkpointing=True, optimizer="adamw8bit"), training()
+    assert peer.unet.is_gradient_checkpointing and not plain.unet.is_gradient_checkpointing
+    assert [type(one.optimizer.optimizer).__name__ for one in (peer, plain)] == ["AdamW8bit", "AdamW"]
+    peer.turn(1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distill.data.captions import query_words_for
@@ -25,9 +26,11 @@ from distill.models import load_model
 METADATA = ("metadata.csv", "metadata.jsonl")
 
 
-def read_images(folder: Path, resolution: int, fit: Fit = "crop") -> RecordDataset:
+def read_images(
+    folder: Path, resolution: int, fit: Fit = "crop", query_words: Mapping[str, Sequence[str]] | None = None
+) -> RecordDataset:
     """The images of a folder with metadata.csv or metadata.jsonl: columns file_name and text, and labels if there is
-    one.
+    one. query_words: those of the held-out data, by which captions are compared alike.
 
     Raises UserError for missing captions, fewer than two images, damaged files, and files of the same bytes.
     """
@@ -49,7 +52,7 @@ def read_images(folder: Path, resolution: int, fit: Fit = "crop") -> RecordDatas
         raise UserError(f"--images {folder} cannot be evaluated: {error}") from None
     # Those of the labels: they have no boxes, by which a folder's findings are named otherwise.
     found.findings = tuple(sorted({label for index in range(len(found)) for label in found.labels(index)}))
-    found.query_words = {name: query_words_for(name, {}) for name in found.findings}
+    found.query_words = {name: query_words_for(name, query_words or {}) for name in found.findings}
     first: dict[str, str] = {}
     for index in range(len(found)):
         other = first.setdefault(found.fingerprint(index), found.image_key(index))

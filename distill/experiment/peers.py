@@ -8,7 +8,7 @@ the peer the decoding and resizing of files.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,16 @@ from distill.models import Model
 WEIGHT_DTYPES = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 Row = tuple[torch.Tensor, str]
 """(3, height, width) pixels in [-1, 1], and a caption."""
+
+
+def optimizer_class(trainer: TrainerConfig) -> Callable[..., torch.optim.Optimizer]:
+    """As --use_8bit_adam chooses it."""
+    if trainer.optimizer == "adamw":
+        return torch.optim.AdamW
+    import bitsandbytes
+
+    found: Callable[..., torch.optim.Optimizer] = bitsandbytes.optim.AdamW8bit
+    return found
 
 
 def synchronize(device: torch.device) -> None:
@@ -59,8 +69,10 @@ class DiffusersTraining:
             unet.add_adapter(LoraConfig(r=rank, lora_alpha=rank, init_lora_weights="gaussian", target_modules=targets))
             if trainer.mixed_precision == "fp16":
                 cast_training_params(unet, dtype=torch.float32)
+        if trainer.gradient_checkpointing:
+            unet.enable_gradient_checkpointing()
         self.trained = [p for p in unet.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(
+        optimizer = optimizer_class(trainer)(
             self.trained, lr=trainer.learning_rate, weight_decay=trainer.weight_decay, eps=1e-8
         )  # fmt: skip
 
