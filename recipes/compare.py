@@ -9,6 +9,7 @@ images, have to be the same; how they were trained may differ. Estimates and int
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -200,6 +201,29 @@ def gather(config: CompareConfig) -> dict[int, dict[str, Evaluated]]:
     return {seed: {name: found[seed, name] for name in config.arms} for seed in config.seeds}
 
 
+def drop_prior(entries: dict[str, JsonObject], run: Path) -> None:
+    """Take out what rests on the training masks, where the runs were trained on different ones: each run's AUC within
+    the prior is then of another prior."""
+    from distill.files import write_atomic
+
+    located = [entry["localization"] or {} for entry in entries.values()]
+    masks = [(one.get("priors") or {}).get("mean_mask") for one in located]
+    if all(mask == masks[0] for mask in masks):
+        return
+    print("the runs were trained on different masks: AUC within the prior and the mean training mask are left out")
+    for one in located:
+        for part in (part for part in one.values() if isinstance(part, dict) and "within_prior" in part):
+            part |= {"within_prior": None, "within_prior_ci": None}
+        if one.get("priors"):
+            one["priors"]["mean_mask"] = None
+    for path in (run / name / "pairs.jsonl" for name in entries):
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.is_file() else []
+        for row in rows:
+            row.pop("within_prior", None)
+        if rows:
+            write_atomic(path, "".join(json.dumps(row) + "\n" for row in rows))
+
+
 def copy_run(config: CompareConfig, seed: int, arms: dict[str, Evaluated], run: Path) -> None:
     """A run folder of the arms, as a recipe that trained them together would leave, without weights."""
     from distill.files import provenance, read_json, write_json
@@ -215,6 +239,7 @@ def copy_run(config: CompareConfig, seed: int, arms: dict[str, Evaluated], run: 
                 shutil.copy2(source, run / name / part)
     shutil.copytree(first.folder.parent / "real", run / "real")
     entries = {name: one.entry for name, one in arms.items()}
+    drop_prior(entries, run)
     whole = first.folder.parent / "metrics.json"  # not there while its run goes on
     real = read_json(whole)["real"] if whole.exists() else {"quality": None}
     seconds = {

@@ -135,6 +135,32 @@ def test_arms_are_judged_by_what_they_were_measured_with(tmp_path: Path, capsys:
     run_recipe(argv)
 
 
+def test_an_auc_within_different_priors_is_not_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = finished(tmp_path, 0, {"frozen": 0.0, "longer": 0.1})
+    for arm, images in (("frozen", 10), ("longer", 10)):
+        found = json.loads((run / arm / "metrics.json").read_text())
+        located = found["arms"][arm]["localization"]
+        located["word"] |= {"within_prior": 0.6, "within_prior_ci": [0.5, 0.7]}
+        located["priors"] = {"centre": {"auc": 0.7}, "mean_mask": {"auc": 0.9, "training_images": images}}
+        (run / arm / "metrics.json").write_text(json.dumps(found))
+        rewrite(run / arm, lambda row: row.update(within_prior={"word": 0.1 * row["image"]}))
+    argv = ["--arms", f"{{a: '{run}/frozen', b: '{run}/longer'}}", "--output_dir", str(tmp_path / "out")]
+    run_recipe(argv)
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert "word.within_prior" in metrics["paired"]["b - a"]
+    text = (run / "longer/metrics.json").read_text()
+    (run / "longer/metrics.json").write_text(text.replace('"training_images": 10', '"training_images": 7'))
+    capsys.readouterr()
+    run_recipe([*argv[:-1], str(tmp_path / "other")])
+    assert "the runs were trained on different masks" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "other/metrics.json").read_text())
+    validate_metrics(metrics)
+    assert "word.within_prior" not in metrics["paired"]["b - a"] and "word.auc" in metrics["paired"]["b - a"]
+    for entry in metrics["arms"].values():
+        assert entry["localization"]["word"]["within_prior"] is None
+        assert entry["localization"]["priors"] == {"centre": {"auc": 0.7}, "mean_mask": None}
+
+
 def test_names_of_shipped_comparisons_are_accepted(capsys: pytest.CaptureFixture[str]) -> None:
     paths = list((ROOT / "recipes/configs").rglob("compare*.yaml"))
     assert paths

@@ -66,7 +66,7 @@ class Prior:
 
 @dataclass(frozen=True)
 class Localization:
-    """mass: parts of all cross-attention, of bos, words, eos and padding."""
+    """mass: parts of all cross-attention, of bos, words, eos and padding. layers, timesteps: that the maps are of."""
 
     word: TokenMap | None
     eos: TokenMap | None
@@ -75,6 +75,8 @@ class Localization:
     priors: Mapping[str, Prior | None] | None = None
     causal_encoder: TokenMap | None = None
     causal_denoiser: TokenMap | None = None
+    layers: Sequence[str] | None = None
+    timesteps: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)

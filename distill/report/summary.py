@@ -92,7 +92,9 @@ def summarize(results: Results) -> Summary:
     title += " (not trained here)" if arms[first].cost.train_seconds is None else ""
     why = _why(results, first, others, [WORD_AUC, *metrics] if place is IMAGE_ADDS else metrics)
     reasons = [text for text, holds in said.items() if holds]
-    return Summary(first, title, [*reasons, *_blind(results, first), *_compute(results)], [why], others)
+    return Summary(
+        first, title, [*reasons, *_blind(results, first), *_other_maps(results), *_compute(results)], [why], others
+    )
 
 
 def terminal_summary(results: Results) -> str:
@@ -153,6 +155,16 @@ def _blind(results: Results, arm: str) -> list[str]:
     if adds.value is not None and (adds.low is None or adds.low <= 0):
         found.append(f"The maps of {arm} are not shown to depend on the image.")
     return found
+
+
+def _other_maps(results: Results) -> list[str]:
+    """A sentence where the arms' maps are not of the same layers and timesteps, which each model may have of its own."""
+    found = {
+        name: (one.layers, one.timesteps) for name, a in results.arms.items() if (one := a.localization) is not None
+    }
+    others = [name for name, of in found.items() if of != next(iter(found.values()))]
+    return [f"The maps of {_and(others)} are of other layers or timesteps than those of {next(iter(found))}: by "
+            "localization, these models differ in more than their training."] if others else []  # fmt: skip
 
 
 def _compute(results: Results) -> list[str]:
