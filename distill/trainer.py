@@ -622,7 +622,9 @@ class _Loop:
             if part is not None:
                 part.load_state_dict(loop[name])
         sums = means["sums"][self.accelerator.process_index].to(self.accelerator.device)
-        self.sums, self.counts = dict(zip(means["counts"], sums.unbind(), strict=True)), means["counts"]
+        # Earlier versions kept one count for all terms.
+        self.counts = means["counts"] if "counts" in means else dict.fromkeys(means["names"], means["count"])
+        self.sums = dict(zip(self.counts, sums.unbind(), strict=True))
         self.grad_norm = means["norm"]
         self.step, self.seconds_before = checkpoint.step, float(checkpoint.facts["seconds"])
         self.rows, self.best = checkpoint.log.splitlines(keepends=True), checkpoint.best

@@ -18,10 +18,13 @@ from distill.data_config import AnyData, PhantomData
 from distill.settings import Settings, Text, Texts
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from accelerate import Accelerator
 
     from distill.config import FullEvaluation
     from distill.data.sample import ImageCaptionDataset
+    from distill.evaluation.robustness import ShiftedDataset
     from distill.files import JsonObject
     from distill.models import Model
 
@@ -56,6 +59,7 @@ def interval(value: float | None, ends: Any, decimals: int = 3) -> str:
 
 def tables(models: JsonObject) -> str:
     """robustness.md: AUC of the words by shift, and negations."""
+    from distill.evaluation.robustness import FOR_SYNONYMS, SYNONYMS
     from distill.report.document import Table, markdown_table
 
     rows = [
@@ -74,16 +78,24 @@ def tables(models: JsonObject) -> str:
         cells = [entry[part] or {} for entry in models.values()]
         rows.append([name, *(interval(cell.get(key), cell.get(f"{key}_ci")) for cell in cells)])
     table = markdown_table(Table(["", *models], rows, "numbers"))
-    plain = next(iter(models.values()))["shifts"]["none"]
+    shifts = next(iter(models.values()))["shifts"]
+    plain, synonyms = shifts["none"], shifts[SYNONYMS]
+    said = (
+        f"The first rows are the word AUC under each shift, of {plain.get('pairs', 0):,} image-finding pairs in "
+        f"{plain.get('images', 0):,} test images. "
+    )
+    if synonyms["auc"] is None:
+        said += f"`{SYNONYMS}` is empty: no text names a finding that has one. "
+    elif FOR_SYNONYMS in shifts:
+        said += (
+            f"`{SYNONYMS}` and `{FOR_SYNONYMS}` are of the {synonyms['pairs']:,} pairs whose finding has a synonym. "
+        )
     return (
-        "# Localization under shift\n\n"
-        f"The first rows are the word AUC under each shift, all of the same {plain.get('pairs', 0):,} findings in "
-        f"{plain.get('images', 0):,} test images: those that the text names under every shift. "
+        f"# Localization under shift\n\n{said}"
         "`two places` is the AUC of findings that lie in two places of an image. `lesser of two places` is the AUC of "
         "the place that the map shows least. `negated over stated` is the attention peak on a negated finding's word, "
         "divided by the peak on a stated one's in the same caption; 1 means no difference. `stated above negated` is "
-        "the share of "
-        "images where the stated finding's peak is larger. Intervals are 95 % bootstrap intervals over "
+        "the share of images where the stated finding's peak is larger. Intervals are 95 % bootstrap intervals over "
         f"images.\n\n{table}\n"
     )
 
@@ -91,26 +103,22 @@ def tables(models: JsonObject) -> str:
 def measure(
     model: Model,
     test: ImageCaptionDataset,
+    sets: Mapping[str, ShiftedDataset | None],
     evaluation: FullEvaluation,
     folder: Path,
     *,
     accelerator: Accelerator,
     label: str,
 ) -> JsonObject:
-    """A model's entry of robustness.json."""
+    """A model's entry of robustness.json. sets: row -> what it is measured on."""
     from distill.evaluation.localization import localization
-    from distill.evaluation.robustness import SHIFTS, Comparable, ShiftedDataset, negations, two_places
+    from distill.evaluation.robustness import negations, two_places
 
-    by_words = evaluation.protocol == "ours" and evaluation.localization_text == "caption"
-    comparable = Comparable(test, model) if by_words else None
     shifts: JsonObject = {}
-    for shift in SHIFTS:
-        if comparable is not None and shift not in comparable.shifts:
-            shifts[shift] = {"auc": None, "auc_ci": None}
-            continue
-        result = localization(
+    for shift, shifted in sets.items():
+        result = shifted and localization(
             model,
-            ShiftedDataset(test, shift, comparable),
+            shifted,
             evaluation,
             accelerator=accelerator,
             arm_dir=folder / shift.replace(" ", "_"),
@@ -142,7 +150,7 @@ def measure_all(config: RobustnessConfig) -> None:
     from distill.errors import UserError
     from distill.evaluation.evaluate import finite
     from distill.evaluation.protocols import queries
-    from distill.evaluation.robustness import SHIFTS
+    from distill.evaluation.robustness import comparable_sets
     from distill.files import provenance, write_atomic, write_json
     from distill.models import load_model
 
@@ -156,17 +164,20 @@ def measure_all(config: RobustnessConfig) -> None:
         model = load_model(config.base, run)
     if isinstance(test, RecordDataset):
         test.check_captions(model)
-    asked = queries(test, model, evaluation, accelerator)
+    sets = comparable_sets(test, model, evaluation, accelerator)
+    asked = queries(sets["none"] or test, model, evaluation, accelerator)
     if not asked:
-        raise UserError("no test image has a region of a finding: there is nothing to localize")
-    console.print(f"{len(models)} models, {len({q.image for q in asked})} images, {len(SHIFTS)} shifts and negations")
+        raise UserError(
+            "no test image has a region of a finding that its text names under every shift: there is nothing to localize"
+        )
+    console.print(f"{len(models)} models, {len({q.image for q in asked})} images, {len(sets)} shifts and negations")
     if config.dry_run:
         console.print(to_yaml(config) + "dry run: the data and the models are fine; nothing was written")
         return
     found: JsonObject = {}
     for name, run in models.items():
         model = load_model(config.base, run).to(accelerator.device).freeze()
-        entry = measure(model, test, evaluation, folder / name, accelerator=accelerator, label=name)
+        entry = measure(model, test, sets, evaluation, folder / name, accelerator=accelerator, label=name)
         found[name] = {"model": str(run or config.base.name)} | entry
     if not accelerator.is_main_process:
         return

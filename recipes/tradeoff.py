@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar
 from pydantic import AfterValidator, Field, model_validator
 
 from distill.cli import main
-from distill.config import INTERVALS, RunConfig, TrainerConfig
+from distill.config import RunConfig, TrainerConfig
 from distill.configuration import renamed as old
 from distill.methods.training import ArmConfig
 from distill.settings import HARMLESS, MAY_GAIN, Count, Seed, Text, Texts, once
@@ -154,15 +154,12 @@ def at_budget(
 ) -> tuple[TradeoffConfig, dict[str, Arm], dict[str, str]]:
     """The configuration of one run folder, its arms, and those that the budget leaves out, with the reason."""
     from distill.experiment.arms import arms_of
-    from distill.experiment.budgets import spend
+    from distill.experiment.budgets import of_length, spend
     from distill.processes import process_state
 
     changed: dict[str, object] = {"seeds": (seed,), "output_dir": str(folder)}
     if budget is not None:
-        every = {name: getattr(config.trainer, name) for name in INTERVALS}
-        shorter_than = {name: min(steps, budget) for name, steps in every.items() if steps is not None}
-        trainer = config.trainer.model_copy(update={"max_steps": budget} | shorter_than)
-        changed |= {"trainer": trainer, "budgets": (), "margins": {}}
+        changed |= {"trainer": of_length(config.trainer, budget), "budgets": (), "margins": {}}
     own = config.model_copy(update=changed)
     arms = arms_of(own.arms, own.trainer, own.evaluation.full(), folder)
     return own, *(spend(arms, budget, process_state().num_processes) if budget is not None else (arms, {}))

@@ -113,14 +113,16 @@ def test_a_student_whose_teacher_costs_all_is_left_out_with_those_that_it_teache
     }
     arms, left_out = spent(ARMS, 2)
     assert list(arms) == ["frozen", "learnable", "teacher"]
-    assert left_out == {"distilled": "its teachers and its set-up cost 24 of 24 image-passes"}
+    assert left_out == {"distilled": "its teachers and its set-up cost 24 image-passes, and the budget is 24"}
     arms, left_out = spent(ARMS | {"second": second}, 2)
     assert "second" not in arms
 
 
 def test_a_budget_without_an_arm_is_refused() -> None:
     arms = {"teacher": {"max_steps": 2}, "distilled": ARMS["distilled"]}
-    assert list(spent(arms, 2)[0]) == ["teacher"]
+    with pytest.raises(UserError, match=r"budgets: 2 allows no arm a single step \(distilled: its teachers"):
+        spent(arms, 2)  # a teacher alone is no comparison
+    assert list(spent(arms, 4)[0]) == ["teacher", "distilled"]
     with pytest.raises(UserError, match=r"budgets: 1 allows no arm a single step \(tail: its teachers and its set-up"):
         spent({"tail": {"method": {"kind": "tail_penalty"}}}, 1)
 
@@ -136,6 +138,10 @@ def test_intervals_are_at_most_the_budget(tmp_path: Path) -> None:
     every = ["--trainer.checkpoint_every_steps", "1500", "--trainer.validate_every_steps", "30"]
     every += ["--trainer.max_steps", "2000"]  # the largest budget, which the intervals are compared with
     config = parse(recipe.TradeoffConfig, [*arms_argv("frozen"), "--budgets", "[20,2000]", *every])
+    tail = {"method": {"kind": "tail_penalty"}}
+    short = parse(recipe.TradeoffConfig, [*arms_argv(tail=tail), "--budgets", "[20,2000]", *every])
+    trainer = recipe.at_budget(short, 3, tmp_path, 20)[1]["tail"].trainer
+    assert trainer.max_steps == trainer.validate_every_steps == (20 * 3 * 16 - 512) // (3 * 16)
     for budget, expected in ((20, (20, 20, 20)), (2000, (2000, 1500, 30))):
         own, arms, _ = recipe.at_budget(config, 3, tmp_path, budget)
         trainer = arms["frozen"].trainer

@@ -268,7 +268,7 @@ def test_a_schedule_that_ends_cannot_be_made_longer(tmp_path: Path, schedule: st
     train(LeastSquares(), tmp_path, lr_schedule=schedule)
     train(LeastSquares(), tmp_path, lr_schedule=schedule)
     with pytest.raises(
-        UserError, match=f"max_steps is 6, and .*step-00000004 is of a training of 4 steps, whose {schedule}"
+        UserError, match=f"max_steps is 6, and .*state is of a training of 4 steps, whose {schedule}"
     ):
         train(LeastSquares(), tmp_path, lr_schedule=schedule, max_steps=6)
 
@@ -318,6 +318,22 @@ def test_a_term_that_begins_later_is_a_mean_over_the_batches_that_have_it(tmp_pa
     train(Late(), tmp_path, **options)
     first, second = log_of(tmp_path)
     assert first["late"] == second["late"] == 3.0 and first["constant"] == 2.0
+
+
+def test_a_checkpoint_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    """Which had one count for all terms."""
+    options = EVERY_TWO | {"log_every_steps": 3, "checkpoint_every_steps": 4}
+    train(LeastSquares(), tmp_path / "straight", **options)
+    with pytest.raises(Killed):
+        train(LeastSquares(), tmp_path / "killed", on=kill_at(5), **options)
+    folder = checkpoints.folder_of(tmp_path / "killed/state", 4)
+    checkpoint = checkpoints.read(folder)
+    counts = checkpoint.loop["means"].pop("counts")
+    checkpoint.loop["means"] |= {"names": list(counts), "count": counts["loss"]}
+    shutil.rmtree(folder)
+    checkpoints.write(tmp_path / "killed/state", checkpoint)
+    train(LeastSquares(), tmp_path / "killed", **options)
+    assert without_time(log_of(tmp_path / "killed")) == without_time(log_of(tmp_path / "straight"))
 
 
 # Full disks

@@ -152,7 +152,7 @@ def test_an_auc_within_different_priors_is_not_compared(tmp_path: Path, capsys: 
     (run / "longer/metrics.json").write_text(text.replace('"training_images": 10', '"training_images": 7'))
     capsys.readouterr()
     run_recipe([*argv[:-1], str(tmp_path / "other")])
-    assert "the runs were trained on different masks" in capsys.readouterr().out
+    assert "the mean training masks of the runs differ" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "other/metrics.json").read_text())
     validate_metrics(metrics)
     assert "word.within_prior" not in metrics["paired"]["b - a"] and "word.auc" in metrics["paired"]["b - a"]

@@ -213,17 +213,21 @@ def test_a_mask_of_nothing_is_said_by_name(
     ) in dataset.summary
 
 
-@pytest.mark.parametrize("make", ["quantize", "adaptive", "indices", "indices of colours"])
+@pytest.mark.parametrize("make", ["quantize", "adaptive", "gray", "indices", "indices of colours", "two blacks"])
 def test_black_is_outside_a_mask_however_its_palette_is_ordered(root: Path, make: str) -> None:
     """quantize() may give white index 0. Without black, or where index 0 is black, the index counts, as in VOC."""
     gray = Image.new("L", (40, 30), 0)
     gray.paste(255, (5, 0, 15, 10))
     mask = {
         "quantize": lambda: gray.convert("RGB").quantize(2),
+        "gray": lambda: gray.quantize(2),
+        "two blacks": lambda: gray.point(lambda value: 3 if value else 0).convert("P"),
         "adaptive": lambda: gray.convert("RGB").convert("P", palette=Image.Palette.ADAPTIVE, colors=2),
         "indices": lambda: gray.point(lambda value: value // 255).convert("P"),
         "indices of colours": lambda: gray.point(lambda value: value // 255).convert("P"),
     }[make]()
+    if make == "two blacks":
+        mask.putpalette([0, 0, 0, 200, 0, 0, 0, 200, 0, 0, 0, 0])
     if make.startswith("indices"):
         mask.putpalette([0, 0, 0, 0, 0, 0] if make == "indices" else [200, 0, 0, 0, 200, 0])
     mask.save(root / "mask.png")

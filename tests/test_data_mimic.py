@@ -245,6 +245,7 @@ def test_a_split_that_no_row_has(root: Path) -> None:
     )
     for name in ("2", "val", "validate"):  # the last as in the split file of MIMIC-CXR-JPG
         assert ids(mimic(root, "validation", [study("t1", name)])) == ["files/p1/t1.jpg"]
+        assert ids(mimic(root, "test", [study("t1", name)], test_split="validate")) == ["files/p1/t1.jpg"]
 
 
 def test_images_of_other_splits_need_not_be_there_but_their_rows_are_checked(root: Path) -> None:

@@ -24,10 +24,11 @@ from distill.data.sample import Sample, image_key
 from distill.evaluation import robustness
 from distill.evaluation.protocols import Query, queries
 from distill.evaluation.robustness import (
+    FOR_SYNONYMS,
     SHIFTS,
-    Comparable,
     ShiftedDataset,
     box_mask,
+    comparable_sets,
     negation_queries,
     two_places,
     with_swapped_sides,
@@ -118,32 +119,38 @@ def captioned(*rows: tuple[str, tuple[str, ...]]) -> Listed:
     return Listed([sample(str(n), text, *((f, None) for f in names)) for n, (text, names) in enumerate(rows)], words)
 
 
-def test_all_shifts_are_compared_on_the_same_pairs(sd: Model) -> None:
+def pairs_of(data: Listed, sd: Model, **options: Any) -> dict[str, list[tuple[int, list[str]]] | None]:
+    """Row of the table -> image, and findings that are asked for."""
+    config = FullEvaluation(localization_images=4, **options)
+    sets = comparable_sets(data, sd, config, Accelerator())
+    return {
+        name: one and [(q.image, [data.findings[f] for f in q.findings]) for q in queries(one, sd, config)]
+        for name, one in sets.items()
+    }
+
+
+def test_all_shifts_are_compared_on_the_same_pairs_and_synonyms_with_the_plain_words_of_theirs(sd: Model) -> None:
     """`pleural disease` names an effusion by a word that no synonym replaces, and a nodule has none."""
     data = captioned(
         ("Pleural disease and edema.", ("pleural effusion", "edema")),
         ("Small effusion, a nodule.", ("pleural effusion", "nodule")),
-        ("A nodule.", ("nodule",)),
+        ("A nodule. No effusion.", ("nodule",)),
     )
-    comparable = Comparable(data, sd)
-    assert comparable.shifts == tuple(SHIFTS)
-    kept = [sorted(comparable.findings(i)) for i in range(3)]
-    assert kept == [["edema"], ["pleural effusion"], []]
-    config = FullEvaluation(localization_images=3)
-    asked = {}
-    for name in SHIFTS:
-        shifted = ShiftedDataset(data, name, comparable)
-        asked[name] = [(q.image, [data.findings[f] for f in q.findings]) for q in queries(shifted, sd, config)]
-    assert asked["none"] == [(0, ["edema"]), (1, ["pleural effusion"])]
-    assert all(pairs == asked["none"] for pairs in asked.values())
+    found = pairs_of(data, sd)
+    assert list(found) == ["none", FOR_SYNONYMS, "synonyms", "swapped sides", "noise", "low contrast", "mirrored"]
+    every = [(0, ["pleural effusion", "edema"]), (1, ["pleural effusion", "nodule"]), (2, ["nodule"])]
+    theirs = [(0, ["edema"]), (1, ["pleural effusion"])]
+    assert found == {name: theirs if "synonyms" in name else every for name in found}
+    phrases = pairs_of(data, sd, localization_text="phrase")
+    assert list(phrases) == list(SHIFTS) and len(phrases["none"] or []) == 5
 
 
-def test_synonyms_are_left_out_where_no_text_has_any(sd: Model) -> None:
-    for rows in ([("A nodule.", ("nodule",))], [("A nodule, pleural disease.", ("nodule", "pleural effusion"))]):
-        data = captioned(*rows)
-        comparable = Comparable(data, sd)
-        assert "synonyms" not in comparable.shifts and len(comparable.shifts) == len(SHIFTS) - 1
-        assert comparable.findings(0) == set(rows[0][1])
+def test_without_synonyms_there_is_no_such_row_and_where_all_have_one_no_other(sd: Model) -> None:
+    none = pairs_of(captioned(("A nodule. No pleural effusion.", ("nodule",))), sd)
+    assert none["synonyms"] is None and FOR_SYNONYMS not in none
+    assert all(pairs == [(0, ["nodule"])] for name, pairs in none.items() if name != "synonyms")
+    every = pairs_of(captioned(("Edema.", ("edema",))), sd)
+    assert list(every) == list(SHIFTS) and all(pairs == [(0, ["edema"])] for pairs in every.values())
 
 
 def test_phrases_change_sides_with_the_captions() -> None:
@@ -208,7 +215,8 @@ def test_the_recipe_scores_every_model_under_every_shift(tmp_path: Path) -> None
     recipe = recipe_module("robustness")
     recipe.robustness(parse(config_class_of(recipe), argv))
     found = json.loads((tmp_path / "out/robustness.json").read_text())["models"]["base"]
-    assert set(found["shifts"]) == set(SHIFTS) and all(0 <= s["auc"] <= 1 for s in found["shifts"].values())
+    assert set(found["shifts"]) - {FOR_SYNONYMS} == set(SHIFTS), "the tiny tokenizer cuts some longer synonyms off"
+    assert all(0 <= s["auc"] <= 1 for s in found["shifts"].values())
     assert 0 <= found["two_places"]["lesser_auc"] <= found["two_places"]["auc"] <= 1
     assert found["negations"]["images"] >= 1 and found["negations"]["peak_ratio"] > 0
     assert "| mirrored |" in (tmp_path / "out/robustness.md").read_text()

@@ -272,6 +272,7 @@ def test_what_is_not_resampled_has_an_interval_over_seeds(tmp_path: Path) -> Non
         found, own = metrics["arms"]["frozen"], [0.1 * seed, 0.2 * seed]
         found["quality"] |= {"finding_auc_negated": 0.1 * seed, "finding_auc_negated_ci": own}
         found["quality"]["per_finding"] = {"edema": {"kid": float(seed), "kid_ci": own, "images": 20}}
+        found["quality"]["per_finding"]["one"] = {"precision": 1.0, "precision_ci": [0.1 * seed, 1.0]}
         found["quality"]["per_finding"]["no"] = {"kid": None if seed == 3 else 1.0, "kid_ci": own[: seed - 3] or None}
         found["localization"]["priors"] = {"centre": {"auc": 0.6, "auc_ci": [0.5, 0.7]}}
         (tmp_path / f"seed-{seed}/metrics.json").write_text(json.dumps(metrics))
@@ -281,8 +282,9 @@ def test_what_is_not_resampled_has_an_interval_over_seeds(tmp_path: Path) -> Non
     assert both["quality"]["per_finding"]["edema"] == {
         "kid": 3.5, "kid_ci": pytest.approx([3.5 - half, 3.5 + half], abs=1e-3), "images": 20,
     }  # fmt: skip
+    assert both["quality"]["per_finding"]["one"] == {"precision": 1.0, "precision_ci": None}, "equal in all seeds"
     assert both["quality"]["per_finding"]["no"] == {"kid": None, "kid_ci": None}
-    assert both["quality"]["finding_auc_negated_ci"] == pytest.approx([0.35 - half / 10, 0.35 + half / 10], abs=1e-4)
+    assert both["quality"]["finding_auc_negated_ci"] == [0.0, pytest.approx(0.35 + half / 10, abs=1e-4)], "in 0 .. 1"
     assert both["quality"]["kid_ci"] is not None
     assert both["localization"]["priors"]["centre"] == {"auc": 0.6, "auc_ci": [0.5, 0.7]}
     shutil.rmtree(tmp_path / "seed-4")

@@ -331,7 +331,7 @@ class HeldOut:
             },
             "memorization": {
                 "weights": weights,
-                "data": digest(captions, compared, resolution) if compared else None,
+                "data": digest(captions, compared, resolution, "with mirror images") if compared else None,
                 "features": extracted,
                 "options": {key: drawn[key] for key in (*OF_IMAGES, "seed", "bootstrap_samples", "generated_images")},
             },

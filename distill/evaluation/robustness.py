@@ -31,7 +31,7 @@ from distill.metrics import PixelAUROC, bootstrap_interval
 from distill.models.family import Model
 from distill.tokens import ReadsText, find_words
 
-SYNONYMS: tuple[tuple[str, str], ...] = (
+REPLACED: tuple[tuple[str, str], ...] = (
     (r"pleural effusions?|effusions?|pleural fluid", "fluid collection"),
     (r"cardiomegaly", "big heart"),
     (r"cardiac silhouette", "heart shadow"),
@@ -57,7 +57,7 @@ SYNONYM_WORDS: dict[str, tuple[str, ...]] = {
 
 def with_synonyms(caption: str) -> str:
     """The caption with every finding named by other words."""
-    for pattern, other in SYNONYMS:
+    for pattern, other in REPLACED:
         caption = re.sub(rf"\b(?:{pattern})\b", other, caption, flags=re.IGNORECASE)
     return caption
 
@@ -100,10 +100,10 @@ class Shift:
     flips: bool = False
 
 
-SYNONYMS_SHIFT = "synonyms"
+SYNONYMS, FOR_SYNONYMS = "synonyms", "none for synonyms"
 SHIFTS: dict[str, Shift] = {
     "none": Shift(),
-    SYNONYMS_SHIFT: Shift(caption=with_synonyms, words=SYNONYM_WORDS),
+    SYNONYMS: Shift(caption=with_synonyms, words=SYNONYM_WORDS),
     "swapped sides": Shift(caption=with_swapped_sides),
     "noise": Shift(pixels=with_noise),
     "low contrast": Shift(pixels=with_low_contrast),
@@ -160,27 +160,14 @@ class ShiftedDataset:
 
 
 class Comparable:
-    """Which findings of a row its text names under every shift, so that all rows of a table are of the same pairs.
+    """Which findings of a row its text names under all of `shifts`, so that these are compared on the same pairs. A
+    finding without a synonym is not named under that shift: nothing would change."""
 
-    Where no text names a finding that SYNONYM_WORDS has, synonyms change nothing and are left out: see `shifts`.
-    """
-
-    def __init__(self, dataset: ImageCaptionDataset, model: ReadsText) -> None:
+    def __init__(self, dataset: ImageCaptionDataset, model: ReadsText, shifts: Sequence[str]) -> None:
         self._model, self._names = model, tuple(dataset.findings)
         self._found: dict[int, frozenset[str]] = {}
-        self._shifted = {name: ShiftedDataset(dataset, name) for name in SHIFTS}
+        self._shifted = {name: ShiftedDataset(dataset, name) for name in shifts}
         self._words = {name: shifted.query_words for name, shifted in self._shifted.items()}
-        if not any(self.findings(index) for index in range(len(dataset) if self._has_synonyms else 0)):
-            del self._shifted[SYNONYMS_SHIFT]
-            self._found.clear()
-
-    @property
-    def shifts(self) -> tuple[str, ...]:
-        return tuple(self._shifted)
-
-    @property
-    def _has_synonyms(self) -> bool:
-        return any(name.casefold() in SYNONYM_WORDS for name in self._names)
 
     def findings(self, index: int) -> frozenset[str]:
         if index not in self._found:
@@ -193,9 +180,31 @@ class Comparable:
         return self._found[index]
 
     def _names_it(self, shift: str, caption: str, finding: str) -> bool:
-        if shift == SYNONYMS_SHIFT and finding.casefold() not in SYNONYM_WORDS:
+        if shift == SYNONYMS and finding.casefold() not in SYNONYM_WORDS:
             return False
         return bool(self._model.token_spans(caption, find_words(caption, self._words[shift][finding])))
+
+
+def comparable_sets(
+    dataset: ImageCaptionDataset, model: ReadsText, config: FullEvaluation, accelerator: Accelerator
+) -> dict[str, ShiftedDataset | None]:
+    """Row of the table -> what it is measured on; None where no text names a finding that has a synonym.
+
+    Where captions are asked about by words, all shifts but synonyms are of the same pairs. `synonyms` is of those whose
+    finding has one in the caption; if that are others, a row FOR_SYNONYMS measures them without a shift.
+    """
+    if config.protocol != "ours" or config.localization_text != "caption":
+        return {name: ShiftedDataset(dataset, name) for name in SHIFTS}
+    others = [name for name in SHIFTS if name != SYNONYMS]
+    common, renamed = Comparable(dataset, model, others), Comparable(dataset, model, tuple(SHIFTS))
+    plain = {kept: ShiftedDataset(dataset, "none", kept) for kept in (common, renamed)}
+    all_pairs, theirs = (
+        [(query.image, query.findings) for query in queries(plain[kept], model, config, accelerator)] for kept in plain
+    )
+    found: dict[str, ShiftedDataset | None] = {"none": plain[common]}
+    found |= {FOR_SYNONYMS: plain[renamed]} if theirs and theirs != all_pairs else {}
+    found |= {SYNONYMS: ShiftedDataset(dataset, SYNONYMS, renamed) if theirs else None}
+    return found | {name: ShiftedDataset(dataset, name, common) for name in others[1:]}
 
 
 def negation_queries(dataset: ImageCaptionDataset, model: Model, count: int) -> list[Query]:

@@ -40,6 +40,11 @@ TOKENS = (*MAP_TOKENS, *CAUSAL)
 LOCALIZATION = ("auc", "cnr", "top1", "iou")
 QUALITY = (*FIDELITY, "finding_auc", "diversity")
 FRECHET_SAMPLES = 200
+SHARES = {
+    "auc", "top1", "iou", "within_prior", "precision", "recall", "coverage", "finding_auc", "finding_auc_negated",
+    "finding_auc_unmentioned", "generated", "real", "both",
+}  # fmt: skip
+"""Measures in 0 .. 1, at which Student's intervals end."""
 
 
 def run_folders(folder: Path) -> dict[int, Path]:
@@ -205,7 +210,7 @@ def _mean(entries: Sequence[Any]) -> Any:
         return None
     if isinstance(first, dict):
         each = {key: [entry.get(key) for entry in entries] for key in first}
-        ends = {key: _interval(each.get(key[:-3], []), each[key]) for key in each if key.endswith("_ci")}
+        ends = {key: _interval(key[:-3], each.get(key[:-3], []), each[key]) for key in each if key.endswith("_ci")}
         return {key: ends[key] if key in ends else _mean(values) for key, values in each.items()}
     return float(np.mean(entries)) if isinstance(first, float) else first
 
@@ -223,13 +228,16 @@ def _of_one_seed(seeds: Sequence[int], entries: Sequence[JsonObject]) -> JsonObj
     return found
 
 
-def _interval(values: Sequence[object], intervals: Sequence[object]) -> object:
-    """values: of the seeds. intervals: of the seeds, over images."""
+def _interval(name: str, values: Sequence[object], intervals: Sequence[object]) -> object:
+    """values: of the seeds; where they are equal, they say nothing of their spread. intervals: of the seeds, over
+    images."""
     if all(interval == intervals[0] for interval in intervals):
         return intervals[0]
     known = [value for value in values if isinstance(value, float)]
-    found = student_interval(known) if len(known) == len(values) else None
-    return list(found) if found else None
+    found = student_interval(known) if len(known) == len(values) and len(set(known)) > 1 else None
+    if found is None:
+        return None
+    return [min(max(end, 0.0), 1.0) for end in found] if name in SHARES else list(found)
 
 
 def _pairs(arm_dir: Path) -> PairScores:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from accelerate import Accelerator
 
+from distill.config import INTERVALS, TrainerConfig
 from distill.errors import UserError
 from distill.experiment.arms import Arm
 from distill.experiment.cost import passes_in, training_passes
@@ -52,13 +53,20 @@ def spend(arms: Mapping[str, Arm], budget: int, processes: int) -> tuple[dict[st
         allowed = budget * PLAIN * _images(arm, processes)
         steps = _steps_within(arm, allowed - before, processes)
         if steps < 1:
-            left_out[name] = f"its teachers and its set-up cost {before:,} of {allowed:,} image-passes"
+            left_out[name] = f"its teachers and its set-up cost {before:,} image-passes, and the budget is {allowed:,}"
         else:
-            found[name] = replace(arm, trainer=arm.trainer.model_copy(update={"max_steps": steps}))
-    if not found:
+            found[name] = replace(arm, trainer=of_length(arm.trainer, steps))
+    if left_out and all(arm.fixed_steps for arm in found.values()):
         reasons = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
         raise UserError(f"budgets: {budget} allows no arm a single step ({reasons}); leave it out")
     return {name: arm for name, arm in found.items() if not set(arm.needs) & left_out.keys()}, left_out
+
+
+def of_length(trainer: TrainerConfig, steps: int) -> TrainerConfig:
+    """The options of a training of so many steps, with intervals of at most that."""
+    every = {name: getattr(trainer, name) for name in INTERVALS}
+    shorter = {name: min(interval, steps) for name, interval in every.items() if interval is not None}
+    return trainer.model_copy(update={"max_steps": steps} | shorter)
 
 
 def passes_of(arm: Arm, processes: int) -> int:

@@ -29,7 +29,10 @@ def length_fault(arms: Mapping[str, Arm], arm: Arm, steps: int, state: Path) -> 
     """Why an arm that was trained for `steps` cannot be trained to its max_steps; None where it can. state: the folder
     of its checkpoints."""
     wanted = arm.trainer.max_steps
-    again = f"give trainer.max_steps {steps}, or delete {arm.folder} to train {wanted} steps from the beginning"
+    again = (
+        f"give trainer.max_steps {steps}, or delete {arm.folder} to train {wanted} steps from the beginning (with budgets, "
+        "delete it or choose another --output_dir)"
+    )
     if wanted < steps:
         return f"trained for {steps} steps, and trainer.max_steps is {wanted}; {again}"
     # A later one where a training that went on was killed.

@@ -171,7 +171,7 @@ def open_run(
     _check_captions(opened, model)
     _check_data(opened, model)
     _balance(opened)
-    if {"quality", "memorization", "utility", "similarity"} & set(evaluation.parts):  # all draw images, and keep them
+    if "quality" in evaluation.parts or looks_for_copies:
         opened.features = load_features(evaluation.features, phantom_data=isinstance(config.data, PhantomData))
     image_text = ImageText(Path(evaluation.image_text_model)) if evaluation.image_text_model else None
     _check_keep(opened)

@@ -40,6 +40,7 @@ from distill.data.readers.tables import (
     quote,
     read_json,
     read_text,
+    split_name,
     split_of,
     text_of,
     texts_of,
@@ -203,7 +204,7 @@ def _read_captions(
             faults.append((place, str(error)))
             continue
         splits[own_split] += 1
-        if own_split in wanted:
+        if own_split in map(split_name, values):
             found += [(path, place, caption) for caption in captions]
     if not found and not faults:
         there = ", ".join(f"{value} ({count} rows)" for value, count in splits.items())

@@ -35,6 +35,7 @@ from distill.data.readers.tables import (
     key,
     quote,
     read_text,
+    split_name,
     split_of,
     text_of,
     texts_of,
@@ -112,7 +113,7 @@ class MimicDataset(RecordDataset):
         studies = _read_studies(config, root, option, faults)
         values = VALIDATION_SPLITS if split == "validation" else (getattr(config, f"{split}_split"),)
         wanted = [SPLIT_CODES.get(value, value) for value in values]
-        chosen = [study for study in studies if study.split in wanted]
+        chosen = [study for study in studies if study.split in map(split_name, values)]
         general = []
         if not chosen and not faults:
             there = ", ".join(f"{name} ({n} rows)" for name, n in Counter(s.split for s in studies).items())
@@ -158,7 +159,7 @@ class MimicDataset(RecordDataset):
         )
         if config.kind == "mimic":
             # In training for MS-CXR, patients that are evaluated on are left out above.
-            named = [SPLIT_CODES.get(name, name) for name in (config.train_split, config.test_split)]
+            named = [split_name(name) for name in (config.train_split, config.test_split)]
             refuse_shared(
                 [
                     Member(study.place, study.path, study.split, study.patient)

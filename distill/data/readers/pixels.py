@@ -94,12 +94,13 @@ def mask_of_file(path: Path) -> NDArray[np.bool_]:
 
 
 def mask_values(image: Image.Image) -> NDArray[np.generic]:
-    """Its pixels without their transparency: non-zero is inside. Of a palette image its indices; its colours where black
-    is a colour of the picture and not that of index 0, as some programs order the palette of a black and white mask."""
+    """Its pixels without their transparency: non-zero is inside. Of a palette image its indices; its grays where it has
+    no other colours, and index 0 is not black but another is: some programs order the palette of a mask so."""
     if image.mode == "P":
-        indices: NDArray[np.generic] = np.asarray(image)
-        coloured: NDArray[np.bool_] = np.asarray(image.convert("RGB")).max(axis=2) > 0
-        return indices if coloured.all() or not coloured[indices == 0].all() else coloured
+        colours: NDArray[np.uint8] = np.asarray(image.convert("RGB"))
+        gray, is_gray = colours[..., 0], bool((colours == colours[..., :1]).all())
+        starts_black = not any((image.getpalette() or [0])[:3])
+        return gray if is_gray and not starts_black and bool((gray == 0).any()) else np.asarray(image)
     return np.asarray(image.convert(image.mode[:-1]) if image.mode in ("LA", "RGBA") else image)
 
 

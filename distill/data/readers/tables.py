@@ -253,11 +253,15 @@ def frame_of(row: dict[str, object], width_column: str, height_column: str) -> t
     return sides[0], sides[1]
 
 
+def split_name(value: str) -> str:
+    """The name that rows have, of a code or of any name of the validation split."""
+    return SPLIT_CODES.get(value, "val" if value in VALIDATION_SPLITS else value)
+
+
 def split_of(row: dict[str, object], column: str) -> str:
     """The name of a split code; a number may have been written as a float."""
     text = text_of(row, column)
-    code = text.removesuffix(".0")
-    name = SPLIT_CODES.get(code, "val" if text in VALIDATION_SPLITS else text)
+    name = split_name(text.removesuffix(".0"))
     if name not in SPLIT_CODES.values():
         known = ", ".join(f"{code} {name}" for code, name in SPLIT_CODES.items())
         raise ValueError(f"{column} '{quote(text)}' is none of {known}")
