@@ -267,9 +267,7 @@ def test_a_training_made_longer_is_the_longer_training(tmp_path: Path, options: 
 def test_a_schedule_that_ends_cannot_be_made_longer(tmp_path: Path, schedule: str) -> None:
     train(LeastSquares(), tmp_path, lr_schedule=schedule)
     train(LeastSquares(), tmp_path, lr_schedule=schedule)
-    with pytest.raises(
-        UserError, match=f"max_steps is 6, and .*state is of a training of 4 steps, whose {schedule}"
-    ):
+    with pytest.raises(UserError, match=f"max_steps is 6, and .*state is of a training of 4 steps, whose {schedule}"):
         train(LeastSquares(), tmp_path, lr_schedule=schedule, max_steps=6)
 
 
