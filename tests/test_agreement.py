@@ -33,7 +33,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         found.append((list(faults), src, group))
         faults[0] = faults[0] or "there"
 
-    monkeypatch.setattr(parallel, "new_group", lambda backend: f"a group of {backend}", raising=False)
+    monkeypatch.setattr(parallel, "new_group", lambda backend, timeout: f"a group of {backend}", raising=False)
     monkeypatch.setattr(parallel, "all_reduce", all_reduce, raising=False)
     monkeypatch.setattr(parallel, "broadcast_object_list", broadcast, raising=False)
     monkeypatch.setattr(parallel, "destroy_process_group", found.append, raising=False)

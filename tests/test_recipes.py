@@ -401,7 +401,7 @@ def test_what_an_arm_needs_is_looked_for_at_start(
     argv = ["--base.name", str(work / "sd"), "--output_dir", str(tmp_path / "run"), *TRAINING]
     frozen_lora = LORA | {"lora": {"rank": 4}}
     gated = {"text_encoder": "full", "method": TAUGHT | {"gate_reference": str(tmp_path / "nowhere")}}
-    dropped = {"denoising": {"caption_dropout": 0.5, "caption_dropout_label": "No Finding"}}
+    dropped = {"denoising": {"caption_dropout": 0.5, "caption_dropout_label": "nodule"}}
     for arms, expected in (
         ({"a": gated}, "nowhere"),
         ({"a": dropped}, "no training image has that label"),
