@@ -92,7 +92,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with a base, a run on it, and images."""
     folder = tmp_path_factory.mktemp("trained")
     save_tiny(folder / "base")
-    image_folder(folder / "images", PhantomDataset("train", 16, 0, 64), 16)
+    image_folder(folder / "images", PhantomDataset("train", 40, 0, 64), 40)
     argv = ["--base.name", str(folder / "base"), "--output_dir", str(folder / "run"), *TRAINING]
     in_two_processes(_run, "finetune", [*argv, "--evaluation.parts", "localization"], str(folder))
     return folder
