@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from tiny import save_tiny
 
 from distill import checkpoints
 from distill.attention import attention_layers
-from distill.config import BaseConfig, EvaluationConfig, FullEvaluation, TrainerConfig
+from distill.config import BaseConfig, EvaluationConfig, FullEvaluation, LoraConfig, TrainerConfig
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data_config import FolderData, MimicData, PhantomData
 from distill.errors import UserError
@@ -28,6 +29,7 @@ from distill.experiment.arms import Arm
 from distill.experiment.run import Run
 from distill.methods.options import AttentionDistillationOptions, DenoisingOptions
 from distill.methods.training import Training
+from distill.models.adapters import prepare_training
 from distill.models.loading import SUBSET_FILE, load_model
 from distill.trainer import FitResult
 
@@ -206,6 +208,19 @@ def test_a_student_of_adapters_goes_on_with_them(
     assert prepared == [
         (student, how | {"lora": training.lora, "frozen_dtype": "bf16", "gradient_checkpointing": True})
     ]
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_adapters_on_the_base_s_own_weights_are_no_difference(changed: bool, tmp_path: Path) -> None:
+    """In the denoiser and in the text encoder; weights under an adapter that differ would be lacking in the export."""
+    base = BaseConfig(name=str(save_tiny(tmp_path / "base")))
+    student = load_model(base)
+    prepare_training(student, denoiser="lora", text_encoder="lora", lora=LoraConfig(rank=2))
+    arm = arm_of(tmp_path, training=Training(denoiser="lora", text_encoder="lora"))
+    if changed:
+        next(p for n, p in student.text_encoders[0].named_parameters() if "lora_" not in n).data += 0.1
+    with pytest.raises(UserError, match="whose text encoder is not the base's") if changed else nullcontext():
+        train.check_untrained(student, load_model(base), arm)
 
 
 def test_captions_are_spread_over_all_rows() -> None:
