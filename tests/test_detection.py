@@ -251,3 +251,8 @@ def test_groups_and_not_images_are_counted() -> None:
     (fault,) = group_faults(patients[:57], 30, [patients[:30]])
     assert "of 19 patients or images; the control, real against real images, needs 20" in fault
     assert len(group_faults(patients[:27], 27, [patients[:30], patients[:27]])) == 3
+
+
+def test_pixels_outside_the_range_are_cut_as_in_a_file() -> None:
+    found = eight_bit(torch.tensor([-3.0, -1.0, 0.0, 1.0, 2.0]))
+    assert found.tolist() == [-1.0, -1.0, pytest.approx(0, abs=0.004), 1.0, 1.0]

@@ -34,6 +34,7 @@ from distill.evaluation.evaluate import (
     held_out,
     quality,
 )
+from distill.evaluation.images import read_png, save_png
 from distill.evaluation.kept import Batches, digest, weights_of
 from distill.evaluation.protocols import RealLatents
 from distill.metrics import FIDELITY, MANIFOLD, Manifolds, frechet_distance, kernel_distance
@@ -559,3 +560,10 @@ def test_samples_beyond_the_limit_are_not_kept(phantoms: PhantomDataset) -> None
 
 def test_the_hash_of_values_is_that_of_their_content() -> None:
     assert digest({"a": 1, "b": [2]}) == digest({"b": [2], "a": 1}) != digest({"a": 1, "b": [3]})
+
+
+def test_a_picture_on_disk_has_the_pixels_that_it_was_given(tmp_path: Path) -> None:
+    image = torch.tensor([-0.5, 0.0, 0.5, 1.0, 1.5]).expand(3, 2, 5)
+    save_png(image, tmp_path / "a.png")
+    expected = torch.tensor([0.0, 0.0, 128 / 255, 1.0, 1.0]).expand(3, 2, 5)
+    torch.testing.assert_close(read_png(tmp_path / "a.png"), expected)

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from listed import WORDS, Listed, sample
 from pair import in_two_processes
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny import save_tiny, tiny_sd
 
 from distill.attention.heat_maps import normalize, to_image
@@ -30,7 +30,7 @@ from distill.data.phantom.dataset import PhantomDataset
 from distill.data.sample import Region
 from distill.errors import UserError
 from distill.evaluation.evaluate import finite
-from distill.evaluation.localization import localization
+from distill.evaluation.localization import _read_maps, localization
 from distill.evaluation.protocols import (
     DEFAULT_TIMESTEPS,
     PROTOCOLS,
@@ -593,3 +593,13 @@ def test_two_processes_give_the_metrics_of_one(
     ]
     assert len(rows[0]) == 1 + one["word"]["pairs"]
     assert_close(rows[0], rows[1], 1e-5)
+
+
+def test_maps_of_another_key_are_not_read(tmp_path: Path) -> None:
+    tensors = {"a/edema": torch.ones(2, 2)}
+    save_file(tensors, tmp_path / "maps.safetensors", {"key": "one"})
+    found = _read_maps(tmp_path / "maps.safetensors", "one")
+    assert list(found) == ["a/edema"] and torch.equal(found["a/edema"], tensors["a/edema"])
+    assert _read_maps(tmp_path / "maps.safetensors", "two") == {}
+    (tmp_path / "torn.safetensors").write_bytes(b"no tensors")
+    assert _read_maps(tmp_path / "torn.safetensors", "one") == {}

@@ -31,6 +31,7 @@ from distill.evaluation.robustness import (
     comparable_sets,
     negation_queries,
     two_places,
+    with_noise,
     with_swapped_sides,
     with_synonyms,
 )
@@ -241,3 +242,10 @@ def test_negations_of_one_image_count_once(
         assert found is not None
         counts.append(found["images"])
     assert counts[0] > 2 >= counts[1]
+
+
+def test_noise_is_of_its_own_at_each_pixel_and_alike_in_the_channels() -> None:
+    noise = with_noise(torch.zeros(3, 40, 30), "a")
+    assert torch.equal(noise[0], noise[2]) and noise.shape == (3, 40, 30)
+    assert float(noise.std()) == pytest.approx(0.15, rel=0.1) and float(noise[0].std(dim=0).min()) > 0.05
+    assert not torch.equal(noise, with_noise(torch.zeros(3, 40, 30), "b"))
