@@ -18,11 +18,12 @@ from training import prepared
 
 from distill.cli import main
 from distill.config import BaseConfig
+from distill.errors import UserError
 from distill.models import Model, load_model
 from distill.models.export import export, fixed_output
 from distill.models.kohya import KOHYA_FILE
 from distill.models.loading import LORA_FILE
-from distill.models.verify import verify
+from distill.models.verify import configuration, verify
 
 
 def base(folder: Path, kind: str, run: Path | None = None) -> Model:
@@ -144,3 +145,12 @@ def test_the_recipe_prints_text_or_json_and_refuses_what_nothing_is_taken_of(
     weights = str(folder / "sd" / "unet" / "diffusion_pytorch_model.safetensors")
     no_adapter = refusal_of(recipe.verify_adapter, recipe.VerifyConfig, [*argv, weights], capsys)
     assert "is no adapter file" in no_adapter
+
+
+def test_a_configuration_that_is_no_object_is_refused(tmp_path: Path) -> None:
+    for content in ('["r"]', "3"):
+        save_file({"x": torch.ones(1)}, tmp_path / "a.safetensors", {"lora_adapter_metadata": content})
+        with pytest.raises(UserError, match="its configuration is no JSON object"):
+            configuration(tmp_path / "a.safetensors")
+    save_file({"x": torch.ones(1)}, tmp_path / "a.safetensors", {"lora_adapter_metadata": '{"r": 2}'})
+    assert configuration(tmp_path / "a.safetensors") == {"r": 2}
