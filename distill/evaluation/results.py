@@ -293,6 +293,13 @@ class Results:
         return [f"{name}: {sentence}." for name, arm in self.arms.items() for sentence in arm.notes]
 
     @property
+    def with_other_maps(self) -> list[str]:
+        """Arms whose maps are of other layers or timesteps than those of the first that has maps."""
+        found = {name: one for name, arm in self.arms.items() if (one := arm.localization) is not None}
+        used = {name: (one.layers, one.timesteps) for name, one in found.items()}
+        return [name for name, of in used.items() if of != next(iter(used.values()))]
+
+    @property
     def seeds(self) -> tuple[int, ...]:
         """All training seeds of the run, which may be of one arm each."""
         seeds = (self.provenance.get("seeds") or {}).get("training")

@@ -30,21 +30,17 @@ def mark_model_card(arm_dir: Path, memorization: str) -> Path | None:
 
     Returns None where there is no card of `write_model_card`.
     """
-    path = arm_dir / "README.md"
-    parts = path.read_text(encoding="utf-8").split("\n\n") if path.is_file() else []
-    kept = [part for part in parts if not part.startswith(_MEMORIZATION)]
+    kept = [part for part in _paragraphs(arm_dir) if not part.startswith(_MEMORIZATION)]
     place = next((place for place, part in enumerate(kept) if part.startswith(_LIMITS[:7])), None)
     if place is None:
         return None
     kept.insert(place, f"{_MEMORIZATION} {escape_markdown(memorization)}")
-    return write_atomic(path, "\n\n".join(kept))
+    return write_atomic(arm_dir / "README.md", "\n\n".join(kept))
 
 
-def _said_before(arm_dir: Path) -> str:
-    """What the card says of memorization, which evaluate.py may have found; empty where it says nothing."""
+def _paragraphs(arm_dir: Path) -> list[str]:
     path = arm_dir / "README.md"
-    parts = path.read_text(encoding="utf-8").split("\n\n") if path.is_file() else []
-    return next((part for part in parts if part.startswith(_MEMORIZATION)), "")
+    return path.read_text(encoding="utf-8").split("\n\n") if path.is_file() else []
 
 
 def write_model_card(
@@ -60,12 +56,12 @@ def write_model_card(
 
     metrics_for_arm: the arm's entry in metrics.json. config: resolved configuration of the run. base_name: hub id,
     folder or `phantom`; the card shows no folder of this machine. export: see `distill.models.stock.exported`. The
-    example prompt is from real/ in `arm_dir` or beside it. What the card says of memorization stays, unless it was
-    measured again; a new export must remove the card first. Raises ValueError if `export` names an unknown part.
+    example prompt is from real/ in `arm_dir` or beside it. Raises ValueError if `export` names an unknown part.
     """
     if unknown := [part for part in export if part not in (*PARTS, "lora")]:
         raise ValueError(f"unknown exported part(s) {', '.join(unknown)}; known: lora, {', '.join(PARTS)}")
     arm = parse_metrics({"arms": {"arm": metrics_for_arm}, "provenance": {}}).arms["arm"]
+    said_before = next((part for part in _paragraphs(arm_dir) if part.startswith(_MEMORIZATION)), "")
     base, flat, adapter = public_base(base_name), dict(flatten(config)), "lora" in export
     front = ["library_name: diffusers", "pipeline_tag: text-to-image"]
     front += [f"base_model: {json.dumps(base)}"] if base else []  # a JSON string is a YAML string
@@ -74,8 +70,7 @@ def write_model_card(
     keys = [*_SETTINGS, *(["lora.rank", "lora.alpha"] if adapter else [])]
     settings = "; ".join(f"{key} {flat[key]}" for key in keys if flat.get(key, UNKNOWN) != UNKNOWN)
     made = [f"Trained parts: {', '.join(export)}", f"{format_count(arm.cost.trainable_parameters)} trained parameters"]
-    done = f"{format_count(arm.cost.steps)} steps in {format_seconds(arm.cost.train_seconds)}"
-    made += [done, *arm.notes, settings]
+    made += [f"{format_count(arm.cost.steps)} steps in {format_seconds(arm.cost.train_seconds)}", *arm.notes, settings]
     rows = [[m.label, *format_estimate(arm.estimate(m.key), m), m.meaning] for m in METRICS]
     measured = Table(["metric", "value", "95 % interval", "meaning"], [row for row in rows if row[1] != UNKNOWN])
     word, quality = arm.localization and arm.localization.word, arm.quality
@@ -91,7 +86,7 @@ def write_model_card(
         escape_markdown("; ".join(made) + "." if export else "Nothing was trained: the numbers are the base's own."),
         markdown_table(measured),
         escape_markdown(f"Measured on {' and '.join(sizes)}." if sizes else "Not measured."),
-        f"{_MEMORIZATION} {escape_markdown(sentence(arm.memorization))}" if arm.memorization else _said_before(arm_dir),
+        f"{_MEMORIZATION} {escape_markdown(sentence(arm.memorization))}" if arm.memorization else said_before,
         _LIMITS,
         escape_markdown(f"Made with {origin}." if origin else ""),
     ]

@@ -13,9 +13,9 @@ from distill.report.figures import data_uri
 from distill.report.tables import format_number
 
 EXPLAINED = (
-    "Each generated image, and its mirror image, is compared with its nearest training and held-out image. A model that "
-    "copies nothing draws images that are nearer to a training image as often as chance says. The row names the "
-    "comparison (features, latents or pixels) with the smallest p, and p is corrected for their number."
+    "Each generated image, and its mirror image, is compared with its nearest training and held-out image. Without copies, "
+    "a training image is the nearer one as often as chance says. The row names the comparison (features, latents or "
+    "pixels) with the smallest p, which is corrected for their number."
 )
 PAIRS = "Each picture shows a generated image, its nearest training image and its nearest held-out image, from left to right."
 
@@ -33,8 +33,8 @@ def sentence(found: Memorization) -> str:
     """One sentence that says what the test says."""
     counts = (
         f"{found.images:,} generated, {found.training_images:,} training and {found.held_out_images:,} held-out images"
-        + ("" if found.seed is None else f", training seed {found.seed}, whose p is the smallest")
     )
+    counts += "" if found.seed is None else f", training seed {found.seed}, whose p is the smallest"
     if found.is_found:
         return (
             f"About {format_share(found.copies.value)} of the generated images are copies of training images, or close "
@@ -60,10 +60,8 @@ def memorization_section(run_dir: Path, results: Results) -> list[Section]:
         f"{format_share(m.copies.low)} to {format_share(m.copies.high)}", format_p(m.p), m.space,
     ] for name, m in measured.items()]  # fmt: skip
     said = [f"{name}: {sentence(found)}" for name, found in measured.items()]
-    pictures = [
-        picture for name in measured for path in sorted((run_dir / name / "memorization").glob("*.png"))
-        if (picture := _picture(name, path))
-    ]  # fmt: skip
+    found = [(name, path) for name in measured for path in sorted((run_dir / name / "memorization").glob("*.png"))]
+    pictures = [picture for pair in found if (picture := _picture(*pair))]
     text = [*said, EXPLAINED, *([PAIRS] if pictures else [])]
     return [Section("Memorization", text, pictures, [Table(head, rows, "numbers", "memorization")])]
 
@@ -76,5 +74,4 @@ def _picture(arm: str, path: Path) -> Picture | None:
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         return None
     said = f"{arm}, pair {int(path.stem) + 1}: generated image, nearest training image, nearest held-out image"
-    name = f"memorization-{arm}-{path.stem}"
-    return Picture(name, said, content, f'<img alt="{html.escape(said)}" src="{uri}">')
+    return Picture(f"memorization-{arm}-{path.stem}", said, content, f'<img alt="{html.escape(said)}" src="{uri}">')

@@ -12,9 +12,9 @@ from distill.report.tables import FID, FINDING_AUC, IMAGE_ADDS, WORD_AUC, Metric
 
 RULE = (
     "The rule: a model is ruled out if another model is better on one measure and worse on none. Among the models that "
-    "are left, the first choice has the best mean rank over localization and quality. “Better” means that the 95 % "
-    "interval of the paired difference excludes 0. Where there is no paired difference, it means that the two "
-    "intervals do not overlap. The intervals are not corrected for the number of comparisons."
+    "are left, the first choice has the best mean rank over localization and quality. “Better” means that the 95 % interval "
+    "of the paired difference excludes 0, or, without a paired difference, that the two intervals do not overlap. The "
+    "intervals are not corrected for the number of comparisons."
 )
 _TONES = {"better": ("▲ ", "good"), "worse": ("▼ ", "bad"), "not separated": ("≈ ", "even"), "not measured": ("", "")}
 
@@ -76,6 +76,8 @@ def summarize(results: Results) -> Summary:
         f"Ruled out, because another model beats it: {_and([a for a in whole if a not in left])}.": left != whole,
         f"Not compared, because a measure is missing: {_and([a for a in arms if a not in whole])}.": whole != [*arms],
         "There is no other fully measured model to compare it with.": len(whole) == 1,
+        f"The maps of {_and(results.with_other_maps)} are of other layers or timesteps than those of the first model: "
+        "by localization, these models differ in more than their training.": results.with_other_maps,
         "Localization was not measured: the choice is by quality alone.": place not in metrics,
         "Quality was not measured: the choice is by localization alone.": metrics == [place],
     }
@@ -86,15 +88,12 @@ def summarize(results: Results) -> Summary:
         )
         said[f"{a} is better than {first} in {better} and worse in {worse}: choose by what you need."] = True
     others = [a for a in results.compare_to if a != first] or [a for a in arms if a != first][:1]
-    title = f"Take {first}"
-    if rivals:
-        title = f"First choice: {first}. {len(rivals)} other model{'s are' if len(rivals) > 1 else ' is'} not ruled out"
+    others_left = f"{len(rivals)} other model{'s are' if len(rivals) > 1 else ' is'} not ruled out"
+    title = f"First choice: {first}. {others_left}" if rivals else f"Take {first}"
     title += " (not trained here)" if arms[first].cost.train_seconds is None else ""
     why = _why(results, first, others, [WORD_AUC, *metrics] if place is IMAGE_ADDS else metrics)
     reasons = [text for text, holds in said.items() if holds]
-    return Summary(
-        first, title, [*reasons, *_blind(results, first), *_other_maps(results), *_compute(results)], [why], others
-    )
+    return Summary(first, title, [*reasons, *_blind(results, first), *_compute(results)], [why], others)
 
 
 def terminal_summary(results: Results) -> str:
@@ -157,16 +156,6 @@ def _blind(results: Results, arm: str) -> list[str]:
     return found
 
 
-def _other_maps(results: Results) -> list[str]:
-    """A sentence where the arms' maps are not of the same layers and timesteps, which each model may have of its own."""
-    found = {
-        name: (one.layers, one.timesteps) for name, a in results.arms.items() if (one := a.localization) is not None
-    }
-    others = [name for name, of in found.items() if of != next(iter(found.values()))]
-    return [f"The maps of {_and(others)} are of other layers or timesteps than those of {next(iter(found))}: by "
-            "localization, these models differ in more than their training."] if others else []  # fmt: skip
-
-
 def _compute(results: Results) -> list[str]:
     """A sentence where the trained arms did not cost the same."""
     costs, spans = [arm.cost for arm in results.arms.values() if arm.cost.train_seconds is not None], []
@@ -181,9 +170,8 @@ def _compute(results: Results) -> list[str]:
 def sample(results: Results) -> str:
     """How many images, pairs and seeds the numbers rest on."""
     one, count = "One training seed a model, whose choice no interval covers.", results.seeds_an_arm
-    several = (f"{count} training seeds a model; the intervals are over seeds and images. Those of single findings, "
-               "negations, utility and similarity are over seeds alone (Student's t).")  # fmt: skip
-    parts = [one if count == 1 else several]
+    parts = [one if count == 1 else f"{count} training seeds a model; the intervals are over seeds and images."]
+    parts += ["Those of single findings, negations, utility and similarity are over seeds alone."] * (count > 1)
     if word := next((a.localization.word for a in results.arms.values() if a.localization), None):
         parts.append(f"Localization: {word.images:,} held-out images, {word.pairs:,} image-finding pairs.")
     if drawn := next((arm.quality for arm in results.arms.values() if arm.quality), None):
