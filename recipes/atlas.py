@@ -175,7 +175,10 @@ def write_model(config: AtlasConfig, name: str, run: Path | None, entry: JsonObj
     target = run if config.store else None
     if run is None and config.store_base:
         target = base_folder(config)
-    if target is None or not chosen["is_better"]:
+    if target is None:
+        return None
+    if not chosen["is_better"]:
+        (target / SUBSET_FILE).unlink(missing_ok=True)  # of an earlier atlas, whose subset evaluation would still use
         return None
     return write_json(target / SUBSET_FILE, content)
 

@@ -140,8 +140,12 @@ def measured_on(found: Evaluated) -> JsonObject:
     # Not configured, but chosen with the model: recipes/atlas.py.
     located = found.entry["localization"] or {}
     result |= {f"localization.{key}": located.get(key) for key in ("protocol", "layers", "timesteps")}
-    extractor = found.made_of.get("quality", {}).get("features")
-    return result | ({"the hash of the feature extractor": extractor} if extractor else {})
+    hashes = {
+        "the hash of the feature extractor": found.made_of.get("quality", {}).get("features"),
+        "the hash of the held-out images and captions": found.made_of.get("quality", {}).get("data"),
+        "the hash of the images and regions of localization": found.made_of.get("localization", {}).get("pairs"),
+    }
+    return result | {what: value for what, value in hashes.items() if value}
 
 
 def differing(one: Evaluated, first: Evaluated) -> JsonObject:

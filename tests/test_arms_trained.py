@@ -315,7 +315,9 @@ def test_what_differs_from_an_earlier_measurement_is_said(tmp_path: Path) -> Non
     )
     assert reason(options=HASHES["options"] | {"gone": 3}) == "", "an option that is gone changes nothing"
     assert reason(data="y").startswith("the held-out images, their captions or regions")
-    assert reason({"data": None}, data="y") == "", "what is not known cannot differ"
+    assert reason({"compared": "x"}, compared="y").startswith("the held-out images, their captions or regions")
+    assert reason({"compared": None}, compared="y") == reason({"compared": "x"}, compared=None) == ""
+    assert reason({"compared": "x"}, compared="x") == "", "what is not known cannot differ"
     assert reason(features="g") == "the extractor of features is another"
     assert reason({"features": None}, features="g") == reason(features=None) == ""
     (tmp_path / "maps.safetensors").write_text("2")
@@ -347,15 +349,16 @@ def test_an_entry_takes_each_part_from_where_it_was_measured() -> None:
 def test_real_quality_is_that_of_an_earlier_launch_where_maps_alone_are_measured(tmp_path: Path) -> None:
     against = SimpleNamespace(quality="measured now")
     run, _ = run_of(tmp_path, evaluation=SimpleNamespace(parts=("localization",)), against=against)
-    assert results._real_quality(run) == "measured now"
+    assert results._real_quality(run, is_kept=True) == "measured now"
     (tmp_path / "metrics.json").write_text('{"real": {"quality": {"fid": 1}}}')
-    assert results._real_quality(run) == {"fid": 1}
+    assert results._real_quality(run, is_kept=True) == {"fid": 1}
+    assert results._real_quality(run, is_kept=False) == "measured now", "no arm has numbers that it goes with"
     run.evaluation.parts = ("localization", "quality")
-    assert results._real_quality(run) == "measured now"
+    assert results._real_quality(run, is_kept=True) == "measured now"
     run.evaluation.parts = ("localization",)
     for torn in ("{", "{}", '{"real": 3}'):
         (tmp_path / "metrics.json").write_text(torn)
-        assert results._real_quality(run) == "measured now", torn
+        assert results._real_quality(run, is_kept=True) == "measured now", torn
 
 
 def test_the_metrics_of_a_run_say_what_they_rest_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,7 +387,7 @@ def test_the_metrics_of_a_run_say_what_they_rest_on(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(results, "write_report", lambda folder: (folder / "report.html", folder / "report.md"))
     monkeypatch.setattr(results, "terminal_table", lambda metrics: "the table")
     monkeypatch.setattr(results, "terminal_summary", lambda parsed: f"of {parsed}")
-    monkeypatch.setattr(results, "_real_quality", lambda run: {"fid": 1})
+    monkeypatch.setattr(results, "_real_quality", lambda run, is_kept: {"fid": 1} if is_kept else None)
     config = SimpleNamespace(data=SimpleNamespace(seed=8), model_dump=lambda mode: {"mode": mode})
     run, said = run_of(
         tmp_path, config=config, test=range(40), evaluation=FullEvaluation(bootstrap_samples=77, seed=9), compare_to=("a", "z"),

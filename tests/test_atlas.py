@@ -416,6 +416,10 @@ def test_a_subset_that_is_no_better_on_validation_is_not_stored(
         return replace(real(*args, **kwargs), default_auc=1.0)
 
     monkeypatch.setattr(library, "choose_subset", worse)
+    earlier = folder / "runs" / "frozen" / "localization.json"
+    model = load_model(BaseConfig(name=str(folder / "base")))
+    layers = model.family.attention_layers(model.denoiser)
+    earlier.write_text(json.dumps({"layers": layers[:1], "timesteps": [300]}))
     run(argv)
     assert not (folder / "runs" / "frozen" / "localization.json").exists()
     assert "the model does not get it" in (folder / "out" / "atlas.md").read_text(encoding="utf-8")

@@ -119,10 +119,10 @@ def test_arms_are_judged_by_what_they_were_measured_with(tmp_path: Path, capsys:
     """And not by the config.yaml of their run, which a second launch with other options has written."""
     run = finished(tmp_path, 0, {"frozen": 0.0, "longer": 0.1})
 
-    def measured_with(arm: str, part: str, steps: int, extractor: str | None) -> None:
+    def measured_with(arm: str, part: str, steps: int, extractor: str | None, data: str = "d") -> None:
         found = json.loads((run / arm / "metrics.json").read_text())
         options = {"num_inference_steps": steps, "timesteps": [steps], "layers": []}
-        found["made_of"] = {part: {"options": options, "features": extractor}}
+        found["made_of"] = {part: {"options": options, "features": extractor, "data": data, "pairs": data}}
         (run / arm / "metrics.json").write_text(json.dumps(found))
 
     argv = ["--arms", f"{{a: '{run}/frozen', b: '{run}/longer'}}", "--output_dir", str(tmp_path / "out")]
@@ -131,6 +131,14 @@ def test_arms_are_judged_by_what_they_were_measured_with(tmp_path: Path, capsys:
     message = refusal(argv, capsys)
     assert "b: " in message and "evaluation.num_inference_steps is 20, and 10" in message
     assert "the hash of the feature extractor is 'two', and 'one'" in message
+    for part, what in (
+        ("quality", "held-out images and captions"),
+        ("localization", "images and regions of localization"),
+    ):
+        for arm, data in (("frozen", "d"), ("longer", "e")):
+            measured_with(arm, part, 10, "one", data)
+        assert f"b: {run}/longer: the hash of the {what} is 'e', and 'd'" in refusal(argv, capsys)
+    measured_with("frozen", "quality", 10, "one")
     measured_with("longer", "localization", 10, None)
     run_recipe(argv)
 

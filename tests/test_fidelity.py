@@ -3,18 +3,22 @@ it."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
 from listed import WORDS, Listed, sample
+from safetensors.torch import load_file
 from test_evaluate import CONFIG, Means, pictures
 
 from distill.data.captions import negated_findings
-from distill.evaluation.evaluate import held_out
+from distill.evaluation.evaluate import held_out, save_features
 from distill.evaluation.fidelity import Generated, compare, of_each_finding
 from distill.metrics import MANIFOLD, Manifolds, kernel_distance
+from distill.metrics.bootstrap import resample_counts
 from distill.models.family import Model
 
 
@@ -99,3 +103,27 @@ def test_negated_and_unnamed_findings_are_apart() -> None:
     found = compare(images, images, dataset, CONFIG, Means())
     assert found["finding_auc_negated"] == 0.5 and found["finding_auc_unmentioned"] == 1
     assert 0.5 < found["finding_auc"] < 1 and len(found["finding_auc_unmentioned_ci"]) == 2
+
+
+def test_intervals_are_of_whole_patients(tmp_path: Path) -> None:
+    """Against the distances of resamples whose counts are those of the patients; one patient has no interval."""
+    real, generated = drawn(0, 60), drawn(1, 60, 0.5)
+    patients = [f"patient {i // 6}" for i in range(60)]
+    sides = [replace(side, groups=patients) for side in (real, generated)]
+    dataset = Listed([sample(f"{i}", "Edema.") for i in range(60)], WORDS)
+    found = compare(sides[1], sides[0], dataset, CONFIG, None)
+    assert real.features is not None and generated.features is not None
+    blocks = [
+        next(resample_counts(10, CONFIG.bootstrap_samples, CONFIG.seed + k))[:, np.arange(60) // 6] for k in (0, 1)
+    ]
+    distances = kernel_distance(real.features, generated.features, *blocks)
+    assert found["kid_ci"] == pytest.approx(np.quantile(distances, [0.025, 0.975]))
+    by_image = compare(generated, real, dataset, CONFIG, None)
+    assert found["fid_ci"] != by_image["fid_ci"] and found["fid"] == by_image["fid"]
+    alone = compare(replace(generated, groups=["p"] * 60), sides[0], dataset, CONFIG, None)
+    assert alone["fid_ci"] is alone["kid_ci"] is alone["per_finding"]["edema"]["kid_ci"] is None
+    assert alone["kid"] == found["kid"]
+    save_features(sides[0], dataset, Means(), tmp_path / "a")
+    assert load_file(tmp_path / "a")["groups"].tolist() == [i // 6 for i in range(60)]
+    save_features(real, dataset, Means(), tmp_path / "b")
+    assert "groups" not in load_file(tmp_path / "b")

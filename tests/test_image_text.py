@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -22,6 +23,7 @@ from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
 from distill.evaluation import evaluate as module
 from distill.evaluation.similarity import image_text_similarity
+from distill.metrics.bootstrap import resample_counts
 from distill.metrics.image_text import ImageText, similarity
 
 CAPTIONS = ["a small pleural effusion", "no effusion", "a large left pleural effusion with edema"]
@@ -171,13 +173,14 @@ def test_images_and_real_images_each_have_their_own_captions(tmp_path: Path) -> 
     """In batches of two, of which the last holds one."""
     model = ImageText(save_model(tmp_path / "clip"))
     made, real = PhantomDataset("train", 5, 0, 64), PhantomDataset("test", 8, 0, 64)
-    captions, rows = [made.caption(k) for k in range(5)], [6, 1, 4]
+    captions, rows, groups = [made.caption(k) for k in range(5)], [6, 1, 4], [*"aabcc"]
     config = FullEvaluation(batch_size=2, bootstrap_samples=20)
-    found = image_text_similarity(model, lambda k: made[k].pixel_values, captions, real, rows, config)
+    found = image_text_similarity(model, lambda k: made[k].pixel_values, captions, groups, real, rows, config)
     for data, places, name, adds in ((made, [*range(5)], "own", "adds"), (real, rows, "real", "real_adds")):
         texts = [data.caption(k) for k in places]
         both = model(torch.stack([data[k].pixel_values for k in places]), texts)
-        right = similarity(*both, texts, 20, config.seed)
+        own = np.array([0, 0, 1, 2, 2]) if data is made else None
+        right = similarity(*both, texts, 20, config.seed, groups=own)
         assert found[name] == pytest.approx(right["own"], abs=1e-4), name
         assert found[adds] == pytest.approx(right["adds"], abs=1e-4), adds
         assert found[f"{name}_ci"] == pytest.approx(right["own_ci"], abs=1e-4), name
@@ -194,3 +197,19 @@ def test_images_of_another_tool_are_compared_with_their_captions(
     recipe.evaluate(parse(recipe.EvaluateConfig, argv_of(tmp_path, *option)))
     found = json.loads((tmp_path / "out/metrics.json").read_text())["arms"]["images"]["similarity"]
     assert found["images"] == 6 and found["own"] != found["real"]
+
+
+def test_the_interval_is_of_whole_patients() -> None:
+    """Against a loop that draws patients; each image counts once for each draw of its patient."""
+    generator = torch.Generator().manual_seed(0)
+    images, texts = (F.normalize(torch.randn(6, 4, generator=generator), dim=1) for _ in range(2))
+    groups = np.array([0, 0, 0, 0, 1, 2])
+    found = similarity(images, texts, [*"abcdef"], 30, 0, groups=groups)
+    own = 100 * (images * texts).sum(dim=1).double().numpy()
+    means = []
+    for counts in next(resample_counts(3, 30, 0)):
+        drawn = [value for value, group in zip(own, groups, strict=True) for _ in range(int(counts[group]))]
+        means.append(np.mean(drawn))
+    assert found["own_ci"] == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=1e-4)
+    alone = similarity(images, texts, [*"abcdef"], 30, 0, groups=np.zeros(6, dtype=int))
+    assert alone["own_ci"] is None and alone["own"] == found["own"]

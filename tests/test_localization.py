@@ -549,6 +549,18 @@ def test_means_and_intervals_are_over_images_and_findings(
             assert (expected is None) == of_one_image and own.sum() == (2 if of_one_image else 6)
             assert found["per_finding"][name]["auc_ci"] == (None if of_one_image else pytest.approx(expected, abs=1e-6))
 
+    # Two images of one patient, whose images are drawn together.
+    monkeypatch.setattr(dataset, "patient", lambda index: "pq"[index // 4], raising=False)
+    known = localization(sd, dataset, config, accelerator=accelerator, arm_dir=tmp_path / average)["word"]
+    patients = ["pq"[row["image"] // 4] for row in rows]
+    assert known["auc_ci"] == pytest.approx(macro_mean_interval(values, over, patients, 50, config.seed), abs=1e-6)
+    adds = [json.loads(line) for line in (tmp_path / average / "pairs.jsonl").read_text().splitlines()[1:]]
+    assert {row["group"] for row in adds} == {"patient p", "patient q"} and known["images"] == 3
+    some = [(row["image_adds"]["word"], p) for row, p in zip(adds, patients, strict=True)]
+    measured, drawn = zip(*((value, p) for value, p in some if value is not None), strict=True)
+    expected = macro_mean_interval(measured, np.zeros(len(drawn)), drawn, 50, config.seed)
+    assert known["image_adds_ci"] == (expected if expected is None else pytest.approx(expected, abs=1e-6))
+
 
 def _rank(rank: int, base: str, folder: str) -> None:
     model = load_model(BaseConfig(name=base)).freeze()

@@ -9,13 +9,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from listed import WORDS, Listed, sample
+from PIL import Image
 from recipe import config_class_of, recipe_module, refusal_of
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 
 from distill.cli import parse
+from distill.config import FullEvaluation
+from distill.evaluation.evaluate import HeldOut
+from distill.evaluation.fidelity import Generated
 from distill.experiment import results, train
 from distill.experiment import run as run_module
+from distill.models.family import Model
 from distill.models.loading import LORA_FILE
 
 EVALUATION = [
@@ -223,3 +229,52 @@ def test_a_torn_cost_is_trained_again(work: Path, tmp_path: Path, capsys: pytest
     assert f"model: trained again, because {out / 'cost.json'} cannot be used" in capsys.readouterr().out
     assert json.loads((out / "cost.json").read_text(encoding="utf-8"))["steps"] == 1
     assert arms_of(out)["model"]["localization"] == arms_of(work / "run")["model"]["localization"]
+
+
+def test_an_image_of_another_evaluation_is_drawn_again(work: Path, tmp_path: Path) -> None:
+    """Its name says caption and seed, and not the options it was drawn with."""
+    out = copied(work, tmp_path)
+    drawn = out / "model/samples/0000.png"
+    before = drawn.read_bytes()
+    with Image.open(drawn) as image:
+        image.transpose(Image.Transpose.ROTATE_180).save(drawn)
+    run("evaluate", evaluate_argv(work, out))
+    assert drawn.read_bytes() == before
+
+
+def test_a_run_that_keeps_the_maps_of_some_models_ends_with_a_report(work: Path, tmp_path: Path) -> None:
+    """Continued with quality alone: the base keeps its maps, and those of the longer model would be of old weights."""
+    base = [
+        "--base.name",
+        str(work / "base"),
+        "--data.cache_dir",
+        str(work / "cache"),
+        "--output_dir",
+        str(tmp_path / "a"),
+    ]
+    arms = "{a: {denoiser: lora, lora: {rank: 2}}}", "{a: {denoiser: lora, lora: {rank: 2}}, b: {denoiser: lora}}"
+    run("tradeoff", [*base, *EVALUATION, *TRAINER, "--arms", arms[0]])
+    argv = [*base, *EVALUATION, *TRAINER, "--arms", arms[1], "--evaluation.parts", "quality"]
+    run("tradeoff", argv)
+    found = arms_of(tmp_path / "a")
+    assert found["a"]["localization"] is not None and found["b"]["localization"] is None
+    assert found["b"]["quality"] is not None
+
+
+def test_hashes_hold_what_decides_each_part(sd: Model) -> None:
+    """Captions of examples also where localization reads phrases: word maps are of them."""
+
+    def hashes(caption: str, *parts: str, training: int = 0) -> dict[str, Any]:
+        found = [sample("a", caption, ("edema", "the edema")), sample("b", "No edema."), sample("c", "Edema.")]
+        data = Listed(found, WORDS)
+        copied_from = Listed([sample(f"t{training}", "Edema.")], WORDS)
+        against = HeldOut(data, [0], None, Generated([], None, None), {}, copied_from=copied_from)
+        config = FullEvaluation(parts=parts or ("quality",))
+        return against.made_of(sd, "weights", config, 64)
+
+    before, after = hashes("Edema."), hashes("An edema.")
+    assert all(before[part]["data"] != after[part]["data"] for part in before)
+    assert before["localization"]["pairs"] == after["localization"]["pairs"], "none are asked here"
+    assert before["memorization"]["compared"] is None
+    one, two = (hashes("Edema.", "quality", "memorization", training=k)["memorization"] for k in (0, 1))
+    assert one["compared"] != two["compared"] and one["data"] == two["data"] == before["memorization"]["data"]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
@@ -35,6 +36,7 @@ from distill.evaluation.robustness import (
     with_swapped_sides,
     with_synonyms,
 )
+from distill.metrics import bootstrap_interval
 from distill.models.family import Model
 from distill.tokens import find_words
 
@@ -107,7 +109,14 @@ def test_a_shift_knows_images_phrases_and_findings_in_any_case(name: str) -> Non
     dataset = TwoCaptions("test", 60, resolution=64)
     shifted = ShiftedDataset(dataset, name)
     assert [image_key(shifted, row) for row in (0, 1, 2)] == ["0", "0", "1"]
-    assert robustness._clusters(shifted, [4, 5, 9, 1]) == [0, 0, 1, 2]
+    rows = [4, 5, 9, 1]
+    found = robustness.means({"auc": [0.1, 0.9, 0.4, 0.3]}, shifted, rows, FullEvaluation())
+    expected = bootstrap_interval([0.1, 0.9, 0.4, 0.3], [0, 0, 1, 2], np.mean)
+    assert (found["images"], found["auc"], found["auc_ci"]) == (3, pytest.approx(0.425), expected)
+    dataset.patient = lambda index: "p" if index > 3 else "q"  # type: ignore[attr-defined]
+    two = robustness.means({"auc": [0.1, 0.9, 0.4, 0.3]}, shifted, rows, FullEvaluation())
+    expected = bootstrap_interval([0.1, 0.9, 0.4, 0.3], [0, 0, 0, 1], np.mean)
+    assert (two["images"], two["auc_ci"]) == (3, expected)
     row = next(i for i in range(60) if "pleural effusion" in PHANTOMS.labels(i))
     phrases = {region.finding: region.phrase for region in shifted[row].regions}
     assert phrases["Pleural Effusion"] == {"none": None, "synonyms": "fluid collection"}.get(name, "Pleural Effusion")

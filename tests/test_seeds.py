@@ -21,6 +21,7 @@ from distill.errors import UserError
 from distill.evaluation.results import Quality, parse_metrics
 from distill.evaluation.seeds import (
     QUALITY,
+    Resampled,
     auc_resamples,
     combine,
     feature_resamples,
@@ -30,9 +31,9 @@ from distill.evaluation.seeds import (
     run_folders,
 )
 from distill.experiment.sharing import share_base
-from distill.metrics import FIDELITY, fidelity_resamples, kernel_distance
+from distill.metrics import FIDELITY, bootstrap, fidelity_resamples, kernel_distance
 from distill.metrics.bootstrap import resample_counts
-from distill.metrics.quality import frechet_distance
+from distill.metrics.quality import frechet_by_factors, frechet_distance
 
 
 def draws(clusters: int, samples: int, seeds: int) -> Iterator[tuple[list[int], list[int]]]:
@@ -79,7 +80,7 @@ def test_finding_auc_and_its_interval_are_scikit_learns() -> None:
     rng = np.random.default_rng(0)
     labels = np.stack([rng.random(40) < share for share in (0.4, 0.4, 0.0)], axis=1)  # the last finding has no area
     sides = [[rng.normal(size=(40, 3)) + shift * labels for _ in range(2)] for shift in (1.0, 0.0)]
-    first, second = (auc_resamples(side, labels, 60) for side in sides)
+    first, second = (auc_resamples(side, labels, 60, np.arange(40)) for side in sides)
 
     def area(scores: Any, images: list[int]) -> float:
         return float(np.mean([roc_auc_score(labels[images, f], scores[images, f]) for f in range(2)]))
@@ -101,7 +102,7 @@ def test_fid_and_its_interval_are_of_pairs_drawn_together_less_their_excess() ->
     generator = torch.Generator().manual_seed(0)
     real, near, far = (torch.randn((60, 4), generator=generator) + shift for shift in (0.0, 0.3, 1.0))
     sides = [[far, far + 0.2], [near, near + 0.1]]
-    found = [fid_resamples([seed.numpy() for seed in side], real.numpy(), 30) for side in sides]
+    found = [fid_resamples([seed.numpy() for seed in side], real.numpy(), 30, np.arange(60)) for side in sides]
 
     generator = torch.Generator().manual_seed(0)
     drawn = [torch.randint(60, (60,), generator=generator) for _ in range(30)]
@@ -117,13 +118,15 @@ def test_fid_and_its_interval_are_of_pairs_drawn_together_less_their_excess() ->
     np.testing.assert_allclose(each, exact[0] / exact[1] - 1, rtol=1e-4)
     assert value == pytest.approx(exact[0].mean() / exact[1].mean() - 1, rel=1e-4)
     assert interval == pytest.approx(central(means[0] / means[1] - 1), rel=1e-4)
-    assert len(fid_resamples([near.numpy()], real.numpy(), 300)[1]) == 200, "more change nothing and take minutes"
+    assert len(fid_resamples([near.numpy()], real.numpy(), 300, np.arange(60))[1]) == 200, (
+        "more change nothing and take minutes"
+    )
 
 
 def test_kid_and_manifolds_of_resamples_of_seeds_are_those_of_each_seed() -> None:
     real = torch.randn(40, 3, generator=torch.Generator().manual_seed(0))
     seeds = [real + torch.randn(40, 3, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)]
-    found = feature_resamples([seed.numpy() for seed in seeds], real.numpy(), 30, 3)
+    found = feature_resamples([seed.numpy() for seed in seeds], real.numpy(), 30, 3, np.arange(40))
     assert tuple(found) == FIDELITY
     counts = next(resample_counts(40, 30, 0))
     for place, seed in enumerate(seeds):
@@ -297,12 +300,13 @@ def test_the_verdict_on_copies_is_that_of_the_worst_seed(tmp_path: Path) -> None
     for seed, p in ((3, 0.4), (4, 1e-9), (5, 0.2)):
         write_run(tmp_path, seed, {"frozen": 0.0})
         metrics = json.loads((tmp_path / f"seed-{seed}/metrics.json").read_text())
-        verdict = {"copies": 1 - p, "p": p, "space": f"of seed {seed}", "images": 20}
+        verdict = {"copies": 1 - p, "p": p, "least_p": 0.4, "space": f"of seed {seed}", "images": 20}
         metrics["arms"]["frozen"] |= {"memorization": verdict}
         metrics["arms"]["frozen"]["cost"]["kept"] = {"step": 100 if seed == 3 else 300, "rule": "loss", "value": 0.1}
         (tmp_path / f"seed-{seed}/metrics.json").write_text(json.dumps(metrics))
     found = combine(tmp_path, samples=50)["arms"]["frozen"]
-    assert found["memorization"] == {"copies": 1 - 1e-9, "p": 1e-9, "space": "of seed 4", "images": 20, "seed": 4}
+    of_three = {"p": pytest.approx(3e-9), "least_p": 1.0}  # Bonferroni: of many seeds without copies, one has a small p
+    assert found["memorization"] == {"copies": 1 - 1e-9, "space": "of seed 4", "images": 20, "seed": 4} | of_three
     assert "kept" not in found["cost"] and found["cost"]["train_seconds"] == 1.0
     shutil.rmtree(tmp_path / "seed-3")
     assert combine(tmp_path, samples=50)["arms"]["frozen"]["cost"]["kept"]["step"] == 300
@@ -407,3 +411,61 @@ def test_the_evaluation_of_the_base_is_that_of_another_seed(tmp_path: Path) -> N
     (tmp_path / "seed-0" / "base" / "samples" / "0000.png").write_bytes(b"another")
     share_base([tmp_path], target)
     assert (target / "samples" / "0000.png").read_bytes() == b"drawn", "what is there stays"
+
+
+def test_patients_are_drawn_and_not_their_images() -> None:
+    """Three images of each of four patients: as if the images of a patient were drawn one after another."""
+    groups = np.repeat([0, 1, 2, 3], 3)
+    rng = np.random.default_rng(0)
+    real, labels = rng.normal(size=(12, 2)), (np.arange(12) % 2 == 0)[:, None]
+    generated = real + rng.normal(size=(12, 2))
+    rows = [[3 * p + k for p in patients for k in range(3)] for _, patients in draws(4, 40, 1)]
+    _, areas = auc_resamples([generated[:, :1]], labels, 40, groups)
+    np.testing.assert_allclose(areas[:, 0], [roc_auc_score(labels[r, 0], generated[r, 0]) for r in rows])
+    found = feature_resamples([generated], real, 40, 3, groups)
+    sides = torch.from_numpy(real), torch.from_numpy(generated)
+    counts = np.array([np.bincount(r, minlength=12) for r in rows])
+    np.testing.assert_allclose(found["kid"][1][:, 0], kernel_distance(*sides, counts, counts))
+    generator = torch.Generator().manual_seed(0)
+    drawn = [torch.randint(4, (4,), generator=generator) for _ in range(40)]
+    rows_of = [torch.cat([torch.arange(3 * p, 3 * p + 3) for p in patients.tolist()]) for patients in drawn]
+    distances = np.array([frechet_by_factors(sides[0][r], sides[1][r]) for r in rows_of])
+    expected = distances + frechet_by_factors(*sides) - distances.mean()
+    np.testing.assert_allclose(found["fid"][1][:, 0], expected)
+
+
+def test_the_patients_of_a_run_decide_its_intervals(tmp_path: Path) -> None:
+    write_run(tmp_path, 1, {"frozen": 0.0, "other": 0.3})
+    files = sorted(tmp_path.glob("seed-1/*/features.safetensors"))
+    before = combine(tmp_path, samples=50)["paired"]["other - frozen"]
+    for file in files:
+        tensors = load_file(file)
+        count = len(tensors["indices"])
+        save_file(tensors | {"groups": torch.zeros(count, dtype=torch.int64)}, file)
+    rows_of = sorted(tmp_path.glob("seed-1/*/pairs.jsonl"))
+    for path in rows_of:
+        head, *lines = path.read_text().splitlines()
+        lines = [json.dumps(json.loads(line) | {"group": "patient a"}) for line in lines]
+        path.write_text("\n".join([head, *lines]) + "\n")
+    after = combine(tmp_path, samples=50)["paired"]["other - frozen"]
+    assert before["word.auc"]["ci"] is not None and before["quality.fid"]["ci"] is not None
+    assert after["word.auc"]["ci"] is None, "one patient has no interval"
+    assert after["word.auc"]["value"] == before["word.auc"]["value"]
+    assert "quality.fid" not in after and "quality.finding_auc" not in after
+
+
+def test_an_arm_without_maps_leaves_the_other_measures(tmp_path: Path) -> None:
+    """As where a run was continued with evaluation.parts quality, and only the base keeps its maps."""
+    write_run(tmp_path, 1, {"frozen": 0.0, "other": 0.3})
+    path = tmp_path / "seed-1/metrics.json"
+    metrics = json.loads(path.read_text())
+    metrics["arms"]["other"]["localization"] = None
+    arms = metrics["arms"]
+    found = Resampled({1: tmp_path / "seed-1"}, arms, 50).paired(list(arms), ["frozen"])["other - frozen"]
+    assert "quality.fid" in found and not any(key.startswith("word.") for key in found)
+
+
+def test_seeds_are_drawn_as_often_as_images_however_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "COUNTS_AT_ONCE", 20)  # blocks of two
+    value = of_pairs(np.random.default_rng(0).normal(size=(8, 9)), np.zeros(9, dtype=int), np.arange(9) // 2, 50)
+    assert value[1] is not None

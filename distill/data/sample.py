@@ -74,7 +74,7 @@ class ImageCaptionDataset(Protocol):
 
 
 def image_key(dataset: ImageCaptionDataset, index: int) -> str:
-    """What the samples of one image share, to draw images and not samples again in a bootstrap.
+    """What the samples of one image share.
 
     The data set's own `image_key(index)`; a data set without one has an image for each sample.
     """
@@ -82,10 +82,16 @@ def image_key(dataset: ImageCaptionDataset, index: int) -> str:
     return str(index) if own is None else own(index)
 
 
-def group_key(dataset: ImageCaptionDataset, index: int) -> str:
-    """What no two sides of a split may share: the patient, where the data set knows him, else the image."""
+def patient_of(dataset: ImageCaptionDataset, index: int) -> str:
+    """The patient of a sample; empty where the data set does not know one."""
     own = getattr(dataset, "patient", None)
-    patient = "" if own is None else own(index)
+    return "" if own is None else own(index)
+
+
+def group_key(dataset: ImageCaptionDataset, index: int) -> str:
+    """The patient, where the data set knows one, else the image: what no two sides of a split may share, and what a
+    bootstrap draws, since the images of one patient are not independent."""
+    patient = patient_of(dataset, index)
     return f"patient {patient}" if patient else image_key(dataset, index)
 
 

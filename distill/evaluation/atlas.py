@@ -27,7 +27,7 @@ from tqdm.auto import tqdm
 from distill.attention.heat_maps import normalize, to_image
 from distill.attention.recording import attention_layers, record_attention
 from distill.config import FullEvaluation
-from distill.data.sample import ImageCaptionDataset, Sample, image_key
+from distill.data.sample import ImageCaptionDataset, Sample, group_key, image_key
 from distill.errors import UserError
 from distill.evaluation.localization import TOKEN_MAPS, localization
 from distill.evaluation.protocols import (
@@ -314,7 +314,7 @@ def compare_on_test(
         lines = (folder / name / "pairs.jsonl").read_text(encoding="utf-8").splitlines()
         rows[name] = [json.loads(line) for line in lines[1:]]
     found["difference"] = {
-        key: paired_difference(rows["default"], rows["chosen"], key, lambda i: image_key(dataset, i), config)
+        key: paired_difference(rows["default"], rows["chosen"], key, lambda i: group_key(dataset, i), config)
         for key in ("auc", "cnr", "top1")
     }
     return found

@@ -6,6 +6,7 @@ Work is shared between the processes of `accelerate launch`; every process must 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -24,9 +25,9 @@ from tqdm.auto import tqdm
 from distill.config import FullEvaluation
 from distill.data.cache import model_fingerprint
 from distill.data.remembered import Remembered
-from distill.data.sample import ImageCaptionDataset, image_key
+from distill.data.sample import ImageCaptionDataset, group_key, image_key, patient_of
 from distill.evaluation.fidelity import Generated, compare, finding_labels
-from distill.evaluation.images import is_image, read_png, save_png
+from distill.evaluation.images import read_png, save_png
 from distill.evaluation.kept import Batches, Kept, digest, features_key, packed, unpacked, weights_of
 from distill.evaluation.localization import localization, query_key
 from distill.evaluation.memorization import memorization
@@ -159,11 +160,12 @@ def quality(
                 varied.append((jobs[place][0], image.numpy()))
                 continue
             shown = place if place < len(examples) else -1
-            if shown >= 0:
-                save_png(image, _sample(arm_dir / "samples", place))
-            if keep_images:
-                save_png(image, _drawn(arm_dir, hashes[place]))
+            files = [_sample(arm_dir / "samples", place)] if shown >= 0 else []
+            files += [_drawn(arm_dir, hashes[place])] if keep_images else []
+            for file in files:
+                save_png(image, file)
             row = {"made_of": hashes[place], "place": shown, "values": packed(value), "scores": packed(score)}
+            row |= {"png": _sha256(files[0])} if files else {}
             made[place] = row | batches.mark(places, end=len(order))
         kept.add(*(made[place] for place in places if place in made))
         bar.update(len(places))
@@ -171,7 +173,8 @@ def quality(
     everyone = usable | dict(gather_object(list(made.items())))
     rows = [row for _, row in sorted(((order[k], everyone[k]) for k in range(len(order))), key=lambda pair: pair[0])]
     values, scores = (_stack([unpacked(row[key]) for row in rows]) for key in ("values", "scores"))
-    generated = Generated(sorted(order), values, scores, [dataset.labels(i) for i in sorted(order)])
+    groups = [group_key(dataset, i) for i in sorted(order)]
+    generated = Generated(sorted(order), values, scores, [dataset.labels(i) for i in sorted(order)], groups)
     everyones = gather_object(varied)
     diversity = _diversity(kept, diversity_of, everyones) if several and accelerator.is_main_process else None
     kept.close()
@@ -201,14 +204,20 @@ def _jobs(order: Sequence[int], config: FullEvaluation) -> list[tuple[int, int]]
 def _usable(
     kept: Kept, hashes: Sequence[str], examples: int, arm_dir: Path, keep_images: bool
 ) -> dict[int, JsonObject]:
-    """Place -> what was drawn before. Of an example the image must be there too, at its place; keep_images: of all."""
+    """Place -> what was drawn before. Of an example the very image must be there too, at its place; keep_images: of
+    all."""
     usable = {place: kept.entries[name] for place, name in enumerate(hashes) if name in kept.entries}
-    for place in range(examples):
-        if place in usable and (usable[place]["place"] != place or not is_image(_sample(arm_dir / "samples", place))):
+    for place, row in list(usable.items()):
+        files = [_sample(arm_dir / "samples", place)] if place < examples else []
+        files += [_drawn(arm_dir, hashes[place])] if keep_images else []
+        if (place < examples and row["place"] != place) or any(_sha256(file) != row.get("png") for file in files):
             del usable[place]
-    if keep_images:
-        usable = {place: row for place, row in usable.items() if is_image(_drawn(arm_dir, hashes[place]))}
     return usable
+
+
+def _sha256(path: Path) -> str:
+    """Of a file's bytes; empty where there is no file."""
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else ""
 
 
 def _drawn(arm_dir: Path, made_of: str) -> Path:
@@ -251,7 +260,7 @@ def images_key(config: FullEvaluation, weights: str, resolution: int, features: 
 
 def save_features(images: Generated, dataset: ImageCaptionDataset, features: Features | None, path: Path) -> None:
     """What FID and finding AUC are of: indices (N,), features (N, d), and where there are some scores and labels (N,
-    findings).
+    findings); groups (N,), where images share one.
 
     Writes nothing without features.
     """
@@ -262,6 +271,9 @@ def save_features(images: Generated, dataset: ImageCaptionDataset, features: Fea
         columns, labels = finding_labels(dataset, images.indices, features)
         if columns:
             tensors |= {"scores": images.scores[:, columns].contiguous(), "labels": labels}
+    groups = images.numbered()
+    if len(set(groups.tolist())) < len(groups):
+        tensors["groups"] = torch.from_numpy(groups)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, tensors)
 
@@ -286,7 +298,8 @@ def real_images(
         rows += list(zip(batch, values, scores, strict=True))
     rows = sorted(gather_object(rows), key=lambda row: row[0])
     labels = [dataset.labels(row[0]) for row in rows]
-    return Generated([r[0] for r in rows], _stack([r[1] for r in rows]), _stack([r[2] for r in rows]), labels)
+    groups = [group_key(dataset, row[0]) for row in rows]
+    return Generated([r[0] for r in rows], _stack([r[1] for r in rows]), _stack([r[2] for r in rows]), labels, groups)
 
 
 @dataclass(frozen=True)
@@ -313,7 +326,12 @@ class HeldOut:
         located = with_subset(config, model).model_dump(mode="json", exclude={*OF_NO_NUMBER, *OF_QUALITY, *OF_UTILITY})
         drawn = config.model_dump(mode="json", include={*OF_QUALITY, *OF_BOTH})
         order = evaluation_order(self.dataset, self.examples, config.generated_images)
-        captions = [[i, self.dataset.caption(i), self.dataset.fingerprint(i), self.dataset.labels(i)] for i in order]
+        captions = [
+            [i, self.dataset.caption(i), self.dataset.fingerprint(i), self.dataset.labels(i)]
+            + [patient for patient in [patient_of(self.dataset, i)] if patient]
+            for i in order
+        ]
+        shown = [[i, self.dataset.caption(i)] for i in self.examples]
         pairs = [query_key(self.dataset, query) for query in self.asked]
         told = priors_key(self.dataset, self.training, self.asked, config) if self.asked else None
         compared: list[list[str]] | None = None
@@ -322,7 +340,12 @@ class HeldOut:
         tested = [[self.dataset.fingerprint(i), self.dataset.labels(i)] for i in range(len(self.dataset))]
         extracted = digest(features_key(self.features)) if self.features else None
         return {
-            "localization": {"weights": weights, "data": digest(pairs, told, self.examples), "options": located},
+            "localization": {
+                "weights": weights,
+                "data": digest(pairs, told, shown),
+                "pairs": digest(pairs),
+                "options": located,
+            },
             "quality": {
                 "weights": weights,
                 "data": digest(captions, self.examples, resolution),
@@ -331,7 +354,8 @@ class HeldOut:
             },
             "memorization": {
                 "weights": weights,
-                "data": digest(captions, compared, resolution, "with mirror images") if compared else None,
+                "data": digest(captions, resolution),
+                "compared": digest(compared) if compared else None,
                 "features": extracted,
                 "options": {key: drawn[key] for key in (*OF_IMAGES, "seed", "bootstrap_samples", "generated_images")},
             },
@@ -520,8 +544,8 @@ def _similarity(against: HeldOut, config: FullEvaluation, accelerator: Accelerat
         captions = [against.dataset.caption(row) for row in own]
         assert against.image_text is not None
         found[0] = image_text_similarity(
-            against.image_text.to(accelerator.device), lambda k: read_png(images[k]) * 2 - 1, captions, against.dataset,
-            own, config,
+            against.image_text.to(accelerator.device), lambda k: read_png(images[k]) * 2 - 1, captions,
+            [group_key(against.dataset, row) for row in own], against.dataset, own, config,
         )  # fmt: skip
     broadcast_object_list(found)
     return found[0]

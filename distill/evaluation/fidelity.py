@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from distill.config import NO_LABEL, FullEvaluation
 from distill.data.cache import model_fingerprint
@@ -16,7 +17,7 @@ from distill.data.sample import ImageCaptionDataset
 from distill.evaluation.results import FEWEST_IMAGES
 from distill.files import JsonObject
 from distill.metrics import FIDELITY, fidelity_resamples, finding_auroc, frechet_distance, frechet_interval
-from distill.metrics.bootstrap import percentile_interval, resample_counts
+from distill.metrics.bootstrap import image_counts, numbered, percentile_interval
 from distill.metrics.features import Features
 
 CONDITIONAL = ("finding_auc", "finding_auc_negated", "finding_auc_unmentioned")
@@ -27,12 +28,22 @@ RESAMPLES = 200
 
 @dataclass(frozen=True)
 class Generated:
-    """What was scored of images, on the CPU, by data set index. labels: the findings of each image's caption."""
+    """What was scored of images, on the CPU, by data set index.
+
+    labels: the findings of each image's caption. groups: the patient of each image, see `group_key`; whole groups are
+    drawn in a bootstrap. Empty: each image is a group.
+    """
 
     indices: list[int]
     features: torch.Tensor | None
     scores: torch.Tensor | None
     labels: Sequence[Sequence[str]] = ()
+    groups: Sequence[str] = ()
+
+    def numbered(self, places: Sequence[int] | None = None) -> NDArray[np.int64]:
+        """The groups as numbers, of the images at `places` (None: all)."""
+        places = range(len(self.indices)) if places is None else places
+        return numbered([self.groups[place] if self.groups else str(place) for place in places])
 
 
 def finding_labels(
@@ -63,25 +74,24 @@ def compare(
     result |= {f"{name}{end}": None for name in CONDITIONAL for end in ("", "_ci")}
     first, second = (generated, real) if is_floor else (real, generated)
     if first.features is not None and second.features is not None and min(len(first.indices), len(second.indices)) >= 2:
-        result |= fidelity(first.features, second.features, config)
+        result |= fidelity(first.features, second.features, config, [first.numbered(), second.numbered()])
     result |= of_each_finding(first, second, config, alike=is_floor)
     if features is not None and generated.scores is not None:
-        result |= _conditional(
-            generated.scores, generated.indices, dataset, config, features, result["per_finding"] or {}
-        )
+        result |= _conditional(generated, generated.scores, dataset, config, features, result["per_finding"] or {})
     used = {"features": features.name if features else None, "neighbours": config.neighbours}
     return result | {"images": len(generated.indices)} | used | {"extractor": _extractor(features, real)}
 
 
 def _conditional(
+    generated: Generated,
     scores: torch.Tensor,
-    indices: Sequence[int],
     dataset: ImageCaptionDataset,
     config: FullEvaluation,
     features: Features,
     per_finding: Mapping[str, JsonObject],
 ) -> JsonObject:
     """CONDITIONAL with intervals; adds "finding_auc" to the entries of per_finding."""
+    indices, groups = generated.indices, generated.numbered()
     columns, labels = finding_labels(dataset, indices, features)
     if not columns:
         return {}
@@ -91,18 +101,23 @@ def _conditional(
     counted = zip(CONDITIONAL, (torch.ones_like(labels), labels | negated, labels | ~negated), strict=True)
     result: JsonObject = {}
     for key, rows in counted:
-        result |= _area(key, scores, labels, rows, config)
+        result |= _area(key, scores, labels, rows, config, groups)
     for place, name in enumerate(names):
         if name in per_finding:
             one, said = scores[:, [place]], labels[:, [place]]
-            per_finding[name].update(_area(CONDITIONAL[0], one, said, torch.ones_like(said), config))
+            per_finding[name].update(_area(CONDITIONAL[0], one, said, torch.ones_like(said), config, groups))
     return result
 
 
 def _area(
-    key: str, scores: torch.Tensor, labels: torch.Tensor, counted: torch.Tensor, config: FullEvaluation
+    key: str,
+    scores: torch.Tensor,
+    labels: torch.Tensor,
+    counted: torch.Tensor,
+    config: FullEvaluation,
+    groups: NDArray[np.int64],
 ) -> JsonObject:
-    area = finding_auroc(scores, labels, config.bootstrap_samples, config.seed, counted=counted)
+    area = finding_auroc(scores, labels, config.bootstrap_samples, config.seed, counted=counted, groups=groups)
     return {key: area["auc"], f"{key}_ci": list(area["auc_ci"]) if area["auc_ci"] else None}
 
 
@@ -114,23 +129,28 @@ def _extractor(features: Features | None, real: Generated) -> JsonObject | None:
     return about | {"dimensions": real.features.shape[1], "real_images": len(real.indices)}
 
 
-def fidelity(real: torch.Tensor, generated: torch.Tensor, config: FullEvaluation) -> JsonObject:
-    """FIDELITY, each with the interval of resamples of the images of both sides. real: (N, d), generated: (M, d)."""
+def fidelity(
+    real: torch.Tensor, generated: torch.Tensor, config: FullEvaluation, groups: Sequence[NDArray[np.int64]]
+) -> JsonObject:
+    """FIDELITY, each with the interval of resamples of the groups of both sides. real: (N, d), generated: (M, d)."""
     found: JsonObject = {"fid": frechet_distance(real, generated)}
-    interval = frechet_interval(real, generated, min(config.bootstrap_samples, RESAMPLES), config.seed)
+    samples = min(config.bootstrap_samples, RESAMPLES)
+    interval = frechet_interval(real, generated, samples, config.seed, groups=groups)
     found["fid_ci"] = list(interval) if interval else None
-    return found | _but_fid(real, generated, config)
+    return found | _but_fid(real, generated, config, groups)
 
 
-def _but_fid(real: torch.Tensor, generated: torch.Tensor, config: FullEvaluation) -> JsonObject:
+def _but_fid(
+    real: torch.Tensor, generated: torch.Tensor, config: FullEvaluation, groups: Sequence[NDArray[np.int64]]
+) -> JsonObject:
     """FIDELITY without FID, whose bias at few images is large."""
     samples, found = min(config.bootstrap_samples, RESAMPLES), dict[str, object]()
     counts = [
-        np.concatenate(list(resample_counts(len(side), samples, config.seed + place)))
-        for place, side in enumerate((real, generated))
+        np.concatenate(list(image_counts(side, samples, config.seed + place))) for place, side in enumerate(groups)
     ]
+    several = all(side.max() > 0 for side in groups)
     for name, (value, resampled) in fidelity_resamples(real, generated, config.neighbours, *counts).items():
-        interval = percentile_interval(resampled, 0.95)
+        interval = percentile_interval(resampled, 0.95) if several else None
         found |= {name: value, f"{name}_ci": list(interval) if interval else None}
     return found
 
@@ -155,7 +175,8 @@ def of_each_finding(
             too_few[name] = fewest
             continue
         rows = [places[:fewest] if alike else places for places in both]
-        measured = _but_fid(real.features[rows[0]], generated.features[rows[1]], config)
+        groups = [side.numbered(places) for side, places in zip((real, generated), rows, strict=True)]
+        measured = _but_fid(real.features[rows[0]], generated.features[rows[1]], config, groups)
         found[name] = measured | {"images": len(rows[1]), "real_images": len(rows[0])}
     return {"per_finding": found, "too_few": too_few}
 

@@ -197,7 +197,7 @@ def summary(rows: Sequence[Row], config: FullEvaluation) -> dict[str, JsonObject
     "within_prior_ci", "within_prior_pairs"}, averaged as the protocol's AUC.
 
     rows: see `finish_rows`, and with "within_prior" where it was measured. The intervals are 95 % bootstraps over
-    images of the pairs' values.
+    images, or patients, of the pairs' values.
     """
     macro = PROTOCOLS[config.protocol].metrics(config)["auc"].average == "macro"
     found = {}
@@ -207,7 +207,7 @@ def summary(rows: Sequence[Row], config: FullEvaluation) -> dict[str, JsonObject
             scored = [row for row in rows if row.get(key, {}).get(token) is not None]
             values = np.array([row[key][token] for row in scored])
             groups = np.array([row["finding"] if macro else 0 for row in scored])
-            clusters = [row["cluster"] for row in scored]
+            clusters = [row.get("group", row["cluster"]) for row in scored]
             interval = (
                 macro_mean_interval(values, groups, clusters, config.bootstrap_samples, config.seed) if scored else None
             )

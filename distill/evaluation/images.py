@@ -12,16 +12,6 @@ from PIL import Image
 from distill.files import write_atomic
 
 
-def is_image(path: Path) -> bool:
-    """Whether a file is there and can be read as an image."""
-    try:
-        with Image.open(path) as image:
-            image.load()
-    except (OSError, ValueError, SyntaxError):
-        return False
-    return True
-
-
 def read_png(path: Path) -> torch.Tensor:
     """What `save_png` wrote, (3, height, width) float32 in [0, 1]."""
     with Image.open(path) as image:

@@ -23,7 +23,7 @@ from tqdm.auto import tqdm
 from distill.attention.heat_maps import normalize
 from distill.attention.recording import attention_layers
 from distill.config import FullEvaluation
-from distill.data.sample import ImageCaptionDataset, Sample, image_key
+from distill.data.sample import ImageCaptionDataset, Sample, group_key, image_key, patient_of
 from distill.evaluation.causal import causal_maps
 from distill.evaluation.image_adds import MAP_TOKENS, finish_rows, map_tokens, packed_pairs, summary
 from distill.evaluation.kept import Batches, Kept, digest, weights_of
@@ -54,9 +54,10 @@ MAPS_FILE = "maps.safetensors"
 class Scores:
     """The metrics of every token map, filled from the lines of pairs.
 
-    One line a pair: {"query", "image", "cluster" (see image_key), "finding", "scores": {token: {metric: number or
-    null}}, "mass": [4], "image_adds": {token: number or null}}. scored.jsonl holds the pair's "maps" and "mask" in the
-    place of "image_adds" (see image_adds.py), because images that are added later are compared with them.
+    One line a pair: {"query", "image", "cluster" (see image_key), "group" (see group_key, where it is another),
+    "finding", "scores": {token: {metric: number or null}}, "mass": [4], "image_adds": {token: number or null}}.
+    scored.jsonl holds the pair's "maps" and "mask" in the place of "image_adds" (see image_adds.py), because images that
+    are added later are compared with them.
     """
 
     def __init__(self, protocol: Protocol, config: FullEvaluation, device: torch.device) -> None:
@@ -176,6 +177,7 @@ def rows_key(config: FullEvaluation, weights: str) -> str:
 def query_key(dataset: ImageCaptionDataset, query: Query) -> str:
     """Hash of all of a data set that decides the scores of a query."""
     image = [query.image, dataset.fingerprint(query.image), image_key(dataset, query.image), query.truth]
+    image += [patient] if (patient := patient_of(dataset, query.image)) else []
     names = [dataset.findings[finding] for finding in query.findings]
     return digest(image, query.text, query.findings, names, query.tokens)
 
@@ -297,7 +299,10 @@ def _scored_rows(
             ]  # fmt: skip
             of_batch = score_rows(recorded, scores.metrics, dataset.findings, config, accelerator.device)
             for one, rows in zip(recorded, of_batch, strict=True):
-                rows = [row | {"cluster": image_key(dataset, one.query.image)} for row in rows]
+                keys = {"cluster": image_key(dataset, one.query.image)}
+                if patient_of(dataset, one.query.image):
+                    keys["group"] = group_key(dataset, one.query.image)
+                rows = [row | keys for row in rows]
                 kept.add({"made_of": hashes[one.number], "rows": rows} | batches.mark(places))
                 if one.number in names_of:
                     word = normalize(one.maps[4 : 4 + len(one.query.findings)])
@@ -341,7 +346,7 @@ def _summary(
     macro: JsonObject = {}
     for key, metric in metrics.items():
         values, findings, images = metric.values()
-        clusters = np.array([image_key(dataset, i) for i in images.tolist()])
+        clusters = np.array([group_key(dataset, i) for i in images.tolist()])
         groups = findings if metric.average == "macro" else np.zeros_like(findings)
         result[key] = float(metric.compute()) if len(values) else None
         interval = macro_mean_interval(values, groups, clusters, config.bootstrap_samples, config.seed)
@@ -352,10 +357,10 @@ def _summary(
         )
     # Counts are those of the AUC; the CNR also leaves out maps whose contrast is infinite.
     values, findings, images = metrics["auc"].values()
-    clusters = np.array([image_key(dataset, i) for i in images.tolist()])
+    clusters = np.array([group_key(dataset, i) for i in images.tolist()])
     result |= {"micro": micro, "macro": macro, "average": metrics["auc"].average}
     per_metric = {key: metric.per_finding(dataset.findings) for key, metric in metrics.items()}
-    result["images"], result["pairs"] = len(set(clusters.tolist())), len(values)
+    result["images"], result["pairs"] = len({image_key(dataset, i) for i in images.tolist()}), len(values)
     result["per_finding"] = {
         name: {"top1": None, "iou": None}
         | {key: found[name]["value"] for key, found in per_metric.items()}

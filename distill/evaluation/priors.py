@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 
 from distill.config import FullEvaluation
-from distill.data.sample import ImageCaptionDataset, image_key, region_fingerprint, region_list
+from distill.data.sample import ImageCaptionDataset, group_key, image_key, region_fingerprint, region_list
 from distill.errors import UserError
 from distill.evaluation.image_adds import mean_over
 from distill.evaluation.protocols import PROTOCOLS, Query, ground_truth, ground_truths
@@ -108,7 +108,7 @@ def priors_key(
         count,
     ]
     parts += [list(held_out.findings)]
-    parts += [f"{held_out.fingerprint(q.image)}{image_key(held_out, q.image)}{q.truth}{q.findings}" for q in asked]
+    parts += [f"{held_out.fingerprint(q.image)}{group_key(held_out, q.image)}{q.truth}{q.findings}" for q in asked]
     if training is not None:
         parts += [training.fingerprint(i) for i in range(0, count, max(1, count // 64))]
         parts += [training.labels(i) for i in range(count)]
@@ -228,7 +228,7 @@ def _scores(
     accelerator: Accelerator,
 ) -> tuple[NDArray[np.float64], NDArray[np.int64], list[str]]:
     """(pairs, 2, 2) of the centre and of the mean mask the AUC and that within the prior, NaN where there is none, and
-    each pair's finding and image."""
+    each pair's finding and patient, or image."""
     protocol = PROTOCOLS[config.protocol]
     metric = protocol.metrics(config)["auc"].to(accelerator.device)
     rows: list[tuple[int, int, str, list[list[float]]]] = []
@@ -240,7 +240,7 @@ def _scores(
         known = [means.get(held_out.findings[f]) for f in query.findings]
         mean = torch.stack([torch.zeros(side, side) if m is None else prior_at(m, (side, side), config) for m in known])
         mean = mean.to(masks.device)
-        cluster = image_key(held_out, query.image)
+        cluster = group_key(held_out, query.image)
         areas = zip(*(metric.pair_scores(blind, masks, boxes).tolist() for blind in (centre, mean)), strict=True)
         for finding, m, mask, prior, own in zip(query.findings, known, masks, mean, areas, strict=True):
             both, within = [own[0], np.nan if m is None else own[1]], [np.nan, np.nan]

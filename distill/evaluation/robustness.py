@@ -24,10 +24,11 @@ from tqdm.auto import tqdm
 from distill.attention.recording import attention_layers
 from distill.config import FullEvaluation
 from distill.data.captions import negated_findings
-from distill.data.sample import ImageCaptionDataset, Sample, image_key
+from distill.data.sample import ImageCaptionDataset, Sample, group_key, image_key, patient_of
 from distill.evaluation.protocols import PROTOCOLS, Query, open_recorder, prepare_inputs, queries, with_subset
 from distill.files import JsonObject
 from distill.metrics import PixelAUROC, bootstrap_interval
+from distill.metrics.bootstrap import numbered
 from distill.models.family import Model
 from distill.tokens import ReadsText, find_words
 
@@ -158,6 +159,9 @@ class ShiftedDataset:
     def image_key(self, index: int) -> str:
         return image_key(self.dataset, index)
 
+    def patient(self, index: int) -> str:
+        return patient_of(self.dataset, index)
+
 
 class Comparable:
     """Which findings of a row its text names under all of `shifts`, so that these are compared on the same pairs. A
@@ -259,22 +263,20 @@ def maps_of(
                 yield query, sample, own[4 : 4 + len(query.findings)]
 
 
-def means(columns: Mapping[str, Sequence[float]], images: Sequence[int], config: FullEvaluation) -> JsonObject:
-    """Mean of each column over its rows, and its interval by images drawn with replacement."""
-    found: JsonObject = {}
+def means(
+    columns: Mapping[str, Sequence[float]], dataset: ImageCaptionDataset, rows: Sequence[int], config: FullEvaluation
+) -> JsonObject:
+    """Mean of each column over `rows` of the data set, its interval by patients (or images) drawn with replacement,
+    and the number of images."""
+    found: JsonObject = {"images": len({image_key(dataset, row) for row in rows})}
+    groups = numbered([group_key(dataset, row) for row in rows])
     for name, values in columns.items():
         row = np.asarray(values, dtype=np.float64)
         found[name] = float(row.mean())
         found[f"{name}_ci"] = bootstrap_interval(
-            row, np.asarray(images), lambda v: float(v.mean()), config.bootstrap_samples, config.seed
+            row, groups, lambda v: float(v.mean()), config.bootstrap_samples, config.seed
         )
     return found
-
-
-def _clusters(dataset: ImageCaptionDataset, rows: Sequence[int]) -> list[int]:
-    """A number for each row of the data set: the same for rows of one image."""
-    numbers: dict[str, int] = {}
-    return [numbers.setdefault(image_key(dataset, row), len(numbers)) for row in rows]
 
 
 def negations(
@@ -303,8 +305,7 @@ def negations(
         return None
     images, ratio = zip(*rows, strict=True)
     columns = {"peak_ratio": ratio, "stated_wins": [float(value < 1) for value in ratio]}
-    clusters = _clusters(dataset, images)
-    return means(columns, clusters, config) | {"images": len(set(clusters))}
+    return means(columns, dataset, images, config)
 
 
 def two_places(
@@ -345,9 +346,7 @@ def two_places(
     if not rows:
         return None
     images, _, whole_auc, lesser = zip(*rows, strict=True)
-    clusters = _clusters(dataset, images)
-    found = means({"auc": whole_auc, "lesser_auc": lesser}, clusters, config)
-    return found | {"images": len(set(clusters)), "pairs": len(rows)}
+    return means({"auc": whole_auc, "lesser_auc": lesser}, dataset, images, config) | {"pairs": len(rows)}
 
 
 def box_mask(box: tuple[float, float, float, float], size: Sequence[int]) -> torch.Tensor:

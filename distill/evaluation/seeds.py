@@ -29,7 +29,14 @@ from distill.evaluation.causal import CAUSAL
 from distill.evaluation.claims import student_interval
 from distill.evaluation.image_adds import MAP_TOKENS, PAIR_MEASURES
 from distill.files import JsonObject, read_json
-from distill.metrics.bootstrap import divide_or_nan, mean_of_defined, percentile_interval, resample_counts
+from distill.metrics.bootstrap import (
+    divide_or_nan,
+    drawn_rows,
+    image_counts,
+    mean_of_defined,
+    percentile_interval,
+    resample_counts,
+)
 from distill.metrics.fidelity import FIDELITY, fidelity_resamples
 from distill.metrics.quality import frechet_by_factors, weighted_auroc
 
@@ -105,7 +112,7 @@ def combine(folder: Path, samples: int | None = None, compare_to: Sequence[str] 
 
 @dataclass(frozen=True)
 class PairScores:
-    """Scores of every (sample, finding) pair of an arm. keys: (cluster, image, finding). scores: "word.auc" ->
+    """Scores of every (sample, finding) pair of an arm. keys: (patient or image file, image, finding). scores: "word.auc" ->
     (pairs,), ..."""
 
     keys: Sequence[tuple[str, int, int]] = ()
@@ -142,17 +149,21 @@ class Resampled:
         self.micro = located is not None and located["word"].get("average") == "micro"
         labels = None if real is None or "labels" not in real else real["labels"].astype(bool)
         mixed = labels is not None and any(column.any() and not column.all() for column in labels.T)
+        groups = np.arange(0 if real is None else len(real["indices"]))
+        groups = groups if real is None else real.get("groups", groups)
         self.quality: dict[str, dict[str, Resamples]] = {}
         for arm, found_images in tqdm(drawn.items(), desc="resamples of images", unit="arm"):
             images = [one for one in found_images if one is not None]
             if real is None or len(images) < len(runs):
                 continue
             own = self.quality[arm] = {}
-            if len(real["features"]) > 1:
+            if groups.max() > 0:
                 neighbours = arms[arm]["quality"].get("neighbours", FullEvaluation().neighbours)
-                own |= feature_resamples([one["features"] for one in images], real["features"], samples, neighbours)
-            if labels is not None and mixed and all("scores" in one for one in images):
-                own["finding_auc"] = auc_resamples([one["scores"] for one in images], labels, samples)
+                own |= feature_resamples(
+                    [one["features"] for one in images], real["features"], samples, neighbours, groups
+                )
+            if labels is not None and mixed and groups.max() > 0 and all("scores" in one for one in images):
+                own["finding_auc"] = auc_resamples([one["scores"] for one in images], labels, samples, groups)
 
     def paired(self, arms: Sequence[str], compare_to: Sequence[str]) -> JsonObject:
         """ "arm - baseline" -> metric -> {"value", "ci", "per_seed"} of the paired difference."""
@@ -221,7 +232,9 @@ def _of_one_seed(seeds: Sequence[int], entries: Sequence[JsonObject]) -> JsonObj
     verdicts: list[JsonObject] = [entry["memorization"] for entry in entries if entry.get("memorization")]
     if len(verdicts) == len(entries) > 1:
         worst = min(range(len(verdicts)), key=lambda place: verdicts[place]["p"])
-        found["memorization"] = verdicts[worst] | {"seed": seeds[worst]}
+        # Bonferroni: of several seeds without copies, the smallest p is small by chance.
+        ps = {key: min(1.0, len(verdicts) * verdicts[worst][key]) for key in ("p", "least_p")}
+        found["memorization"] = verdicts[worst] | ps | {"seed": seeds[worst]}
     cost = entries[0].get("cost") or {}
     if "kept" in cost and any((entry.get("cost") or {}).get("kept") != cost["kept"] for entry in entries):
         found["cost"] = _mean([{k: v for k, v in entry["cost"].items() if k != "kept"} for entry in entries])
@@ -257,7 +270,8 @@ def damaged(path: Path, error: Exception) -> UserError:
 
 def _scores_of(rows: list[JsonObject]) -> PairScores:
     rows.sort(key=lambda row: (row["query"], row["finding"]))
-    keys = [(row.get("cluster", str(row["image"])), row["image"], row["finding"]) for row in rows]
+    groups = [str(row.get("group", row.get("cluster", row["image"]))) for row in rows]
+    keys = [(group, int(row["image"]), int(row["finding"])) for group, row in zip(groups, rows, strict=True)]
     found: dict[str, Array] = {}
     for token in TOKENS:
         for name in LOCALIZATION:
@@ -290,8 +304,9 @@ def _estimates(
     difference of the first of two from the second. quality: arm -> metric. micro: means over pairs, not over
     findings."""
     found: dict[str, tuple[float | None, list[float] | None, list[float]]] = {}
-    keys = scores[arms[0]][0].keys
-    if any(entry.keys != keys for arm in arms for entry in scores[arm]):
+    each = [entry.keys for arm in arms for entry in scores[arm]]
+    keys = each[0] if all(each) else ()  # an arm may lack localization
+    if keys and any(other != keys for other in each):
         raise UserError("the arms were scored on different images")
     for key in (f"{token}.{name}" for token in TOKENS for name in (*LOCALIZATION, *PAIR_MEASURES)) if keys else ():
         tables = [np.stack([entry.scores[key] for entry in scores[arm]]) for arm in arms]
@@ -310,7 +325,7 @@ def _estimates(
 
 def _draw_seeds(samples: int, count: int) -> Array:
     """(samples, count): how often each seed is drawn, over count."""
-    return next(resample_counts(count, samples, 1)) / count
+    return np.concatenate(list(resample_counts(count, samples, 1))) / count
 
 
 def of_pairs(
@@ -337,10 +352,13 @@ def of_pairs(
     return float(each.mean()), list(interval) if interval else None, [float(v) for v in each]
 
 
-def auc_resamples(scores: Sequence[Array], labels: NDArray[np.bool_], samples: int) -> tuple[Array, Array]:
+def auc_resamples(
+    scores: Sequence[Array], labels: NDArray[np.bool_], samples: int, groups: NDArray[np.int64]
+) -> tuple[Array, Array]:
     """Finding AUC of each seed, (seeds,), and of resamples of the images, (samples, seeds), the same for every arm.
 
-    scores: (images, findings) a seed. Some column of labels (images, findings) must hold both classes.
+    scores: (images, findings) a seed. Some column of labels (images, findings) must hold both classes. groups: (images,),
+    which are drawn, see `bootstrap.numbered`.
     """
     usable = [i for i, column in enumerate(labels.T) if column.any() and not column.all()]
 
@@ -349,14 +367,15 @@ def auc_resamples(scores: Sequence[Array], labels: NDArray[np.bool_], samples: i
         return mean_of_defined(np.stack(columns, axis=1))
 
     exact = np.array([areas(one, np.ones((1, len(labels))))[0] for one in scores])
-    blocks = [
-        np.stack([areas(one, counts) for one in scores], axis=1) for counts in resample_counts(len(labels), samples, 0)
-    ]
+    blocks = [np.stack([areas(one, counts) for one in scores], axis=1) for counts in image_counts(groups, samples, 0)]
     return exact, np.concatenate(blocks)
 
 
-def fid_resamples(features: Sequence[NDArray[Any]], real: NDArray[Any], samples: int) -> tuple[Array, Array]:
+def fid_resamples(
+    features: Sequence[NDArray[Any]], real: NDArray[Any], samples: int, groups: NDArray[np.int64]
+) -> tuple[Array, Array]:
     """FID of each seed, (seeds,), and of resamples of its images, (samples, seeds). features: (images, d) a seed.
+    groups: (images,), which are drawn, see `bootstrap.numbered`.
 
     Generated images and their captions' real images are drawn together, the same for every arm and seed. The mean
     excess of resamples, which hold fewer different images, is taken off, as in `frechet_interval`.
@@ -366,18 +385,20 @@ def fid_resamples(features: Sequence[NDArray[Any]], real: NDArray[Any], samples:
     generator = torch.Generator().manual_seed(0)
     resampled = np.empty((min(samples, FRECHET_SAMPLES), len(exact)))
     for sample in range(len(resampled)):
-        rows = torch.randint(len(target), (len(target),), generator=generator)
+        rows = drawn_rows(groups, generator)
         resampled[sample] = [frechet_by_factors(target[rows], f[rows]) for f in generated]
     return exact, resampled + exact - resampled.mean(axis=0)
 
 
-def feature_resamples(features: Sequence[Array], real: Array, samples: int, neighbours: int) -> dict[str, Resamples]:
+def feature_resamples(
+    features: Sequence[Array], real: Array, samples: int, neighbours: int, groups: NDArray[np.int64]
+) -> dict[str, Resamples]:
     """FIDELITY, as far as there are enough images -> values of each seed, (seeds,), and of resamples, (samples, seeds).
 
     Images are drawn as in `fid_resamples`. features: (images, d) a seed.
     """
-    found = {"fid": fid_resamples(features, real, samples)}
-    counts = np.concatenate(list(resample_counts(len(real), min(samples, FRECHET_SAMPLES), 0)))
+    found = {"fid": fid_resamples(features, real, samples, groups)}
+    counts = np.concatenate(list(image_counts(groups, min(samples, FRECHET_SAMPLES), 0)))
     target = torch.from_numpy(real)
     seeds = [fidelity_resamples(target, torch.from_numpy(one), neighbours, counts, counts) for one in features]
     for name in seeds[0]:

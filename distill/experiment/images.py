@@ -9,7 +9,7 @@ from pathlib import Path
 from distill.data.captions import query_words_for
 from distill.data.readers.folder import FolderDataset
 from distill.data.readers.records import RecordDataset
-from distill.data.sample import size_ids
+from distill.data.sample import group_key, size_ids
 from distill.data_config import Fit, FolderData
 from distill.errors import UserError
 from distill.evaluation.evaluate import evaluation_order, finite, real_images
@@ -106,7 +106,8 @@ def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
         own = evaluation_order(run.test, run.examples, config.generated_images)
         assert against.image_text is not None
         entry["similarity"] = image_text_similarity(
-            against.image_text.to(accelerator.device), lambda k: images[k].pixel_values, captions, run.test, own, config
-        )
+            against.image_text.to(accelerator.device), lambda k: images[k].pixel_values, captions,
+            [group_key(images, k) for k in rows], run.test, own, config,
+        )  # fmt: skip
     returned: JsonObject = finite(entry | {"cost": unknown | cost})
     return returned

@@ -150,11 +150,16 @@ def _difference(now: Mapping[str, Any], then: Mapping[str, Any] | None, arm_dir:
     ]
     if changed:
         return "; ".join(changed)
-    if now["data"] is not None and then["data"] != now["data"]:
+    if then["data"] != now["data"] or _differ("compared", now, then):
         return "the held-out images, their captions or regions, or the training images are others"
-    if None not in (then.get("features"), now.get("features")) and then["features"] != now["features"]:
+    if _differ("features", now, then):
         return "the extractor of features is another"
     return "" if then["files"] == _files(arm_dir, part) else f"files in {arm_dir} were changed or are missing"
+
+
+def _differ(key: str, now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
+    """Whether both know the hash, which is None where this evaluation does not ask for it, and it is another."""
+    return None not in (then.get(key), now.get(key)) and then[key] != now[key]
 
 
 def _files(arm_dir: Path, part: str) -> dict[str, str]:
@@ -206,7 +211,7 @@ def finish(run: Run, arms: Mapping[str, JsonObject], next_command: str) -> None:
     resampled = Resampled({run.seed: run.folder}, arms, run.evaluation.bootstrap_samples)
     metrics = {
         "arms": dict(arms),
-        "real": {"quality": _real_quality(run)},
+        "real": {"quality": _real_quality(run, is_kept=any(entry["quality"] for entry in arms.values()))},
         "paired": resampled.paired(list(arms), baselines),
         "compare_to": baselines,
         "provenance": origin,
@@ -238,10 +243,11 @@ def judge_memorization(entry: JsonObject, folder: Path | None, limit: float | No
         raise UserError(f"the share of copies is {share:.3f}, and evaluation.memorization_limit is {limit:g}. {said}")
 
 
-def _real_quality(run: Run) -> JsonObject | None:
-    """Quality of the real images: measured now, or by an earlier launch where this one measures maps only."""
+def _real_quality(run: Run, *, is_kept: bool) -> JsonObject | None:
+    """Quality of the real images: measured now, or by an earlier launch where this one measures maps only and keeps
+    (is_kept) that of its arms."""
     path = run.folder / "metrics.json"
-    if "quality" in run.evaluation.parts or not path.is_file():
+    if "quality" in run.evaluation.parts or not path.is_file() or not is_kept:
         return run.against.quality
     try:
         found: JsonObject | None = read_json(path)["real"]["quality"]

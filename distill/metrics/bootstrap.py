@@ -1,4 +1,4 @@
-"""Percentile bootstrap that draws whole clusters (images), since the findings of one image are not independent.
+"""Percentile bootstrap that draws whole clusters (patients, or images), since what is of one is not independent.
 
 Source: Efron, Tibshirani 1993; Field, Welsh 2007 for clusters. The same seed and the same clusters give the same draws,
 so that intervals of several models on the same images are of the same resamples.
@@ -6,10 +6,11 @@ so that intervals of several models on the same images are of the same resamples
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 
 COUNTS_AT_ONCE = 2**22
@@ -25,6 +26,31 @@ def resample_counts(clusters: int, samples: int, seed: int) -> Iterator[NDArray[
         draws = rng.integers(clusters, size=(rows, clusters)) + clusters * np.arange(rows)[:, None]
         counts = np.bincount(draws.ravel(), minlength=rows * clusters)
         yield counts.reshape(rows, clusters).astype(np.float64)
+
+
+def numbered(groups: Sequence[str]) -> NDArray[np.int64]:
+    """Number of the group of each image, in the order in which the groups appear."""
+    numbers: dict[str, int] = {}
+    return np.array([numbers.setdefault(group, len(numbers)) for group in groups], dtype=np.int64)
+
+
+def image_counts(groups: NDArray[np.int64], samples: int, seed: int) -> Iterator[NDArray[np.float64]]:
+    """Blocks of shape (some samples, images): how often a resample of whole groups holds each image.
+
+    groups: (images,), see `numbered`.
+    """
+    for counts in resample_counts(int(groups.max()) + 1, samples, seed):
+        yield counts[:, groups]
+
+
+def drawn_rows(groups: NDArray[np.int64], generator: torch.Generator) -> torch.Tensor:
+    """Rows of the images of one resample of whole groups. groups: (images,), see `numbered`."""
+    count = int(groups.max()) + 1
+    drawn = torch.randint(count, (count,), generator=generator)
+    if count == len(groups):
+        return drawn
+    members = np.split(np.argsort(groups, kind="stable"), np.cumsum(np.bincount(groups))[:-1])
+    return torch.from_numpy(np.concatenate([members[group] for group in drawn.tolist()]))
 
 
 def divide_or_nan(numerator: NDArray[np.float64], denominator: NDArray[Any]) -> NDArray[np.float64]:
@@ -91,10 +117,9 @@ def macro_mean_interval(
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple[float, float] | None:
-    """Interval of the mean over findings of the mean over the finding's pairs; images are drawn.
+    """Interval of the mean over findings of the mean over the finding's pairs; images, or patients, are drawn.
 
-    values, findings, images: (pairs,), as `LocalizationMetric.values()` returns them. A finding that a resample does
-    not hold is left out of that resample's mean.
+    values, findings, images: (pairs,). A finding that a resample does not hold is left out of that resample's mean.
     Returns None with fewer than two images. Raises ValueError on NaN, and when the lengths differ.
     """
     rows = np.asarray(values, dtype=np.float64)

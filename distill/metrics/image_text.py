@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distill.errors import UserError
-from distill.metrics.bootstrap import percentile_interval, resample_counts
+from distill.metrics.bootstrap import image_counts, percentile_interval
 from distill.metrics.features import Preprocessing, first_line, load_folder
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
@@ -82,21 +82,30 @@ class Similarity(TypedDict):
     adds_ci: tuple[float, float] | None
 
 
-def _mean(values: NDArray[np.float64], samples: int, seed: int) -> tuple[float, tuple[float, float] | None]:
-    means = [rows @ values / len(values) for rows in resample_counts(len(values), samples, seed)]
-    interval = percentile_interval(np.concatenate([np.empty(0), *means]), 0.95) if len(values) > 1 else None
+def _mean(
+    values: NDArray[np.float64], groups: NDArray[np.int64], samples: int, seed: int
+) -> tuple[float, tuple[float, float] | None]:
+    means = [rows @ values / rows.sum(axis=1) for rows in image_counts(groups, samples, seed)]
+    interval = percentile_interval(np.concatenate([np.empty(0), *means]), 0.95) if groups.max() else None
     return float(values.mean()), interval
 
 
 def similarity(
-    images: Tensor, texts: Tensor, captions: Sequence[str], samples: int = 1000, seed: int = 0
+    images: Tensor,
+    texts: Tensor,
+    captions: Sequence[str],
+    samples: int = 1000,
+    seed: int = 0,
+    *,
+    groups: NDArray[np.int64] | None = None,
 ) -> Similarity:
     """How near images are to their captions, and how much nearer than to other captions.
 
     images, texts: (N, d), of length 1; row k is of captions[k].
     own: mean of 100 cos(image, its caption), as CLIPScore of torchmetrics without its cut at 0 (after Hessel et al.
     2021). adds: the same, minus its mean over the captions of `captions` that differ from the image's own: 0 for images
-    that do not depend on their captions. Intervals are percentile bootstraps over images.
+    that do not depend on their captions. Intervals are percentile bootstraps over images, or over groups: (N,), see
+    `bootstrap.numbered`.
     Raises ValueError on other shapes, NaN and inf.
     """
     if images.ndim != 2 or images.shape != texts.shape or len(captions) != len(images) or not len(images):
@@ -112,8 +121,9 @@ def similarity(
     alike = counts[place]
     others = len(own) - alike
     to_all = 100 * (images @ texts.sum(dim=0)).numpy()
-    value, interval = _mean(own, samples, seed)
+    groups = np.arange(len(own)) if groups is None else groups
+    value, interval = _mean(own, groups, samples, seed)
     if not others.all():
         return {"own": value, "own_ci": interval, "adds": None, "adds_ci": None}
-    adds, adds_interval = _mean(own - (to_all - alike * own) / others, samples, seed)
+    adds, adds_interval = _mean(own - (to_all - alike * own) / others, groups, samples, seed)
     return {"own": value, "own_ci": interval, "adds": adds, "adds_ci": adds_interval}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any, TypedDict
 
@@ -14,7 +15,7 @@ from torchmetrics.functional.classification import binary_auroc
 from torchmetrics.functional.image import multiscale_structural_similarity_index_measure as ms_ssim
 from torchmetrics.image.fid import FrechetInceptionDistance
 
-from distill.metrics.bootstrap import divide_or_nan, mean_of_defined, percentile_interval, resample_counts
+from distill.metrics.bootstrap import divide_or_nan, drawn_rows, image_counts, mean_of_defined, percentile_interval
 
 MS_SSIM_BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Weights of the scales, finest first. Source: Wang, Simoncelli, Bovik 2003."""
@@ -73,21 +74,33 @@ def frechet_by_factors(real: Tensor, generated: Tensor) -> float:
 
 
 def frechet_interval(
-    real: Tensor, generated: Tensor, samples: int = 100, seed: int = 0, level: float = 0.95
+    real: Tensor,
+    generated: Tensor,
+    samples: int = 100,
+    seed: int = 0,
+    level: float = 0.95,
+    *,
+    groups: Sequence[NDArray[np.int64]] | None = None,
 ) -> tuple[float, float] | None:
     """Interval of `frechet_distance` over resamples of the images of both sides.
+
+    groups: of the real and of the generated images, see `bootstrap.numbered`; whole groups are drawn. None: each image
+    is a group.
 
     A resample holds fewer different images, so that its distance is larger than that of the sample it is drawn from,
     often by more than the interval is wide. The mean excess is therefore subtracted: the interval lies around the
     distance at this N and M, and its width is the spread of the draw of images, not a bound for infinite N.
-    None when samples is 0. Raises ValueError as `frechet_distance` does.
+    None when samples is 0, or a side is one group. Raises ValueError as `frechet_distance` does.
     """
     _check_features(real, generated)
     real, generated = real.double().cpu(), generated.double().cpu()
+    groups = [np.arange(len(side)) for side in (real, generated)] if groups is None else groups
+    if any(group.max() == 0 for group in groups):
+        return None
     generator = torch.Generator().manual_seed(seed)
     distances = np.empty(samples)
     for sample in range(samples):
-        sides = [side[torch.randint(len(side), (len(side),), generator=generator)] for side in (real, generated)]
+        sides = [side[drawn_rows(g, generator)] for side, g in zip((real, generated), groups, strict=True)]
         distances[sample] = frechet_by_factors(*sides)
     if samples:
         distances += frechet_by_factors(real, generated) - distances.mean()
@@ -165,13 +178,16 @@ def finding_auroc(
     level: float = 0.95,
     *,
     counted: Tensor | None = None,
+    groups: NDArray[np.int64] | None = None,
 ) -> FindingAUROC:
     """Area under the ROC curve of each finding, by torchmetrics, and its mean over the findings ("auc").
 
     scores: (N, F) float, any monotone scale. labels: (N, F) bool, what the caption says. counted: (N, F) bool, the
-    images that count for a finding; None counts all.
+    images that count for a finding; None counts all. groups: (N,) of whole groups that are drawn, see
+    `bootstrap.numbered`; None: each image is one.
     A finding that all images or none have has no area (None) and is left out of the mean. "auc_ci" is a percentile
-    bootstrap over images, in which a finding is left out of the resamples that lack one of its classes.
+    bootstrap over images, in which a finding is left out of the resamples that lack one of its classes; None for one
+    group.
     Raises ValueError on other shapes, labels that are not bool, NaN or inf.
     """
     if scores.ndim != 2 or scores.shape != labels.shape:
@@ -194,7 +210,8 @@ def finding_auroc(
         return {"auc": None, "auc_ci": None, "per_finding": per_finding}
 
     statistics = [np.empty(0)]
-    for counts in resample_counts(len(scores), samples, seed):
+    groups = np.arange(len(scores)) if groups is None else groups
+    for counts in image_counts(groups, samples if groups.max() else 0, seed):
         columns = [
             weighted_auroc(ranks[index].numpy(), labels[:, index].numpy(), counts * rows[:, index].numpy())
             for index in usable

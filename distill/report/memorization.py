@@ -15,7 +15,7 @@ from distill.report.tables import format_number
 EXPLAINED = (
     "Each generated image, and its mirror image, is compared with its nearest training and held-out image. Without copies, "
     "a training image is the nearer one as often as chance says. The row names the comparison (features, latents or "
-    "pixels) with the smallest p, which is corrected for their number."
+    "pixels) with the smallest p, which is corrected for their number and that of the training seeds."
 )
 PAIRS = "Each picture shows a generated image, its nearest training image and its nearest held-out image, from left to right."
 
