@@ -1,4 +1,4 @@
-"""report.html and report.md of a run folder."""
+"""report.html of a run folder."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
@@ -21,7 +20,7 @@ from distill.evaluation.word_maps import WORD_MAPS_FILE, WordMaps, read_word_map
 from distill.files import JsonObject, read_json, write_atomic
 from distill.models.stock import code_of_arm
 from distill.report import figures, tables
-from distill.report.document import Picture, Section, Table, escape_markdown, markdown_section
+from distill.report.document import Picture, Section, Table
 from distill.report.memorization import memorization_section
 from distill.report.summary import RULE, sample, summarize
 
@@ -147,20 +146,8 @@ def _sections(run_dir: Path, results: Results, charts: Sequence[Picture], notes:
     return [*shown, *missing, Section("Provenance", [], [], [origin], folded=True)]
 
 
-def _markdown_examples(examples: Sequence[Example], folder: Path) -> list[str]:
-    """A table for each example: the real image beside those that the models drew of its caption."""
-    parts = ["## Examples"] if examples else []
-    for example in examples:
-        folders = {"real image": "real"} | {arm: f"{arm}/samples" for arm, (drawn, _) in example.arms.items() if drawn}
-        paths = [quote(str(folder / name / f"{example.number:04d}.png")) for name in folders.values()]
-        columns = [[escape_markdown(name), "---", f"![]({path})"] for name, path in zip(folders, paths, strict=True)]
-        rows = "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
-        parts += [escape_markdown(example.caption), rows]
-    return parts
-
-
-def write_report(run_dir: Path) -> tuple[Path, Path]:
-    """Write report.html (one self-contained file) and report.md (with figures/*.png) from the files of a run folder.
+def write_report(run_dir: Path) -> Path:
+    """Write report.html, which is one self-contained file, from the files of a run folder.
 
     Reads metrics.json, and where they exist real/examples.jsonl with its images and each arm's word_maps.safetensors,
     samples/, train_log.jsonl and validation_log.jsonl. What cannot be read is said in the report. Raises UserError
@@ -177,8 +164,6 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
     if summary.arm is not None:
         trained = results.arms[summary.arm].cost.train_seconds is not None
         code = code_of_arm(files, summary.arm, results.provenance.get("config") or {}, trained=trained)
-    for picture in (picture for section in [head, *sections] for picture in section.charts):
-        write_atomic(run_dir / "figures" / f"{picture.name}.png", picture.png)
     loader = jinja2.PackageLoader("distill.report", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
     style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
@@ -187,7 +172,4 @@ def write_report(run_dir: Path) -> tuple[Path, Path]:
         sections=sections, figures=figures, Markup=Markup, style=Markup(style), script=Markup(script),
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
-    parts = [*map(markdown_section, [head, Section("The rule", [RULE])]), f"```python\n{code}\n```" if code else ""]
-    parts += [*_markdown_examples(examples, files.relative_to(run_dir)), *map(markdown_section, sections)]
-    markdown = "\n\n".join(filter(None, parts)) + "\n"
-    return write_atomic(run_dir / "report.html", html), write_atomic(run_dir / "report.md", markdown)
+    return write_atomic(run_dir / "report.html", html)
