@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -150,8 +151,8 @@ def test_copies_above_the_limit_end_the_recipe_with_an_error_and_a_report(
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["arms"]["base"]["memorization"]["copies"] == 1
     page = (tmp_path / "out/report.html").read_text()
-    said = "base: About 100.0 % of the generated images are copies of training images"
-    assert said in page and page.count('<img alt="base, pair') == 10
+    said = "About 100.0 % of the generated images are copies of training images"
+    assert re.search(rf'<th scope="row">base</th>\s*<td>{said}', page) and page.count('<img alt="base, pair') == 10
     assert '<img alt="base, pair 1: generated image' in page
 
     monkeypatch.setattr(module, "generate", never)
@@ -254,7 +255,8 @@ def test_images_of_another_tool_are_evaluated_and_no_denoiser_runs(
     assert found["quality"]["finding_auc"] is not None
     assert found["memorization"]["share"] == 1 and found["memorization"]["held_out_images"] == 14
     text = (tmp_path / "out/report.html").read_text()
-    assert "images: About 100.0 % of the generated images are copies" in text and "cannot be read" not in text
+    said = "About 100.0 % of the generated images are copies"
+    assert re.search(rf'<th scope="row">images</th>\s*<td>{said}', text) and "cannot be read" not in text
 
 
 @pytest.mark.parametrize(

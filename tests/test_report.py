@@ -29,20 +29,19 @@ from distill.evaluation.results import Estimate, parse_metrics
 from distill.models.stock import code_of_arm, exported, loading_code, plain_name, public_base
 from distill.report import terminal_table, validate_metrics, write_model_card, write_report
 from distill.report.document import UNKNOWN, escape_markdown
-from distill.report.summary import compare, difference, sample, summarize, terminal_summary
+from distill.report.summary import compare, difference, difference_table, sample, summarize, terminal_summary
 from distill.report.tables import (
     DETAILS,
     FID,
     KID,
+    MASS,
     METRICS,
     WORD_AUC,
     cost_table,
-    difference_table,
     finding_table,
     flatten,
     format_estimate,
     format_seconds,
-    mass_table,
     relative_costs,
     results_table,
 )
@@ -56,6 +55,7 @@ ARMS = {
     "start": (0.58, 142.0, 0.55),
 }
 HOSTILE = "<script>alert('x')</script> | `code` ![p](http://evil.example/x) <img src=http://evil.example/y> **b** $a$"
+ATTENTION = [f"attention to {token}" for token in ("bos", "words", "eos", "padding")]
 CAPTIONS = ("Small left pleural effusion. No pneumothorax.", "Mild edema in both lungs, effusion absent.")
 
 
@@ -258,9 +258,8 @@ def test_a_verdict_has_the_direction_of_its_measure_and_so_has_its_colour(
     results = parse_metrics({"arms": arms, "provenance": {}, "paired": paired})
     opposite = {"better": "worse", "worse": "better", "not separated": "not separated"}[answer]
     assert (compare(results, "b", "a", metric), compare(results, "a", "b", metric)) == (answer, opposite)
-    table = difference_table(results)
-    assert table is not None
-    assert [cell.tone for cell in table.rows[0][1:]] == [{"better": "good", "worse": "bad"}.get(answer, "")]  # type: ignore[union-attr]
+    (cell,) = difference_table(results).rows[0][1:]
+    assert (cell.note, cell.tone) == (answer, {"better": "good", "worse": "bad"}.get(answer, ""))  # type: ignore[union-attr]
     if metric in (WORD_AUC, FID):
         row = next(row for row in choose(arms, paired=paired).why[0].rows if row[0] == metric.label)
         ours = compare(results, choose(arms, paired=paired).arm, choose(arms, paired=paired).others[0], metric)
@@ -290,7 +289,7 @@ def test_without_a_paired_difference_intervals_that_touch_separate_nothing() -> 
 
 def test_every_metric_has_its_direction() -> None:
     lower = {"FID", "KID"}
-    neither = {"other image's AUC", "EOS AUC", "padding AUC", "diversity"}
+    neither = {"other image's AUC", "EOS AUC", "padding AUC", "diversity", *ATTENTION}
     for metric in METRICS:
         assert metric.direction == (-1 if metric.name in lower else 0 if metric.name in neither else 1), metric.name
         assert metric.label.removeprefix(metric.name) == {-1: " ↓", 0: "", 1: " ↑"}[metric.direction]
@@ -334,7 +333,8 @@ def test_what_was_not_compared_is_said_only_where_it_was_not() -> None:
 @pytest.mark.parametrize(("fewer", "more", "is_said"), [(10, 11, False), (1000, 1099, False), (1000, 1101, True)])
 def test_compute_differs_above_a_tenth(fewer: int, more: int, is_said: bool) -> None:
     arms = {"a": arm(0.7, 30, 0.7), "b": arm(0.7, 30, 0.7)}
-    arms["a"]["cost"]["steps"], arms["b"]["cost"]["steps"] = fewer, more
+    for entry, passes in zip(arms.values(), (fewer, more), strict=True):
+        entry["cost"]["image_passes_with_teachers"] = passes
     assert any("Compute differs" in text for text in choose(arms).reasons) is is_said
 
 
@@ -385,7 +385,7 @@ def test_maps_no_better_than_blind_ones_are_called_so() -> None:
     one["localization"]["word"]["within_prior"] = 0.61
     results = parse_metrics({"arms": {"a": one}, "provenance": {}})
     details = results_table(results, DETAILS)
-    assert details.head == ["model", "AUC within prior ↑"]
+    assert details.head == ["model", "AUC within prior ↑", *ATTENTION]
     assert [row[1].text for row in details.rows] == [".610", ".490", UNKNOWN]  # type: ignore[union-attr]
     table = results_table(results)
     assert [row[0] for row in table.rows] == ["a", "blind map: centre", "blind map: mean mask"]
@@ -434,10 +434,10 @@ def test_maps_of_other_layers_or_timesteps_are_said() -> None:
 def test_unequal_compute_and_sample_sizes_are_said() -> None:
     arms = {"a": arm(0.7, 30, 0.7), "b": arm(0.7, 30, 0.7), "c": arm(0.5, 300, 0.5, trained=False)}
     assert not any("Compute" in text for text in choose(arms).reasons)
-    arms["b"]["cost"] |= {"steps": 1000, "image_passes_with_teachers": 3000}
+    arms["b"]["cost"]["image_passes_with_teachers"] = 3000
+    assert not any("Compute" in text for text in choose(arms).reasons)
     arms["a"]["cost"]["image_passes_with_teachers"] = 1000
-    expected = "Compute differs between the trained models: 500 steps to 1,000 steps and 1,000 image-passes to 3,000"
-    assert any(text.startswith(expected) for text in choose(arms).reasons)
+    assert "Compute differs between the trained models, see Cost and size." in choose(arms).reasons
     arms["c"] = arm(0.95, 3, 0.95, trained=False)
     assert choose(arms).title == "Take c (not trained here)"
     several = {"arms": arms, "provenance": {"seeds": {"training": [0, 1, 2]}}}
@@ -534,14 +534,15 @@ def test_tables_hold_every_arm_and_the_colour_of_a_clear_difference() -> None:
     results = parse_metrics(make_metrics(paired={"beta - alpha": paired}))
     assert [row[0] for row in results_table(results).rows] == [*ARMS, "real images"]
     table = difference_table(results)
-    assert table is not None and table.head == ["", "word AUC ↑", "CNR ↑", "EOS AUC", "FID ↓"]
+    assert table.head == ["", "word AUC ↑", "CNR ↑", "EOS AUC", "FID ↓"]
     assert [cell.tone for cell in table.rows[0][1:]] == ["bad", "", "", "good"]  # type: ignore[union-attr]
     assert table.rows[0][4].text == "-50.0 [-55.0, -45.0] %"  # type: ignore[union-attr]
     found = finding_table(results)
-    assert found is not None and [row[0] for row in found.rows] == list(FINDINGS)
-    assert difference_table(results, DETAILS) is None and results_table(results, DETAILS).head == ["model"]
+    assert [row[0] for row in found.rows] == list(FINDINGS)
+    assert not difference_table(results, DETAILS).rows and results_table(results, DETAILS).head == ["model", *ATTENTION]
     assert found.rows[0][1:3] == ["40", ".840"]
-    assert cost_table(results).rows[3][2] == "41s" and "image passes" not in cost_table(results).head
+    cost = cost_table(results)
+    assert cost.rows[3][cost.head.index("evaluation seconds")] == "41s" and "image passes" not in cost.head
 
 
 def test_the_cost_of_an_arm_is_relative_to_the_first_baseline() -> None:
@@ -560,6 +561,10 @@ def test_the_cost_of_an_arm_is_relative_to_the_first_baseline() -> None:
 
 def test_further_measures_of_quality_have_tables_of_their_own(tmp_path: Path) -> None:
     run = make_run(tmp_path, arms=("alpha", "beta"))
+    metrics = make_metrics(("alpha", "beta"))
+    for entry in metrics["arms"].values():
+        entry["localization"]["mass"] = None
+    (run / "metrics.json").write_text(json.dumps(metrics))
     assert "More measures" not in Page(write_report(run)).text, "an older run has none"
     metrics = make_metrics(("alpha", "beta"))
     for entry in metrics["arms"].values():
@@ -570,8 +575,9 @@ def test_further_measures_of_quality_have_tables_of_their_own(tmp_path: Path) ->
     results = parse_metrics(metrics)
     assert results_table(results).head[-3:] == ["KID ↓", "finding AUC ↑", "diversity"]
     details = results_table(results, DETAILS)
-    assert details.head == ["model", "recall ↑", "density ↑"] and [row[0] for row in details.rows][-1] == "real images"
-    assert [cell.text for cell in details.rows[0][1:]] == [".500", "1.250"]  # type: ignore[union-attr]
+    assert details.head == ["model", "recall ↑", "density ↑", *ATTENTION]
+    assert [row[0] for row in details.rows][-1] == "real images"
+    assert [cell.text for cell in details.rows[0][1:3]] == [".500", "1.250"]  # type: ignore[union-attr]
     assert results_table(results).rows[0][-3].note == "[-.250, 12.800]"  # type: ignore[union-attr]
     text = Page(write_report(run)).text
     assert text.index("All models") < text.index("More measures") < text.index("recall ↑")
@@ -585,7 +591,7 @@ def test_the_quality_of_each_finding_stands_beside_that_of_real_images(tmp_path:
     metrics["real"]["quality"] |= {"per_finding": {"edema": one | {"images": 31, "kid": -0.01, "kid_ci": None}}}
     (run / "metrics.json").write_text(json.dumps(metrics))
     found = finding_table(parse_metrics(metrics), KID)
-    assert found is not None and found.head == ["KID ↓", "images", "alpha", "real images"]
+    assert found.head == ["KID ↓", "images", "alpha", "real images"]
     assert found.rows == [
         ["edema", "40", ".500 [-.100, .750]", "-.010"], ["pneumothorax", "3", UNKNOWN, UNKNOWN]
     ]  # fmt: skip
@@ -604,11 +610,12 @@ def test_tables_of_findings_mass_and_cost_have_an_arm_a_line_or_a_column() -> No
         entry["cost"] = dict.fromkeys(entry["cost"]) | {"train_seconds": 3720.0, "peak_memory_gb": 1.256, "steps": 5000}
     metrics["arms"]["b"]["cost"]["steps"] = None
     results = parse_metrics(metrics)
-    found, mass, cost = finding_table(results), mass_table(results), cost_table(results)
-    assert found is not None and found.head == ["word AUC ↑", "pairs", "a", "b"]
+    found, mass, cost = finding_table(results), results_table(results, MASS), cost_table(results)
+    assert found.head == ["word AUC ↑", "pairs", "a", "b"]
     assert found.rows == [["edema", "1,234", ".600", UNKNOWN], ["mass", "5", ".600", UNKNOWN]]
-    assert mass is not None and mass.head == ["attention mass", "bos", "words"]
-    assert mass.rows == [["a", ".250", ".125"], ["b", UNKNOWN, ".125"]]
+    assert mass.head == ["model", "attention to bos", "attention to words"]
+    shown = {name: [cell.text for cell in cells] for name, *cells in mass.rows}  # type: ignore[union-attr]
+    assert shown == {"a": [".250", ".125"], "b": [UNKNOWN, ".125"], "real images": [UNKNOWN] * 2}
     columns = dict(zip(cost.head, zip(*cost.rows, strict=True), strict=True))
     assert columns["model"] == ("a", "b") and columns["train seconds"] == ("1h02m", "1h02m")
     assert columns["steps"] == ("5,000", UNKNOWN) and columns["peak memory gb"] == ("1.26", "1.26")
@@ -787,7 +794,7 @@ def test_the_report_is_small_and_knows_no_arm() -> None:
     folder = Path(distill.report.__file__).parent
     files = [path for path in folder.rglob("*") if path.suffix in (".py", ".j2", ".css", ".js")]
     report = [path for path in files if path.name not in PAGES_OF_OTHERS]
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in report) <= 1117
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in report) <= 1048
     names = re.compile(
         r"\b(frozen(?!=True)|learnable|distilled|key_locked|continued|gated|self_taught|rali)\b|[\"']base[\"'] in"
     )
