@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -24,24 +25,20 @@ _LIMITS = (
     "held-out images. The licences of the base and of the training data apply."
 )
 _MEMORIZATION = "**Memorization.**"
+_MARK = re.compile(rf"\n\n{re.escape(_MEMORIZATION)}.*")
 
 
-def mark_model_card(arm_dir: Path, memorization: str) -> Path | None:
-    """Say in the card of an exported model what an evaluation of it found; what an earlier one found is replaced.
-
-    Returns None where there is no card of `write_model_card`.
-    """
-    kept = [part for part in _paragraphs(arm_dir) if not part.startswith(_MEMORIZATION)]
-    place = next((place for place, part in enumerate(kept) if part.startswith(_LIMITS[:7])), None)
-    if place is None:
-        return None
-    kept.insert(place, f"{_MEMORIZATION} {escape_markdown(memorization)}")
-    return write_atomic(arm_dir / "README.md", "\n\n".join(kept))
+def mark_model_card(arm_dir: Path, memorization: str) -> None:
+    """Say in a card of `write_model_card` what an evaluation found; what an earlier one found is replaced."""
+    text = re.sub(_MARK, "", _card_of(arm_dir))
+    if (limits := f"\n\n{_LIMITS[:7]}") in text:
+        marked = f"\n\n{_MEMORIZATION} {escape_markdown(memorization)}{limits}"
+        write_atomic(arm_dir / "README.md", text.replace(limits, marked, 1))
 
 
-def _paragraphs(arm_dir: Path) -> list[str]:
+def _card_of(arm_dir: Path) -> str:
     path = arm_dir / "README.md"
-    return path.read_text(encoding="utf-8").split("\n\n") if path.is_file() else []
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def write_model_card(
@@ -63,7 +60,7 @@ def write_model_card(
         raise ValueError(f"unknown exported part(s) {', '.join(unknown)}; known: lora, {', '.join(PARTS)}")
     results = parse_metrics({"arms": {"arm": metrics_for_arm}, "provenance": {}})
     arm = results.arms["arm"]
-    said_before = next((part for part in _paragraphs(arm_dir) if part.startswith(_MEMORIZATION)), "")
+    said_before = next(iter(re.findall(_MARK, _card_of(arm_dir))), "").strip()
     base, flat, adapter = public_base(base_name), dict(flatten(config)), "lora" in export
     front = ["library_name: diffusers", "pipeline_tag: text-to-image"]
     front += [f"base_model: {json.dumps(base)}"] if base else []  # a JSON string is a YAML string

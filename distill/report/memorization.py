@@ -52,7 +52,6 @@ def memorization_section(run_dir: Path, results: Results, notes: list[str]) -> S
         for path in sorted((run_dir / name / "memorization").glob("*.png")):
             said = f"{name}, pair {int(path.stem) + 1}: generated image, nearest training image, nearest held-out image"
             if image := read_image(run_dir, str(path.relative_to(run_dir)), notes):
-                pictures.append(
-                    Picture(path.stem, said, f'<img alt="{html.escape(said)}" src="{data_uri(image, 480)}">')
-                )
+                shown = f'<img alt="{html.escape(said)}" src="{data_uri(image, 480)}">'
+                pictures.append(Picture(path.stem, said, shown))
     return Section("Memorization", [EXPLAINED], pictures, [Table(["model", "verdict"], verdicts, name="memorization")])

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import jinja2
-from markupsafe import Markup
 from PIL import Image
 
 from distill.evaluation.results import Results, parse_metrics
@@ -142,10 +141,10 @@ def write_report(run_dir: Path) -> Path:
         code = code_of_arm(files, summary.arm, results.provenance.get("config") or {}, trained=trained)
     loader = jinja2.PackageLoader("distill.report", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined)
-    style, script = (Path(__file__).with_name(name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    script = Path(__file__).with_name("page.js").read_text(encoding="utf-8")
     html = environment.get_template("page.html.j2").render(
         name=run_dir.resolve().name, summary=summary, sample=sample(results), rule=RULE, charts=charts[:1], code=code,
-        examples=examples, sections=sections, figures=figures, Markup=Markup, style=Markup(style), script=Markup(script),
+        examples=examples, sections=sections, figures=figures, script=script,
         script_hash=base64.b64encode(hashlib.sha256(script.encode()).digest()).decode(),
     )  # fmt: skip
     return write_atomic(run_dir / "report.html", html)

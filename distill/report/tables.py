@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 from rich import box
 from rich.table import Table as RichTable
@@ -97,11 +98,8 @@ def format_difference(difference: Difference, metric: Metric) -> str:
 
 
 def format_seconds(seconds: float | None) -> str:
-    """`8.2s`, `4m12s`, `1h03m`; a dash where unknown."""
-    whole = round(seconds or 0)
-    if seconds is None or whole < 60:
-        return UNKNOWN if seconds is None else f"{seconds:.1f}s" if seconds < 10 else f"{whole}s"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    """`0:04:12`; a dash where unknown."""
+    return UNKNOWN if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
 def format_count(count: float | None, decimals: int = 0) -> str:
@@ -110,13 +108,10 @@ def format_count(count: float | None, decimals: int = 0) -> str:
 
 
 def flatten(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of every leaf of nested objects; lists of plain values are one leaf."""
+    """(dotted key, text) of every leaf of nested objects; a list is one leaf."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
             yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, (list, tuple)) and any(isinstance(item, (Mapping, list, tuple)) for item in value):
-        for index, item in enumerate(value):
-            yield from flatten(item, f"{prefix}[{index}]")
     elif isinstance(value, (list, tuple, Mapping)):
         yield prefix, ", ".join(map(str, value)) or "(none)"
     else:
