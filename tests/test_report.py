@@ -721,7 +721,8 @@ def test_page_refers_to_nothing_outside(full_run: Path) -> None:
 def test_hostile_text_stays_text(tmp_path: Path) -> None:
     name, finding = "<script>alert(1)</script> $x|", "<script>f</script> | `"
     run_dir = make_run(tmp_path / "run <i>", arms=("start",), captions=(HOSTILE, "plain"))
-    metrics = make_metrics(("start", name))
+    metrics = make_metrics(("start", name, "a - b"))
+    metrics["paired"] = {"a - b - start": {"word.auc": {"value": 0.1, "ci": [0.05, 0.2]}}}
     metrics["arms"]["start"]["localization"]["word"]["per_finding"][finding] = {"auc": 0.5, "pairs": 3}
     metrics["provenance"][HOSTILE] = {"nested": HOSTILE}
     (run_dir / "metrics.json").write_text(json.dumps(metrics))
@@ -731,7 +732,7 @@ def test_hostile_text_stays_text(tmp_path: Path) -> None:
         and page.count("img") == 3
         and page.count("b") == len(re.findall("<b class", page.source))
     )
-    assert HOSTILE in page.text and name in page.text and finding in page.text
+    assert "a - b - start" in page.text and HOSTILE in page.text and name in page.text and finding in page.text
     assert not [value for _, a in page.tags if (value := a.get("src") or "").startswith("http")]
 
 
@@ -794,7 +795,7 @@ def test_the_report_is_small_and_knows_no_arm() -> None:
     folder = Path(distill.report.__file__).parent
     files = [path for path in folder.rglob("*") if path.suffix in (".py", ".j2", ".css", ".js")]
     report = [path for path in files if path.name not in PAGES_OF_OTHERS]
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in report) <= 1038
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in report) <= 1039
     names = re.compile(
         r"\b(frozen(?!=True)|learnable|distilled|key_locked|continued|gated|self_taught|rali)\b|[\"']base[\"'] in"
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -101,8 +102,8 @@ def summarize(results: Results) -> Summary:
 def _differences(results: Results, wanted: Sequence[Metric]) -> dict[str, dict[Metric, Cell]]:
     """Pair of arms -> its differences on the same images and seeds, each over what it says."""
     cells: dict[str, dict[Metric, Cell]] = {}
-    for pair, found in (results.paired or {}).items():
-        arm, other = pair.split(" - ")
+    for arm, other in itertools.product(results.arms, repeat=2):
+        found = (results.paired or {}).get(pair := f"{arm} - {other}", {})
         for m in (m for m in wanted if m.key in found):
             answer = compare(results, arm, other, m) if m.direction else ""
             tone = {"better": "good", "worse": "bad"}.get(answer, "")
