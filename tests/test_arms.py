@@ -159,7 +159,7 @@ def test_no_arm_at_all_is_refused() -> None:
 @pytest.mark.parametrize(
     ("name", "can"),
     [("frozen", True), ("tail.2", True), ("lora_4", True), ("a-b", True), ("v1.5", True), ("", False), ("..", False),
-     (".hidden", False), ("a b", False), ("report.html", False), ("config.yaml", False), ("figures", False),
+     (".hidden", False), ("a b", False), ("report.html", False), ("config.yaml", False),
      ("whole", False), ("seed-0", False)],
 )  # fmt: skip
 def test_names_that_a_run_folder_can_hold(name: str, can: bool) -> None:

@@ -384,7 +384,7 @@ def test_the_metrics_of_a_run_say_what_they_rest_on(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(results, "peak_of_process_gb", lambda: 1.23456)
     monkeypatch.setattr(results, "Resampled", Paired)
     monkeypatch.setattr(results, "parse_metrics", lambda metrics: "parsed")
-    monkeypatch.setattr(results, "write_report", lambda folder: (folder / "report.html", folder / "report.md"))
+    monkeypatch.setattr(results, "write_report", lambda folder: folder / "report.html")
     monkeypatch.setattr(results, "terminal_table", lambda metrics: "the table")
     monkeypatch.setattr(results, "terminal_summary", lambda parsed: f"of {parsed}")
     monkeypatch.setattr(results, "_real_quality", lambda run, is_kept: {"fid": 1} if is_kept else None)

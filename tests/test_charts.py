@@ -35,7 +35,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> Drawn:
         figure = Figure()
         draw(figure)
         found.append((figure, SimpleNamespace(name=name, alt=alt, width=width, height=height)))
-        return Picture(name, alt, b"")
+        return Picture(name, alt, "")
 
     for module in (figures, explanation, proof, atlas):
         monkeypatch.setattr(module, "chart", chart)

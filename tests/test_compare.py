@@ -71,7 +71,7 @@ def test_arms_of_several_commands_are_compared_pair_by_pair(tmp_path: Path) -> N
     assert origin["arms"]["longer"]["differs"] == {"trainer.max_steps": "800"}
     assert origin["arms"]["longer"]["commit"] == "of longer" and origin["seeds"]["training"] == [1, 2]
     assert origin["seconds"]["longer: training"] == 2.0, "of both seeds"
-    assert "longer - frozen" in (tmp_path / "out/report.md").read_text()
+    assert "longer - frozen" in (tmp_path / "out/report.html").read_text()
 
 
 def test_a_folder_of_trained_seeds_is_never_written_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -98,7 +98,7 @@ def test_single_runs_are_compared_with_intervals_of_images_alone(
     found = {name: entry["word.auc"]["value"] for name, entry in metrics["paired"].items()}
     assert found == {"better - plain": pytest.approx(0.3), "base - plain": pytest.approx(-0.1)}
     assert metrics["provenance"]["seeds"]["training"] == [0, 5]
-    text = (tmp_path / "out/report.md").read_text()
+    text = (tmp_path / "out/report.html").read_text()
     assert "One training seed a model" in text and "over seeds" not in text
 
 

@@ -157,7 +157,7 @@ def test_the_recipe_measures_similarity_and_keeps_it(
     assert found["own"] == pytest.approx(found["real"], abs=0.02)
     assert found["adds"] == pytest.approx(found["real_adds"], abs=0.02)
     assert found["own_ci"][0] <= found["own"] <= found["own_ci"][1] and found["model"] == "clip"
-    report = (tmp_path / "out/report.md").read_text()
+    report = (tmp_path / "out/report.html").read_text()
     assert "caption adds ↑" in report and "image-text similarity ↑" in report
     monkeypatch.setattr(module, "generate", never)
     recipe.evaluate(parse(recipe.EvaluateConfig, argv))

@@ -82,7 +82,7 @@ ARM_FILES = {
     "word_maps.safetensors",
 }  # fmt: skip
 RUN_FILES = {
-    "config.yaml", "metrics.json", "report.html", "report.md", "real/0000.png", "real/examples.jsonl", "real/priors.json",
+    "config.yaml", "metrics.json", "report.html", "real/0000.png", "real/examples.jsonl", "real/priors.json",
     "real/mean_masks.safetensors",
 }  # fmt: skip
 
@@ -125,13 +125,9 @@ def refusal(name: str, argv: list[str], capsys: pytest.CaptureFixture[str]) -> s
 
 
 def files_of(folder: Path) -> set[str]:
-    """All but the figures, whose names belong to the report, and the locks."""
+    """All but the locks and the features."""
     found = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-    return {
-        name
-        for name in found
-        if not name.startswith(("figures/", ".locks/")) and not name.endswith("features.safetensors")
-    }
+    return {name for name in found if not name.startswith(".locks/") and not name.endswith("features.safetensors")}
 
 
 def arm_files(arm: str, *more: str) -> set[str]:

@@ -118,7 +118,7 @@ def test_the_recipe_measures_utility_and_keeps_it(
     assert (utility["images"], utility["real_images"], utility["held_out_images"]) == (30, 30, 30)
     # The drawn images are the real ones.
     assert utility["generated_per_seed"] == utility["real_per_seed"] and utility["generated_minus_real"] == 0
-    assert "| utility, over real ↑ |" in (tmp_path / "out/report.md").read_text()
+    assert ">utility, over real ↑</th>" in (tmp_path / "out/report.html").read_text()
     monkeypatch.setattr(module, "generate", never)
     recipe.evaluate(parse(recipe.EvaluateConfig, argv_of(tmp_path)))
     assert "base: utility is already evaluated" in capsys.readouterr().out

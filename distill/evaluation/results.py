@@ -252,9 +252,11 @@ class Arm:
         return [str(self.cost.kept), *drawn] if self.cost.kept else drawn
 
     def estimate(self, key: str) -> Estimate:
-        """`key` as in `paired`: "word.auc", "quality.fid"."""
+        """`key` as in `paired`: "word.auc", "mass.eos", "quality.fid"."""
         part, name = key.split(".")
         found = getattr(self if part in ("quality", "utility", "similarity") else self.localization, part, None)
+        if isinstance(found, Mapping):
+            return Estimate(found.get(name))
         estimate: Estimate = getattr(found, name, Estimate())
         return estimate
 

@@ -42,7 +42,7 @@ class Arm:
 def can_be_arm(name: str) -> bool:
     """Whether a run folder can hold a folder of this name beside what it holds anyway."""
     files = Path(name).suffix in (".json", ".yaml", ".html", ".md")
-    reserved = name in ("real", "figures", "whole") or name.startswith("seed-")
+    reserved = name in ("real", "whole") or name.startswith("seed-")
     return bool(re.fullmatch(r"\w[\w.-]*", name)) and not files and not reserved
 
 

@@ -218,14 +218,14 @@ def finish(run: Run, arms: Mapping[str, JsonObject], next_command: str) -> None:
     }
     results = parse_metrics(metrics)
     write_json(run.folder / "metrics.json", metrics)
-    html, markdown = write_report(run.folder)
+    report = write_report(run.folder)
     run.console.print(terminal_table(metrics))
     run.say(terminal_summary(results))
     for name in (name for name, entry in arms.items() if entry["cost"]["train_seconds"] is not None):
         exported = [p for p in (run.folder / name, run.folder) if (p / "cost.json").exists()]
         if exported:
             run.say(f"{name}: {exported[0]}")
-    run.say(f"report: {html}\n        {markdown}\nnumbers: {run.folder / 'metrics.json'}\nnext: {next_command}")
+    run.say(f"report: {report}\nnumbers: {run.folder / 'metrics.json'}\nnext: {next_command}")
 
 
 def judge_memorization(entry: JsonObject, folder: Path | None, limit: float | None) -> None:

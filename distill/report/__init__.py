@@ -1,4 +1,4 @@
-"""metrics.json and the files of a run folder -> HTML page, Markdown, terminal table, model card."""
+"""metrics.json and the files of a run folder -> HTML page, terminal table, model card."""
 
 from distill.evaluation.results import validate_metrics
 from distill.report.card import mark_model_card, write_model_card

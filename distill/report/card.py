@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from distill.models.kohya import KOHYA_FILE
 from distill.models.stock import PARTS, code_of, example_prompt, public_base
 from distill.report.document import UNKNOWN, Table, escape_markdown, markdown_table
 from distill.report.memorization import sentence
+from distill.report.summary import sample
 from distill.report.tables import METRICS, flatten, format_count, format_estimate, format_seconds
 
 _SETTINGS = (
@@ -20,27 +22,23 @@ _SETTINGS = (
 )  # fmt: skip
 _LIMITS = (
     "Limits: not for clinical use. Generated images are not meant to show a real patient. The numbers hold for these "
-    "held-out images and one training seed. The licences of the base and of the training data apply."
+    "held-out images. The licences of the base and of the training data apply."
 )
 _MEMORIZATION = "**Memorization.**"
+_MARK = re.compile(rf"\n\n{re.escape(_MEMORIZATION)}.*")
 
 
-def mark_model_card(arm_dir: Path, memorization: str) -> Path | None:
-    """Say in the card of an exported model what an evaluation of it found; what an earlier one found is replaced.
-
-    Returns None where there is no card of `write_model_card`.
-    """
-    kept = [part for part in _paragraphs(arm_dir) if not part.startswith(_MEMORIZATION)]
-    place = next((place for place, part in enumerate(kept) if part.startswith(_LIMITS[:7])), None)
-    if place is None:
-        return None
-    kept.insert(place, f"{_MEMORIZATION} {escape_markdown(memorization)}")
-    return write_atomic(arm_dir / "README.md", "\n\n".join(kept))
+def mark_model_card(arm_dir: Path, memorization: str) -> None:
+    """Say in a card of `write_model_card` what an evaluation found; what an earlier one found is replaced."""
+    text = re.sub(_MARK, "", _card_of(arm_dir))
+    if (limits := f"\n\n{_LIMITS[:7]}") in text:
+        marked = f"\n\n{_MEMORIZATION} {escape_markdown(memorization)}{limits}"
+        write_atomic(arm_dir / "README.md", text.replace(limits, marked, 1))
 
 
-def _paragraphs(arm_dir: Path) -> list[str]:
+def _card_of(arm_dir: Path) -> str:
     path = arm_dir / "README.md"
-    return path.read_text(encoding="utf-8").split("\n\n") if path.is_file() else []
+    return path.read_text(encoding="utf-8") if path.is_file() else ""
 
 
 def write_model_card(
@@ -60,8 +58,9 @@ def write_model_card(
     """
     if unknown := [part for part in export if part not in (*PARTS, "lora")]:
         raise ValueError(f"unknown exported part(s) {', '.join(unknown)}; known: lora, {', '.join(PARTS)}")
-    arm = parse_metrics({"arms": {"arm": metrics_for_arm}, "provenance": {}}).arms["arm"]
-    said_before = next((part for part in _paragraphs(arm_dir) if part.startswith(_MEMORIZATION)), "")
+    results = parse_metrics({"arms": {"arm": metrics_for_arm}, "provenance": {}})
+    arm = results.arms["arm"]
+    said_before = next(iter(re.findall(_MARK, _card_of(arm_dir))), "").strip()
     base, flat, adapter = public_base(base_name), dict(flatten(config)), "lora" in export
     front = ["library_name: diffusers", "pipeline_tag: text-to-image"]
     front += [f"base_model: {json.dumps(base)}"] if base else []  # a JSON string is a YAML string
@@ -73,9 +72,6 @@ def write_model_card(
     made += [f"{format_count(arm.cost.steps)} steps in {format_seconds(arm.cost.train_seconds)}", *arm.notes, settings]
     rows = [[m.label, *format_estimate(arm.estimate(m.key), m), m.meaning] for m in METRICS]
     measured = Table(["metric", "value", "95 % interval", "meaning"], [row for row in rows if row[1] != UNKNOWN])
-    word, quality = arm.localization and arm.localization.word, arm.quality
-    sizes = [f"{word.images} held-out images with {word.pairs} image-finding pairs"] if word else []
-    sizes += [f"{quality.images} generated images (features: {quality.features_text})"] if quality else []
     origin = ", ".join(f"{key} {provenance[key]}" for key in ("commit", "date", "device") if provenance.get(key))
     parts = [
         "\n".join(["---", *front, "---"]),
@@ -84,8 +80,8 @@ def write_model_card(
         f"```python\n{code}\n```",
         f"ComfyUI, A1111 and kohya's scripts read `{KOHYA_FILE}`." if (arm_dir / KOHYA_FILE).exists() else "",
         escape_markdown("; ".join(made) + "." if export else "Nothing was trained: the numbers are the base's own."),
-        markdown_table(measured),
-        escape_markdown(f"Measured on {' and '.join(sizes)}." if sizes else "Not measured."),
+        markdown_table(measured) if measured.rows else "Not measured.",
+        escape_markdown(sample(results)),
         f"{_MEMORIZATION} {escape_markdown(sentence(arm.memorization))}" if arm.memorization else said_before,
         _LIMITS,
         escape_markdown(f"Made with {origin}." if origin else ""),

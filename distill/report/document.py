@@ -14,12 +14,12 @@ UNKNOWN = "\u2013"
 
 @dataclass(frozen=True)
 class Picture:
-    """name: file stem in figures/. alt: what it shows. svg: inline form for the HTML page."""
+    """name: stem of its file. alt: what it shows. svg: inline form for the HTML page. png: for files in Markdown."""
 
     name: str
     alt: str
-    png: bytes
-    svg: str = ""
+    svg: str
+    png: bytes = b""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Charts (matplotlib, as PNG and as SVG in the page's text colour) and pictures of maps."""
+"""Charts (matplotlib, as PNG and as SVG in the page's text colour), and images and maps for the page."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import base64
 import io
 import re
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from PIL import Image
+from scipy.ndimage import uniform_filter1d
 
 from distill.evaluation.results import Estimate, Results
 from distill.evaluation.word_maps import WordMaps
@@ -47,7 +49,7 @@ def chart(name: str, alt: str, width: float, height: float, draw: Callable[[Figu
     text = re.sub(r"^.*?(?=<svg)", "", svg.getvalue(), flags=re.DOTALL)
     # Identifiers are shared by the whole page, so they carry the chart's name.
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    return Picture(name, alt, png.getvalue(), text.replace(_INK, "currentColor"))
+    return Picture(name, alt, text.replace(_INK, "currentColor"), png.getvalue())
 
 
 def _panel(name: str, alt: str, draw: Callable[[Axes], None]) -> Picture:
@@ -122,8 +124,7 @@ def curve_charts(logs: Curves, arms: Sequence[str], stem: str) -> list[Picture]:
         def draw(axes: Axes, term: str = term, found: Mapping[str, np.ndarray] = found) -> None:
             for arm, (steps, values) in found.items():
                 width = max(1, len(values) // 20)
-                padded = np.concatenate([np.full(width - 1, values[0]), values])
-                smooth = np.convolve(padded, np.full(width, 1 / width), mode="valid")
+                smooth = uniform_filter1d(values, width, mode="nearest", origin=(width - 1) // 2)
                 axes.plot(steps, values, color=_colour(arms, arm), alpha=0.25)
                 axes.plot(steps, smooth, ".-", markevery=[-1], color=_colour(arms, arm), label=arm)
             _log_if_wide(axes, [value for _, values in found.values() for value in values])
@@ -132,6 +133,20 @@ def curve_charts(logs: Curves, arms: Sequence[str], stem: str) -> list[Picture]:
 
         charts.append(_panel(f"{stem}_{number}", f"{term} over the training steps", draw))
     return charts
+
+
+def read_image(run_dir: Path, name: str, notes: list[str]) -> Image.Image | None:
+    """An image of the run folder; None, and a note, where it cannot be read."""
+    path = (run_dir / name).resolve()
+    try:
+        if not path.is_relative_to(run_dir.resolve()):
+            raise ValueError("outside the run folder")
+        with Image.open(path) as image:
+            returned: Image.Image | None = image.convert("RGB")
+            return returned
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        notes.append(f"{name} cannot be read as an image: {type(error).__name__}.")
+        return None
 
 
 def data_uri(image: Image.Image, side: int = 256) -> str:

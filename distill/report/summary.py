@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from distill.evaluation.results import Difference, Results
 from distill.report import tables
-from distill.report.document import Cell, Table
+from distill.report.document import UNKNOWN, Cell, Table
 from distill.report.tables import FID, FINDING_AUC, IMAGE_ADDS, WORD_AUC, Metric
 
 RULE = (
@@ -59,6 +60,7 @@ def compare(results: Results, arm: str, other: str, metric: Metric) -> str:
 def summarize(results: Results) -> Summary:
     """The first choice by `RULE`, and what the intervals do not tell."""
     arms, measures = results.arms, (WORD_AUC, IMAGE_ADDS, FID, FINDING_AUC)
+    spent = [passes for arm in arms.values() if (passes := arm.cost.image_passes_with_teachers)]
     known = {m: [a for a in arms if arms[a].estimate(m.key).value is not None] for m in measures}
     place = IMAGE_ADDS if known[IMAGE_ADDS] and known[IMAGE_ADDS] == known[WORD_AUC] else WORD_AUC
     metrics = [m for m in (place, FID, FINDING_AUC) if known[m]]
@@ -80,6 +82,7 @@ def summarize(results: Results) -> Summary:
         "by localization, these models differ in more than their training.": results.with_other_maps,
         "Localization was not measured: the choice is by quality alone.": place not in metrics,
         "Quality was not measured: the choice is by localization alone.": metrics == [place],
+        "Compute differs between the trained models, see Cost and size.": spent and max(spent) > 1.1 * min(spent),
     }
     for a in (a for a in rivals if a not in tied):
         better, worse = (
@@ -93,21 +96,36 @@ def summarize(results: Results) -> Summary:
     title += " (not trained here)" if arms[first].cost.train_seconds is None else ""
     why = _why(results, first, others, [WORD_AUC, *metrics] if place is IMAGE_ADDS else metrics)
     reasons = [text for text, holds in said.items() if holds]
-    return Summary(first, title, [*reasons, *_blind(results, first), *_compute(results)], [why], others)
+    return Summary(first, title, [*reasons, *_blind(results, first)], [why], others)
+
+
+def _differences(results: Results, wanted: Sequence[Metric]) -> dict[str, dict[Metric, Cell]]:
+    """Pair of arms -> its differences on the same images and seeds, each over what it says."""
+    cells: dict[str, dict[Metric, Cell]] = {}
+    for arm, other in itertools.product(results.arms, repeat=2):
+        found = (results.paired or {}).get(pair := f"{arm} - {other}", {})
+        for m in (m for m in wanted if m.key in found):
+            answer = compare(results, arm, other, m) if m.direction else ""
+            tone = {"better": "good", "worse": "bad"}.get(answer, "")
+            cells.setdefault(pair, {})[m] = Cell(tables.format_difference(found[m.key], m), answer, tone)
+    return cells
+
+
+def difference_table(results: Results, wanted: Sequence[Metric] = tables.MAIN) -> Table:
+    """One row a pair of arms."""
+    cells = _differences(results, wanted)
+    shown = [m for m in wanted if any(m in own for own in cells.values())]
+    rows = [[pair, *(own.get(m, UNKNOWN) for m in shown)] for pair, own in cells.items()]
+    return Table(["", *(m.label for m in shown)], rows, "numbers", "paired differences")
 
 
 def terminal_summary(results: Results) -> str:
     """The first choice, its reasons, and how each arm differs from each baseline, as lines of text."""
     found = summarize(results)
     lines = [found.title, *(f"- {reason}" for reason in found.reasons)]
-    for pair, differences in (results.paired or {}).items():
-        arm, other = pair.split(" - ")
-        said = [
-            f"{m.label} {compare(results, arm, other, m)} ({tables.format_difference(differences[m.key], m)})"
-            for m in (WORD_AUC, IMAGE_ADDS, FID, FINDING_AUC)
-            if m.key in differences
-        ]
-        lines.append(f"{arm} against {other}: {', '.join(said) or 'not measured'}")
+    for pair, own in _differences(results, (WORD_AUC, IMAGE_ADDS, FID, FINDING_AUC)).items():
+        said = ", ".join(f"{m.label} {cell.note} ({cell.text})" for m, cell in own.items())
+        lines.append(f"{pair.replace(' - ', ' against ')}: {said}")
     return "\n".join(lines)
 
 
@@ -154,17 +172,6 @@ def _blind(results: Results, arm: str) -> list[str]:
     if adds.value is not None and (adds.low is None or adds.low <= 0):
         found.append(f"The maps of {arm} are not shown to depend on the image.")
     return found
-
-
-def _compute(results: Results) -> list[str]:
-    """A sentence where the trained arms did not cost the same."""
-    costs, spans = [arm.cost for arm in results.arms.values() if arm.cost.train_seconds is not None], []
-    forms = {"steps": "{:,} steps", "image_passes_with_teachers": "{:,} image-passes", "train_seconds": "{:,.0f} s"}
-    for key, write in forms.items():
-        known = [value for cost in costs if (value := getattr(cost, key)) is not None]
-        if known and max(known) > 1.1 * min(known):
-            spans.append(f"{write.format(min(known))} to {write.format(max(known))}")
-    return [f"Compute differs between the trained models: {_and(spans)}."] if spans else []
 
 
 def sample(results: Results) -> str:

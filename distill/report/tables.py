@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 from rich import box
 from rich.table import Table as RichTable
@@ -38,10 +39,10 @@ _FINDING = "A classifier of real images looks for the caption's findings in each
 WORD_AUC = Metric("word.auc", "word AUC", 1, _WORD)
 IMAGE_ADDS = Metric("word.image_adds", "image adds", 1, _ADDS)
 WITHIN_PRIOR = Metric("word.within_prior", "AUC within prior", 1, _WITHIN)
-CAUSAL_ENCODER = Metric("causal_encoder.auc", "causal AUC, encoder", 1, _ENCODER)
-CAUSAL_ENCODER_ADDS = Metric("causal_encoder.image_adds", "image adds, encoder", 1, "Image adds of that map.")
-CAUSAL_DENOISER = Metric("causal_denoiser.auc", "causal AUC, denoiser", 1, _DENOISER)
-CAUSAL_DENOISER_ADDS = Metric("causal_denoiser.image_adds", "image adds, denoiser", 1, "Image adds of that map.")
+CAUSAL = (Metric("causal_encoder.auc", "causal AUC, encoder", 1, _ENCODER),
+          Metric("causal_encoder.image_adds", "image adds, encoder", 1, "Image adds of that map."),
+          Metric("causal_denoiser.auc", "causal AUC, denoiser", 1, _DENOISER),
+          Metric("causal_denoiser.image_adds", "image adds, denoiser", 1, "Image adds of that map."))  # fmt: skip
 OTHER = Metric("word.other_image_auc", "other image's AUC", 0, "Word AUC of other images' maps of the same finding.")
 CNR = Metric("word.cnr", "CNR", 1, "Contrast of the map inside and outside, in standard deviations.", unit=False)
 TOP1 = Metric("word.top1", "Top-1", 1, "How often the highest pixel of the map lies inside the region.")
@@ -62,13 +63,14 @@ FURTHER = (Metric("utility.generated_minus_real", "utility, over real", 1, "Util
            Metric("utility.both_minus_real", "utility, both over real", 1, "The same of real and generated images."),
            Metric("similarity.own", "image-text similarity", 1, "100 cos of an image and its caption.", unit=False),
            Metric("similarity.adds", "caption adds", 1, "The same, minus that of other captions.", unit=False))  # fmt: skip
+MASS = tuple(Metric(f"mass.{part}", f"attention to {part}", 0, "Its part of all cross-attention.")
+             for part in ("bos", "words", "eos", "padding"))  # fmt: skip
 DIVERSITY = Metric("quality.diversity", "diversity", 0, "How much images of one caption differ, 1 - MS-SSIM.")
 EACH_FINDING = (WORD_AUC, KID, DENSITY, COVERAGE, FINDING_AUC)
 OF_FINDINGS = f"Few images give a wide margin. Quality needs {FEWEST_IMAGES} generated and real images of a finding."
 COST = "Images through a denoiser, forward 1 and backward 2, teachers and their training included, over the baseline's."
 MAIN = (WORD_AUC, IMAGE_ADDS, OTHER, CNR, TOP1, IOU, EOS_AUC, PADDING_AUC, FID, KID, FINDING_AUC, UTILITY, DIVERSITY)
-CAUSAL = (CAUSAL_ENCODER, CAUSAL_ENCODER_ADDS, CAUSAL_DENOISER, CAUSAL_DENOISER_ADDS)
-DETAILS = (WITHIN_PRIOR, *CAUSAL, PRECISION, RECALL, DENSITY, COVERAGE, NEGATED, UNNAMED, *FURTHER)
+DETAILS = (WITHIN_PRIOR, *CAUSAL, PRECISION, RECALL, DENSITY, COVERAGE, NEGATED, UNNAMED, *FURTHER, *MASS)
 """Shown in tables of their own."""
 METRICS = (*MAIN, *DETAILS)
 
@@ -96,11 +98,8 @@ def format_difference(difference: Difference, metric: Metric) -> str:
 
 
 def format_seconds(seconds: float | None) -> str:
-    """`8.2s`, `4m12s`, `1h03m`; a dash where unknown."""
-    whole = round(seconds or 0)
-    if seconds is None or whole < 60:
-        return UNKNOWN if seconds is None else f"{seconds:.1f}s" if seconds < 10 else f"{whole}s"
-    return f"{whole // 60}m{whole % 60:02d}s" if whole < 3600 else f"{whole // 3600}h{whole % 3600 // 60:02d}m"
+    """`0:04:12`; a dash where unknown."""
+    return UNKNOWN if seconds is None else str(timedelta(seconds=round(seconds)))
 
 
 def format_count(count: float | None, decimals: int = 0) -> str:
@@ -109,13 +108,10 @@ def format_count(count: float | None, decimals: int = 0) -> str:
 
 
 def flatten(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
-    """(dotted key, text) of every leaf of nested objects; lists of plain values are one leaf."""
+    """(dotted key, text) of every leaf of nested objects; a list is one leaf."""
     if isinstance(value, Mapping) and value:
         for key, item in value.items():
             yield from flatten(item, f"{prefix}.{key}" if prefix else str(key))
-    elif isinstance(value, (list, tuple)) and any(isinstance(item, (Mapping, list, tuple)) for item in value):
-        for index, item in enumerate(value):
-            yield from flatten(item, f"{prefix}[{index}]")
     elif isinstance(value, (list, tuple, Mapping)):
         yield prefix, ", ".join(map(str, value)) or "(none)"
     else:
@@ -123,36 +119,34 @@ def flatten(value: object, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 
 def results_table(results: Results, wanted: Sequence[Metric] = MAIN) -> Table:
-    """One row an arm, real images and blind maps: the `wanted` metrics that are measured, and the cost if it is
-    known."""
+    """One row an arm, real images and blind maps: the `wanted` metrics that are measured, and the cost where known."""
     shown = [m for m in wanted if any(arm.estimate(m.key).value is not None for arm in results.arms.values())]
+    each = {name: {m: arm.estimate(m.key) for m in shown} for name, arm in results.with_real.items()}
+    if WORD_AUC in shown or WITHIN_PRIOR in shown:
+        priors = next(arm.localization.priors for arm in results.arms.values() if arm.localization) or {}
+        for name, prior in priors.items():
+            if prior:
+                blind = {WORD_AUC: prior.auc, WITHIN_PRIOR: prior.within_prior}
+                each[f"blind map: {name.replace('_', ' ')}"] = blind
     rows: list[list[str | Cell]] = []
-    for name, arm in results.with_real.items():
-        rows.append([name, *(Cell(*format_estimate(arm.estimate(m.key), m)) for m in shown)])
-    located = next((arm.localization for arm in results.arms.values() if arm.localization), None)
-    for name, prior in ((located and located.priors) or {}).items():
-        blind = {WORD_AUC: prior.auc, WITHIN_PRIOR: prior.within_prior} if prior else {}
-        if any(m in shown for m in blind):
-            cells = [Cell(*format_estimate(blind.get(m, Estimate()), m)) for m in shown]
-            rows.append([f"blind map: {name.replace('_', ' ')}", *cells])
+    for name, found in each.items():
+        rows.append([name, *(Cell(*format_estimate(found.get(m, Estimate()), m)) for m in shown)])
     head, costs = ["model", *(m.label for m in shown)], relative_costs(results)
     if costs and wanted is not DETAILS:
         head.append("cost")
         rows = [[*row, costs.get(str(row[0]), UNKNOWN)] for row in rows]
-    return Table(head, rows, "numbers", "results of all models")
+    return Table(head, rows if len(head) > 1 else [], "numbers", "results of all models")
 
 
 def relative_costs(results: Results) -> dict[str, str]:
-    """Arm -> its image-passes, teachers included, over those of the first baseline, such as `1.33`; empty where the
-    baseline's are unknown."""
+    """Arm -> its image-passes, teachers included, over those of the first baseline, where known, such as `1.33`."""
     passes = {name: arm.cost.image_passes_with_teachers for name, arm in results.arms.items()}
     unit = passes[results.compare_to[0]]
     return {name: f"{value / unit:.2f}" for name, value in passes.items() if value} if unit else {}
 
 
 def terminal_table(metrics: Mapping[str, object]) -> RichTable:
-    """The main metrics, for a terminal of 80 columns; `-` where a value is unknown. An interval stands under its
-    value."""
+    """The main metrics, for a terminal of 80 columns, each over its interval; `-` where a value is unknown."""
     found = results_table(parse_metrics(metrics), (WORD_AUC, IMAGE_ADDS, FID, FINDING_AUC))
     caption = "95 % intervals under the values; ↑ higher is better, ↓ lower is better"
     table = RichTable(box=box.SIMPLE_HEAD, padding=0, show_edge=False, caption=caption, caption_justify="left")
@@ -166,54 +160,27 @@ def terminal_table(metrics: Mapping[str, object]) -> RichTable:
     return table
 
 
-def difference_table(results: Results, wanted: Sequence[Metric] = MAIN) -> Table | None:
-    """Differences of pairs of arms on the same images and seeds; None where there are none."""
-    paired = results.paired or {}
-    shown = [m for m in wanted if any(m.key in found for found in paired.values())]
-    rows: list[list[str | Cell]] = []
-    for name, found in paired.items():
-        row: list[str | Cell] = [name]
-        for m in shown:
-            d = found.get(m.key)
-            apart = d is not None and d.ci is not None and (d.ci[0] > 0 or d.ci[1] < 0)
-            tone = ("good" if d.value * m.direction > 0 else "bad") if d and apart and m.direction else ""
-            row.append(Cell(format_difference(d, m) if d else UNKNOWN, tone=tone))
-        rows.append(row)
-    return Table(["", *(m.label for m in shown)], rows, "numbers", "paired differences") if rows and shown else None
-
-
-def finding_table(results: Results, metric: Metric = WORD_AUC) -> Table | None:
-    """Every finding (rows) in every arm and in real images (columns) that have any; None where none has."""
+def finding_table(results: Results, metric: Metric = WORD_AUC) -> Table:
+    """Every finding (rows) in every arm and in real images (columns) that have any."""
     found = {name: own for name, arm in results.with_real.items() if (own := arm.each_finding(metric.key))}
-    rows: list[list[str | Cell]] = []
+    rows: list[list[str]] = []
     for finding in dict.fromkeys(name for own in found.values() for name in own):
         each = [own.get(finding, (0, Estimate())) for own in found.values()]
         cells = (" ".join(format_estimate(estimate, metric)).strip() for _, estimate in each)
         rows.append([finding, format_count(max(count for count, _ in each)), *cells])
     what = "pairs" if metric is WORD_AUC else "images"
-    return Table([metric.label, what, *found], rows, "numbers", f"{metric.name} of each finding") if rows else None
-
-
-def mass_table(results: Results) -> Table | None:
-    """The parts of attention that each arm spends on BOS, words, EOS and padding; None where no arm has any."""
-    found = {name: x.localization.mass for name, x in results.arms.items() if x.localization and x.localization.mass}
-    parts = list(next(iter(found.values()), ()))
-    rows = [[a, *(UNKNOWN if v is None else format_number(v, 3) for v in mass.values())] for a, mass in found.items()]
-    return Table(["attention mass", *parts], rows, "numbers", "attention mass") if rows else None
+    return Table([metric.label, what, *found], rows, "numbers", f"{metric.name} of each finding")
 
 
 def cost_table(results: Results) -> Table:
     """Training, time, memory and size of each arm; columns that no arm has are left out."""
-    columns: dict[str, list[str]] = {"model": list(results.arms)}
-    names = {
-        "trainable_parameters": 0, "steps": 0, "image_passes": 0, "image_passes_with_teachers": 0, "peak_memory_gb": 2,
-        "denoiser_parameters": 0, "text_encoder_parameters": 0, "denoiser_gflops": 2, "denoiser_passes_an_image": 0,
-        "megabytes": 1,
-    }  # fmt: skip
-    for key in ("train_seconds", "evaluation_seconds"):
-        columns[key] = [format_seconds(getattr(arm.cost, key)) for arm in results.arms.values()]
-    for key, decimals in names.items():
-        values = [getattr(arm.cost, key, getattr(arm.size, key, None)) for arm in results.arms.values()]
-        columns[key] = [format_count(value, decimals) for value in values]
-    kept = {key.replace("_", " "): column for key, column in columns.items() if set(column) != {UNKNOWN}}
-    return Table(list(kept), list(zip(*kept.values(), strict=True)), "numbers", "cost and size")
+    each = [vars(arm.cost) | (vars(arm.size) if arm.size else {}) for arm in results.arms.values()]
+    columns = {"model": list(results.arms)}
+    for key in dict.fromkeys(key for one in each for key in one):
+        values = [one.get(key) for one in each]
+        if any(isinstance(value, (int, float)) for value in values):
+            columns[key.replace("_", " ")] = [
+                format_seconds(value) if key.endswith("seconds") else format_count(value, 2 * isinstance(value, float))
+                for value in values
+            ]
+    return Table(list(columns), list(zip(*columns.values(), strict=True)), "numbers", "cost and size")
