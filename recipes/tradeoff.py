@@ -92,6 +92,14 @@ class TradeoffConfig(RunConfig):
                 f"trainer.max_steps and budgets are both given; leave trainer.max_steps out, or set it to the largest "
                 f"budget, {self.budgets[-1]}"
             )
+        own = [name for name in self.compare_to if name != "base" and self.arms[name].max_steps is not None]
+        if self.budgets and own:
+            raise ValueError(
+                f"compare_to: {own[0]} has a max_steps of its own, and budgets compare at equal cost; leave it out of "
+                "compare_to"
+            )
+        if self.margins and "base" in self.compare_to:
+            raise ValueError("compare_to: base is not trained, and margins compare at equal cost; leave it out")
         if self.budgets and self.trainer.lr_schedule != "constant":
             raise ValueError(
                 f"budgets: trainer.lr_schedule is {self.trainer.lr_schedule}, which ends at one length; set it to "

@@ -162,6 +162,11 @@ def test_a_teacher_without_a_length_of_its_own_is_refused() -> None:
         (["--budgets", "[2]", "--trainer.max_steps", "3"], "trainer.max_steps and budgets are both given"),
         (["--budgets", "[2]", "--trainer.lr_schedule", "cosine"], "which ends at one length"),
         (["--margins", "{word.auc: -0.01}"], "margins are given, and budgets is empty"),
+        (["--budgets", "[2]", "--compare_to", "[teacher]"], "compare_to: teacher has a max_steps of its own"),
+        (
+            ["--budgets", "[2]", "--margins", "{word.auc: -0.01}", "--compare_to", "[base]"],
+            "compare_to: base is not trained",
+        ),
         (
             ["--budgets", "[2]", "--margins", "{word.acc: -0.01}"],
             "margins: there is no word.acc; did you mean word.auc?",

@@ -439,7 +439,9 @@ def test_unequal_compute_and_sample_sizes_are_said() -> None:
     arms["a"]["cost"]["image_passes_with_teachers"] = 1000
     assert "Compute differs between the trained models, see Cost and size." in choose(arms).reasons
     arms["c"] = arm(0.95, 3, 0.95, trained=False)
-    assert choose(arms).title == "Take c (not trained here)"
+    assert choose(arms).title == "Take c (without training in this run)"
+    arms["c"] = arm(0.95, 300, 0.95, trained=False)
+    assert choose(arms).title.startswith("First choice: c (without training in this run). ")
     several = {"arms": arms, "provenance": {"seeds": {"training": [0, 1, 2]}}}
     one = "One training seed a model, whose choice no interval covers."
     assert one in sample(parse_metrics(several))  # each of another arm
@@ -1081,6 +1083,12 @@ def test_the_loading_code_is_that_of_the_model_and_of_no_other(tmp_path: Path) -
     assert "folder = 'alpha'" in code("alpha", trained=True)
     hub = {"name": "some/hub", "revision": "r1", "caption_chunks": 2}
     assert "revision='r1'" in code("model", trained=True, base=hub)
+    few = {"settings": {"evaluation": {"scheduler": "lcm", "num_inference_steps": 3}}}
+    (run_dir / "alpha" / "metrics.json").write_text(json.dumps(few))
+    drawn = code("alpha", trained=True, evaluation={"num_inference_steps": 20})
+    assert "LCMScheduler" in drawn and "num_inference_steps=3" in drawn, (
+        "as the student was measured, and not its teacher"
+    )
     (run_dir / "pruned_base").mkdir()
     student = code("model", trained=True, base=hub)
     assert "pruned_base" in student and "some/hub" not in student and "r1" not in student

@@ -155,6 +155,9 @@ class KeyLockOptions(Options):
     """Prefixes of the cross-attention layers whose keys are locked. Empty locks all."""
     locked_tokens: LockedTokens = "words"
     """Tokens whose keys are locked: words (BOS included), tail (EOS and padding), or all."""
+    merge_rank: Count | None = None
+    """With lora: how many ranks the merge adds to the adapters of to_k. More keep the locked keys better and make a
+    larger file. None adds lora.rank."""
     release_after_steps: Count | None = None
     """Let the keys pass over to the trained encoder after this many steps. None keeps them locked."""
     release_over_steps: Count = 100

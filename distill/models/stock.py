@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from distill.files import JsonObject
+from distill.files import JsonObject, read_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 PHANTOM = "checkpoints/phantom-base"
@@ -132,8 +132,11 @@ def code_of(base: str, folder: Path, parts: Mapping[str, str], config: Mapping[s
 
 def code_of_arm(run_dir: Path, arm: str, config: JsonObject, *, trained: bool) -> str:
     """The code that loads a model of a run; empty where no folder is known to hold its weights, as those of the images
-    of another tool. config: the run's. trained: whether the run trained it."""
-    origin = dict(config.get("base") or {})
+    of another tool. config: the run's; an arm that was measured in another way, such as a few-step student, has its
+    own evaluation in its metrics.json. trained: whether the run trained it."""
+    origin, measured = dict(config.get("base") or {}), run_dir / arm / "metrics.json"
+    own = read_json(measured).get("settings") if measured.is_file() else None
+    config = config | ({"evaluation": own["evaluation"]} if own and own.get("evaluation") else {})
     folders = [run_dir / arm]
     if trained:  # by a recipe that trains one model
         folders.append(run_dir)

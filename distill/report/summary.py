@@ -92,8 +92,8 @@ def summarize(results: Results) -> Summary:
         said[f"{a} is better than {first} in {better} and worse in {worse}: choose by what you need."] = True
     others = [a for a in results.compare_to if a != first] or [a for a in arms if a != first][:1]
     others_left = f"{len(rivals)} other model{'s are' if len(rivals) > 1 else ' is'} not ruled out"
-    title = f"First choice: {first}. {others_left}" if rivals else f"Take {first}"
-    title += " (not trained here)" if arms[first].cost.train_seconds is None else ""
+    name = first + (" (without training in this run)" if arms[first].cost.train_seconds is None else "")
+    title = f"First choice: {name}. {others_left}" if rivals else f"Take {name}"
     why = _why(results, first, others, [WORD_AUC, *metrics] if place is IMAGE_ADDS else metrics)
     reasons = [text for text, holds in said.items() if holds]
     return Summary(first, title, [*reasons, *_blind(results, first)], [why], others)
