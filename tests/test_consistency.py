@@ -6,7 +6,8 @@ import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from diffusers import DDIMScheduler, LCMScheduler
 from tiny import tiny_sd, tiny_sdxl
 from training import LORA, batch_of, generator, has_gradient, ready
 
+from distill.config import DenoisingConfig
 from distill.data.batch import Batch, TextEmbeddings
 from distill.methods.base import Noised
 from distill.methods.consistency import Consistency
@@ -199,3 +201,17 @@ def test_consistency_can_be_learned() -> None:
             losses.append(float(terms["consistency"].detach()))
         assert losses[-1] < 0.5 * losses[0], losses
         assert any(not torch.equal(v, before[k]) for k, v in method.denoiser.state_dict().items())
+
+
+@pytest.mark.parametrize(("denoiser", "text_encoder"), [("frozen", "lora"), ("lora", "lora"), ("full", "full")])
+def test_what_consistency_would_not_train_is_refused(denoiser: Any, text_encoder: Any) -> None:
+    student = model_of(tiny_sd())
+    method = Consistency(ConsistencyOptions(), DenoisingConfig())
+
+    def faults(denoiser: Any, text_encoder: Any) -> list[str]:
+        training = SimpleNamespace(denoiser=denoiser, text_encoder=text_encoder, lora=LORA)
+        return method.faults(student, cast(Any, training))
+
+    assert not faults("lora", "frozen")
+    (fault,) = faults(denoiser, text_encoder)
+    assert f"denoiser is {denoiser}, text_encoder {text_encoder}" in fault

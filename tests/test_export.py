@@ -25,7 +25,12 @@ from distill.models.family import Model
 from distill.models.kohya import KOHYA_FILE
 from distill.models.loading import LORA_FILE, load_model
 
-CASES = ("sd-lora", "sd-text-only", "sd-full", "sd-mixed", "sdxl-lora", "sdxl-full")
+CASES = ("sd-lora", "sd-text-only", "sd-full", "sd-mixed", "sd-wide", "sdxl-lora", "sdxl-full", "sdxl-wide")
+WIDE = LoraConfig(
+    denoiser_targets=("to_q", "to_k", "to_v", "to_out.0", "proj_in", "conv1", "net.2", "time_emb_proj"),
+    text_encoder_targets=("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"),
+)
+"""Adapters on other layers than the projections of attention, as configs/sd/distill_steps.yaml has them."""
 RANK, ALPHA = 4, 10.0
 
 STOCK_SCRIPT = """
@@ -86,12 +91,13 @@ def make_trained(folder: Path, case: str) -> Model:
     kind, how = case.split("-", 1)
     method, text = {
         "lora": ("lora", "lora"),
+        "wide": ("lora", "lora"),
         "text-only": ("frozen", "lora"),
         "full": ("full", "full"),
         "mixed": ("full", "lora"),
     }[how]
     model = load(folder, kind)
-    lora = LoraConfig(rank=RANK, alpha=ALPHA)
+    lora = (WIDE if how == "wide" else LoraConfig()).model_copy(update={"rank": RANK, "alpha": ALPHA})
     torch.manual_seed(1)
     prepare_training(model, denoiser=method, text_encoder=text, lora=lora)  # type: ignore[arg-type]
     for module in (model.denoiser, *model.text_encoders):
@@ -193,7 +199,9 @@ FILES = {
         "text_encoder/model.safetensors",
     },
     "sd-mixed": {"unet/config.json", "unet/diffusion_pytorch_model.safetensors", LORA_FILE, KOHYA_FILE},
+    "sd-wide": {LORA_FILE, KOHYA_FILE},
     "sdxl-lora": {LORA_FILE, KOHYA_FILE},
+    "sdxl-wide": {LORA_FILE, KOHYA_FILE},
     "sdxl-full": {
         "unet/config.json",
         "unet/diffusion_pytorch_model.safetensors",

@@ -78,13 +78,26 @@ def test_the_gate_looks_at_the_timesteps_at_which_the_teacher_localizes(layers: 
         for model, table in tables.items()
     }
     for model, by_layer in expected.items():
-        for name, by_group in by_layer.items():
-            assert found.auc[model][name] == pytest.approx(by_group)
+        assert found.auc[model] == {name: pytest.approx(by_layer[name]) for name in layers}
     assert found.layers == tuple(
         n for n in layers if expected["teacher"][n]["words"] >= expected["reference"][n]["words"]
     )
     places = ["ab".index(name) for name in layers]
     assert found.auc_of_timesteps == pytest.approx(tables["teacher"][0, places].mean(axis=0))
+
+
+def test_each_model_is_read_by_its_own_names() -> None:
+    """A teacher with more layers, in another order, and a reference that has the student's."""
+    tables = {"teacher": (("x", "B", "y", "A"), (0.5, 0.9, 0.5, 0.6)), "reference": (("a", "b"), (0.7, 0.7))}
+
+    def layer_auc(model: Any, *_: Any) -> tuple[Any, Sequence[str]]:
+        names, values = tables[model]
+        return np.tile(np.array(values)[None, :, None], (3, 1, len(TIMESTEPS))), names
+
+    models = cast(Any, "teacher"), cast(Any, "reference")
+    found = choose_taught(*models, layer_auc, images=7, layers=["a", "b"], in_teacher=str.upper)
+    assert found.layers == ("b",)
+    assert {name: found.auc["teacher"][name]["words"] for name in "ab"} == pytest.approx({"a": 0.6, "b": 0.9})
 
 
 def test_the_gate_narrows_what_is_asked_for() -> None:

@@ -23,6 +23,7 @@ from diffusers import (
     UNet2DModel,
 )
 from full_size import ARCHITECTURES, VAE_PARAMETERS, Architecture, full_size
+from peft import LoraConfig as PeftLoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -42,6 +43,7 @@ from distill.methods.options import DenoisingOptions
 from distill.models.adapters import add_lora, check_lora_targets, lora_targets, parameter_counts, prepare_training
 from distill.models.export import adapter_state, export
 from distill.models.family import Model, text_faults
+from distill.models.kohya import KOHYA_FILE
 from distill.models.loading import LORA_FILE, load_model, model_of
 from distill.trainer import fit, make_accelerator
 
@@ -432,3 +434,53 @@ def test_the_pooler_of_a_text_encoder_is_not_trained(sd: Model) -> None:
     model = replace(sd, text_encoders=[encoder])  # type: ignore[list-item]
     prepare_training(model, denoiser="frozen", text_encoder="full", lora=LoraConfig())
     assert {name for name, p in encoder.named_parameters() if p.requires_grad} == {"layer.weight", "layer.bias"}
+
+
+def test_an_adapter_file_of_another_tool_is_gone_on_with(bases: dict[str, Path], tmp_path: Path) -> None:
+    """It names each layer in full; those of SDXL's two text encoders have other names."""
+    lora = LoraConfig(rank=2, alpha=4.0)
+    model = load(bases["sdxl"])
+    prepare_training(model, denoiser="lora", text_encoder="lora", lora=lora)
+    export(model, tmp_path / "run")
+    for file in (tmp_path / "run", tmp_path / "run" / KOHYA_FILE):
+        again = load_model(BaseConfig(name=str(bases["sdxl"])), file)
+        prepare_training(again, denoiser="lora", text_encoder="lora", lora=lora)
+        assert all(trainable(module) for module in (again.denoiser, *again.text_encoders))
+    again = load_model(BaseConfig(name=str(bases["sdxl"])), tmp_path / "run" / KOHYA_FILE)
+    fewer = lora.model_copy(update={"denoiser_targets": ("to_q",)})
+    with pytest.raises(UserError, match=r"which end in to_k, to_out.0, to_q, to_v; .*alpha 4.0 on"):
+        prepare_training(again, denoiser="lora", text_encoder="lora", lora=fewer)
+
+
+@pytest.mark.parametrize("kind", ["use_dora", "use_rslora"])
+def test_adapters_that_would_be_exported_wrongly_are_not_trained_on(kind: str, bases: dict[str, Path]) -> None:
+    model = load(bases["sd"]).freeze()
+    targets = ["to_q", "to_k", "to_v", "to_out.0"]
+    model.denoiser.add_adapter(PeftLoraConfig(r=2, lora_alpha=4, target_modules=targets, **{kind: True}))
+    with pytest.raises(UserError, match=r"an adapter of (DoRA|rsLoRA), which cannot be trained further"):
+        add_lora(model.denoiser, LoraConfig(rank=2, alpha=4.0), targets, "denoiser")
+
+
+def test_a_frozen_denoiser_keeps_few_activations_for_a_text_encoder(bases: dict[str, Path]) -> None:
+    for asked in (True, False):
+        model = load(bases["sd"])
+        prepare_training(
+            model, denoiser="frozen", text_encoder="lora", lora=LoraConfig(rank=2), gradient_checkpointing=asked
+        )
+        assert model.denoiser.is_gradient_checkpointing == asked
+        assert model.text_encoders[0].is_gradient_checkpointing == asked
+
+
+def test_epsilon_at_no_signal_is_refused(sd: Model) -> None:
+    config = dict(sd.noise_scheduler.config)
+    config.pop("_use_default_values", None)
+    for kind, is_legal in (("epsilon", False), ("v_prediction", True)):
+        scheduler = type(sd.noise_scheduler).from_config(
+            config | {"rescale_betas_zero_snr": True, "prediction_type": kind}
+        )
+        model = replace(sd, noise_scheduler=scheduler)
+        if is_legal:
+            model.family.check(model)
+            continue
+        with pytest.raises(UserError, match="predicts epsilon, and its schedule ends without signal"):
+            model.family.check(model)

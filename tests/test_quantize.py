@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import bitsandbytes
 import pytest
 import torch
 from tiny import tiny_sd, tiny_sdxl
 from torch import nn
+from transformers import T5Config, T5EncoderModel
 
 from distill.attention.recording import record_attention
 from distill.config import LoraConfig
@@ -148,3 +150,19 @@ def test_stored_size(build: Callable[[], Any]) -> None:
         expected = 2 * numbers + sum(cost(*shape) - 2 * shape[0] * shape[1] for shape in shapes)
         assert megabytes(fewer) == pytest.approx(expected / 1e6)
         assert model_size(fewer, 64) == size, "parameters are counted as numbers, not as bytes"
+
+
+@pytest.mark.parametrize("kind", ["relu", "gated-gelu"])
+def test_t5_keeps_the_layer_whose_type_it_reads(kind: str) -> None:
+    """It casts what that layer reads to the type of its weights: of packed bits, the text would be noise."""
+    torch.manual_seed(0)
+    encoder = T5EncoderModel(
+        T5Config(vocab_size=100, d_model=64, d_kv=32, num_heads=2, d_ff=128, num_layers=4, feed_forward_proj=kind)
+    ).eval()
+    ids = torch.randint(3, 100, (2, 12))
+    exact = encoder(ids)[0].detach()
+    model = cast(Any, SimpleNamespace(denoiser=torch.nn.Module(), text_encoders=[encoder]))
+    quantize(model, "nf4")
+    kinds = {name.split(".")[-1]: type(layer).__name__ for name, layer in encoder.named_modules() if "." in name}
+    assert kinds["wo"] == "Linear" and kinds["q"] == kinds["o"] == "Linear4bit"
+    assert float((encoder(ids)[0].detach() - exact).norm() / exact.norm()) < 0.3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from pathlib import Path
@@ -170,14 +171,21 @@ def test_an_adapter_file_is_as_good_as_its_run_folder(either: Path, base: str, n
         ((), "epsilon", ("epsilon", False)),
     ],
 )
+@pytest.mark.parametrize("is_short", [False, True])
 def test_a_file_that_predicts_v_is_trained_and_drawn_so(
-    extra: tuple[str, ...], said: str | None, expected: tuple[str, bool], folder: Path, tmp_path: Path
+    extra: tuple[str, ...], said: str | None, expected: tuple[str, bool], is_short: bool, folder: Path, tmp_path: Path
 ) -> None:
-    """Its configs are those of any model of its shape."""
+    """Its configs are those of any model of its shape. is_short: they do not name what the file changes, as those on the
+    hub."""
     tensors = load_file(folder / "sd.safetensors") | {name: torch.tensor([]) for name in extra}
     metadata = None if said is None else {"modelspec.prediction_type": said}
     save_file(tensors, tmp_path / "v.safetensors", metadata)
-    model = load_model(BaseConfig(name=str(tmp_path / "v.safetensors"), single_file_config=str(folder / "configs")))
+    configs = shutil.copytree(folder / "configs", tmp_path / "configs")
+    if is_short:
+        path = configs / "scheduler/scheduler_config.json"
+        unnamed = {"prediction_type", "rescale_betas_zero_snr"}
+        path.write_text(json.dumps({k: v for k, v in json.loads(path.read_text()).items() if k not in unnamed}))
+    model = load_model(BaseConfig(name=str(tmp_path / "v.safetensors"), single_file_config=str(configs)))
     for scheduler in (model.noise_scheduler, model.pipeline.scheduler):
         assert (scheduler.config.prediction_type, scheduler.config.rescale_betas_zero_snr) == expected
     assert model.prediction_type == expected[0]

@@ -17,6 +17,8 @@ from transformers import (
     DistilBertConfig,
     DistilBertModel,
     PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaModel,
     T5Config,
     T5EncoderModel,
 )
@@ -293,3 +295,30 @@ def test_the_projection_and_its_quality_are_those_of_least_squares(
     assert pipeline.unet.config.cross_attention_dim == 5 and pipeline.vae is sd.pipeline.vae
     with pytest.raises(UserError, match="9 captions are too few"):
         text_encoder.swap_text_encoder(sd, sd.text_encoders[0], sd.tokenizers[0], captions[:9])
+
+
+def test_a_clip_encoder_is_read_as_the_stock_pipeline_reads_it(sd: Model, tmp_path: Path) -> None:
+    """Its padding is its end token, so that ids do not tell which is which."""
+    sd.text_encoders[0].save_pretrained(tmp_path / "clip")
+    sd.tokenizers[0].save_pretrained(tmp_path / "clip")
+    encoder, tokenizer = load_text_encoder(str(tmp_path / "clip"), max_tokens=sd.max_tokens)
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id
+    swap_text_encoder(sd, encoder, tokenizer, CAPTIONS)[0].save_pretrained(tmp_path / "new")
+    model = load_model(BaseConfig(name=str(tmp_path / "new")))
+    theirs, _ = model.pipeline.encode_prompt(CAPTIONS[:2], "cpu", 1, False)
+    ours, _ = model.encode(model.tokenize(CAPTIONS[:2]))
+    torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("tokens", "fits"), [(40, True), (41, False)])
+def test_roberta_has_fewer_places_than_positions(tokens: int, fits: bool, tmp_path: Path) -> None:
+    """It counts from behind the padding's id, here 1."""
+    size = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    RobertaModel(RobertaConfig(vocab_size=300, max_position_embeddings=42, **size)).save_pretrained(tmp_path)
+    save_tokenizer(tmp_path, start="[CLS]")
+    if fits:
+        encoder, _ = load_text_encoder(str(tmp_path), max_tokens=tokens)
+        assert encoder(torch.full((1, tokens), 7))[0].shape == (1, tokens, 24)
+        return
+    with pytest.raises(UserError, match="has 40 positions"):
+        load_text_encoder(str(tmp_path), max_tokens=tokens)

@@ -194,11 +194,15 @@ def _watched(pipe: DiffusionPipeline, prompts: list[str], maps: PromptMaps) -> I
         drawn = maps.images_per_prompt = images
         return original(*args, **kwargs)
 
+    own = pipe.__dict__.get("encode_prompt")  # of another recorder, or of the user
     pipe.encode_prompt = encode_prompt
     try:
         yield
     finally:
-        del pipe.encode_prompt
+        if own is None:
+            del pipe.encode_prompt
+        else:
+            pipe.encode_prompt = own
 
 
 def to_image(

@@ -157,7 +157,7 @@ def _difference(now: Mapping[str, Any], then: Mapping[str, Any] | None, arm_dir:
     return "" if then["files"] == _files(arm_dir, part) else f"files in {arm_dir} were changed or are missing"
 
 
-def _differ(key: str, now: Mapping[str, Any], then: Mapping[str, Any]) -> bool:
+def _differ(key: str, now: Mapping[str, object], then: Mapping[str, object]) -> bool:
     """Whether both know the hash, which is None where this evaluation does not ask for it, and it is another."""
     return None not in (then.get(key), now.get(key)) and then[key] != now[key]
 

@@ -133,7 +133,12 @@ class AttentionDistillation(Method):
         assert context.layer_auc is not None and self.options.gate_reference is not None
         layers = attention_layers(student.denoiser, self.options.layers)
         reference = context.load(self.options.gate_reference)
-        taught = choose_taught(teacher, reference, context.layer_auc, images=self.options.gate_images, layers=layers)
+        check_same_shape(reference, student)
+        names = [student.family.name_in_teacher(student.denoiser, other.denoiser) for other in (teacher, reference)]
+        taught = choose_taught(
+            teacher, reference, context.layer_auc, images=self.options.gate_images, layers=layers,
+            in_teacher=names[0], in_reference=names[1],
+        )  # fmt: skip
         if context.is_main:
             write_json(context.log_dir / "gate.json", asdict(taught))
         context.say(

@@ -45,6 +45,11 @@ class Consistency(AttentionDistillation):
             faults.append(
                 "denoising.min_snr_gamma weighs the diffusion loss, and consistency has another; leave it out"
             )
+        if training.text_encoder != "frozen" or training.denoiser == "frozen":
+            faults.append(
+                f"method consistency trains the denoiser alone, and denoiser is {training.denoiser}, text_encoder "
+                f"{training.text_encoder}; set them to lora or full, and frozen"
+            )
         return faults
 
     def setup(self, student: Model, context: Context) -> None:

@@ -22,6 +22,7 @@ from distill.methods.options import AttentionMatch, Group
 if TYPE_CHECKING:
     from distill.methods.attention_distillation import AttentionMatch
     from distill.models import Model
+    from distill.models.family import ModuleName
 
 GROUPS: tuple[Group, ...] = ("words", "eos", "padding")
 """Token groups in the order of localization.TOKEN_MAPS."""
@@ -66,25 +67,32 @@ class Taught:
 
 
 def choose_taught(
-    teacher: Model, reference: Model, layer_auc: LayerAuc, *, images: int, layers: Sequence[str]
+    teacher: Model,
+    reference: Model,
+    layer_auc: LayerAuc,
+    *,
+    images: int,
+    layers: Sequence[str],
+    in_teacher: ModuleName = str,
+    in_reference: ModuleName = str,
 ) -> Taught:
     """What the teacher may teach. First the timesteps at which it localizes (`localizing`); then those of `layers`
     whose word maps have at least the reference's AUC there (macro over findings, mean over timesteps); then the token
     groups whose maps have it in these layers, and are better than chance.
 
+    in_teacher, in_reference: name of one of `layers` -> that in the other model, which may have more layers.
     Raises UserError if the teacher has nothing to teach.
     """
     by_cell: dict[str, NDArray[np.float64]] = {}
-    names: tuple[str, ...] = ()
-    for name, model in (("teacher", teacher), ("reference", reference)):
-        by_cell[name], found = layer_auc(model, images, TIMESTEPS, f"gate: {name}")  # (groups, layers, timesteps)
-        names = tuple(found)
-    words = by_cell["teacher"][0, [names.index(layer) for layer in layers]].mean(axis=0)
+    for name, model, there in (("teacher", teacher, in_teacher), ("reference", reference, in_reference)):
+        found, names = layer_auc(model, images, TIMESTEPS, f"gate: {name}")  # (groups, layers, timesteps)
+        by_cell[name] = found[:, [list(names).index(there(layer)) for layer in layers]]
+    words = by_cell["teacher"][0].mean(axis=0)
     first, last = localizing(words)
     table: dict[str, dict[str, dict[str, float]]] = {
         name: {
             layer: {group: float(auc[g, k, first : last + 1].mean()) for g, group in enumerate(GROUPS)}
-            for k, layer in enumerate(names)
+            for k, layer in enumerate(layers)
         }
         for name, auc in by_cell.items()
     }

@@ -222,7 +222,7 @@ class ConsistencyOptions(AttentionMatch):
     kind: Literal["consistency"] = "consistency"
     """What is minimized."""
     teacher: Text = "whole"
-    """The teacher, which is also what the student starts from: `whole` (base and run), a run folder, or a pipeline."""
+    """`whole` (base and run), a run folder, or a pipeline. In distill_steps.py the student starts from it too."""
     solver_steps: Annotated[int, Field(ge=50, le=1000)] = 50
     """Timesteps of the teacher's DDIM path that the student is trained at: a multiple of 50, as LCMScheduler needs."""
     guidance_scale: Annotated[float, Field(ge=1, le=1000)] = 4.0

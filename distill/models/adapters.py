@@ -59,12 +59,21 @@ def add_lora(module: nn.Module, lora: LoraConfig, targets: Sequence[str], part: 
     """
     there = getattr(module, "peft_config", {}).get("default")
     if there is not None:
-        theirs = (there.r, float(there.lora_alpha), set(there.target_modules))
-        if theirs != (lora.rank, float(lora.alpha), set(targets)):
+        if there.use_dora or there.use_rslora:
             raise UserError(
-                f"the {part} has an adapter of rank {there.r}, alpha {there.lora_alpha} on "
-                f"{', '.join(sorted(theirs[2]))}; to "
-                f"go on with it, set lora.rank, lora.alpha and lora.{part}_targets to these"
+                f"the {part} has an adapter of {'DoRA' if there.use_dora else 'rsLoRA'}, which cannot be trained further; "
+                "fuse it into a base, and train a fresh adapter on that"
+            )
+        layers = {n for n, m in module.named_modules() if isinstance(m, LoraLayer)}
+        plain = {n for n, m in module.named_modules() if type(m) in (nn.Linear, nn.Conv2d)}
+        plain -= {f"{n}.{end}" for n in layers for end in ("base_layer", "lora_A.default", "lora_B.default")}
+        wanted = {n for n in layers | plain if any(n == t or n.endswith("." + t) for t in targets)}
+        if (there.r, float(there.lora_alpha)) != (lora.rank, float(lora.alpha)) or layers != wanted:
+            ends = sorted({".".join(n.split(".")[-1 - n.split(".")[-1].isdigit() :]) for n in layers})
+            raise UserError(
+                f"the {part} has an adapter of rank {there.r}, alpha {there.lora_alpha} on {len(layers)} layers, which end "
+                f"in {', '.join(ends)}; the configuration asks for rank {lora.rank}, alpha {lora.alpha} on {len(wanted)} "
+                f"layers. To go on with the adapter, set lora.rank, lora.alpha and lora.{part}_targets to its own"
             )
         for layer in module.modules():
             if isinstance(layer, LoraLayer):  # the file's own dropout, or none, is not what is asked for
@@ -116,7 +125,8 @@ def prepare_training(
                 module.pooler.requires_grad_(False)
         elif how == "lora":
             add_lora(module, lora, lora_targets(model, lora, part), part)
-        if how != "frozen" and gradient_checkpointing:
+        # A gradient for a text encoder passes through a frozen denoiser, whose activations are the most.
+        if gradient_checkpointing and (how != "frozen" or part == "denoiser"):
             enable = getattr(module, "enable_gradient_checkpointing", None) or module.gradient_checkpointing_enable
             enable()
 

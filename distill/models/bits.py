@@ -76,10 +76,12 @@ def check_finite(values: torch.Tensor, dtype: str, what: str) -> None:
 def quantize(model: Model, bits: Bits) -> None:
     """Replace the linear layers of denoiser and text encoders in place; their adapters stay as they are."""
     for module in (model.denoiser, *model.text_encoders):
+        # T5 casts what it reads to the type of such a layer's weights, which would be that of packed bits.
+        whole = set(getattr(module, "_keep_in_fp32_modules", None) or ())
         linear = [
             (name, layer)
             for name, layer in module.named_modules()
-            if type(layer) is nn.Linear and ".lora_" not in f".{name}"
+            if type(layer) is nn.Linear and ".lora_" not in f".{name}" and not whole & set(name.split("."))
         ]
         for name, layer in linear:
             parent, _, child = name.rpartition(".")

@@ -99,6 +99,10 @@ def _adapter(module: nn.Module) -> Any:
 def adapter_state(name: str, module: nn.Module) -> dict[str, torch.Tensor]:
     """The adapter of a module, given its stock name, under the keys that other tools read."""
     state = convert_state_dict_to_diffusers(get_peft_model_state_dict(module))
+    # Only projections of attention were renamed, and a loader takes the names of the first key for those of all.
+    kind = "lora_linear_layer" if name.startswith("text_encoder") else "lora"
+    for old, new in ((".lora_A.", f".{kind}.down."), (".lora_B.", f".{kind}.up.")):
+        state = {key.replace(old, new): value for key, value in state.items()}
     if name.startswith("text_encoder") and not any(key.startswith("text_model.") for key in state):
         # transformers >= 5.6 dropped this level from CLIPTextModel; every other tool and the files in the wild have it.
         state = {f"text_model.{key}": value for key, value in state.items()}

@@ -143,6 +143,12 @@ class Family(ABC):
             raise UserError(
                 f"the base predicts {model.prediction_type!r}; {' and '.join(self.prediction_types)} are supported"
             )
+        alphas = getattr(model.noise_scheduler, "alphas_cumprod", None)
+        if model.prediction_type == "epsilon" and alphas is not None and float(alphas[-1]) == 0:
+            raise UserError(
+                "the base predicts epsilon, and its schedule ends without signal (zero terminal SNR), where epsilon says "
+                "nothing of the image; one of the two in its scheduler_config.json is wrong"
+            )
 
     def check_loaded(self, model: Model) -> None:
         """The same for a base as its files give it, and if its parts do not fit each other."""

@@ -100,4 +100,6 @@ def _set_prediction_type(pipeline: DiffusionPipeline, path: Path, keys: Sequence
         {"rescale_betas_zero_snr": True} if ZERO_SNR in keys else {}
     )
     if change:
-        pipeline.scheduler = type(pipeline.scheduler).from_config({**pipeline.scheduler.config, **change})
+        config = {**pipeline.scheduler.config, **change}
+        config.pop("_use_default_values", None)  # from_config would ignore what the file's own config does not name
+        pipeline.scheduler = type(pipeline.scheduler).from_config(config)

@@ -19,6 +19,7 @@ from transformers import (
     AutoConfig,
     AutoModelForTextEncoding,
     AutoTokenizer,
+    CLIPTextModel,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -82,12 +83,17 @@ def load_text_encoder(
     if tokenizer("").input_ids == []:
         raise UserError(f"text_encoder: the tokenizer of {name} adds no end token, so an empty caption has no token")
     limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None:
+        # RoBERTa counts its positions from behind the padding's id.
+        tables = (m for name, m in encoder.named_modules() if name.endswith("position_embeddings"))
+        limit -= max((m.padding_idx + 1 for m in tables if getattr(m, "padding_idx", None) is not None), default=0)
     if limit is not None and max_tokens > limit:
         raise UserError(f"max_tokens is {max_tokens}, and {name} has {limit} positions")
     tokenizer.model_max_length = max_tokens
     encoder.config.pad_token_id = tokenizer.pad_token_id
-    # The stock pipeline and Model.encode then tell the encoder which tokens are padding.
-    encoder.config.use_attention_mask = True
+    # The stock pipeline and Model.encode then tell the encoder which tokens are padding. CLIP needs no mask: no token sees
+    # a later one, and where its padding is the end token, the mask could not be told from the ids.
+    encoder.config.use_attention_mask = not isinstance(encoder, CLIPTextModel)
     return encoder.eval(), tokenizer
 
 
