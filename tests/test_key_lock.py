@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -440,3 +441,49 @@ def test_labels_at_random_places_train_with_locked_keys(tmp_path: Path) -> None:
     assert has_gradient(student.text_encoders[0].trained) and method.passes(1, 12) == 36
     found = method.finish()
     assert min(found["r2"].values()) > 0.99
+
+
+@pytest.mark.parametrize("trained", ["full", "lora"])
+def test_keys_that_are_not_trained_stay_the_base_s_until_the_merge(trained: Any, tmp_path: Path) -> None:
+    base = BaseConfig(name=str(save_tiny(tmp_path / "base", "sd")))
+    student = load_model(base)
+    prepare_training(student, denoiser=trained, text_encoder=trained, lora=LoraConfig(rank=2, alpha=2.0))
+    options = KeyLockOptions(train_keys=False, locked_layers=("up_blocks",))
+    method = method_of(options, NO_DROPOUT)
+    method.setup(student, context_of(log_dir=tmp_path, captions=lambda count: CAPTIONS))
+    layers = {name: student.denoiser.get_submodule(name) for name in attention_layers(student.denoiser)}
+    for name, layer in layers.items():
+        assert any(p.requires_grad for p in layer.to_k.parameters()) == (not name.startswith("up_blocks"))
+        assert any(p.requires_grad for p in layer.to_v.parameters())
+    before = {name: layer.to_k.state_dict() for name, layer in layers.items() if name.startswith("up_blocks")}
+    before = copy.deepcopy(before)
+    parameters = [p for p in method.parameters() if p.requires_grad]
+    optimizer = torch.optim.SGD(parameters, lr=10.0)
+    method.train()(batch_of(student), generator())["loss"].backward()
+    optimizer.step()
+    for name, state in before.items():
+        assert all(torch.equal(value, state[key]) for key, value in layers[name].to_k.state_dict().items())
+    method.finish()
+    export(student, tmp_path / "run")
+    assert prove_parity(student, load_model(base, run=tmp_path / "run"), "cpu") < 1e-5
+
+
+@pytest.mark.parametrize("asked", [None, 5])
+def test_the_merge_adds_as_many_ranks_as_asked_for(asked: int | None, tmp_path: Path) -> None:
+    student = prepared(tiny_sd, "lora", "lora")
+    method = method_of(KeyLockOptions(merge_rank=asked), NO_DROPOUT)
+    method.setup(student, context_of(log_dir=tmp_path, captions=lambda count: CAPTIONS))
+    rank = student.denoiser.peft_config["default"].r
+    disturb_adapters(student)
+    method.finish()
+    layer = student.denoiser.get_submodule(attention_layers(student.denoiser)[0])
+    assert layer.to_k.r["default"] == rank + (asked or rank)
+
+
+def test_ranks_of_a_merge_are_of_adapters() -> None:
+    method = method_of(KeyLockOptions(merge_rank=5), NO_DROPOUT)
+    student = prepared(tiny_sd, "full", "full")
+    training: Any = SimpleNamespace(denoiser="full", text_encoder="full", lora=LoraConfig())
+    assert method.faults(student, training) == [
+        "method.merge_rank is of the adapters of a denoiser that is trained with lora; leave it out"
+    ]

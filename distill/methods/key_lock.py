@@ -332,6 +332,8 @@ class KeyLocked(Method):
         layers, tokens = self.options.locked_layers, self.options.locked_tokens
         self._lock = lock_keys(student, context.frozen_dtype, layers=layers, tokens=tokens)
         self._context = context
+        for name in () if self.options.train_keys else self._lock.layers:
+            student.denoiser.get_submodule(name).to_k.requires_grad_(False)
         super().setup(student, context)
 
     def state(self) -> dict[str, torch.Tensor]:

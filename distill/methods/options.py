@@ -155,6 +155,9 @@ class KeyLockOptions(Options):
     """Prefixes of the cross-attention layers whose keys are locked. Empty locks all."""
     locked_tokens: LockedTokens = "words"
     """Tokens whose keys are locked: words (BOS included), tail (EOS and padding), or all."""
+    train_keys: bool = True
+    """Train the projections of the locked layers that make keys (to_k) too. With false, the keys of locked tokens stay
+    those of the base until the merge."""
     merge_rank: Count | None = None
     """With lora: how many ranks the merge adds to the adapters of to_k. More keep the locked keys better and make a
     larger file. None adds lora.rank."""
