@@ -6,7 +6,6 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -466,24 +465,3 @@ def test_keys_that_are_not_trained_stay_the_base_s_until_the_merge(trained: Any,
     method.finish()
     export(student, tmp_path / "run")
     assert prove_parity(student, load_model(base, run=tmp_path / "run"), "cpu") < 1e-5
-
-
-@pytest.mark.parametrize("asked", [None, 5])
-def test_the_merge_adds_as_many_ranks_as_asked_for(asked: int | None, tmp_path: Path) -> None:
-    student = prepared(tiny_sd, "lora", "lora")
-    method = method_of(KeyLockOptions(merge_rank=asked), NO_DROPOUT)
-    method.setup(student, context_of(log_dir=tmp_path, captions=lambda count: CAPTIONS))
-    rank = student.denoiser.peft_config["default"].r
-    disturb_adapters(student)
-    method.finish()
-    layer = student.denoiser.get_submodule(attention_layers(student.denoiser)[0])
-    assert layer.to_k.r["default"] == rank + (asked or rank)
-
-
-def test_ranks_of_a_merge_are_of_adapters() -> None:
-    method = method_of(KeyLockOptions(merge_rank=5), NO_DROPOUT)
-    student = prepared(tiny_sd, "full", "full")
-    training: Any = SimpleNamespace(denoiser="full", text_encoder="full", lora=LoraConfig())
-    assert method.faults(student, training) == [
-        "method.merge_rank is of the adapters of a denoiser that is trained with lora; leave it out"
-    ]

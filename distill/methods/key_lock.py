@@ -310,7 +310,7 @@ def _cross_attention(denoiser: nn.Module, prefixes: Sequence[str] = ()) -> list[
 
 
 class KeyLocked(Method):
-    """Fine-tune with locked keys, and merge them at the end. Adapters of to_k then have more ranks."""
+    """Fine-tune with locked keys, and merge them at the end. Adapters of to_k then have twice the rank."""
 
     options: KeyLockOptions
 
@@ -324,8 +324,6 @@ class KeyLocked(Method):
         targets = training.lora.denoiser_targets or student.family.adapter_targets("denoiser")
         if training.denoiser == "lora" and not {"to_k", "attn2.to_k"} & set(targets):
             faults.append("lora.denoiser_targets must hold to_k, whose adapters take in the keys at the end")
-        if training.denoiser != "lora" and self.options.merge_rank is not None:
-            faults.append("method.merge_rank is of the adapters of a denoiser that is trained with lora; leave it out")
         return faults
 
     def setup(self, student: Model, context: Context) -> None:
@@ -361,8 +359,7 @@ class KeyLocked(Method):
         started = time.perf_counter()
         adapter = getattr(self.student.denoiser, "peft_config", {}).get("default")
         captions = context.captions(MERGE_CAPTIONS)
-        rank = (self.options.merge_rank or adapter.r) if adapter else None
-        merged = merge_keys(self._lock, captions, rank=rank, progress=context.is_main)
+        merged = merge_keys(self._lock, captions, rank=adapter.r if adapter else None, progress=context.is_main)
         found = asdict(merged) | {"seconds": time.perf_counter() - started}
         if context.is_main:
             write_json(context.log_dir / "key_lock.json", found)

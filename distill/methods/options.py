@@ -158,9 +158,6 @@ class KeyLockOptions(Options):
     train_keys: bool = True
     """Train the projections of the locked layers that make keys (to_k) too. With false, the keys of locked tokens stay
     those of the base until the merge."""
-    merge_rank: Count | None = None
-    """With lora: how many ranks the merge adds to the adapters of to_k. More keep the locked keys better and make a
-    larger file. None adds lora.rank."""
     release_after_steps: Count | None = None
     """Let the keys pass over to the trained encoder after this many steps. None keeps them locked."""
     release_over_steps: Count = 100
