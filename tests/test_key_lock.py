@@ -465,3 +465,56 @@ def test_keys_that_are_not_trained_stay_the_base_s_until_the_merge(trained: Any,
     method.finish()
     export(student, tmp_path / "run")
     assert prove_parity(student, load_model(base, run=tmp_path / "run"), "cpu") < 1e-5
+
+
+def test_the_readable_loss_is_the_share_that_a_linear_map_leaves(tmp_path: Path) -> None:
+    """Against a loop over token groups; a trained map that restores the keys costs nothing."""
+    student = prepared(tiny_sd, "lora", "lora")
+    method: Any = method_of(KeyLockOptions(readable_weight=0.5), NO_DROPOUT)
+    method.setup(student, context_of(log_dir=tmp_path))
+    disturb_adapters(student)
+    batch = batch_of(student)
+    x = method.noised(batch, generator())
+    embeds = method.embeddings(student, list(method.text_encoders), x).embeds
+    with torch.no_grad():
+        method.reader.weight.add_(0.1 * torch.randn(method.reader.weight.shape, generator=generator()))
+    width = embeds.shape[-1] // 2
+    shares = []
+    for code in (WORD, EOS, PADDING):
+        y, states = embeds[..., :width][x.groups == code], embeds[..., width:][x.groups == code]
+        left = ((states @ method.reader.weight.T - y) ** 2).sum() / ((y - y.mean(dim=0)) ** 2).sum().clamp(min=1e-6)
+        shares.append(float(left.detach()))
+    terms = method.train()(batch, generator())
+    assert float(terms["unreadable"]) == pytest.approx(sum(shares) / 3, rel=1e-4)
+    assert float(terms["loss"]) == pytest.approx(float(terms["denoising"] + 0.5 * terms["unreadable"]), rel=1e-6)
+    terms["unreadable"].backward()
+    assert has_gradient(student.text_encoders[0].trained) and method.reader.weight.grad is not None
+    assert not has_gradient(student.denoiser), "it is of the text alone"
+
+
+def test_the_map_that_reads_keys_is_trained_and_not_exported(tmp_path: Path) -> None:
+    base = BaseConfig(name=str(save_tiny(tmp_path / "base", "sd")))
+    student = load_model(base)
+    prepare_training(student, denoiser="lora", text_encoder="lora", lora=LoraConfig(rank=2, alpha=2.0))
+    method: Any = method_of(KeyLockOptions(readable_weight=1.0), NO_DROPOUT)
+    method.setup(student, context_of(log_dir=tmp_path, captions=lambda count: CAPTIONS))
+    groups = method.parameter_groups(1e-3, 1e-4)
+    assert groups[-1]["lr"] == 1e-3 and groups[-1]["params"][0] is method.reader.weight
+    named = [p for _, p in method.named_parameters() if p.requires_grad]
+    assert sum(len(group["params"]) for group in groups) == len(named)
+    disturb_adapters(student)
+    optimizer = torch.optim.Adam([method.reader.weight], lr=0.02)
+    before = None
+    for _ in range(60):
+        terms = method.train()(batch_of(student), generator())
+        before = float(terms["unreadable"]) if before is None else before
+        optimizer.zero_grad()
+        terms["unreadable"].backward()
+        optimizer.step()
+    assert float(terms["unreadable"].detach()) < 0.7 * (before or 0), "a map that is trained reads more"
+    method.finish()
+    assert set(export(student, tmp_path / "run")) == {"lora"}
+    assert prove_parity(student, load_model(base, run=tmp_path / "run"), "cpu") < 1e-5
+    plain: Any = method_of(KeyLockOptions(), NO_DROPOUT)
+    plain.setup(load_model(base), context_of())
+    assert not hasattr(plain, "reader") and len(plain.parameter_groups(1e-3, 1e-4)) <= 2

@@ -421,6 +421,9 @@ def test_an_adapter_that_is_there_is_gone_on_with(bases: dict[str, Path]) -> Non
     add_lora(model.denoiser, lora, lora_targets(model, lora, "denoiser"), "denoiser")
     assert all(torch.equal(p, before[name]) for name, p in model.denoiser.named_parameters())
     assert all(p.requires_grad == ("lora_" in name) for name, p in model.denoiser.named_parameters())
+    model.denoiser.half()
+    add_lora(model.denoiser, lora, lora_targets(model, lora, "denoiser"), "denoiser")
+    assert {p.dtype for _, p in trainable(model.denoiser)} == {torch.float32}, "half-precision weights train badly"
     with pytest.raises(
         UserError, match=r"an adapter of rank 2, alpha 4.* set lora.rank, lora.alpha and lora.denoiser_targets"
     ):
@@ -480,7 +483,7 @@ def test_epsilon_at_no_signal_is_refused(sd: Model) -> None:
         )
         model = replace(sd, noise_scheduler=scheduler)
         if is_legal:
-            model.family.check(model)
+            model.family.check_loaded(model)
             continue
         with pytest.raises(UserError, match="predicts epsilon, and its schedule ends without signal"):
-            model.family.check(model)
+            model.family.check_loaded(model)

@@ -22,7 +22,7 @@ from distill import draws
 from distill.data.batch import Batch
 from distill.errors import raise_all
 from distill.files import JsonObject
-from distill.methods.base import Context, Method, Terms
+from distill.methods.base import Context, Method, ParameterGroups, Terms
 from distill.methods.options import KeyLockOptions, LockedTokens
 from distill.tokens import EOS, PADDING, WORD
 
@@ -333,6 +333,17 @@ class KeyLocked(Method):
         for name in () if self.options.train_keys else self._lock.layers:
             student.denoiser.get_submodule(name).to_k.requires_grad_(False)
         super().setup(student, context)
+        if self.options.readable_weight > 0:
+            width = len(self._lock.columns[0])
+            self.reader = nn.Linear(width, width, bias=False, device=context.device)
+            nn.init.eye_(self.reader.weight)
+
+    def parameter_groups(
+        self, learning_rate: float, text_encoder_learning_rate: float, text_encoder_steps: int | None = None
+    ) -> ParameterGroups:
+        groups = super().parameter_groups(learning_rate, text_encoder_learning_rate, text_encoder_steps)
+        reads = self.options.readable_weight > 0
+        return [*groups, *([{"params": [self.reader.weight], "lr": learning_rate, "until": None}] if reads else [])]
 
     def state(self) -> dict[str, torch.Tensor]:
         return {} if self.options.release_after_steps is None else {"unlocked": torch.tensor(self._lock.unlocked)}
@@ -345,8 +356,27 @@ class KeyLocked(Method):
             since = draws.step_of(generator) - self.options.release_after_steps
             self._lock.unlock(min(1.0, max(0.0, since / self.options.release_over_steps)))
         x = self.noised(batch, generator)
-        loss = self.denoising_loss(self.predict_student(x), x)
-        return {"loss": loss, "denoising": loss}
+        text = self.embeddings(self.student, list(self.text_encoders), x)
+        loss = self.denoising_loss(self.predict_student(x.on(text.embeds, text.pooled)), x)
+        if self.options.readable_weight == 0:
+            return {"loss": loss, "denoising": loss}
+        unreadable = self._unreadable(text.embeds, x.groups)
+        return {"loss": loss + self.options.readable_weight * unreadable, "denoising": loss, "unreadable": unreadable}
+
+    def _unreadable(self, embeds: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
+        """Mean over token groups of |W x - y|^2 / |y - mean y|^2, with x and y as in `merge_keys` and W the trained `reader`.
+
+        embeds: (batch, tokens, 2 * width), see KeyLockedTextEncoder. groups: (batch, tokens).
+        """
+        with torch.autocast(embeds.device.type, enabled=False):
+            keys, values = (embeds[..., columns.to(embeds.device)].float() for columns in self._lock.columns)
+            shares = []
+            for code in (WORD, EOS, PADDING):
+                y, x = keys[groups == code].detach(), values[groups == code]
+                if len(y) > 1:
+                    spread = (y - y.mean(dim=0)).pow(2).sum()
+                    shares.append((self.reader(x) - y).pow(2).sum() / spread.clamp(min=1e-6))
+            return torch.stack(shares).mean()
 
     def finish(self) -> JsonObject:
         """Merge the keys; key_lock.json says how well that went."""

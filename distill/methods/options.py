@@ -158,6 +158,9 @@ class KeyLockOptions(Options):
     train_keys: bool = True
     """Train the projections of the locked layers that make keys (to_k) too. With false, the keys of locked tokens stay
     those of the base until the merge."""
+    readable_weight: Weight = 0.0
+    """Weight of a loss that keeps the locked keys readable from the trained text encoder by a linear map, as the merge
+    needs: 1 - R^2 of the best map so far."""
     release_after_steps: Count | None = None
     """Let the keys pass over to the trained encoder after this many steps. None keeps them locked."""
     release_over_steps: Count = 100
