@@ -73,6 +73,12 @@ class TradeoffConfig(RunConfig):
     def training_seed(self) -> int:
         return self.seeds[0]
 
+    @property
+    def baselines(self) -> tuple[str, ...]:
+        """Without compare_to the first arm; under budgets, the first whose length is not its own."""
+        equal = [name for name, arm in self.arms.items() if not self.budgets or arm.max_steps is None]
+        return self.compare_to or tuple(equal)[:1]
+
     @model_validator(mode="after")
     def _check(self) -> TradeoffConfig:
         if len(set(self.seeds)) < len(self.seeds):
@@ -126,7 +132,7 @@ def tradeoff(config: TradeoffConfig) -> None:
             own = folder / f"seed-{seed}"
             share_base([folder], own / "base")
             one_seed(config, seed, own)
-        finish_seeds(folder, config.compare_to)
+        finish_seeds(folder, config.baselines)
 
 
 def at_equal_cost(config: TradeoffConfig, folder: Path) -> None:
@@ -146,11 +152,10 @@ def at_equal_cost(config: TradeoffConfig, folder: Path) -> None:
             one_seed(config, seed, own, budget, shorter)
             shorter = own
     for of_seeds in folders.values():
-        finish_seeds(of_seeds, config.compare_to)
+        finish_seeds(of_seeds, config.baselines)
     if process_state().is_main_process:
         compared = [name for name, arm in config.arms.items() if arm.max_steps is None]
-        parents = config.compare_to or tuple(compared)[:1]
-        proof = write_proof(folder, folders, arms=compared, compare_to=parents, margins=config.margins)
+        proof = write_proof(folder, folders, arms=compared, compare_to=config.baselines, margins=config.margins)
         print(f"at equal cost: {proof}\n        {folder / 'proof.json'}")
         if looks := write_signals(folder, folders):
             print(f"looks at validation images and held-out quality: {looks}")
@@ -187,7 +192,7 @@ def one_seed(
     from distill.experiment.train import dry_run, train_arm
 
     own, arms, left_out = at_budget(config, seed, folder, budget)
-    run = open_run(own, arms, compare_to=config.compare_to or (next(iter(arms)),))
+    run = open_run(own, arms, compare_to=config.baselines)
     if config.dry_run:
         return dry_run(run)
     for name, reason in left_out.items():

@@ -150,7 +150,7 @@ def test_intervals_are_at_most_the_budget(tmp_path: Path) -> None:
 
 
 def test_a_teacher_without_a_length_of_its_own_is_refused() -> None:
-    with pytest.raises(UserError, match=r"arms.distilled: .* set arms.teacher.max_steps"):
+    with pytest.raises(UserError, match=r"arms.distilled: .* like teacher with max_steps"):
         spent(ARMS | {"teacher": {}}, 30)
 
 
@@ -413,3 +413,11 @@ def test_two_budgets_and_two_seeds_give_a_proof(
     before = len(trained)
     run("tradeoff", command)
     assert len(trained) == before, "a finished comparison is read"
+
+
+def test_without_compare_to_the_first_arm_of_no_length_of_its_own_is_the_baseline() -> None:
+    recipe = recipe_module("tradeoff")
+    arms = {"teacher": ARMS["teacher"], **ARMS}
+    for options, expected in ((["--budgets", "[2]"], ("frozen",)), ([], ("teacher",))):
+        assert parse(recipe.TradeoffConfig, [*arms_argv(**arms), *options]).baselines == expected
+    assert parse(recipe.TradeoffConfig, [*arms_argv(**arms), "--compare_to", "[learnable]"]).baselines == ("learnable",)

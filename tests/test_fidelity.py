@@ -117,7 +117,20 @@ def test_intervals_are_of_whole_patients(tmp_path: Path) -> None:
         next(resample_counts(10, CONFIG.bootstrap_samples, CONFIG.seed + k))[:, np.arange(60) // 6] for k in (0, 1)
     ]
     distances = kernel_distance(real.features, generated.features, *blocks)
-    assert found["kid_ci"] == pytest.approx(np.quantile(distances, [0.025, 0.975]))
+    expected = np.quantile(distances + found["kid"] - distances.mean(), [0.025, 0.975])
+    assert found["kid_ci"] == pytest.approx(expected)
+    near = torch.randn(20, 6, generator=torch.Generator().manual_seed(2), dtype=torch.float64).repeat_interleave(
+        3, dim=0
+    )
+    alike = [
+        replace(side, features=near + 0.1 * side.features + shift, groups=[f"{i // 3}" for i in range(60)])
+        for side, shift in ((sides[0], 0.0), (sides[1], 0.3))
+        if side.features is not None
+    ]
+    kid = compare(alike[1], alike[0], dataset, CONFIG, None)
+    assert kid["kid_ci"][0] < kid["kid"] < kid["kid_ci"][1], (
+        "a resample holds more pairs of one patient, which are alike"
+    )
     by_image = compare(generated, real, dataset, CONFIG, None)
     assert found["fid_ci"] != by_image["fid_ci"] and found["fid"] == by_image["fid"]
     alone = compare(replace(generated, groups=["p"] * 60), sides[0], dataset, CONFIG, None)

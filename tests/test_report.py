@@ -1089,6 +1089,9 @@ def test_the_loading_code_is_that_of_the_model_and_of_no_other(tmp_path: Path) -
     assert "LCMScheduler" in drawn and "num_inference_steps=3" in drawn, (
         "as the student was measured, and not its teacher"
     )
+    for damage in ("{", "[1]", '{"settings": 3}'):
+        (run_dir / "alpha" / "metrics.json").write_text(damage)
+        assert "LCMScheduler" not in code("alpha", trained=True)
     (run_dir / "pruned_base").mkdir()
     student = code("model", trained=True, base=hub)
     assert "pruned_base" in student and "some/hub" not in student and "r1" not in student

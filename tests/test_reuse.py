@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from distill.cli import parse
 from distill.config import FullEvaluation
 from distill.evaluation.evaluate import HeldOut
 from distill.evaluation.fidelity import Generated
+from distill.evaluation.protocols import queries
 from distill.experiment import results, train
 from distill.experiment import run as run_module
 from distill.models.family import Model
@@ -264,17 +266,24 @@ def test_a_run_that_keeps_the_maps_of_some_models_ends_with_a_report(work: Path,
 def test_hashes_hold_what_decides_each_part(sd: Model) -> None:
     """Captions of examples also where localization reads phrases: word maps are of them."""
 
-    def hashes(caption: str, *parts: str, training: int = 0) -> dict[str, Any]:
+    def hashes(caption: str, *parts: str, training: int = 0, patient: str = "p", shift: int = 3) -> dict[str, Any]:
         found = [sample("a", caption, ("edema", "the edema")), sample("b", "No edema."), sample("c", "Edema.")]
         data = Listed(found, WORDS)
         copied_from = Listed([sample(f"t{training}", "Edema.")], WORDS)
-        against = HeldOut(data, [0], None, Generated([], None, None), {}, copied_from=copied_from)
-        config = FullEvaluation(parts=parts or ("quality",))
+        data.patient = lambda index: patient  # type: ignore[attr-defined]
+        config = FullEvaluation(parts=parts or ("quality",), localization_text="phrase")
+        asked = [replace(query, tokens=((shift,),)) for query in queries(data, sd, config)]
+        against = HeldOut(data, [0], None, Generated([], None, None), {}, copied_from=copied_from, asked=asked)
         return against.made_of(sd, "weights", config, 64)
 
     before, after = hashes("Edema."), hashes("An edema.")
     assert all(before[part]["data"] != after[part]["data"] for part in before)
-    assert before["localization"]["pairs"] == after["localization"]["pairs"], "none are asked here"
+    assert before["localization"]["pairs"] == after["localization"]["pairs"], "the phrase is the same"
+    other = hashes("Edema.", patient="q")
+    assert all(before[part]["data"] != other[part]["data"] for part in before), "its intervals are others"
+    tokens = hashes("Edema.", shift=4)["localization"]
+    assert tokens["data"] != before["localization"]["data"], "maps of other tokens"
+    assert tokens["pairs"] == before["localization"]["pairs"], "models with other tokenizers are compared"
     assert before["memorization"]["compared"] is None
     one, two = (hashes("Edema.", "quality", "memorization", training=k)["memorization"] for k in (0, 1))
     assert one["compared"] != two["compared"] and one["data"] == two["data"] == before["memorization"]["data"]

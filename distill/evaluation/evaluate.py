@@ -11,7 +11,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -333,6 +333,7 @@ class HeldOut:
         ]
         shown = [[i, self.dataset.caption(i)] for i in self.examples]
         pairs = [query_key(self.dataset, query) for query in self.asked]
+        alike = [query_key(self.dataset, replace(query, tokens=())) for query in self.asked]  # for any tokenizer
         told = priors_key(self.dataset, self.training, self.asked, config) if self.asked else None
         compared: list[list[str]] | None = None
         if self.copied_from is not None and "memorization" in config.parts:
@@ -343,7 +344,7 @@ class HeldOut:
             "localization": {
                 "weights": weights,
                 "data": digest(pairs, told, shown),
-                "pairs": digest(pairs),
+                "pairs": digest(alike),
                 "options": located,
             },
             "quality": {

@@ -45,8 +45,8 @@ def spend(arms: Mapping[str, Arm], budget: int, processes: int) -> tuple[dict[st
         needed = _needed(arms, arm)
         if free := [other for other in needed if not arms[other].fixed_steps]:
             raise UserError(
-                f"arms.{name}: under budgets, {free[0]}, which it is taught by, needs a length of its own: set "
-                f"arms.{free[0]}.max_steps; its training counts as a part of the cost of {name}"
+                f"arms.{name}: under budgets, {free[0]}, which it is taught by, needs a length of its own: add an arm that is "
+                f"like {free[0]} with max_steps, and let {name} be taught by it; its training counts as a part of the cost"
             )
         before = sum(passes_of(arms[other], processes) for other in needed) + _setup_passes(arm, processes)
         before += sum(_trained_before([arm, *(arms[other] for other in needed)], arms))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from distill.errors import UserError
 from distill.files import JsonObject, read_json
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -135,8 +137,8 @@ def code_of_arm(run_dir: Path, arm: str, config: JsonObject, *, trained: bool) -
     of another tool. config: the run's; an arm that was measured in another way, such as a few-step student, has its
     own evaluation in its metrics.json. trained: whether the run trained it."""
     origin, measured = dict(config.get("base") or {}), run_dir / arm / "metrics.json"
-    own = read_json(measured).get("settings") if measured.is_file() else None
-    config = config | ({"evaluation": own["evaluation"]} if own and own.get("evaluation") else {})
+    with contextlib.suppress(UserError, AttributeError, KeyError, TypeError):  # a base has none, and it may be damaged
+        config = config | {"evaluation": read_json(measured)["settings"]["evaluation"]}
     folders = [run_dir / arm]
     if trained:  # by a recipe that trains one model
         folders.append(run_dir)
