@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
+from recipe import ROOT
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
@@ -350,3 +352,30 @@ def test_an_export_that_fails_leaves_the_one_before_it_whole(
 def test_nothing_trainable_is_a_defect_of_the_caller(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="nothing is trainable"):
         export(load(folder, "sd").freeze(), tmp_path)
+
+
+def shipped_targets() -> list[tuple[str, tuple[str, ...]]]:
+    """Configurations with layers of their own that get adapters."""
+    found = []
+    for path in sorted((ROOT / "recipes/configs").rglob("*.yaml")):
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for part in (config, *(config.get("arms") or {}).values()):
+            if isinstance(part, str):  # a run folder, of compare.py
+                continue
+            if targets := (part.get("lora") or {}).get("denoiser_targets"):
+                found.append((path.relative_to(ROOT / "recipes/configs").as_posix(), tuple(targets)))
+    return found
+
+
+@pytest.mark.parametrize(("name", "targets"), shipped_targets())
+def test_adapters_of_shipped_configurations_load_back(
+    name: str, targets: tuple[str, ...], folder: Path, tmp_path: Path
+) -> None:
+    model = load(folder, "sdxl" if "sdxl" in name else "sd")
+    lora = LoraConfig(rank=2, denoiser_targets=targets)
+    prepare_training(model, denoiser="lora", text_encoder="frozen", lora=lora)
+    for key, parameter in model.denoiser.named_parameters():
+        if "lora_" in key:
+            parameter.data += 0.2 * torch.randn(parameter.shape)
+    export(model, tmp_path)
+    assert prove_parity(model, load(folder, "sdxl" if "sdxl" in name else "sd", tmp_path), "cpu") < 1e-5
