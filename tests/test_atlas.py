@@ -498,3 +498,21 @@ def test_run_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:
     assert names(()) == {"base": None}
     with pytest.raises(UserError, match="a folder is given twice"):
         names(("x/frozen", "x/../x/frozen"))
+
+
+def test_the_difference_on_test_images_draws_patients(sd: Model, tmp_path: Path) -> None:
+    found = []
+    for patient in ("", "one"):
+        data = PhantomDataset("test", 6, 0, 64)
+        data.patient = lambda index, name=patient: name  # type: ignore[attr-defined]
+        layers = tuple(sd.family.attention_layers(sd.denoiser)[:1])
+        options = {"localization_images": 4, "bootstrap_samples": 20}
+        config = FullEvaluation.model_validate(options)
+        subset = AttentionSubset(layers, (300,))
+        shared = {"accelerator": Accelerator(), "folder": tmp_path / f"of {patient}"}
+        result = library.compare_on_test(sd, data, config, subset, **shared)  # type: ignore[arg-type]
+        assert result is not None
+        found.append(result["difference"]["auc"])
+    by_image, of_one = found
+    assert by_image["value"] == of_one["value"] and by_image["ci"] is not None
+    assert of_one["ci"] is None, "one patient has no interval"

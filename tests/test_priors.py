@@ -555,3 +555,17 @@ def test_seeds_pair_what_is_made_of_all_maps(tmp_path: Path, key: str) -> None:
     older = metrics["paired"]["older - frozen"]
     assert f"word.{key}" not in older and "word.auc" in older, "a run from before this number"
     assert f"word.{key}" not in metrics["arms"]["older"]["per_seed"]["3"]
+
+
+def test_intervals_of_blind_maps_draw_patients(tmp_path: Path) -> None:
+    """And a kept result is not used where the patients are others."""
+    accelerator, found = Accelerator(), []
+    for patient in ("", "one", "two"):
+        held_out = rectangles("b", 6)
+        held_out.patient = lambda i, name=patient: name and (name if name == "one" else f"p{i // 2}")  # type: ignore[attr-defined]
+        asked = asked_of(held_out)
+        found.append(priors(held_out, None, asked, CONFIG, accelerator=accelerator, folder=tmp_path)["centre"])
+    by_image, of_one, by_patient = found
+    assert by_image["auc"] == of_one["auc"] == by_patient["auc"]
+    assert by_image["auc_ci"] is not None and of_one["auc_ci"] is None, "one patient has no interval"
+    assert by_patient["auc_ci"] not in (None, by_image["auc_ci"])
