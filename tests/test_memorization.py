@@ -13,6 +13,7 @@ import torch
 from accelerate import Accelerator
 from PIL import Image
 from recipe import recipe_module, refusal_of
+from scipy.stats import hypergeom
 from test_evaluate import CONFIG, cost
 from test_reuse import never
 from tiny import save_tiny
@@ -77,6 +78,22 @@ def test_copies_are_found_and_shown(mirrored: bool, sd: Model, tmp_path: Path, m
     assert (generated - training).abs().max() < 0.01 < (generated - other).abs().max()
     number = int(rows[0]["training"])
     assert (training - (TRAINING[number].pixel_values + 1) / 2).abs().max() < 0.01
+
+
+class OfPatients(PhantomDataset):
+    """Patients of two images each."""
+
+    def patient(self, index: int) -> str:
+        return f"{self.split} {index // 2}"
+
+
+def test_images_of_one_patient_are_one_observation(sd: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "generate", drawing(TRAINING))
+    monkeypatch.setitem(globals(), "TRAINING", OfPatients("train", 16, 0, 64))
+    found = measured(sd, tmp_path, held=OfPatients("test", 14, 0, 64))["memorization"]
+    # 12 copies of 6 patients, of 8 and 7; leaving one of a patient's two images out leaves no patient out.
+    assert (found["training_images"], found["neighbours"], found["chance"]) == (16, 6, 8 / 15)
+    assert found["p"] == pytest.approx(2 * hypergeom.sf(5, 15, 8, 6))
 
 
 def test_an_image_is_not_compared_with_the_held_out_image_of_its_own_caption(

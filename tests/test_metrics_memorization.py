@@ -83,6 +83,12 @@ def test_closeness_is_the_mann_whitney_test_with_ties() -> None:
         expected.pvalue
     )
     assert found["z"] > 0 and found["auc_ci"][0] < found["auc"] < found["auc_ci"][1]  # type: ignore[index]
+    in_pairs = closeness(
+        generated, held_out[np.repeat(np.arange(12), 2)], samples=200, groups=np.repeat(np.arange(12), 2)
+    )
+    alone = closeness(generated, held_out[np.repeat(np.arange(12), 2)], samples=200)
+    width = [found["auc_ci"][1] - found["auc_ci"][0] for found in (in_pairs, alone)]  # type: ignore[index]
+    assert in_pairs["auc"] == alone["auc"] and width[0] > 1.1 * width[1], "two images of a patient are one observation"
     turned = closeness(held_out, generated, samples=10)
     assert turned["auc"] == pytest.approx(1 - found["auc"]) and turned["z"] == pytest.approx(-found["z"])
 

@@ -19,11 +19,12 @@ from accelerate.utils import broadcast_object_list
 
 from distill.config import FullEvaluation
 from distill.data.cache import SHARD_ROWS, cache_vectors, model_fingerprint, read_vectors
-from distill.data.sample import ImageCaptionDataset, Sample, image_key
+from distill.data.sample import ImageCaptionDataset, Sample, group_key, image_key
 from distill.errors import UserError
 from distill.evaluation.images import read_png, save_png
 from distill.evaluation.kept import digest, features_key
 from distill.files import JsonObject, write_atomic
+from distill.metrics.bootstrap import numbered
 from distill.metrics.features import Features
 from distill.metrics.memorization import (
     THUMBNAIL_PX,
@@ -47,13 +48,15 @@ CLOSENESS_IMAGES = 1000
 
 
 class Pool:
-    """The different images of a data set: of rows with one picture the first. place: fingerprint -> number here."""
+    """The different images of a data set: of rows with one picture the first. place: fingerprint -> number here.
+    groups: (images,) number of each one's patient."""
 
     def __init__(self, dataset: ImageCaptionDataset) -> None:
         self.dataset, self.rows, self.place = dataset, list[int](), dict[str, int]()
         for row in range(len(dataset)):
             if self.place.setdefault(dataset.fingerprint(row), len(self.rows)) == len(self.rows):
                 self.rows.append(row)
+        self.groups = numbered([group_key(dataset, row) for row in self.rows])
 
     findings: Sequence[str] = ()
     query_words: dict[str, Sequence[str]] = {}
@@ -150,7 +153,9 @@ def _compare(
 ) -> JsonObject:
     """generated: vectors of the images, and of their mirror images. files: of the vectors of training and held-out
     images. left_out: the held-out image that is none for each image."""
-    counts = len(pools[0]), len(pools[1]) - int((left_out >= 0).any())
+    patients, sizes = int(pools[0].groups.max()) + 1, np.bincount(pools[1].groups)
+    # Leaving an image out leaves a patient out where it is the only one.
+    counts = patients, len(sizes) - int((sizes[pools[1].groups[left_out[left_out >= 0]]] == 1).any())
     draws = config.bootstrap_samples, config.seed
     near: dict[str, tuple[Nearest, Nearest]] = {}
     found: dict[str, Copies] = {}
@@ -163,10 +168,13 @@ def _compare(
         near[space] = nearer(plain[0], mirrored[0]), nearer(plain[1], mirrored[1])
         real = torch.cat([*read_vectors(files[1][: -(-CLOSENESS_IMAGES // SHARD_ROWS)], space)])[:CLOSENESS_IMAGES]
         apart = nearest(real, read_vectors(files[0], space)).distance
-        found[space] = copies(*near[space], *counts, *draws)
-        near_by[space] = closeness(plain[0].distance, apart, *draws)
+        own, other = (
+            Nearest(side.distance, pool.groups[side.row]) for side, pool in zip(near[space], pools, strict=True)
+        )
+        found[space] = copies(own, other, *counts, *draws)
+        near_by[space] = closeness(plain[0].distance, apart, *draws, groups=pools[1].groups[: len(apart)])
     _write_pairs(near, pools, images, arm_dir)
-    used = {"images": len(images), "training_images": counts[0], "held_out_images": len(pools[1])}
+    used = {"images": len(images), "training_images": len(pools[0]), "held_out_images": len(pools[1])}
     return {**verdict(found), **used, "spaces": {name: {**found[name], "closeness": near_by[name]} for name in found}}
 
 

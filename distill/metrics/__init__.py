@@ -30,6 +30,15 @@ from distill.metrics.maps import (
     remove_orphans,
 )
 from distill.metrics.quality import Diversity, finding_auroc, frechet_distance, frechet_interval, ms_ssim_betas
+from distill.metrics.synchronized import (
+    CopiedShare,
+    FindingAUC,
+    FrechetDistance,
+    ImageTextSimilarity,
+    KernelDistance,
+    NearerThanHeldOut,
+    PrecisionRecallDensityCoverage,
+)
 
 __all__ = [
     "FIDELITY",
@@ -39,16 +48,23 @@ __all__ = [
     "AttentionMass",
     "BoxIoU",
     "CentreDistance",
+    "CopiedShare",
     "Diversity",
+    "FindingAUC",
+    "FrechetDistance",
+    "ImageTextSimilarity",
     "IoUAtThreshold",
+    "KernelDistance",
     "LocalizationMetric",
     "Manifolds",
     "MeanIoU",
     "MixtureIoU",
     "MixtureMetric",
     "MixtureTwoClassIoU",
+    "NearerThanHeldOut",
     "PixelAUROC",
     "PointingGame",
+    "PrecisionRecallDensityCoverage",
     "SignedCNR",
     "ThresholdAUROC",
     "bootstrap_interval",

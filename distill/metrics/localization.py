@@ -21,6 +21,7 @@ from torch import Tensor
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
+from distill.metrics.gathering import GatheredMetric
 from distill.metrics.maps import min_max, mixture_masks, otsu_threshold, require_finite, require_maps
 
 MASS_GROUPS = ("bos", "words", "eos", "padding")
@@ -70,7 +71,7 @@ def _edges(boxes: Boxes, size: tuple[int, int], device: torch.device) -> list[Te
     return corners
 
 
-class LocalizationMetric(Metric, ABC):
+class LocalizationMetric(GatheredMetric, ABC):
     """Average over (image, finding) pairs of a score of one map against one mask.
 
     average: "macro" is the mean over findings of the mean over the pairs of each; "micro" the mean over all pairs.
@@ -78,23 +79,20 @@ class LocalizationMetric(Metric, ABC):
     gather the pairs of all processes, so that every process must call them.
     """
 
-    is_differentiable = False
     higher_is_better = True
-    full_state_update = False
     needs_boxes = False
     finding_indices: list[Tensor]
     image_indices: list[Tensor]
 
-    def __init__(self, average: Literal["macro", "micro"] = "macro", **kwargs: Any) -> None:
-        super().__init__(**kwargs)
-        if average not in ("macro", "micro"):
-            raise ValueError(f"average must be 'macro' or 'micro'; got {average!r}")
-        self.average = average
+    def __init__(self, average: Literal["macro", "micro"] = "macro", **kwargs: object) -> None:
         # A MetricCollection merges metrics whose states are equal after the first batch, and two scores of an easy
         # batch can both be 1. The name of the class in the name of the state keeps them apart.
         self._value_state = f"values_{type(self).__name__}"
-        for state in (self._value_state, "finding_indices", "image_indices"):
-            self.add_state(state, [], dist_reduce_fx="cat")
+        indices = {"finding_indices": torch.int64, "image_indices": torch.int64}
+        super().__init__({self._value_state: torch.float64} | indices, **kwargs)
+        if average not in ("macro", "micro"):
+            raise ValueError(f"average must be 'macro' or 'micro'; got {average!r}")
+        self.average = average
 
     @abstractmethod
     def score(self, pairs: Pairs) -> Tensor:
@@ -190,17 +188,6 @@ class LocalizationMetric(Metric, ABC):
             ("image_indices", image_indices),
         ):
             getattr(self, state).append(new.to(self.device))
-
-    def sync(self, *args: Any, **kwargs: Any) -> None:
-        # torchmetrics lets a process without any pair join the gathering with float32, whatever the others hold.
-        for state, dtype in (
-            (self._value_state, torch.float64),
-            ("finding_indices", torch.int64),
-            ("image_indices", torch.int64),
-        ):
-            if not len(getattr(self, state)):
-                getattr(self, state).append(torch.zeros(0, dtype=dtype, device=self.device))
-        super().sync(*args, **kwargs)
 
     def compute(self) -> Tensor:
         values, findings, _ = self._pairs()

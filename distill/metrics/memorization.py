@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from scipy.stats import hypergeom, norm, rankdata
 from torch import Tensor
 
-from distill.metrics.bootstrap import bootstrap_interval, percentile_interval, resample_counts
+from distill.metrics.bootstrap import bootstrap_interval, image_counts, percentile_interval
 from distill.metrics.quality import weighted_auroc
 
 Array = NDArray[np.float64]
@@ -83,11 +83,19 @@ class Closeness(TypedDict):
     p: float
 
 
-def closeness(generated: Array, held_out: Array, samples: int = 1000, seed: int = 0) -> Closeness:
+def closeness(
+    generated: Array,
+    held_out: Array,
+    samples: int = 1000,
+    seed: int = 0,
+    *,
+    groups: NDArray[np.int64] | None = None,
+) -> Closeness:
     """The data-copying test of Meehan, Chaudhuri, Dasgupta 2020, arXiv 2004.05675, with one cell: a Mann-Whitney test.
 
     generated: (n,), held_out: (m,) distances to the nearest training image. The sign of z is turned: above 0 means that
-    generated images are nearer. The interval draws images of both sides; p and the interval assume independent images.
+    generated images are nearer. The interval draws generated images, and held-out images or whole groups of them:
+    groups, (m,), see `bootstrap.numbered`. p assumes independent images.
     A small distance is not yet a copy: an image that is smoother than real ones is near to everything. `copies` does
     not have this fault.
     """
@@ -98,8 +106,13 @@ def closeness(generated: Array, held_out: Array, samples: int = 1000, seed: int 
     ties = np.unique(rankdata(distances), return_counts=True)[1].astype(np.float64)
     spread = np.sqrt(((m + n + 1) - (ties**3 - ties).sum() / ((m + n) * max(m + n - 1, 1))) / (12 * m * n))
     z = (area - 0.5) / spread if spread > 0 else 0.0
-    draws = zip(*(np.concatenate(list(resample_counts(k, samples, seed + k))) for k in (m, n)), strict=True)
-    counts = np.stack([np.concatenate(pair) for pair in draws])
+    counts = np.zeros((samples, m + n))
+    sides = (np.arange(m) if groups is None else groups, m), (np.arange(n), n)
+    for columns, (drawn, size) in zip((slice(0, m), slice(m, None)), sides, strict=True):
+        start = 0
+        for block in image_counts(drawn, samples, seed + size):
+            counts[start : start + len(block), columns] = block
+            start += len(block)
     resampled = weighted_auroc(distances, is_held_out, counts)
     return {"auc": area, "auc_ci": percentile_interval(resampled, 0.95), "z": float(z), "p": float(norm.sf(z))}
 
@@ -125,8 +138,10 @@ def copies(
     """How many generated images are copies of training images, and whether that is more than chance.
 
     training, held_out: the nearest of `training_count` and of `held_out_count` images, for the same generated images.
+    Where patients have several images, `row` is the number of the patient, and counts are of patients.
 
-    Assumed: images came into the training or the held-out split by chance, and the model saw the training split only.
+    Assumed: images (or patients) came into the training or the held-out split by chance, and the model saw the training
+    split only.
     Then a model that does not copy would have drawn the same images had the splits been others, and the nearest image
     of all is a training image with probability N / (N + M). All images are used, for a subset of the training images as
     large as the held-out set would hide most of what was copied.
