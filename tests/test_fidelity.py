@@ -75,6 +75,17 @@ def test_real_images_have_the_floor_of_each_finding(sd: Model, accelerator: Acce
     assert floor["edema"]["finding_auc"] == 1 and "finding_auc" not in floor["pleural effusion"]
 
 
+def test_the_floor_is_between_images_of_other_patients(
+    sd: Model, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = CONFIG.model_copy(update={"generated_images": 40, "parts": ("quality",)})
+    dataset = pictures(80)
+    for patients, has_floor in ((80, True), (1, False)):
+        monkeypatch.setattr(dataset, "patient", lambda index, n=patients: str(index % n), raising=False)
+        against = held_out(dataset, sd, config, Means(), accelerator=accelerator, run_dir=tmp_path)
+        assert (against.quality["fid"] is not None) == has_floor
+
+
 # --- negations ----------------------------------------------------------------------------------------------------------
 
 CAPTIONS = {

@@ -417,8 +417,9 @@ def held_out(
 ) -> HeldOut:
     """Choose the example images, write them to real/, and score real images as if they were generated.
 
-    FIDELITY of the real row is between the real images that the arms are compared with and as many others, so that it
-    shows what the values are at this number of images when nothing is wrong. training: for the prior `mean_mask`.
+    FIDELITY of the real row is between the real images that the arms are compared with and as many others, of other
+    patients, so that it shows what the values are at this number of images when nothing is wrong. training: for the
+    prior `mean_mask`.
     copied_from: the training images for memorization. image_text: the model for similarity.
     """
     dataset = Remembered(dataset)
@@ -428,8 +429,8 @@ def held_out(
         write_examples(dataset, examples, run_dir / "real")
     order = evaluation_order(dataset, examples, len(dataset))
     first, rest = order[: config.generated_images], order[config.generated_images :]
-    taken = {image_key(dataset, i) for i in first}
-    others = [i for i in rest if image_key(dataset, i) not in taken][: config.generated_images]
+    taken = {group_key(dataset, i) for i in first}
+    others = [i for i in rest if group_key(dataset, i) not in taken][: config.generated_images]
     real = real_images(dataset, first, features, accelerator, config.batch_size)
     if accelerator.is_main_process:
         save_features(real, dataset, features, run_dir / "real" / "features.safetensors")

@@ -23,7 +23,7 @@ from distill.attention.heat_maps import aggregate, normalize, select_tokens
 from distill.attention.recording import attention_layers, record_attention
 from distill.config import BaseConfig, FullEvaluation
 from distill.data.loading import load_dataset
-from distill.data.sample import ImageCaptionDataset
+from distill.data.sample import ImageCaptionDataset, group_key
 from distill.data_config import AnyData
 from distill.errors import UserError
 from distill.evaluation.evaluate import finite
@@ -43,6 +43,7 @@ from distill.experiment.benchmark_memory import Row, forward_inputs, full_size, 
 from distill.experiment.fresh_process import Parts
 from distill.experiment.run import quiet_libraries
 from distill.metrics import PixelAUROC, macro_mean_interval
+from distill.metrics.bootstrap import numbered
 from distill.models import Model, load_model
 
 
@@ -112,13 +113,14 @@ def against_paper(model: Model, dataset: ImageCaptionDataset, config: FullEvalua
     result |= {"layers": names, "timesteps": list(config.timesteps)}
     for name, rows in scores.items():
         areas, findings, images = zip(*rows, strict=True)
+        groups = numbered([group_key(dataset, image) for image in images])
         by_finding = [[v for v, f in zip(areas, findings, strict=True) if f == g] for g in sorted(set(findings))]
         result[f"auc_{name}"] = statistics.fmean(statistics.fmean(part) for part in by_finding)
         result[f"seconds_{name}"] = statistics.median(spent[name])
-        interval = macro_mean_interval(areas, findings, images, config.bootstrap_samples, config.seed)
+        interval = macro_mean_interval(areas, findings, groups, config.bootstrap_samples, config.seed)
         result[f"auc_{name}_ci"] = list(interval or ()) or None
     difference = [a[0] - b[0] for a, b in zip(scores["ours"], scores["paper"], strict=True)]
-    interval = macro_mean_interval(difference, findings, images, config.bootstrap_samples, config.seed)
+    interval = macro_mean_interval(difference, findings, groups, config.bootstrap_samples, config.seed)
     return result | {
         "auc_difference_ci": list(interval or ()) or None,
         "speedup_vs_paper": result["seconds_paper"] / result["seconds_ours"],
