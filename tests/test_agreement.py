@@ -108,6 +108,14 @@ def test_the_first_value_that_is_not_finite_is_named_with_its_step() -> None:
     assert not any(value.requires_grad for value in finite.first.values())
 
 
+def test_the_step_of_a_value_in_half_precision_is_exact() -> None:
+    """bf16 has no 1,001."""
+    finite = Finite(Accelerator())
+    finite.see("loss", torch.tensor(math.nan, dtype=torch.bfloat16), 1001)
+    with pytest.raises(UserError, match="^loss nan 1001$"):
+        finite.check(fault)
+
+
 def test_the_earliest_step_of_all_processes_is_named() -> None:
     rows = torch.tensor([[[math.nan, 6.0], [1.0, 7.0]], [[1.0, 7.0], [-math.inf, 5.0]]])
     finite = Finite(SimpleNamespace(gather=lambda mine: rows))  # type: ignore[arg-type]

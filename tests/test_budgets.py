@@ -421,3 +421,9 @@ def test_without_compare_to_the_first_arm_of_no_length_of_its_own_is_the_baselin
     for options, expected in ((["--budgets", "[2]"], ("frozen",)), ([], ("teacher",))):
         assert parse(recipe.TradeoffConfig, [*arms_argv(**arms), *options]).baselines == expected
     assert parse(recipe.TradeoffConfig, [*arms_argv(**arms), "--compare_to", "[learnable]"]).baselines == ("learnable",)
+
+
+def test_a_value_of_one_seed_stands_without_an_interval() -> None:
+    point = proof.Point(2, 12, {0: {"word.auc": 0.75, "quality.fid": 50.0}})
+    (table,) = proof._budget({"frozen": {2: point}}, ["frozen"], 2).tables
+    assert table.rows == [["frozen", "2", "12", ".750", "50.0"]]

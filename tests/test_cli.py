@@ -592,6 +592,9 @@ def test_a_check_says_nothing_of_values_that_are_not_the_users(yaml_file: Callab
     path = yaml_file("trainer: {max_stesp: 5000, warmup_steps: 2000}")
     fault = f"unknown key trainer.max_stesp; did you mean trainer.max_steps? (from {path}, line 1)"
     assert_faults(faults_of(Recipe, "--config", path), fault)
+    path = yaml_file("trainer: {optimizer: sgd, max_steps: 5, warmup_steps: 20}")
+    both = faults_of(Recipe, "--config", path)
+    assert "trainer.optimizer" in both and "warmup_steps is 20, above max_steps, 5" in both, "another option's fault"
     broken = yaml_file("trainer: {max_steps: 5000", "broken.yaml")
     assert "warmup" not in faults_of(Recipe, "--config", broken, "--trainer.warmup_steps", "2000")
 

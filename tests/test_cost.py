@@ -105,7 +105,7 @@ def run_of(folder: Path, needs: dict[str, tuple[str, ...]], costs: dict[str, Any
     return cast(Run, SimpleNamespace(arms=arms)), cast(dict[str, Arm], arms)
 
 
-def test_teachers_of_teachers_count_and_each_once(tmp_path: Path) -> None:
+def test_teachers_of_teachers_count_and_each_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     outside = str(tmp_path / "outside")
     needs = {
         "a": (),
@@ -121,4 +121,9 @@ def test_teachers_of_teachers_count_and_each_once(tmp_path: Path) -> None:
     assert with_teachers(run, arms["a"], 100) == 100
     assert with_teachers(run, arms["c"], 7) == 7 + 40 + 100 + 1000
     assert with_teachers(run, arms["e"], 5) == 1005
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    Path("b").mkdir()
+    Path("b/cost.json").write_text(json.dumps({"image_passes_with_teachers": 5555}))
+    assert with_teachers(run, arms["c"], 7) == 7 + 40 + 100 + 1000, "b is an arm, and not the folder of that name"
     assert with_teachers(run, arms["d"], 5) is None, "one is of an earlier version, which counted nothing"

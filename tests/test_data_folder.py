@@ -448,6 +448,12 @@ def test_a_patient_and_a_copy_stay_together_without_a_split_column(root: Path) -
     assert "no column of splits: split by the hash of patient, else file" in summary
 
 
+def test_images_of_other_splits_are_counted(root: Path) -> None:
+    rows = many(root, 7, split=lambda i: ("train", "train", "test", "old", "old", "old", "validation")[i])
+    assert "7 images, 2 train, 1 validation, 1 test, 3 of other splits; columns" in plain(root, rows).summary
+    assert "other splits" not in plain(root, rows[:3]).summary
+
+
 def test_one_image_cannot_be_trained_on(root: Path) -> None:
     shutil.copy(root / "a.png", root / "b.png")
     rows = [{"file_name": name, "text": "x"} for name in ("a.png", "b.png")]

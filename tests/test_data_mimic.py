@@ -504,8 +504,12 @@ def test_a_patient_in_two_splits_of_mscxr_is_refused(root: Path) -> None:
     write_box_a_row(root / "boxes.csv", BOXES)
     text = (root / "boxes.csv").read_text().replace("test,files/p1/d2", "val,files/p1/d2")
     (root / "boxes.csv").write_text(text.replace("files/p1/", "files/p10/p10000032/s1/"))
-    message = refusal(mscxr, root, "boxes.csv", caption_source="phrase", split_column="split")
-    assert "boxes.csv has a patient in two splits" in message and "patient '10000032'" in message
+    read = {"caption_source": "phrase", "split_column": "split"}
+    message = refusal(mscxr, root, "boxes.csv", **read)
+    shown = "split test, 'files/p10/p10000032/s1/d1.jpg' (boxes.csv row "
+    assert "boxes.csv has a patient in two splits" in message and f"patient '10000032': {shown}" in message
+    (root / "boxes.csv").write_text((root / "boxes.csv").read_text().replace("val,", "test,"))
+    assert {name.partition("#")[0][-6:] for name in ids(mscxr(root, "boxes.csv", **read))} == {"d1.jpg", "d2.jpg"}
 
 
 def test_training_leaves_out_the_patients_of_mscxr(root: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,7 +21,7 @@ from distill.data.rows import training_caption
 from distill.draws import shared_generator
 from distill.errors import UserError
 from distill.methods import method_of
-from distill.methods.key_lock import KeyLockedTextEncoder, Merged, lock_keys, merge_keys
+from distill.methods.key_lock import KeyLockedTextEncoder, Merged, _end_of, lock_keys, merge_keys
 from distill.methods.options import KeyLockOptions
 from distill.models.adapters import prepare_training
 from distill.models.export import export, prove_parity
@@ -324,6 +325,11 @@ def test_a_merge_that_is_worse_than_none_is_said(
 def groups_of(model: Model) -> torch.Tensor:
     """(captions, tokens) of the captions that `seen` reads."""
     return torch.stack([token_groups(model.tokenizers[0], text, model.max_tokens) for text in CAPTIONS[:2]])
+
+
+@pytest.mark.parametrize(("eos", "sep", "end"), [(None, 7, 7), (5, None, 5), (5, 7, 5), (0, None, 0), (None, None, -1)])
+def test_a_caption_ends_with_the_end_token_else_the_separator(eos: Any, sep: Any, end: int) -> None:
+    assert _end_of(SimpleNamespace(eos_token_id=eos, sep_token_id=sep)) == end  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(("tokens", "locked"), [("words", (BOS, WORD)), ("tail", (EOS, PADDING))])

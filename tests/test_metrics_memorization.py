@@ -50,6 +50,15 @@ def test_a_copy_far_from_the_origin_has_distance_0() -> None:
     assert found.distance.tolist() == [0, 0] and found.row.tolist() == [7, 40]
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
+def test_vectors_of_any_precision_are_compared(dtype: torch.dtype) -> None:
+    images, others = cloud(5, 0).to(dtype), cloud(9, 1).to(dtype)
+    distances, rows = brute_force(images, others, [-1] * 5)
+    found = nearest(images, others.split(4))
+    assert found.row.tolist() == rows
+    np.testing.assert_allclose(found.distance, distances, rtol=1e-12)
+
+
 def test_an_image_without_any_other_is_infinitely_far() -> None:
     found = nearest(cloud(1, 0), [cloud(1, 1)], np.array([0]))
     assert found.distance.tolist() == [np.inf] and found.row.tolist() == [-1]

@@ -20,6 +20,7 @@ from distill.cli import parse
 from distill.config import FullEvaluation
 from distill.evaluation.evaluate import HeldOut
 from distill.evaluation.fidelity import Generated
+from distill.evaluation.kept import Kept
 from distill.evaluation.protocols import queries
 from distill.experiment import results, train
 from distill.experiment import run as run_module
@@ -287,3 +288,11 @@ def test_hashes_hold_what_decides_each_part(sd: Model) -> None:
     assert before["memorization"]["compared"] is None
     one, two = (hashes("Edema.", "quality", "memorization", training=k)["memorization"] for k in (0, 1))
     assert one["compared"] != two["compared"] and one["data"] == two["data"] == before["memorization"]["data"]
+
+
+def test_an_entry_is_on_disk_as_soon_as_it_is_added(tmp_path: Path) -> None:
+    """A killed process does not close its files."""
+    kept = Kept(tmp_path, "maps", "key", 0)
+    kept.add({"made_of": "a", "value": 1})
+    assert Kept(tmp_path, "maps", "key", 1).entries == {"a": {"made_of": "a", "value": 1}}
+    kept.close()

@@ -37,6 +37,7 @@ def test_rows_are_of_the_text_that_is_asked_for(sd: Model) -> None:
         assert tokens_of(row).tolist() == sd.tokenize([text])[0][0].tolist()
         assert torch.equal(row.groups, token_groups(sd.tokenizers[0], text, 77))
         assert row.label_tokens is not None and bool(row.label_tokens.any()) == bool(ROWS.labels(i))
+        assert row.flippable is None, "no row is mirrored unasked"
     assert training_caption(ROWS, 0, DenoisingConfig()) == ROWS.caption(0)
 
 

@@ -30,6 +30,16 @@ from distill.experiment.train import _cost_of
 # --- options that may differ ----------------------------------------------------------------------------------------
 
 
+def test_those_of_a_group_may_share_a_run_folder(tmp_path: Path) -> None:
+    mask = os.umask(0)
+    try:
+        with held(tmp_path / "run"):
+            modes = [path.stat().st_mode & 0o666 for path in (tmp_path / "run").rglob("*") if path.is_file()]
+    finally:
+        os.umask(mask)
+    assert modes and set(modes) == {0o666}
+
+
 def config_of(name: str, *words: str) -> Any:
     return parse(config_class_of(recipe_module(name)), words)
 

@@ -32,7 +32,7 @@ from distill.models.export import export, prove_parity
 from distill.models.family import Model
 from distill.models.loading import load_model, model_of
 from distill.models.text_encoder import load_text_encoder, multi_label_encoder, swap_text_encoder
-from distill.tokens import BOS, EOS, PADDING, WORD, find_words, token_groups, token_spans
+from distill.tokens import BOS, EOS, PADDING, WORD, Tokenizers, find_words, token_groups, token_spans
 
 LENGTH = 64
 CAPTIONS = [PhantomDataset("train", 60, 0, 64).caption(i) for i in range(60)]
@@ -308,6 +308,23 @@ def test_a_clip_encoder_is_read_as_the_stock_pipeline_reads_it(sd: Model, tmp_pa
     theirs, _ = model.pipeline.encode_prompt(CAPTIONS[:2], "cpu", 1, False)
     ours, _ = model.encode(model.tokenize(CAPTIONS[:2]))
     torch.testing.assert_close(ours, theirs, atol=1e-6, rtol=0)
+
+
+def test_a_word_has_no_token_of_the_one_that_it_touches(sd: Model) -> None:
+    (rows,) = text_encoder._by_word(sd, ["mass. edema"])
+    hidden = sd.encode(sd.tokenize(["mass. edema"]))[0][0]
+    spans = {start: sd.token_spans("mass. edema", [(start, end)]) for start, end in ((0, 4), (4, 5), (6, 11))}
+    assert sorted(place for kind, place in rows if kind == "word") == [0, 4, 6]
+    assert not set(spans[0]) & set(spans[4]), "the end token of the word belongs to the word alone"
+    for start, tokens in spans.items():
+        torch.testing.assert_close(rows["word", start], hidden[tokens].mean(dim=0))
+
+
+def test_an_empty_caption_of_t5_is_its_end_alone(tmp_path: Path) -> None:
+    _, tokenizer = load_text_encoder(str(save_encoder(tmp_path, "t5")), max_tokens=LENGTH)
+    text = Tokenizers([tokenizer])
+    assert text.tokenize([""])[0][0, :3].tolist() == [3, 0, 0]
+    assert text.token_groups("").tolist()[:3] == [EOS, PADDING, PADDING]
 
 
 @pytest.mark.parametrize(("tokens", "fits"), [(40, True), (41, False)])
