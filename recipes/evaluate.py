@@ -52,7 +52,11 @@ def evaluate(config: EvaluateConfig) -> None:
     with held(Path(config.output_dir), write=not config.dry_run):
         size, fit, words = config.data.resolution, fit_of(config.data), getattr(config.data, "query_words", None)
         images = read_images(Path(config.images), size, fit, words) if config.images else None
-        run = open_run(config, {}, evaluation=config.evaluation, run=config.run, compare_to=("base",))
+        measured = config.evaluation
+        if images:  # FID and its kin depend on the number of images of both sides
+            count = min(len(images), measured.generated_images)
+            measured = measured.model_copy(update={"generated_images": count})
+        run = open_run(config, {}, evaluation=measured, run=config.run, compare_to=("base",))
         if config.dry_run and images:
             return run.say(f"dry run: {len(images):,} images, the data and the base are fine; nothing was written")
         if config.dry_run:

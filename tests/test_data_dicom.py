@@ -131,6 +131,8 @@ def test_each_pixel_is_what_the_standard_says(name: str) -> None:
 
 
 def test_values_beyond_all_whole_numbers_are_the_last_of_the_lut() -> None:
+    with pytest.raises(ValueError, match="its RescaleSlope are empty; fill them in, or take them out"):
+        read(dicom(STORED, RescaleSlope=None, RescaleIntercept="0"))
     found = read(dicom(STORED, RescaleSlope="1e17", RescaleIntercept="0", VOILUTSequence=voi_lut(500)))
     assert (found[STORED > 0] == round(65535 * LUT[-1] / 4095)).all()
 

@@ -335,6 +335,17 @@ def test_labels_are_spelled_as_the_findings_are(root: Path) -> None:
     assert load(root, rows, findings=("edema",)).labels(0) == ("edema", "Support Devices")
 
 
+def test_a_finding_with_a_box_is_a_label_also_where_the_column_of_labels_lacks_it(root: Path) -> None:
+    """Else an image that shows it counts as one without it."""
+    text = "Edema and an effusion."
+    rows = [{**row(text=text, finding="Edema", box="5,0,10,10"), "label": "effusion"}]
+    rows += [{**row(text=text, finding="edema", box="9,9,5,5"), "label": "effusion"}]
+    rows += [{**row("b.png", finding="edema"), "label": "effusion"}]
+    dataset = load(root, rows, label_column="label")
+    assert [dataset.labels(k) for k in (0, 1)] == [("effusion", "Edema"), ("effusion",)]
+    assert negated_findings(dataset, 0) == ()
+
+
 def test_labels_of_the_image_go_before_findings_of_boxes(root: Path) -> None:
     rows = [{**row(finding="edema", box="5,0,10,10"), "label": "No Finding| edema |"}, {**row("b.png"), "label": ""}]
     dataset = load(root, rows, label_column="label")

@@ -75,6 +75,22 @@ def test_real_images_have_the_floor_of_each_finding(sd: Model, accelerator: Acce
     assert floor["edema"]["finding_auc"] == 1 and "finding_auc" not in floor["pleural effusion"]
 
 
+def test_the_floor_has_each_image_once_or_is_missing_with_a_reason(
+    sd: Model, accelerator: Accelerator, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Two captions an image."""
+    config = CONFIG.model_copy(update={"generated_images": 20, "parts": ("quality",)})
+    for images, has_floor in ((40, True), (30, False)):
+        single = pictures(images)
+        twice = Listed([single[k // 2] for k in range(2 * images)], WORDS)
+        twice.image_key = lambda index: str(index // 2)  # type: ignore[attr-defined]
+        caplog.clear()
+        against = held_out(twice, sd, config, Means(), accelerator=accelerator, run_dir=tmp_path)
+        assert (against.quality["fid"] is not None) == has_floor
+        said = "no row of real images: it takes as many other held-out images, 20, and there are 1"
+        assert (said in caplog.text) != has_floor
+
+
 def test_the_floor_is_between_images_of_other_patients(
     sd: Model, accelerator: Accelerator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

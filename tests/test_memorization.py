@@ -91,9 +91,10 @@ def test_images_of_one_patient_are_one_observation(sd: Model, tmp_path: Path, mo
     monkeypatch.setattr(module, "generate", drawing(TRAINING))
     monkeypatch.setitem(globals(), "TRAINING", OfPatients("train", 16, 0, 64))
     found = measured(sd, tmp_path, held=OfPatients("test", 14, 0, 64))["memorization"]
-    # 12 copies of 6 patients, of 8 and 7; leaving one of a patient's two images out leaves no patient out.
-    assert (found["training_images"], found["neighbours"], found["chance"]) == (16, 6, 8 / 15)
-    assert found["p"] == pytest.approx(2 * hypergeom.sf(5, 15, 8, 6))
+    # 12 copies of 6 patients, of 8 and 7; of 16 and 13 images, each being compared with all but one.
+    assert (found["training_images"], found["neighbours"], found["chance"]) == (16, 6, 16 / 29)
+    assert (found["training_patients"], found["held_out_patients"]) == (8, 7)
+    assert found["p"] == pytest.approx(2 * hypergeom.sf(5, 15, 9, 6)), "9 of 15: 16 / 29, rounded up"
 
 
 def test_an_image_is_not_compared_with_the_held_out_image_of_its_own_caption(
@@ -229,7 +230,13 @@ def test_the_card_says_what_was_found_once(tmp_path: Path) -> None:
         ),
         (
             {"p": 1.0, "least_p": 0.05},
-            "Memorization cannot be tested with 40 generated, 50 training and 50 held-out images",
+            "Memorization cannot be tested with 40 generated, 50 training and 50 held-out images: even copies alone would not "
+            "differ from chance. Use more.",
+        ),
+        (
+            {"p": 1.0, "least_p": 0.05, "training_patients": 3, "held_out_patients": 2},
+            "Memorization cannot be tested with 40 generated, 50 training and 50 held-out images of 3 and 2 patients: even "
+            "copies alone would not differ from chance. Use more patients.",
         ),
     ],
 )
@@ -298,6 +305,27 @@ def test_a_folder_that_cannot_be_evaluated_is_one_error(
     with pytest.raises(UserError, match="--images") as caught:
         read_images(folder, 64)
     assert said in str(caught.value)
+
+
+def test_more_images_than_real_ones_are_compared_at_one_number(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FID depends on the number of images, and the row of real images is at that number."""
+    recipe = recipe_module("evaluate")
+    images = image_folder(tmp_path / "images", TRAINING)
+    argv = [*evaluate_argv(tmp_path)[:-1], "quality,memorization", "--images", str(images)]
+    argv[argv.index("--evaluation.features") + 1] = "phantom"
+    argv[argv.index("--evaluation.generated_images") + 1] = "7"
+    recipe.evaluate(parse(recipe.EvaluateConfig, argv))
+    assert "images: quality is that of 7 of 12, against as many held-out ones" in capsys.readouterr().out
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    found = metrics["arms"]["images"]
+    assert (found["quality"]["images"], found["memorization"]["images"]) == (7, 12)
+    assert metrics["real"]["quality"]["extractor"]["real_images"] == 7 and metrics["real"]["quality"]["fid"] is not None
+    argv[argv.index("--evaluation.generated_images") + 1] = "200"
+    recipe.evaluate(parse(recipe.EvaluateConfig, argv))
+    found = json.loads((tmp_path / "out/metrics.json").read_text())["arms"]["images"]["quality"]
+    assert found["images"] == found["extractor"]["real_images"] == 12
 
 
 @pytest.mark.parametrize("fit", ["crop", "letterbox"])

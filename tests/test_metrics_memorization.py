@@ -138,6 +138,35 @@ def test_without_copies_the_share_is_chance_and_p_is_fair() -> None:
     assert 0.01 < np.mean(np.array(values) < 0.05) <= 0.075
 
 
+def of_patients(count: int, images: int, seed: int) -> tuple[Tensor, np.ndarray]:
+    """Images of one patient are alike."""
+    own = cloud(count, seed).repeat_interleave(images, dim=0)
+    return own + 0.6 * cloud(count * images, seed + 5000), np.repeat(np.arange(count), images)
+
+
+@pytest.mark.parametrize("images", [(4, 4), (8, 1), (3, 1), (1, 3)])
+def test_p_is_fair_where_patients_have_several_images(images: tuple[int, int]) -> None:
+    """Also where those of one split have more; copies are found all the same."""
+    values, shares = [], []
+    for seed in range(60):
+        (training, ours), (held_out, theirs) = (
+            of_patients(60, k, 200 * seed + place) for place, k in enumerate(images)
+        )
+        for generated in (cloud(40, 200 * seed + 7), training[:: images[0]][:40]):
+            near = nearest(generated, [training]), nearest(generated, [held_out])
+            found = copies(*near, len(training), len(held_out), samples=0, patients=(ours, theirs))
+            values.append(found["p"])
+            shares.append(found["share"])
+    assert np.mean(np.array(values[::2]) < 0.05) <= 0.1, "without copies"
+    assert max(values[1::2]) < 0.01 and min(shares[1::2]) == 1, "copies"
+
+
+def test_p_is_a_number_where_every_patient_is_the_nearest_of_some_image() -> None:
+    training = Nearest(np.array([0.0, 0, 0, 2, 2]), np.array([0, 1, 2, 0, 0]))
+    held_out = Nearest(np.array([1.0, 1, 1, 1, 1]), np.array([0, 0, 0, 0, 1]))
+    assert 0 <= copies(training, held_out, 3, 1)["p"] <= 1
+
+
 def test_a_model_that_draws_one_image_again_and_again_is_one_observation() -> None:
     """A binomial test over its images would be wrong as often as the training image is the nearest: here in one
     half."""

@@ -130,6 +130,16 @@ def test_no_finding_with_both_classes_has_no_area_and_one_caption_adds_nothing()
     assert float(alike.compute()["own"]) == pytest.approx(100 / 3)
 
 
+def test_labels_are_bool_and_features_are_finite() -> None:
+    with pytest.raises(ValueError, match="labels must be bool; got torch.int64"):
+        FindingAUC().update(torch.rand(2, 1), torch.tensor([[1], [-1]]))
+    for metric in (FrechetDistance(), KernelDistance(), PrecisionRecallDensityCoverage(neighbours=2)):
+        metric.update(torch.rand(5, 3), real=True)
+        metric.update(torch.tensor([[1.0, 2, 3], [4, float("nan"), 6], [7, 8, 9]]), real=False)
+        with pytest.raises(ValueError, match="1 generated features are NaN or inf"):
+            metric.compute()
+
+
 def test_features_of_another_width_are_refused() -> None:
     metric = FrechetDistance()
     metric.update(torch.rand(3, 4), real=True)

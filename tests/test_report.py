@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import ast
+import base64
 import copy
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -779,6 +781,23 @@ def test_a_bare_metrics_file_makes_a_report(tmp_path: Path) -> None:
         assert ("No model can be recommended" in page.text) == (number == 0) and "None" not in page.text
     with pytest.raises(UserError, match="cannot read"):
         write_report(tmp_path / "nowhere")
+
+
+def test_pairs_of_several_seeds_are_those_of_the_verdict(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run" / "seed-3", arms=("alpha",))
+    for seed in (3, 4):
+        (run.parent / f"seed-{seed}" / "alpha" / "memorization").mkdir(parents=True)
+        Image.new("RGB", (6, 2), (seed, 0, 0)).save(run.parent / f"seed-{seed}" / "alpha" / "memorization" / "00.png")
+    metrics = make_metrics(("alpha",))
+    metrics["provenance"]["seeds"]["training"] = [3, 4]
+    counts = {"images": 20, "training_images": 50, "held_out_images": 50, "neighbours": 9}
+    found = {"share": 0.9, "chance": 0.5, "copies": 0.8, "copies_ci": [0.7, 0.9], "p": 0.001, "least_p": 0.0001}
+    metrics["arms"]["alpha"]["memorization"] = counts | found | {"space": "pixels", "seed": 4}
+    (run.parent / "metrics.json").write_text(json.dumps(metrics))
+    text = write_report(run.parent).read_text()
+    assert "alpha, training seed 4, pair 1: generated image" in text
+    shown = re.search(r'<img alt="alpha, training seed 4[^>]*base64,([^"]+)"', text)
+    assert shown and Image.open(io.BytesIO(base64.b64decode(shown[1]))).convert("RGB").getpixel((0, 0))[0] == 4
 
 
 def test_several_seeds_show_the_pictures_of_the_first(tmp_path: Path) -> None:

@@ -267,11 +267,20 @@ def test_a_run_that_keeps_the_maps_of_some_models_ends_with_a_report(work: Path,
 def test_hashes_hold_what_decides_each_part(sd: Model) -> None:
     """Captions of examples also where localization reads phrases: word maps are of them."""
 
-    def hashes(caption: str, *parts: str, training: int = 0, patient: str = "p", shift: int = 3) -> dict[str, Any]:
+    def hashes(
+        caption: str,
+        *parts: str,
+        training: int = 0,
+        patient: str = "p",
+        shift: int = 3,
+        trained: str = "t",
+        last: str = "p",
+    ) -> dict[str, Any]:
         found = [sample("a", caption, ("edema", "the edema")), sample("b", "No edema."), sample("c", "Edema.")]
         data = Listed(found, WORDS)
         copied_from = Listed([sample(f"t{training}", "Edema.")], WORDS)
-        data.patient = lambda index: patient  # type: ignore[attr-defined]
+        data.patient = lambda index: last if index == 2 and last != "p" else patient  # type: ignore[attr-defined]
+        copied_from.patient = lambda index: trained  # type: ignore[attr-defined]
         config = FullEvaluation(parts=parts or ("quality",), localization_text="phrase")
         asked = [replace(query, tokens=((shift,),)) for query in queries(data, sd, config)]
         against = HeldOut(data, [0], None, Generated([], None, None), {}, copied_from=copied_from, asked=asked)
@@ -280,6 +289,12 @@ def test_hashes_hold_what_decides_each_part(sd: Model) -> None:
     before, after = hashes("Edema."), hashes("An edema.")
     assert all(before[part]["data"] != after[part]["data"] for part in before)
     assert before["localization"]["pairs"] == after["localization"]["pairs"], "the phrase is the same"
+    measured = hashes("Edema.", "quality", "memorization", "utility")
+    regrouped = hashes("Edema.", "quality", "memorization", "utility", trained="q")
+    changed = {part for part in measured if measured[part] != regrouped[part]}
+    assert changed == {"memorization"}, "copies are counted by patient"
+    regrouped = hashes("Edema.", "quality", "memorization", "utility", last="q")
+    assert {"memorization", "utility"} <= {part for part in measured if measured[part] != regrouped[part]}
     other = hashes("Edema.", patient="q")
     assert all(before[part]["data"] != other[part]["data"] for part in before), "its intervals are others"
     tokens = hashes("Edema.", shift=4)["localization"]

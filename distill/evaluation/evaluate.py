@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import time
 from collections.abc import Iterator, Sequence
@@ -45,6 +46,8 @@ from distill.models.blocks import model_size
 from distill.models.family import Model
 from distill.models.prompts import embeddings_of
 from distill.tokens import ReadsText
+
+logger = logging.getLogger(__name__)
 
 
 def _batches(items: Sequence[object], size: int) -> Iterator[Sequence[Any]]:
@@ -335,10 +338,10 @@ class HeldOut:
         pairs = [query_key(self.dataset, query) for query in self.asked]
         alike = [query_key(self.dataset, replace(query, tokens=())) for query in self.asked]  # for any tokenizer
         told = priors_key(self.dataset, self.training, self.asked, config) if self.asked else None
-        compared: list[list[str]] | None = None
+        compared: list[list[list[str]]] | None = None
         if self.copied_from is not None and "memorization" in config.parts:
-            compared = [[pool.fingerprint(i) for i in range(len(pool))] for pool in (self.copied_from, self.dataset)]
-        tested = [[self.dataset.fingerprint(i), self.dataset.labels(i)] for i in range(len(self.dataset))]
+            compared = [_known(pool) for pool in (self.copied_from, self.dataset)]
+        tested = [[*known, self.dataset.labels(i)] for i, known in enumerate(_known(self.dataset))]
         extracted = digest(features_key(self.features)) if self.features else None
         return {
             "localization": {
@@ -403,6 +406,11 @@ def _shown(dataset: ImageCaptionDataset, asked: Sequence[Query], config: FullEva
     return (located or list(range(len(dataset))))[: config.examples]
 
 
+def _known(dataset: ImageCaptionDataset) -> list[list[str]]:
+    """Of each row its picture, and its patient where the data name one."""
+    return [[dataset.fingerprint(i), *filter(None, [patient_of(dataset, i)])] for i in range(len(dataset))]
+
+
 def held_out(
     dataset: ImageCaptionDataset,
     model: ReadsText,
@@ -430,11 +438,18 @@ def held_out(
     order = evaluation_order(dataset, examples, len(dataset))
     first, rest = order[: config.generated_images], order[config.generated_images :]
     taken = {group_key(dataset, i) for i in first}
-    others = [i for i in rest if group_key(dataset, i) not in taken][: config.generated_images]
+    different = {image_key(dataset, i): i for i in reversed(rest) if group_key(dataset, i) not in taken}
+    others = sorted(different.values(), key=rest.index)[: config.generated_images]
     real = real_images(dataset, first, features, accelerator, config.batch_size)
     if accelerator.is_main_process:
         save_features(real, dataset, features, run_dir / "real" / "features.safetensors")
     halves = Generated([], None, None)
+    if features is not None and len(others) < len(first) and accelerator.is_main_process:
+        logger.warning(
+            "FID and its kin have no row of real images: it takes as many other held-out images%s, %d, and there are %d",
+            " of other patients" if any(patient_of(dataset, i) for i in order) else "",
+            len(first), len(others),
+        )  # fmt: skip
     if features is not None and len(others) == len(first) >= 2:
         halves = real_images(dataset, others, features, accelerator, config.batch_size)
     result = compare(real, halves, dataset, config, features, is_floor=True)

@@ -153,9 +153,9 @@ def _compare(
 ) -> JsonObject:
     """generated: vectors of the images, and of their mirror images. files: of the vectors of training and held-out
     images. left_out: the held-out image that is none for each image."""
-    patients, sizes = int(pools[0].groups.max()) + 1, np.bincount(pools[1].groups)
-    # Leaving an image out leaves a patient out where it is the only one.
-    counts = patients, len(sizes) - int((sizes[pools[1].groups[left_out[left_out >= 0]]] == 1).any())
+    counts = len(pools[0]), len(pools[1]) - int((left_out >= 0).any())
+    groups = pools[0].groups, pools[1].groups
+    several = any(side.max() + 1 < len(side) for side in groups)
     draws = config.bootstrap_samples, config.seed
     near: dict[str, tuple[Nearest, Nearest]] = {}
     found: dict[str, Copies] = {}
@@ -168,13 +168,14 @@ def _compare(
         near[space] = nearer(plain[0], mirrored[0]), nearer(plain[1], mirrored[1])
         real = torch.cat([*read_vectors(files[1][: -(-CLOSENESS_IMAGES // SHARD_ROWS)], space)])[:CLOSENESS_IMAGES]
         apart = nearest(real, read_vectors(files[0], space)).distance
-        own, other = (
-            Nearest(side.distance, pool.groups[side.row]) for side, pool in zip(near[space], pools, strict=True)
-        )
-        found[space] = copies(own, other, *counts, *draws)
-        near_by[space] = closeness(plain[0].distance, apart, *draws, groups=pools[1].groups[: len(apart)])
+        found[space] = copies(*near[space], *counts, *draws, patients=groups if several else None)
+        near_by[space] = closeness(plain[0].distance, apart, *draws, groups=groups[1][: len(apart)])
     _write_pairs(near, pools, images, arm_dir)
     used = {"images": len(images), "training_images": len(pools[0]), "held_out_images": len(pools[1])}
+    if several:
+        used |= {
+            f"{name}_patients": int(side.max()) + 1 for name, side in zip(("training", "held_out"), groups, strict=True)
+        }
     return {**verdict(found), **used, "spaces": {name: {**found[name], "closeness": near_by[name]} for name in found}}
 
 

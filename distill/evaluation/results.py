@@ -144,6 +144,17 @@ class Memorization:
     held_out_images: int
     seed: int | None = None
     """Of several training seeds, whose p is the smallest."""
+    training_patients: int | None = None
+    held_out_patients: int | None = None
+    """Where patients have several images."""
+
+    @property
+    def compared(self) -> str:
+        """How many images, and of how many patients."""
+        real = f"{self.training_images:,} training and {self.held_out_images:,} held-out images"
+        if self.training_patients is not None:
+            real += f" of {self.training_patients:,} and {self.held_out_patients:,} patients"
+        return f"{self.images:,} generated, {real}"
 
     @property
     def is_found(self) -> bool:

@@ -6,6 +6,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from distill.data.captions import query_words_for
 from distill.data.readers.folder import FolderDataset
 from distill.data.readers.records import RecordDataset
@@ -68,7 +70,8 @@ def read_images(
 def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
     """The entry of metrics.json of `images`: each part that is asked for, but localization.
 
-    FID and the others compare all images with evaluation.generated_images held-out ones. In memorization each image is
+    FID and its kin compare evaluation.generated_images of the images, at random, with as many held-out ones, so that the
+    row of real images can be compared with them. In memorization each image is
     compared with all held-out images: which of them had its caption is not known.
     """
     config, accelerator, began = run.evaluation, run.accelerator, time.perf_counter()
@@ -80,9 +83,18 @@ def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
     if "utility" in config.parts:
         task = Task.of(run.test, evaluation_order(run.test, run.examples, config.generated_images))
         task = task.named_in([images.labels(k) for k in rows])
-    made = real_images(images, rows, against.features, accelerator, config.batch_size)
     entry: JsonObject = {"localization": None, "quality": None}
     if "quality" in config.parts:
+        count = min(len(images), len(against.real.indices))
+        chosen = sorted(
+            torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))[:count].tolist()
+        )
+        if count < len(images):
+            run.say(
+                f"images: quality is that of {count:,} of {len(images):,}, against as many held-out ones; "
+                "--evaluation.generated_images takes more"
+            )
+        made = real_images(images, chosen, against.features, accelerator, config.batch_size)
         entry["quality"] = compare(made, against.real, images, config, against.features) | {"diversity": None}
     if "memorization" in config.parts:
         assert run.train is not None

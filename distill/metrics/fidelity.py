@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distill.metrics.bootstrap import divide_or_nan
+from distill.metrics.quality import check_features
 
 MANIFOLD = ("precision", "recall", "density", "coverage")
 FIDELITY = ("fid", "kid", *MANIFOLD)
@@ -28,8 +29,10 @@ def kernel_distance(
     mean k(r, r') + mean k(g, g') - 2 mean k(r, g), over pairs of different images, k(x, y) = (x y / d + 1)^3.
     All images are used at once: subsets, as in the authors' code, save memory at 10,000 images and add variance at 100.
     real: (N, d), generated: (M, d), two or more each. counts: (S, N) and (S, M). Two copies of one image are no pair of
-    different images, so that resamples of single images have no bias either. Source: Binkowski et al. 2018, arXiv 1801.01401.
+    different images, so that resamples of single images have no bias either. Raises ValueError as `frechet_distance`
+    does. Source: Binkowski et al. 2018, arXiv 1801.01401.
     """
+    check_features(real, generated)
     real, generated = real.double().cpu(), generated.double().cpu()
     w = np.ones((1, len(real))) if real_counts is None else real_counts
     v = np.ones((1, len(generated))) if generated_counts is None else generated_counts
@@ -58,7 +61,7 @@ class Manifolds:
     Sources: Kynkäänniemi et al. 2019, arXiv 1904.06991; Naeem et al. 2020, arXiv 2002.09797.
 
     real: (N, d), generated: (M, d), more than `neighbours` (k) each. Distances are exact: a difference of squares would
-    give two copies of one image a distance above 0.
+    give two copies of one image a distance above 0. Raises ValueError for too few, other shapes, NaN and inf.
     """
 
     def __init__(self, real: Tensor, generated: Tensor, neighbours: int) -> None:
@@ -66,6 +69,7 @@ class Manifolds:
             raise ValueError(
                 f"more than {neighbours} images a side are needed; got {len(real)} real and {len(generated)} generated"
             )
+        check_features(real, generated)
         self.k = neighbours
         real, generated = real.double().cpu(), generated.double().cpu()
         self.between = self._distances(real, generated)

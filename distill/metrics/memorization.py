@@ -6,6 +6,7 @@ Every function takes distances or vectors of images (features, latents, or pixel
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypedDict
@@ -133,32 +134,43 @@ class Copies(TypedDict):
 
 
 def copies(
-    training: Nearest, held_out: Nearest, training_count: int, held_out_count: int, samples: int = 1000, seed: int = 0
+    training: Nearest,
+    held_out: Nearest,
+    training_count: int,
+    held_out_count: int,
+    samples: int = 1000,
+    seed: int = 0,
+    *,
+    patients: tuple[NDArray[np.int64], NDArray[np.int64]] | None = None,
 ) -> Copies:
     """How many generated images are copies of training images, and whether that is more than chance.
 
     training, held_out: the nearest of `training_count` and of `held_out_count` images, for the same generated images.
-    Where patients have several images, `row` is the number of the patient, and counts are of patients.
+    patients: of each training and of each held-out image, see `bootstrap.numbered`; None: each image is of another.
 
-    Assumed: images (or patients) came into the training or the held-out split by chance, and the model saw the training
-    split only.
+    Assumed: images came into the training or the held-out split by chance, and the model saw the training split only.
     Then a model that does not copy would have drawn the same images had the splits been others, and the nearest image
     of all is a training image with probability N / (N + M). All images are used, for a subset of the training images as
     large as the held-out set would hide most of what was copied.
     Several generated images may share a nearest image, and are then one observation: the test counts *different*
     nearest images (exact, hypergeometric, one-sided), and the interval draws them with all generated images that they
-    are nearest to. So many copies of one single training image are not significant here; the pairs (`suspicion`) show
-    them.
+    are nearest to. Images of one patient are alike, and are one observation too. Where patients of one split have more
+    images than those of the other, chance lies between the shares of training patients and of training images; the
+    larger one is taken, so that fewer copies are found rather than more. So many copies of one single training image
+    are not significant here; the pairs (`suspicion`) show them.
     An image that is equally near to both counts one half in `share`, and as held-out in the test.
     """
     is_training = training.distance < held_out.distance
     counted = is_training + 0.5 * (training.distance == held_out.distance)
-    neighbour = np.where(is_training, training.row, training_count + held_out.row)
-    chance = training_count / (training_count + held_out_count)
-    different = np.unique(neighbour)
-    of_training = int((different < training_count).sum())
-    counts, most = (training_count + held_out_count, training_count), min(len(counted), training_count)
-    p, least_p = (hypergeom.sf(k - 1, *counts, n) for k, n in ((of_training, len(different)), (most, most)))
+    people = [training_count, held_out_count] if patients is None else [int(side.max()) + 1 for side in patients]
+    rows = [side.row if patients is None else patients[k][side.row] for k, side in enumerate((training, held_out))]
+    neighbour = np.where(is_training, rows[0], people[0] + rows[1])
+    everyone, of_images = sum(people), training_count / (training_count + held_out_count)
+    chance, different = max(of_images, people[0] / everyone), np.unique(neighbour)
+    of_training, of_chance = int((different < people[0]).sum()), math.ceil(chance * everyone - 1e-9)
+    most = min(len(counted), people[0])
+    seen = ((of_training, min(len(different), everyone)), (most, most))
+    p, least_p = (hypergeom.sf(k - 1, everyone, of_chance, n) for k, n in seen)
     interval = bootstrap_interval(counted, neighbour, lambda rows: float(rows.mean()), samples, seed)
 
     def above_chance(share: float) -> float:

@@ -32,7 +32,8 @@ class _GivenFeatures(nn.Module):
         return features
 
 
-def _check_features(real: Tensor, generated: Tensor) -> None:
+def check_features(real: Tensor, generated: Tensor) -> None:
+    """Raise ValueError unless they are (N, d) and (M, d), finite, of two images or more."""
     if real.ndim != 2 or generated.ndim != 2 or real.shape[1] != generated.shape[1]:
         raise ValueError(f"features must be (N, d) and (M, d); got {tuple(real.shape)} and {tuple(generated.shape)}")
     if len(real) < 2 or len(generated) < 2:
@@ -49,7 +50,7 @@ def frechet_distance(real: Tensor, generated: Tensor) -> float:
     distances at equal N and M can be compared. Raises ValueError on other shapes, fewer than two rows, NaN or inf.
     Source: Heusel et al. 2017.
     """
-    _check_features(real, generated)
+    check_features(real, generated)
     # All features are here, and other processes are not asked: they may not be measuring.
     metric = FrechetInceptionDistance(feature=_GivenFeatures(real.shape[1]), sync_on_compute=False)
     # The distance does not move with the origin, and sums of squares far from it lose digits.
@@ -92,7 +93,7 @@ def frechet_interval(
     distance at this N and M, and its width is the spread of the draw of images, not a bound for infinite N.
     None when samples is 0, or a side is one group. Raises ValueError as `frechet_distance` does.
     """
-    _check_features(real, generated)
+    check_features(real, generated)
     real, generated = real.double().cpu(), generated.double().cpu()
     groups = [np.arange(len(side)) for side in (real, generated)] if groups is None else groups
     if any(group.max() == 0 for group in groups):

@@ -30,8 +30,11 @@ class RowMetric(GatheredMetric):
         self.add_state("columns", torch.zeros((), dtype=torch.int64), dist_reduce_fx="max")
 
     def keep(self, **tables: Tensor) -> None:
-        """tables: (N, columns). Raises ValueError for other shapes than the first update's."""
+        """tables: (N, columns). Raises ValueError for other shapes than the first update's, and for numbers in place of
+        bool."""
         for name, rows in tables.items():
+            if self.tables[name] == torch.bool and rows.dtype != torch.bool:
+                raise ValueError(f"{name} must be bool; got {rows.dtype}")
             columns = int(self.columns) or (rows.shape[-1] if rows.ndim == 2 else 0)
             if rows.ndim != 2 or rows.shape[1] != columns:
                 raise ValueError(f"{name} must be (N, {columns or 'columns'}); got {tuple(rows.shape)}")
@@ -40,9 +43,8 @@ class RowMetric(GatheredMetric):
 
     def table(self, name: str) -> Tensor:
         """(N, columns), on the CPU; of all processes within `compute`."""
-        kept: list[Tensor] | Tensor = getattr(self, name)
-        rows = dim_zero_cat(kept) if len(kept) else torch.zeros(0, dtype=self.tables[name])
-        return rows.cpu().view(len(rows) // max(1, int(self.columns)), int(self.columns))
+        rows: Tensor = dim_zero_cat(getattr(self, name))
+        return rows.cpu().view(len(rows) // int(self.columns), int(self.columns))
 
 
 class FeatureMetric(RowMetric):

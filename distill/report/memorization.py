@@ -11,10 +11,10 @@ from distill.report.figures import data_uri, read_image
 from distill.report.tables import format_number
 
 EXPLAINED = (
-    "Each generated image, and its mirror image, is compared with its nearest training and held-out image. Without copies, "
-    "a training image is the nearer one as often as chance says. The verdict names the comparison (features, latents or "
-    "pixels) with the smallest p, which is corrected for their number and that of the training seeds. A picture shows a "
-    "generated image, its nearest training image and its nearest held-out image, from left to right."
+    "Each generated image, and its mirror image, is compared with its nearest training and held-out image. Without "
+    "copies, a training image is the nearer one as often as chance says: the share of training images or patients, "
+    "whichever is larger. The verdict names the comparison with the smallest p, which is corrected for their number and "
+    "that of the training seeds. A picture shows a generated image, its nearest training and its nearest held-out image."
 )
 
 
@@ -25,10 +25,7 @@ def format_share(share: float | None) -> str:
 
 def sentence(found: Memorization) -> str:
     """One sentence that says what the test says."""
-    counts = (
-        f"{found.images:,} generated, {found.training_images:,} training and {found.held_out_images:,} held-out images"
-    )
-    counts += "" if found.seed is None else f", training seed {found.seed}, whose p is the smallest"
+    counts = found.compared + ("" if found.seed is None else f", training seed {found.seed}, whose p is the smallest")
     tested = f"{found.space}, p {'below .001' if found.p < 0.001 else format_number(found.p, 3)}; {counts}"
     if found.is_found:
         ends = f"95 % interval {format_share(found.copies.low)} to {format_share(found.copies.high)}"
@@ -37,21 +34,24 @@ def sentence(found: Memorization) -> str:
             f"to it ({ends}; {tested}): look at the pairs in the report before you publish the model."
         )
     if not found.can_be_found:
-        return f"Memorization cannot be tested with {counts}: even copies alone would not differ from chance. Use more."
-    return (
-        f"No sign of copies: {format_share(found.share)} of the generated images are nearer to a training than to a "
-        f"held-out image, and chance is {format_share(found.chance)} ({tested})."
-    )
+        more = "" if found.training_patients is None else " patients"
+        return f"Memorization cannot be tested with {counts}: even copies alone would not differ from chance. Use more{more}."
+    nearer = f"{format_share(found.share)} of the generated images are nearer to a training than to a held-out image"
+    return f"No sign of copies: {nearer}, and chance is {format_share(found.chance)} ({tested})."
 
 
 def memorization_section(run_dir: Path, results: Results, notes: list[str]) -> Section:
-    """The verdict on each arm where it was measured, and the most suspicious pairs."""
-    verdicts = [[name, sentence(arm.memorization)] for name, arm in results.arms.items() if arm.memorization]
+    """The verdict on each arm where it was measured, and the most suspicious pairs: of several seeds the verdict's."""
+    found = {name: arm.memorization for name, arm in results.arms.items() if arm.memorization}
     pictures = []
-    for name, _ in verdicts:
-        for path in sorted((run_dir / name / "memorization").glob("*.png")):
-            said = f"{name}, pair {int(path.stem) + 1}: generated image, nearest training image, nearest held-out image"
-            if image := read_image(run_dir, str(path.relative_to(run_dir)), notes):
-                shown = f'<img alt="{html.escape(said)}" src="{data_uri(image, 480)}">'
-                pictures.append(Picture(path.stem, said, shown))
-    return Section("Memorization", [EXPLAINED], pictures, [Table(["model", "verdict"], verdicts, name="memorization")])
+    for name, one in found.items():
+        seed = "" if one.seed is None else f", training seed {one.seed}"
+        own = run_dir.parent / f"seed-{one.seed}" if seed else run_dir
+        for path in sorted((own / name / "memorization").glob("*.png")):
+            said = f"{name}{seed}, pair {int(path.stem) + 1}: generated image, nearest training image, nearest held-out image"
+            if image := read_image(own, str(path.relative_to(own)), notes):
+                pictures.append(
+                    Picture(path.stem, said, f'<img alt="{html.escape(said)}" src="{data_uri(image, 480)}">')
+                )
+    table = Table(["model", "verdict"], [[name, sentence(one)] for name, one in found.items()], name="memorization")
+    return Section("Memorization", [EXPLAINED], pictures, [table])

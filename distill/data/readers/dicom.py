@@ -62,6 +62,9 @@ def _check(dataset: Dataset, largest_px: int) -> None:
     missing = [name for name in _NEEDED if dataset.get(name) is None]
     if missing:
         raise ValueError(f"it has no {', '.join(missing)}")
+    empty = [name for name in ("RescaleSlope", "RescaleIntercept") if name in dataset and dataset.get(name) is None]
+    if empty:
+        raise ValueError(f"its {' and '.join(empty)} are empty; fill them in, or take them out")
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames > 1:
         raise ValueError(f"it holds {frames} frames; save the one that is meant as a file of its own")

@@ -148,15 +148,21 @@ class FolderDataset(RecordDataset):
 
 
 def _sample(entry: _Entry, canonical: Mapping[str, str], columns: _Columns) -> SampleRecord:
-    """canonical: key -> name of the findings that count. Without a column of labels, the findings are the labels."""
+    """canonical: key -> name of the findings that count. Without a column of labels, the findings are the labels; with
+    one, the findings that the image has boxes or masks of are labels too."""
     annotations = entry.image.annotations
     kept = [n for n, a in enumerate(annotations) if key(a.finding) in canonical]
+    shown = [n for n in kept if annotations[n].box or annotations[n].mask]
+    labels = {key(label) for label in entry.labels}
+    drawn = dict.fromkeys(canonical[key(annotations[n].finding)] for n in shown)
     return SampleRecord(
         id=entry.image.name,
         image=entry.image,
         caption=entry.caption,
-        labels=entry.labels if columns.label else [canonical[key(annotations[n].finding)] for n in kept],
-        regions=[n for n in kept if annotations[n].box or annotations[n].mask],
+        labels=[*entry.labels, *(name for name in drawn if key(name) not in labels)]
+        if columns.label
+        else [canonical[key(annotations[n].finding)] for n in kept],
+        regions=shown,
     )
 
 
