@@ -48,9 +48,14 @@ def schedule_fault(config: TrainerConfig, planned: int, state: Path) -> str | No
     return (
         f"trainer.max_steps is {config.max_steps}, and {state} is of a training of {planned} steps, whose "
         f"{config.lr_schedule} schedule ends there: it cannot go on as if it had been longer from the start. Give "
-        f"max_steps {planned} again, or choose another output_dir, or delete {state} to train from the beginning; only "
-        "lr_schedule constant has no end"
+        f"max_steps {planned} again, or {begin_again(state)}; only lr_schedule constant has no end"
     )
+
+
+def begin_again(state: Path) -> str:
+    """What to do where a training cannot go on. state: the folder of its checkpoints."""
+    ended = (state.parent / "cost.json").exists()
+    return f"choose another output_dir, or delete {state.parent if ended else state} to train from the beginning"
 
 
 class Record(Protocol):
@@ -586,7 +591,7 @@ class _Loop:
         """UserError unless this training would have written the checkpoint."""
         there, here, config = checkpoint.facts, self._identity(), self.config
         folder = checkpoints.folder_of(self.folder, checkpoint.step)
-        other = f"choose another output_dir, or delete {self.folder} to train from the beginning"
+        other = begin_again(self.folder)
         shapes = {name: p.shape for name, p in self.named}
         if there["seed"] != self.seed or {name: t.shape for name, t in checkpoint.trained.items()} != shapes:
             raise UserError(f"{folder} was written by a run with other settings; {other}")

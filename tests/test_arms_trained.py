@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -26,12 +27,13 @@ from distill.errors import UserError
 from distill.experiment import derive, results, sharing, train
 from distill.experiment import run as run_module
 from distill.experiment.arms import Arm
+from distill.experiment.lengths import length_fault
 from distill.experiment.run import Run
 from distill.methods.options import AttentionDistillationOptions, DenoisingOptions
 from distill.methods.training import Training
 from distill.models.adapters import prepare_training
 from distill.models.loading import SUBSET_FILE, load_model
-from distill.trainer import FitResult
+from distill.trainer import FitResult, begin_again
 
 
 def arm_of(folder: Path, name: str = "model", **options: Any) -> Arm:
@@ -83,6 +85,34 @@ def test_a_finished_arm_goes_on_where_it_can(tmp_path: Path) -> None:
         UserError, match=r"model: it would be trained further, and student was trained with it .* \S+student to"
     ):
         train._is_longer(run, arm, 9, log_dir)
+
+
+def test_a_training_that_cannot_go_on_leaves_the_options_as_they_were(tmp_path: Path) -> None:
+    arm = replace(arm_of(tmp_path, trainer={"max_steps": 4}), fixed_steps=True)
+    run, _ = run_of(tmp_path, arm, former_config="before")
+    (tmp_path / "config.yaml").write_text("after")
+    arm.folder.mkdir()
+
+    def refused() -> str:
+        with pytest.raises(UserError, match="captions changed"), train.restored(run):
+            raise UserError("captions changed")
+        return (tmp_path / "config.yaml").read_text()
+
+    assert refused() == "after", "it was begun by this launch"
+    (arm.folder / "cost.json").write_text('{"steps": 2}')
+    checkpoints.folder_of(arm.folder / "state", 3).mkdir(parents=True)
+    assert refused() == "after", "it has gone on"
+    checkpoints.folder_of(arm.folder / "state", 3).rename(checkpoints.folder_of(arm.folder / "state", 2))
+    assert refused() == "before"
+    fault = length_fault(
+        {}, replace(arm, trainer=arm.trainer.model_copy(update={"max_steps": 1})), 2, arm.folder / "state"
+    )
+    assert fault is not None and fault.startswith(
+        "trained for 2 steps, and arms.model.max_steps is 1; give arms.model.max_steps"
+    )
+    assert begin_again(arm.folder / "state").endswith(f"delete {arm.folder} to train from the beginning")
+    (arm.folder / "cost.json").unlink()
+    assert begin_again(arm.folder / "state").endswith(f"delete {arm.folder / 'state'} to train from the beginning")
 
 
 def test_a_cost_that_cannot_be_read_is_none_and_one_that_can_is_used(tmp_path: Path) -> None:

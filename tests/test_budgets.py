@@ -20,12 +20,13 @@ from distill.config import FullEvaluation, TrainerConfig
 from distill.errors import UserError
 from distill.evaluation.claims import LOWER_IS_BETTER, Comparison, compare, student_interval
 from distill.experiment import train
-from distill.experiment.arms import arms_of
-from distill.experiment.budgets import inherit, passes_of, spend
+from distill.experiment.arms import Arm, arms_of
+from distill.experiment.budgets import inherit, of_length, passes_of, spend
 from distill.experiment.cost import training_passes
+from distill.experiment.lengths import steps_faults
 from distill.files import read_json, write_json
 from distill.methods import method_of
-from distill.methods.training import ArmConfig
+from distill.methods.training import ArmConfig, Training
 from distill.report import proof
 from distill.report.proof import write_proof
 from distill.report.tables import METRICS, format_number
@@ -421,6 +422,16 @@ def test_without_compare_to_the_first_arm_of_no_length_of_its_own_is_the_baselin
     for options, expected in ((["--budgets", "[2]"], ("frozen",)), ([], ("teacher",))):
         assert parse(recipe.TradeoffConfig, [*arms_argv(**arms), *options]).baselines == expected
     assert parse(recipe.TradeoffConfig, [*arms_argv(**arms), "--compare_to", "[learnable]"]).baselines == ("learnable",)
+
+
+def test_a_warm_up_longer_than_a_budget_is_refused() -> None:
+    """Its length is that of the budget, which `trainer.max_steps` does not know."""
+    trainer = of_length(TrainerConfig(max_steps=1000, warmup_steps=8), 7)
+    arm = Arm("a", Path("a"), Training(), trainer, FullEvaluation())
+    assert steps_faults(arm) == [
+        "trainer.warmup_steps is 8, and it trains for 7 steps, so that this never ends or begins; at most 7 is right"
+    ]
+    assert steps_faults(replace(arm, trainer=of_length(trainer, 8))) == []
 
 
 def test_a_value_of_one_seed_stands_without_an_interval() -> None:

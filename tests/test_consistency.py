@@ -18,6 +18,7 @@ from training import LORA, batch_of, generator, has_gradient, ready
 
 from distill.config import DenoisingConfig
 from distill.data.batch import Batch, TextEmbeddings
+from distill.errors import UserError
 from distill.methods.base import Noised
 from distill.methods.consistency import Consistency
 from distill.methods.options import ConsistencyOptions
@@ -41,6 +42,19 @@ def method_of(
                 parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator()))
     with ready(ConsistencyOptions(**options), student, {"whole": teacher}) as method:
         yield method, teacher
+
+
+def test_a_teacher_with_a_text_encoder_of_its_own_is_refused() -> None:
+    """The student's text would be given to its denoiser."""
+    student, teacher = model_of(tiny_sd()), model_of(tiny_sd())
+    prepare_training(student, denoiser="full", text_encoder="frozen", lora=LORA)
+    with torch.no_grad():
+        next(teacher.text_encoders[0].parameters()).add_(0.01)
+    with (
+        pytest.raises(UserError, match="the text encoder of the teacher, whole, was trained"),
+        ready(ConsistencyOptions(), student, {"whole": teacher}),
+    ):
+        pass
 
 
 def embedded(method: Consistency, batch: Batch) -> Noised:

@@ -15,8 +15,9 @@ from test_recipes import TRAINING, files_of, log_rows, read_metrics
 from tiny import save_tiny, tiny_sd
 
 from distill.cli import parse
-from distill.config import FullEvaluation
-from distill.models.loading import LORA_FILE
+from distill.config import BaseConfig, FullEvaluation
+from distill.errors import UserError
+from distill.models.loading import LORA_FILE, load_model
 
 RECIPE = recipe_module("distill_steps")
 
@@ -56,6 +57,11 @@ def test_a_full_run_becomes_an_adapter_that_stock_diffusers_samples_in_few_steps
     card = (out / "README.md").read_text(encoding="utf-8")
     assert "pipe.scheduler = LCMScheduler.from_config(pipe.scheduler.config)" in card
     assert "num_inference_steps=3, guidance_scale=1.0" in card
+    with pytest.raises(
+        UserError, match=rf"was trained on {out / 'whole_base'}, and base.name is .*base; give --base.name"
+    ):
+        load_model(BaseConfig(name=str(tmp_path / "base")), out)
+    load_model(BaseConfig(name=str(out / "whole_base")), out)
     files = files_of(out)
     distill_steps([*argv, "--trainer.sample_every_steps", "2"])
     assert files_of(out) == files

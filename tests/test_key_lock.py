@@ -498,6 +498,22 @@ def test_the_readable_loss_is_the_share_that_a_linear_map_leaves(tmp_path: Path)
     assert not has_gradient(student.denoiser), "it is of the text alone"
 
 
+@pytest.mark.parametrize("rows", [[0, 0, 0], [0]])
+def test_captions_that_are_alike_do_not_blow_up_the_readable_loss(rows: list[int], tmp_path: Path) -> None:
+    """Their end tokens are alike too, and nothing can be told apart by a map."""
+    student = prepared(tiny_sd, "lora", "lora")
+    method: Any = method_of(KeyLockOptions(readable_weight=0.5), NO_DROPOUT)
+    method.setup(student, context_of(log_dir=tmp_path))
+    disturb_adapters(student)
+    terms = method.train()(batch_of(student, rows), generator())
+    assert float(terms["unreadable"]) < 10
+    terms["loss"].backward()
+    embeds = torch.ones(2, 5, len(method._lock.columns[0]) * 2, requires_grad=True)
+    nothing = method._unreadable(embeds, torch.full((2, 5), WORD))
+    nothing.backward()
+    assert float(nothing.detach()) == 0 and not embeds.grad.any()
+
+
 def test_the_map_that_reads_keys_is_trained_and_not_exported(tmp_path: Path) -> None:
     base = BaseConfig(name=str(save_tiny(tmp_path / "base", "sd")))
     student = load_model(base)

@@ -34,6 +34,7 @@ from distill.data_config import CocoData
 from distill.errors import UserError
 from distill.evaluation import validation
 from distill.experiment import results, sharing, train
+from distill.experiment.folder import held
 from distill.experiment.run import Run, _prior_images
 from distill.methods import key_lock
 from distill.methods.key_lock import Merged
@@ -405,6 +406,23 @@ def test_what_an_arm_needs_is_looked_for_at_start(
         ({"a": ARMS["continued"] | LORA, "frozen": frozen_lora}, "a: it starts from the adapters of frozen"),
         ({"a": ARMS["continued"] | LORA}, "a: it trains adapters of the base, and can start only from adapters"),
         (
+            {"a": ARMS["continued"] | {"text_encoder": "frozen"}, "frozen": {"text_encoder": "full"}},
+            "a: it starts from frozen, whose text_encoder is full, and its own is frozen; set text_encoder to full",
+        ),
+        ({"a": ARMS["continued"], "frozen": frozen_lora}, "whose denoiser is lora, and its own is full"),
+        (
+            {"a": {"text_encoder": "full", "method": TAUGHT | {"begin_after_steps": 2}}},
+            "a: method.begin_after_steps is 2, and it trains for 2 steps, so that this never ends or begins; at most 1 is right",
+        ),
+        (
+            {"a": {"text_encoder": "full", "text_encoder_steps": 3}},
+            "a: text_encoder_steps is 3, and it trains for 2 steps",
+        ),
+        (
+            {"a": {"text_encoder": "full", "method": {"kind": "key_lock", "release_after_steps": 2}}},
+            "a: method.release_after_steps is 2, and it trains for 2",
+        ),
+        (
             {"a": ARMS["lora"] | {"lora": {"denoiser_targets": ["to_nothing"]}}},
             "lora.denoiser_targets: to_nothing match",
         ),
@@ -632,6 +650,10 @@ def test_processes_that_share_a_folder_share_its_arms(tmp_path: Path) -> None:
     assert other.stdout is not None and other.stdout.readline() == "held\n"
     done: list[str] = []
     nothing: Any = None
+    with held(tmp_path / "alone"):  # an arm may have any name, `run` too
+        alone = Run(nothing, tmp_path / "alone", Accelerator(), BaseConfig(), {}, nothing, None, nothing)
+        sharing.share_out(alone, {"run": sharing.Job(partial(done.append, "run"))})
+    assert done.pop() == "run"
     here = Run(nothing, tmp_path, Accelerator(), BaseConfig(), {}, nothing, None, nothing, console=Console(quiet=True))
     jobs = {name: partial(done.append, name) for name in ("frozen", "learnable", "distilled")}
     sharing.share_out(

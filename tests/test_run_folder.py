@@ -158,7 +158,7 @@ def test_a_second_launch_is_refused_while_one_is_at_the_folder(tmp_path: Path, m
         with pytest.raises(UserError, match=message) as caught, held(folder, shared=shared):
             pass
         assert "\n" not in str(caught.value)
-    assert (folder / ".locks" / "run").exists() and (folder / ".export.1.tmp").exists()
+    assert (folder / ".locks" / ".launch").exists() and (folder / ".export.1.tmp").exists()
     end(other)
     with held(folder):
         assert not (folder / ".export.1.tmp").exists()

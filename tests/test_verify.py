@@ -12,6 +12,7 @@ import pytest
 import torch
 from peft.utils import get_peft_model_state_dict
 from recipe import recipe_module, refusal_of
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny import save_tiny
 from training import prepared
@@ -145,6 +146,38 @@ def test_the_recipe_prints_text_or_json_and_refuses_what_nothing_is_taken_of(
     weights = str(folder / "sd" / "unet" / "diffusion_pytorch_model.safetensors")
     no_adapter = refusal_of(recipe.verify_adapter, recipe.VerifyConfig, [*argv, weights], capsys)
     assert "is no adapter file" in no_adapter
+
+
+def read(path: Path) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    with safe_open(path, "pt") as file:
+        return file.metadata(), load_file(path)
+
+
+DAMAGED: dict[str, Any] = {
+    "nan": lambda m, t: (m, {k: v * float("nan") for k, v in t.items()}),
+    "json": lambda m, t: (m | {"lora_adapter_metadata": "{"}, t),
+    "list": lambda m, t: (m | {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": [1]})}, t),
+    "text": lambda m, t: (m | {"lora_adapter_metadata": json.dumps({"unet.alpha_pattern": {"to_q": "a"}})}, t),
+    "alpha": lambda m, t: (m, t | {next(iter(t)).split(".lora")[0] + ".alpha": torch.ones(3)}),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGED)
+def test_a_damaged_adapter_is_one_error(folder: Path, tmp_path: Path, damage: str) -> None:
+    metadata, tensors = read(folder / "sd-run" / LORA_FILE)
+    metadata, tensors = DAMAGED[damage](metadata, tensors)
+    save_file(tensors, tmp_path / LORA_FILE, metadata)
+    with pytest.raises(UserError):
+        verify(base(folder, "sd"), tmp_path / LORA_FILE)
+
+
+def test_factors_that_are_no_matrices_are_ignored_with_the_reason(folder: Path, tmp_path: Path) -> None:
+    metadata, tensors = read(folder / "sd-run" / LORA_FILE)
+    ups = [key for key in tensors if ".lora_B." in key or ".lora.up." in key]
+    tensors[ups[0]] = tensors[ups[0]][:, 0].clone()
+    save_file(tensors, tmp_path / LORA_FILE, metadata)
+    found = verify(base(folder, "sd"), tmp_path / LORA_FILE)
+    assert sum("which are no matrices" in reason for reason in found.ignored.values()) == 2
 
 
 def test_a_configuration_that_is_no_object_is_refused(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from distill.data.rows import TrainingRows
 from distill.methods import METHODS, method_of
 from distill.methods.attention_distillation import AttentionDistillation
 from distill.methods.base import Context, Method, Noised
-from distill.methods.options import AttentionDistillationOptions, Options
+from distill.methods.options import AttentionDistillationOptions, ConsistencyOptions, Options
 from distill.models import Model, model_of
 from distill.models.adapters import prepare_training
 
@@ -133,6 +133,11 @@ def example(name: str, denoising: DenoisingConfig = NO_DROPOUT, chunks: int = 1)
     student = prepared(tiny_sdxl if name.endswith("-sdxl") else tiny_sd, text_encoder="lora", chunks=chunks)
     batches = [batch_of(student), batch_of(student, range(4, 8))]
     teachers = {TEACHER: replace(model_of(tiny_sd(seed=1)), caption_chunks=chunks)}
+    if isinstance(options, ConsistencyOptions):  # its teacher reads the student's text
+        for own, theirs in zip(student.text_encoders, teachers[TEACHER].text_encoders, strict=True):
+            theirs.load_state_dict(
+                {n.replace(".base_layer.", "."): v for n, v in own.state_dict().items() if "lora_" not in n}
+            )
     context = context_of(teachers, batches=lambda images: iter(batches), is_main=False)  # writes no file
     reads = {"label_tokens": options.reads_labels, "regions": options.reads_regions}
     return set_up(options, student, context, denoising), TrainingRows(phantoms(), student, denoising, **reads)

@@ -58,13 +58,17 @@ def derived_base(
                 shutil.rmtree(path, ignore_errors=True)
 
 
-def whole(base: BaseConfig, run: str | None) -> Model:
-    """Base and run as plain weights: adapters are fused, so that they cost no time and no parameters of their own."""
-    model = load_model(base, run)
+def fused(model: Model) -> Model:
+    """With plain weights: adapters are fused, so that they cost no time and no parameters of their own."""
     if any("lora_" in name for module in model.modules() for name, _ in module.named_parameters()):
         model.pipeline.fuse_lora()
         model.pipeline.unload_lora_weights()
     return model
+
+
+def whole(base: BaseConfig, run: str | None) -> Model:
+    """Base and run as plain weights."""
+    return fused(load_model(base, run))
 
 
 def _forget_other(base: BaseConfig, run: str | None, path: Path) -> None:
@@ -73,7 +77,7 @@ def _forget_other(base: BaseConfig, run: str | None, path: Path) -> None:
         known = read_json(path / SOURCE)["weights"]
     except (OSError, UserError, KeyError, TypeError):
         return
-    if known == weights_fingerprint(whole(base, run).modules()):
+    if known == weights_fingerprint(load_model(base, run).modules()):
         return
     if any(path.parent.glob("**/cost.json")) or any(path.parent.glob("*/state/step-*")):
         raise UserError(
@@ -85,9 +89,10 @@ def _forget_other(base: BaseConfig, run: str | None, path: Path) -> None:
 
 def _write(base: BaseConfig, run: str | None, folder: Path, change: Change) -> None:
     """At `folder` only when it is whole."""
-    model = whole(base, run)
+    model = load_model(base, run)
+    # Before adapters are fused: the last bits of that product depend on the processor.
     source = weights_fingerprint(model.modules())
-    model = change(model)
+    model = change(fused(model))
     with whole_folder(folder) as partial:
         write_json(partial / SOURCE, {"weights": source})
         model.pipeline.save_pretrained(partial, safe_serialization=True)

@@ -43,7 +43,7 @@ def held(folder: Path, *, shared: bool = False, write: bool = True) -> Iterator[
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         (folder / LOCKS).mkdir(parents=True, exist_ok=True)
-        lock = os.open(folder / LOCKS / "run", os.O_RDWR | os.O_CREAT, 0o666)
+        lock = os.open(folder / LOCKS / ".launch", os.O_RDWR | os.O_CREAT, 0o666)
     except OSError as error:
         _remove_empty(made)
         raise UserError(

@@ -25,20 +25,37 @@ def check_lengths(arms: Mapping[str, Arm], folder: Path) -> None:
     raise_all("arms that cannot go on", faults)
 
 
+def steps_faults(arm: Arm) -> list[str]:
+    """Options that count steps, and never take effect in so short a training."""
+    method, steps = arm.training.method, arm.trainer.max_steps
+    latest = {
+        "trainer.warmup_steps": (arm.trainer.warmup_steps, steps),
+        "method.begin_after_steps": (getattr(method, "begin_after_steps", None), steps - 1),
+        "method.release_after_steps": (getattr(method, "release_after_steps", None), steps - 1),
+        "text_encoder_steps": (arm.training.text_encoder_steps, steps),
+    }
+    return [
+        f"{name} is {value}, and it trains for {steps} steps, so that this never ends or begins; at most {most} is right"
+        for name, (value, most) in latest.items()
+        if value is not None and value > most
+    ]
+
+
 def length_fault(arms: Mapping[str, Arm], arm: Arm, steps: int, state: Path) -> str | None:
     """Why an arm that was trained for `steps` cannot be trained to its max_steps; None where it can. state: the folder
     of its checkpoints."""
     wanted = arm.trainer.max_steps
+    option = f"arms.{arm.name}.max_steps" if arm.fixed_steps else "trainer.max_steps"
     again = (
-        f"give trainer.max_steps {steps}, or delete {arm.folder} to train {wanted} steps from the beginning (with budgets, "
+        f"give {option} {steps}, or delete {arm.folder} to train {wanted} steps from the beginning (with budgets, "
         "delete it or choose another --output_dir)"
     )
     if wanted < steps:
-        return f"trained for {steps} steps, and trainer.max_steps is {wanted}; {again}"
+        return f"trained for {steps} steps, and {option} is {wanted}; {again}"
     # A later one where a training that went on was killed.
     if wanted > steps and not any(step >= steps for step in checkpoints.steps_in(state)):
         return (
-            f"trained for {steps} steps, and trainer.max_steps is {wanted}. Its last state was not kept "
+            f"trained for {steps} steps, and {option} is {wanted}. Its last state was not kept "
             f"(trainer.keep_last_state_gb), so it cannot go on: {again}"
         )
     taught = [other for other in arms.values() if arm.name in other.needs and (other.folder / "cost.json").exists()]
@@ -48,6 +65,14 @@ def length_fault(arms: Mapping[str, Arm], arm: Arm, steps: int, state: Path) -> 
             f"{taught[0].folder} to train that again afterwards"
         )
     return None
+
+
+def has_gone_on(arm: Arm) -> bool:
+    """Whether a launch has trained an arm beyond what its last training ended with, or has only begun it."""
+    steps = _trained_steps(arm)
+    return steps in (None, arm.trainer.max_steps) or any(
+        step > steps for step in checkpoints.steps_in(arm.folder / "state")
+    )
 
 
 def _trained_steps(arm: Arm) -> int | None:

@@ -37,7 +37,7 @@ from distill.evaluation.fidelity import finding_labels
 from distill.evaluation.utility import Task
 from distill.evaluation.validation import DRAWN
 from distill.experiment.arms import BASE, Arm
-from distill.experiment.lengths import check_lengths
+from distill.experiment.lengths import check_lengths, steps_faults
 from distill.files import code_version, write_atomic
 from distill.memory import keep_freed_memory
 from distill.methods import method_of
@@ -46,7 +46,7 @@ from distill.metrics.features import Features, load_features
 from distill.metrics.image_text import ImageText
 from distill.models import Model, load_model
 from distill.models.adapters import check_lora_targets, lora_targets, parameter_counts
-from distill.models.loading import LORA_FILE
+from distill.models.loading import LORA_FILE, PHANTOM_BASE
 from distill.models.single_file import is_adapter
 from distill.processes import ignored_by_launch, thread_advice
 from distill.settings import Settings
@@ -87,6 +87,8 @@ class Run:
     features: Features | None = None
     balance: Balance | None = None
     make_against: Callable[[], HeldOut] | None = None
+    former_config: str | None = None
+    """config.yaml as this launch found it."""
 
     @cached_property
     def against(self) -> HeldOut:
@@ -123,8 +125,17 @@ class Run:
             return load_model(self.config.base, folder)
         base = self.config.base
         # A teacher has the shape of its student, so that the configs of the base are right for its file.
-        changed = {"name": reference, "revision": None, "single_file_config": base.single_file_config or base.name}
-        return load_model(base.model_copy(update=changed))
+        own = str(PHANTOM_BASE) if base.name == "phantom" else None if Path(base.name).is_file() else base.name
+        changed = {
+            "name": reference,
+            "revision": None,
+            "variant": None,
+            "single_file_config": base.single_file_config or own,
+        }
+        try:
+            return load_model(base.model_copy(update=changed))
+        except UserError as error:
+            raise UserError(f"the model {reference}: {str(error).removeprefix('base.name: ')}") from error.__cause__
 
 
 def open_run(
@@ -187,6 +198,8 @@ def open_run(
         )  # fmt: skip
         # Last, so that a configuration that is refused does not claim the folder.
         if accelerator.is_main_process:
+            if (folder / "config.yaml").exists():
+                opened.former_config = (folder / "config.yaml").read_text(encoding="utf-8")
             write_atomic(folder / "config.yaml", to_yaml(config))
         accelerator.wait_for_everyone()
     opened.seconds["checks"] = time.perf_counter() - began
@@ -230,9 +243,8 @@ def claim(folder: Path, config: Settings) -> None:
     refused = [str(change) for change in changes(before, config) if not change.is_allowed]
     raise_all(
         f"{folder} holds a run with other options; choose another --output_dir, or give those of {path}. To train "
-        "longer, raise only max_steps. To train on from its weights on more images, give the folder as base.name or as "
-        "a teacher "
-        "in a new --output_dir",
+        "longer, raise only max_steps. To train on from its weights on more images, load the model as its README.md "
+        "shows, save it with save_pretrained, and give that folder as base.name, with a new --output_dir",
         refused,
     )
 
@@ -284,6 +296,7 @@ def _base_faults(config: RunConfig, evaluation: FullEvaluation, model: Model, ar
             own.append("trainer.cache_text_embeddings needs a frozen text encoder; set it to false")
         if cached and training.method.needs_tokens:
             own.append("trainer.cache_text_embeddings: this method needs the tokens of each caption; set it to false")
+        own += steps_faults(arm)
         faults += [f"{arm.name}: {fault}" for fault in own + _start_faults(arm, arms)]
         if training.denoiser == "lora":
             check_lora_targets(model.denoiser, lora_targets(model, training.lora, "denoiser"), "denoiser")
@@ -294,20 +307,25 @@ def _base_faults(config: RunConfig, evaluation: FullEvaluation, model: Model, ar
 
 
 def _start_faults(arm: Arm, arms: Mapping[str, Arm]) -> list[str]:
-    """Why an arm with adapters cannot start from the model that it asks for."""
+    """Why an arm cannot start from the model that it asks for."""
     training, start = arm.training, arm.training.method.starts_from
-    if start is None or "lora" not in (training.denoiser, training.text_encoder):
-        return []
-    other = arms[start].training if start in arms else None
-    path = Path(start)
-    adapted = (
-        other.denoiser == "lora" if other else (path / LORA_FILE).exists() or (path.is_file() and is_adapter(path))
-    )
-    if training.denoiser != "lora" or not adapted:
-        return [f"it trains adapters of the base, and can start only from adapters of the denoiser; {start} has none"]
-    if other and other.lora != training.lora:
-        return [f"it starts from the adapters of {start}: its lora options must be the same, {other.lora}"]
-    return []
+    other = arms[start].training if start is not None and start in arms else None
+    if start is not None and "lora" in (training.denoiser, training.text_encoder):
+        path = Path(start)
+        adapted = (
+            other.denoiser == "lora" if other else (path / LORA_FILE).exists() or (path.is_file() and is_adapter(path))
+        )
+        if training.denoiser != "lora" or not adapted:
+            return [
+                f"it trains adapters of the base, and can start only from adapters of the denoiser; {start} has none"
+            ]
+        if other and other.lora != training.lora:
+            return [f"it starts from the adapters of {start}: its lora options must be the same, {other.lora}"]
+    return [
+        f"it starts from {start}, whose {part} is {there}, and its own is {here}; set {part} to {there}"
+        for part in ("denoiser", "text_encoder")
+        if other and (there := getattr(other, part)) not in ("frozen", here := getattr(training, part))
+    ]
 
 
 def _load_validation(config: RunConfig, arms: Mapping[str, Arm]) -> PhantomDataset | RecordDataset | None:

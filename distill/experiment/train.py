@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -35,9 +36,9 @@ from distill.experiment.arms import BASE, Arm
 from distill.experiment.cost import ForwardPasses, training_passes, with_teachers
 from distill.experiment.folder import scratch_folder
 from distill.experiment.gate_looks import GateLooks, Look
-from distill.experiment.lengths import length_fault
+from distill.experiment.lengths import has_gone_on, length_fault
 from distill.experiment.run import Run
-from distill.files import JsonObject, read_json, write_json
+from distill.files import JsonObject, read_json, write_atomic, write_json
 from distill.memory import reset_peak_memory
 from distill.methods import method_of
 from distill.methods.base import Context
@@ -71,7 +72,8 @@ def train_arm(run: Run, arm: Arm) -> JsonObject:
     run.say(
         f"{arm.name}: {training.method.kind}{names}; denoiser {training.denoiser}, text encoder {training.text_encoder}"
     )
-    model, result, besides, passes = fit_arm(run, arm, log_dir)
+    with restored(run):
+        model, result, besides, passes = fit_arm(run, arm, log_dir)
     assert run.train is not None
     cost = {
         "train_seconds": result.seconds + besides,
@@ -168,6 +170,18 @@ def _is_longer(run: Run, arm: Arm, steps: int, log_dir: Path) -> bool:
         return False
     run.say(f"{arm.name}: trained for {steps} steps; goes on to {arm.trainer.max_steps}")
     return True
+
+
+@contextmanager
+def restored(run: Run) -> Iterator[None]:
+    """Give config.yaml back as it was where a training that ended cannot go on, so that the command before works."""
+    try:
+        yield
+    except UserError:
+        before, main = run.former_config, run.accelerator.is_main_process
+        if before is not None and main and not any(has_gone_on(arm) for arm in run.arms.values()):
+            write_atomic(run.folder / "config.yaml", before)
+        raise
 
 
 def fit_arm(run: Run, arm: Arm, log_dir: Path) -> tuple[Model, FitResult, float, int]:

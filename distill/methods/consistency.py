@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from distill.data.batch import Batch
+from distill.errors import UserError
 from distill.methods.attention_distillation import AttentionDistillation, Maps
 from distill.methods.base import Context, Noised, Terms
 from distill.methods.options import ConsistencyOptions
@@ -56,7 +57,16 @@ class Consistency(AttentionDistillation):
         super(AttentionDistillation, self).setup(student, context)
         self.match = self.options
         self._stride = student.family.num_timesteps(student) // self.options.solver_steps
-        self.compare_with(self.load_teacher(context))
+        teacher = self.load_teacher(context)
+        # The teacher reads the student's text: it may be cached, without tokens.
+        for own, theirs in zip(student.text_encoders, teacher.text_encoders, strict=True):
+            reads = {name.replace(".base_layer.", "."): value for name, value in own.state_dict().items()}
+            if any(not torch.equal(reads[name].to(value), value) for name, value in theirs.state_dict().items()):
+                raise UserError(
+                    f"method consistency: the text encoder of the teacher, {self.options.teacher}, was trained, and the "
+                    "student has the base's; start from the teacher by distill_steps.py --run"
+                )
+        self.compare_with(teacher)
 
     def passes(self, step: int, images: int) -> int:
         return (3 + 1 + 2) * images  # the student, its target, and the teacher with the caption and without

@@ -37,6 +37,8 @@ MERGE_CAPTIONS = 2000
 """Training captions that the merge is fitted on, where there are as many."""
 RIDGE = 1e-4
 """Of the mean square of the hidden states: pulls the merge to the identity where captions say nothing."""
+LEAST_SPREAD = 1e-3
+"""Of tokens that a linear map can be judged by, relative to their mean square."""
 
 
 class KeyLockedTextEncoder(nn.Module):
@@ -366,17 +368,19 @@ class KeyLocked(Method):
     def _unreadable(self, embeds: torch.Tensor, groups: torch.Tensor) -> torch.Tensor:
         """Mean over token groups of |W x - y|^2 / |y - mean y|^2, with x and y as in `merge_keys` and W the trained `reader`.
 
-        embeds: (batch, tokens, 2 * width), see KeyLockedTextEncoder. groups: (batch, tokens).
+        embeds: (batch, tokens, 2 * width), see KeyLockedTextEncoder. groups: (batch, tokens). A group of tokens that are
+        alike is left out; 0 where all are.
         """
         with torch.autocast(embeds.device.type, enabled=False):
             keys, values = (embeds[..., columns.to(embeds.device)].float() for columns in self._lock.columns)
             shares = []
             for code in (WORD, EOS, PADDING):
                 y, x = keys[groups == code].detach(), values[groups == code]
-                if len(y) > 1:
-                    spread = (y - y.mean(dim=0)).pow(2).sum()
-                    shares.append((self.reader(x) - y).pow(2).sum() / spread.clamp(min=1e-6))
-            return torch.stack(shares).mean()
+                spread = (y - y.mean(dim=0)).pow(2).sum()
+                # Of captions that are alike, or one, there is nothing to tell apart.
+                if spread > LEAST_SPREAD * y.pow(2).sum():
+                    shares.append((self.reader(x) - y).pow(2).sum() / spread)
+            return torch.stack(shares).mean() if shares else 0.0 * self.reader(values).sum()
 
     def finish(self) -> JsonObject:
         """Merge the keys; key_lock.json says how well that went."""

@@ -49,7 +49,7 @@ def load_model(base: BaseConfig, run: str | Path | None = None) -> Model:
     All in float32. Raises UserError for what is missing, of another kind, or does not fit.
     """
     if run is not None:
-        _check_chunks(base, Path(run))
+        _check_run(base, Path(run))
     name = str(PHANTOM_BASE) if base.name == "phantom" else base.name
     if base.name == "phantom" and not PHANTOM_BASE.is_dir():
         raise UserError(
@@ -77,10 +77,17 @@ def load_model(base: BaseConfig, run: str | Path | None = None) -> Model:
     return model
 
 
-def _check_chunks(base: BaseConfig, run: Path) -> None:
-    """Raise UserError if a run was trained on captions of more chunks than are read now; one on fewer may be trained
-    on."""
+DERIVED = ("whole_base", "pruned_base")
+"""In a run folder, the base that distill_steps.py and compress.py made for its students."""
+
+
+def _check_run(base: BaseConfig, run: Path) -> None:
+    """Raise UserError if a run was trained on a base that was made for it, and the base is another; or on captions of
+    more chunks than are read now. One on fewer may be trained on."""
     path = next((path for path in (run / "config.yaml", run.parent / "config.yaml") if path.is_file()), None)
+    made = [path.parent / name for name in DERIVED if path and (path.parent / name).is_dir()]
+    if made and Path(base.name).resolve() not in (folder.resolve() for folder in made):
+        raise UserError(f"{run} was trained on {made[0]}, and base.name is {base.name}; give --base.name {made[0]}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8")) if path else {}
         chunks = int(content["base"]["caption_chunks"])
@@ -129,6 +136,8 @@ def load_run(model: Model, run: Path) -> None:
         return _load_adapter(model, run, run)
     if not os.path.isdir(run):
         raise UserError(f"no run folder {run}")
+    if (run / "model_index.json").exists():
+        raise UserError(f"{run} is a whole pipeline, not a run folder; give it as base.name, without run")
     found = False
     for name in folders:
         if not os.path.lexists(run / name):

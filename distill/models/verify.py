@@ -21,7 +21,7 @@ from distill.models.export import fixed_output
 from distill.models.family import Model
 from distill.models.kohya import PREFIXES, kohya_name
 from distill.models.loading import LORA_FILE
-from distill.models.parts import check_weights_file
+from distill.models.parts import check_adapter
 from distill.models.single_file import is_adapter
 
 DOWN = ("lora_down", "lora_A", "lora.down", "lora_linear_layer.down")
@@ -115,7 +115,8 @@ def layout_of(keys: list[str]) -> str:
 def said_alpha(config: Mapping[str, object], prefix: str, layer: str) -> float | None:
     """The alpha that an adapter's configuration gives a layer."""
     pattern = config.get(f"{prefix}alpha_pattern") or {}
-    assert isinstance(pattern, dict)
+    if not isinstance(pattern, dict) or not all(isinstance(value, (int, float)) for value in pattern.values()):
+        raise UserError(f"{prefix}alpha_pattern of its configuration is no mapping of layers to numbers")
     for end, value in pattern.items():
         if layer == end or layer.endswith(f".{end}"):
             return float(value)
@@ -173,6 +174,8 @@ def misfit(one: LowRank, layer: nn.Module) -> str:
     """Why a layer cannot take its tensors; empty if it can."""
     if one.down is None or one.up is None:
         return "the other factor is missing"
+    if min(one.down.ndim, one.up.ndim) < 2 or 0 in (*one.down.shape, *one.up.shape):
+        return f"its factors are {tuple(one.up.shape)} and {tuple(one.down.shape)}, which are no matrices"
     shape = tuple(layer.weight.shape)  # type: ignore[arg-type]
     ours = (one.up.shape[0], *one.down.shape[1:])
     if ours != shape or one.up.shape[1] != one.down.shape[0]:
@@ -207,7 +210,7 @@ def verify(model: Model, path: Path) -> Verified:
         path = found
     if not is_adapter(path):
         raise UserError(f"{path} is no adapter file: no tensor is of a low-rank adapter")
-    check_weights_file(path)
+    check_adapter(path)
     before, (taken, ignored) = fixed_output(model, "cpu"), read_adapter(path, model)
     layers = layers_of(model)
     squares: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0])
