@@ -32,7 +32,7 @@ from distill.experiment.run import Run
 from distill.methods.options import AttentionDistillationOptions, DenoisingOptions
 from distill.methods.training import Training
 from distill.models.adapters import prepare_training
-from distill.models.loading import SUBSET_FILE, load_model
+from distill.models.loading import PHANTOM_BASE, SUBSET_FILE, load_model
 from distill.trainer import FitResult, begin_again
 
 
@@ -107,12 +107,33 @@ def test_a_training_that_cannot_go_on_leaves_the_options_as_they_were(tmp_path: 
     fault = length_fault(
         {}, replace(arm, trainer=arm.trainer.model_copy(update={"max_steps": 1})), 2, arm.folder / "state"
     )
-    assert fault is not None and fault.startswith(
-        "trained for 2 steps, and arms.model.max_steps is 1; give arms.model.max_steps"
-    )
+    said = "trained for 2 steps, and arms.model.max_steps is 1; give arms.model.max_steps 2, or delete"
+    assert fault is not None and fault.startswith(said)
     assert begin_again(arm.folder / "state").endswith(f"delete {arm.folder} to train from the beginning")
     (arm.folder / "cost.json").unlink()
     assert begin_again(arm.folder / "state").endswith(f"delete {arm.folder / 'state'} to train from the beginning")
+
+
+def test_a_teacher_is_not_loaded_by_the_options_of_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[BaseConfig] = []
+
+    def load(base: BaseConfig, run: Any = None) -> None:
+        asked.append(base)
+        raise UserError(f"base.name: {base.name} is damaged")
+
+    monkeypatch.setattr(run_module, "load_model", load)
+    (tmp_path / "b.safetensors").touch()
+    for name, configs in (
+        ("phantom", str(PHANTOM_BASE)),
+        (str(tmp_path / "b.safetensors"), None),
+        ("some/hub", "some/hub"),
+    ):
+        config = SimpleNamespace(base=BaseConfig(name=name, variant="fp16", revision="r"))
+        run, _ = run_of(tmp_path, config=config, references={})
+        with pytest.raises(UserError, match="^the model teacher.safetensors: teacher.safetensors is damaged$"):
+            Run.load(run, "teacher.safetensors")
+        found = asked.pop()
+        assert (found.single_file_config, found.variant, found.revision) == (configs, None, None)
 
 
 def test_a_cost_that_cannot_be_read_is_none_and_one_that_can_is_used(tmp_path: Path) -> None:

@@ -412,7 +412,7 @@ def test_what_an_arm_needs_is_looked_for_at_start(
         ({"a": ARMS["continued"], "frozen": frozen_lora}, "whose denoiser is lora, and its own is full"),
         (
             {"a": {"text_encoder": "full", "method": TAUGHT | {"begin_after_steps": 2}}},
-            "a: method.begin_after_steps is 2, and it trains for 2 steps, so that this never ends or begins; at most 1 is right",
+            "a: method.begin_after_steps is 2, and it trains for 2 steps, so that this never ends or begins; at most 1",
         ),
         (
             {"a": {"text_encoder": "full", "text_encoder_steps": 3}},
