@@ -324,7 +324,7 @@ def _start_faults(arm: Arm, arms: Mapping[str, Arm]) -> list[str]:
     return [
         f"it starts from {start}, whose {part} is {there}, and its own is {here}; set {part} to {there}"
         for part in ("denoiser", "text_encoder")
-        if other and (there := getattr(other, part)) != "frozen" and there != (here := getattr(training, part))
+        if other and (there := getattr(other, part)) in ("lora", "full") and there != (here := getattr(training, part))
     ]
 
 
