@@ -446,7 +446,8 @@ def test_a_whole_measurement_adds_shares_and_the_first_step(plan: Any, monkeypat
     measurement = benchmark_training.Measurement(plan, lambda found: written.append(copy.deepcopy(found)))
     results = measurement.run(kinds, {})
     assert asked == [
-        "environment", "speed_part", *[("first", True, plan.base, True, True)] * 2, ("lora", kinds["lora"]), ("full", kinds["full"]),
+        "environment", "speed_part", *[("first", True, plan.base, True, True)] * 2,
+        ("lora", kinds["lora"]), ("full", kinds["full"]),
         ("diffusers_lora", kinds["lora"]), ("diffusers_full", kinds["full"]), "shares_part",
     ]  # fmt: skip
     assert results == {
