@@ -364,7 +364,7 @@ def test_the_recipe_writes_what_it_says_and_the_run_is_evaluated_by_its_subset(
     expected = {f"{name}/{file}" for name in ("base", "frozen") for file in model} | {
         "atlas.json",
         "atlas.md",
-        ".locks/run",
+        ".locks/.launch",
     }
     assert files_of(folder / "out") == expected
     assert files_of(folder / "base") == before, "the base's folder is left alone"

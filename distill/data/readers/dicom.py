@@ -64,7 +64,7 @@ def _check(dataset: Dataset, largest_px: int) -> None:
         raise ValueError(f"it has no {', '.join(missing)}")
     empty = [name for name in ("RescaleSlope", "RescaleIntercept") if name in dataset and dataset.get(name) is None]
     if empty:
-        raise ValueError(f"its {' and '.join(empty)} are empty; fill them in, or take them out")
+        raise ValueError(f"it has an empty {' and '.join(empty)}; fill it in, or take it out")
     frames = int(dataset.get("NumberOfFrames") or 1)
     if frames > 1:
         raise ValueError(f"it holds {frames} frames; save the one that is meant as a file of its own")
