@@ -49,7 +49,8 @@ def test_a_teacher_with_a_text_encoder_of_its_own_is_refused() -> None:
     student, teacher = model_of(tiny_sd()), model_of(tiny_sd())
     prepare_training(student, denoiser="full", text_encoder="frozen", lora=LORA)
     with torch.no_grad():
-        next(teacher.text_encoders[0].parameters()).add_(0.01)
+        for parameter in teacher.text_encoders[0].parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator()))
     with (
         pytest.raises(UserError, match="the text encoder of the teacher, whole, was trained"),
         ready(ConsistencyOptions(), student, {"whole": teacher}),
