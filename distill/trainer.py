@@ -54,8 +54,9 @@ def schedule_fault(config: TrainerConfig, planned: int, state: Path) -> str | No
 
 def begin_again(state: Path) -> str:
     """What to do where a training cannot go on. state: the folder of its checkpoints."""
-    ended = (state.parent / "cost.json").exists()
-    return f"choose another output_dir, or delete {state.parent if ended else state} to train from the beginning"
+    # What has ended is in the arm's folder, or, of a single model, in that of the run.
+    ended = next((folder for folder in (state.parent, state.parent.parent) if (folder / "cost.json").exists()), state)
+    return f"choose another output_dir, or delete {ended} to train from the beginning"
 
 
 class Record(Protocol):

@@ -27,7 +27,7 @@ from distill.errors import UserError
 from distill.experiment import derive, results, sharing, train
 from distill.experiment import run as run_module
 from distill.experiment.arms import Arm
-from distill.experiment.lengths import length_fault
+from distill.experiment.lengths import has_gone_on, length_fault
 from distill.experiment.run import Run
 from distill.methods.options import AttentionDistillationOptions, DenoisingOptions
 from distill.methods.training import Training
@@ -110,7 +110,13 @@ def test_a_training_that_cannot_go_on_leaves_the_options_as_they_were(tmp_path: 
     said = "trained for 2 steps, and arms.model.max_steps is 1; give arms.model.max_steps 2, or delete"
     assert fault is not None and fault.startswith(said)
     assert begin_again(arm.folder / "state").endswith(f"delete {arm.folder} to train from the beginning")
-    (arm.folder / "cost.json").unlink()
+    single = replace(arm, folder=tmp_path)  # the layout of finetune.py: the model beside its folder of checkpoints
+    (arm.folder / "cost.json").rename(tmp_path / "cost.json")
+    assert begin_again(arm.folder / "state").endswith(f"delete {tmp_path} to train from the beginning")
+    assert not has_gone_on(single, tmp_path)
+    checkpoints.folder_of(arm.folder / "state", 3).mkdir()
+    assert has_gone_on(single, tmp_path)
+    (tmp_path / "cost.json").unlink()
     assert begin_again(arm.folder / "state").endswith(f"delete {arm.folder / 'state'} to train from the beginning")
 
 

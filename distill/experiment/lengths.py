@@ -67,12 +67,13 @@ def length_fault(arms: Mapping[str, Arm], arm: Arm, steps: int, state: Path) -> 
     return None
 
 
-def has_gone_on(arm: Arm) -> bool:
-    """Whether a launch has trained an arm beyond what its last training ended with, or has only begun it."""
+def has_gone_on(arm: Arm, folder: Path) -> bool:
+    """Whether a launch has trained an arm beyond what its last training ended with, or has only begun it. folder: of
+    the run."""
     steps = _trained_steps(arm)
-    return steps in (None, arm.trainer.max_steps) or any(
-        step > steps for step in checkpoints.steps_in(arm.folder / "state")
-    )
+    if steps is None or steps == arm.trainer.max_steps:
+        return True
+    return any(step > steps for step in checkpoints.steps_in(folder / arm.name / "state"))
 
 
 def _trained_steps(arm: Arm) -> int | None:

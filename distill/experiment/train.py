@@ -179,7 +179,7 @@ def restored(run: Run) -> Iterator[None]:
         yield
     except UserError:
         before, main = run.former_config, run.accelerator.is_main_process
-        if before is not None and main and not any(has_gone_on(arm) for arm in run.arms.values()):
+        if before is not None and main and not any(has_gone_on(arm, run.folder) for arm in run.arms.values()):
             write_atomic(run.folder / "config.yaml", before)
         raise
 

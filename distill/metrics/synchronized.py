@@ -126,7 +126,7 @@ class ImageTextSimilarity(RowMetric):
 class CopiedShare(RowMetric):
     """{"share", "chance", "copies", "p"}: are generated images copies of training images? See `copies`.
 
-    training, held_out: how many real images (or patients) of each there are.
+    training, held_out: how many real images of each there are, each of another patient.
     """
 
     higher_is_better = False
