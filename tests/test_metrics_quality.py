@@ -348,7 +348,9 @@ def failing(error: Exception) -> Any:
 def test_inception_sees_pixels_of_8_bits(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torchmetrics.image.fid.NoTrainInceptionV3", StandIn)
     found: Any = load_features("inception", phantom_data=True)
-    assert found.model.options == {"name": "inception-v3-compat", "features_list": ["2048"]}
+    assert found.model.options == {
+        "name": "inception-v3-compat", "features_list": ["2048"], "feature_extractor_weights_path": None,
+    }  # fmt: skip
     values, scores = found(torch.tensor([-3.0, -1.0, -0.991, 0.0, 0.5, 1.0, 3.0]).view(1, 1, 1, 7).expand(2, 3, 1, 7))
     assert values.dtype == torch.uint8 and scores is None and values.shape == (2, 21)
     assert values[0].tolist() == [0, 0, 1, 128, 191, 255, 255] * 3

@@ -53,23 +53,29 @@ class PhantomFeatures(Features):
 
 
 class InceptionFeatures(Features):
-    """Inception v3 of torch-fidelity, 2048 dimensions (Heusel et al. 2017); it fetches its weights once."""
+    """Inception v3 of torch-fidelity, 2048 dimensions (Heusel et al. 2017); it fetches its weights once, or reads them
+    from a file."""
 
     name = "inception"
     resize = "299 px, bilinear, as TensorFlow 1 does"
 
-    def __init__(self) -> None:
+    def __init__(self, weights: Path | None = None) -> None:
         super().__init__()
+        file = None if weights is None else str(weights)
         try:
             from torchmetrics.image.fid import NoTrainInceptionV3
 
-            self.model = NoTrainInceptionV3(name="inception-v3-compat", features_list=["2048"])
+            self.model = NoTrainInceptionV3(
+                name="inception-v3-compat", features_list=["2048"], feature_extractor_weights_path=file
+            )
         except ModuleNotFoundError as error:
             raise UserError(
                 "evaluation.features inception needs torch-fidelity: pip install 'attention-distill[inception]'"
             ) from error
         except OSError as error:
             raise UserError(f"evaluation.features inception: the weights cannot be fetched ({error})") from error
+        except RuntimeError as error:
+            raise UserError(f"evaluation.features inception: {file} has other weights: {first_line(error)}") from error
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         return self.model(((images.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)).flatten(1), None
@@ -120,19 +126,22 @@ def first_line(error: Exception) -> str:
 
 
 class Preprocessing(nn.Module):
-    """(batch, 3, height, width) in [-1, 1] -> the pixels that a model of transformers reads, as its folder says:
-    resized to a square, and normalized. Raises what `refuse` gives where the folder does not say how."""
+    """(batch, 3, height, width) in [-1, 1] -> the pixels that a vision model reads: resized to a square of `side` px,
+    and normalized by the mean and standard deviation of each channel, in [0, 1]."""
 
     mean: Tensor
     std: Tensor
     side_px: Tensor
 
-    def __init__(self, folder: Path, refuse: Refusal) -> None:
+    def __init__(self, side: int, mean: Sequence[float], std: Sequence[float]) -> None:
         super().__init__()
-        side, mean, std = _read_preprocessing(folder, refuse)
         # Buffers, so that they are part of the hash of the extractor.
         for name, value in (("mean", mean), ("std", std), ("side_px", side)):
             self.register_buffer(name, torch.tensor(value))
+
+    @property
+    def said(self) -> str:
+        return f"{int(self.side_px)} px, bicubic with antialiasing"
 
     def forward(self, images: Tensor) -> Tensor:
         shape = (int(self.side_px),) * 2
@@ -153,8 +162,8 @@ def load_folder(folder: Path, refuse: Refusal) -> tuple[PreTrainedModel, set[str
     return model, set(loaded["missing_keys"])
 
 
-def _read_preprocessing(folder: Path, refuse: Refusal) -> tuple[int, list[float], list[float]]:
-    """Side in pixels, and mean and standard deviation of each channel."""
+def read_preprocessing(folder: Path, refuse: Refusal) -> Preprocessing:
+    """As the folder of a model of transformers says. Raises what `refuse` gives where it does not say."""
     if not folder.is_dir():
         raise refuse(folder, "it is a file" if folder.exists() else "there is no such folder")
     path = folder / "preprocessor_config.json"
@@ -174,7 +183,7 @@ def _read_preprocessing(folder: Path, refuse: Refusal) -> tuple[int, list[float]
             raise ValueError(f"size {side}, image_mean {mean}, image_std {std}")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise refuse(folder, f"{path.name} does not say size, image_mean and image_std ({error!r})") from error
-    return side, mean, std
+    return Preprocessing(side, mean, std)
 
 
 class FolderFeatures(Features):
@@ -187,9 +196,8 @@ class FolderFeatures(Features):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.name = folder.resolve().name
-        self.prepare = Preprocessing(folder, _unusable)
-        side = int(self.prepare.side_px)
-        self.resize = f"{side} px, bicubic with antialiasing"
+        self.prepare = read_preprocessing(folder, _unusable)
+        side, self.resize = int(self.prepare.side_px), self.prepare.said
         model, missing = load_folder(folder, _unusable)
         if model.main_input_name != "pixel_values":
             raise _unusable(folder, f"{type(model).__name__} reads {model.main_input_name}, and not images alone")
@@ -235,10 +243,18 @@ def load_features(name: str, *, phantom_data: bool) -> Features | None:
             )
     if name == "none":
         return None
-    if name not in EXTRACTORS and not Path(name).exists():
+    if name in EXTRACTORS:
+        found = EXTRACTORS[name]()
+    elif Path(name).exists():
+        found = FolderFeatures(Path(name))
+    elif ":" in name:
+        from distill.metrics.library_features import load_with_weights
+
+        found = load_with_weights(name)
+    else:
         raise UserError(
-            f"evaluation.features: no extractor {name!r}; available: auto, none, {', '.join(EXTRACTORS)}, or the "
-            "folder of a vision model of transformers, and there is no such folder"
+            f"evaluation.features: no extractor {name!r}; available: auto, none, {', '.join(EXTRACTORS)}, a file of "
+            "weights (inception:FILE, torchvision:MODEL:FILE, timm:MODEL:FILE), or the folder of a vision model of "
+            "transformers, and there is no such folder"
         )
-    found = EXTRACTORS[name]() if name in EXTRACTORS else FolderFeatures(Path(name))
     return found.eval().requires_grad_(False)

@@ -15,7 +15,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from distill.errors import UserError
 from distill.metrics.bootstrap import image_counts, percentile_interval
-from distill.metrics.features import Preprocessing, first_line, load_folder
+from distill.metrics.features import first_line, load_folder, read_preprocessing
 
 _VOCABULARIES = ("tokenizer.json", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -39,7 +39,7 @@ class ImageText(nn.Module):
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.name = folder.resolve().name
-        self.prepare = Preprocessing(folder, _unusable)
+        self.prepare = read_preprocessing(folder, _unusable)
         self.model, missing = load_folder(folder, _unusable)
         self.config = self.model.config
         if missing:
