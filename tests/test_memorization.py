@@ -68,6 +68,7 @@ def test_copies_are_found_and_shown(mirrored: bool, sd: Model, tmp_path: Path, m
         and found["p"] < 1e-3
     )
     assert set(found["spaces"]) == {"latents", "pixels"} and found["space"] in found["spaces"]
+    assert (found["near"], found["near_held_out"], found["near_tested"]) == (12, 0, 14) and found["near_p"] < 1e-6
     assert mirrored or all(space["closeness"]["auc"] == 1 for space in found["spaces"].values())
     rows = [json.loads(line) for line in (tmp_path / "model/memorization.jsonl").read_text().splitlines()]
     assert len(rows) == 12 and max(row["ratio"] for row in rows) < 0.05, "8-bit rounding is all that differs"
@@ -169,7 +170,7 @@ def test_copies_above_the_limit_end_the_recipe_with_an_error_and_a_report(
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     assert metrics["arms"]["base"]["memorization"]["copies"] == 1
     page = (tmp_path / "out/report.html").read_text()
-    said = "About 100.0 % of the generated images are copies of training images"
+    said = r"12 of 12 generated images are near copies of training images \(of 14 held-out real images: 0\)\. About 100\.0 %"
     assert re.search(rf'<th scope="row">base</th>\s*<td>{said}', page) and page.count('<img alt="base, pair') == 10
     assert '<img alt="base, pair 1: generated image' in page
 
@@ -217,12 +218,30 @@ def test_the_card_says_what_was_found_once(tmp_path: Path) -> None:
     judge_memorization(entry(), tmp_path, None)
     assert card.read_text() == "# My own card\n"
     judge_memorization(entry(p=0.06), tmp_path, 0.0)  # that may be chance
+    near = {"p": 0.06, "near": 2, "near_held_out": 0, "near_tested": 50, "near_p": 0.2}
+    with pytest.raises(UserError, match=r"the share of copies is 0\.050, and evaluation.memorization_limit is 0\.01"):
+        judge_memorization(entry(**near), tmp_path, 0.01)
+    judge_memorization(entry(**near), tmp_path, 0.05)
+    judge_memorization(
+        entry(**near | {"near_held_out": 2, "near_p": 0.6}), tmp_path, 0.01
+    )  # real images are it as often
+    with pytest.raises(UserError, match=r"the share of copies is 0\.050"):
+        judge_memorization(entry(**near | {"near_held_out": 2, "near_p": 0.04}), tmp_path, 0.01)
     judge_memorization(unmeasured, tmp_path, 0.0)
 
 
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
+        (
+            {"near": 3, "near_tested": 50, "near_p": 0.1},
+            "3 of 40 generated images are near copies of training images (of 50 held-out real images: 0). About 30.0 % of",
+        ),
+        (
+            {"near": 3, "near_tested": 50, "near_p": 0.1, "p": 1.0, "least_p": 0.5},
+            "3 of 40 generated images are near copies of training images (of 50 held-out real images: 0). Look at the pairs",
+        ),
+        ({"near": 3, "near_held_out": 2, "near_tested": 50, "near_p": 0.5, "p": 0.05}, "No sign of copies: 65.0 %"),
         ({}, "About 30.0 % of the generated images are copies"),
         (
             {"p": 0.05},
@@ -279,7 +298,7 @@ def test_images_of_another_tool_are_evaluated_and_no_denoiser_runs(
     assert found["quality"]["finding_auc"] is not None
     assert found["memorization"]["share"] == 1 and found["memorization"]["held_out_images"] == 14
     text = (tmp_path / "out/report.html").read_text()
-    said = "About 100.0 % of the generated images are copies"
+    said = r"12 of 12 generated images are near copies of training images \(of 14 held-out real images: 0\)"
     assert re.search(rf'<th scope="row">images</th>\s*<td>{said}', text) and "cannot be read" not in text
 
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_auroc
 
 from distill.data.phantom.dataset import PhantomDataset
-from distill.metrics.memorization import Nearest, closeness, copies, nearest, suspicion
+from distill.metrics.memorization import Nearest, closeness, closeness_in_crowd, copies, near_copies, nearest, suspicion
 
 SIDE = 16
 
@@ -62,6 +62,10 @@ def drawn(training: Tensor, *, steps: int, count: int, seed: int) -> Tensor:
     return images
 
 
+def crowded(images: Tensor, training: Tensor) -> np.ndarray:
+    return closeness_in_crowd(images, [training], nearest(images, [training]))
+
+
 def neighbours(images: Tensor, training: Tensor, held_out: Tensor) -> tuple[Nearest, Nearest]:
     return nearest(images, training.split(500)), nearest(images, held_out.split(500))
 
@@ -79,12 +83,15 @@ def test_a_model_that_memorized_is_found_and_one_that_did_not_is_not() -> None:
     sides = neighbours(copied, few, held_out)
     found = copies(*sides, len(few), len(held_out))
     assert found["p"] < 1e-6 and found["copies_ci"] is not None and found["copies_ci"][0] > 0.5
+    near = near_copies(crowded(copied, few), crowded(held_out, few))
+    assert near["near"] > 32 and near["near_held_out"] == 0
     real = nearest(held_out, many.split(500)).distance
     for seed in range(3):
         fair = drawn(many, steps=1500, count=64, seed=seed)
         apart = neighbours(fair, many, held_out)
         assert copies(*apart, len(many), len(held_out))["p"] > 0.05
         assert closeness(apart[0].distance, real)["p"] < 0.001
+        assert near_copies(crowded(fair, many), crowded(held_out, many))["near"] == 0
         scores = np.concatenate([-suspicion(*neighbours(images, few, held_out)) for images in (copied, fair)])
         ranks = torch.from_numpy(scores).argsort().argsort() / len(scores)
         assert binary_auroc(ranks, torch.tensor([1] * 64 + [0] * 64)) >= 0.95

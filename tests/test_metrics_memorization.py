@@ -6,10 +6,20 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from scipy.stats import binomtest, mannwhitneyu
+from scipy.stats import binomtest, fisher_exact, mannwhitneyu
 from torch import Tensor
 
-from distill.metrics.memorization import Nearest, closeness, copies, nearer, nearest, suspicion, thumbnails
+from distill.metrics.memorization import (
+    Nearest,
+    closeness,
+    closeness_in_crowd,
+    copies,
+    near_copies,
+    nearer,
+    nearest,
+    suspicion,
+    thumbnails,
+)
 
 
 def cloud(count: int, seed: int, width: int = 5) -> Tensor:
@@ -191,3 +201,42 @@ def test_an_image_as_near_to_both_counts_one_half_and_is_not_suspicious() -> Non
     both = Nearest(np.zeros(2), np.arange(2))
     found = copies(both, both, 5, 5, 10)
     assert (found["share"], found["copies"], found["p"]) == (0.5, 0, 1) and suspicion(both, both).tolist() == [1, 1]
+
+
+# --- near copies ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("block", [7, 90])
+def test_closeness_in_the_crowd_is_that_of_a_loop(block: int) -> None:
+    images, others = cloud(20, 0), cloud(90, 1)
+    others[25] = images[5]
+    blocks = others.split(block)
+    found = closeness_in_crowd(images, blocks, nearest(images, blocks))
+    for image, value in zip(images.double(), found, strict=True):
+        apart = sorted(float((image - other).norm()) for other in others.double())
+        assert value == pytest.approx(apart[0] / np.mean(apart[:50]), rel=1e-5)
+    assert found[5] == 0 and np.array_equal(closeness_in_crowd(images, blocks, nearest(images, blocks)), found)
+    few = nearest(images, [others[:3]])
+    assert closeness_in_crowd(images, [others[:3]], few).max() <= 1, "fewer than 50 are the crowd"
+
+
+def test_near_copies_are_counted_by_a_third_and_tested_exactly() -> None:
+    generated, held_out = np.array([0.0, 0.33, 0.34, 1.0, 0.2]), np.array([0.3, 0.9, 0.5])
+    found = near_copies(generated, held_out)
+    assert (found["near"], found["near_held_out"], found["near_tested"]) == (3, 1, 3)
+    assert found["near_p"] == pytest.approx(fisher_exact([[3, 2], [1, 2]], alternative="greater").pvalue)
+    assert near_copies(held_out + 1, held_out + 1)["near_p"] == 1
+
+
+@pytest.mark.parametrize("copied", [range(20), [3] * 20], ids=["twenty images", "one image"])
+def test_copies_that_chance_hides_are_near_copies(copied: list[int]) -> None:
+    """800 training and 100 held-out images, as of 80, 10 and 10 %: nearly every image is nearest to a training image."""
+    training, held_out = cloud(800, 0, 40), cloud(100, 1, 40)
+    images = torch.cat([training[list(copied)] + 0.01, cloud(180, 2, 40)])
+    near = nearest(images, [training]), nearest(images, [held_out])
+    assert copies(*near, 800, 100)["p"] > 0.05
+    apart = nearest(held_out, [training])
+    found = near_copies(
+        closeness_in_crowd(images, [training], near[0]), closeness_in_crowd(held_out, [training], apart)
+    )
+    assert found["near"] == 20 and found["near_held_out"] == 0 and found["near_p"] < 0.001

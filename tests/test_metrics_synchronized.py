@@ -17,6 +17,7 @@ from distill.metrics import (
     ImageTextSimilarity,
     KernelDistance,
     Manifolds,
+    NearCopyCount,
     NearerThanHeldOut,
     PrecisionRecallDensityCoverage,
     finding_auroc,
@@ -24,7 +25,7 @@ from distill.metrics import (
     kernel_distance,
 )
 from distill.metrics.image_text import similarity
-from distill.metrics.memorization import closeness, copies, nearest
+from distill.metrics.memorization import closeness, copies, near_copies, nearest
 
 pytestmark = pytest.mark.filterwarnings("ignore:The ``compute`` method")
 
@@ -52,6 +53,7 @@ def metrics() -> dict[str, Any]:
         "auc": FindingAUC(),
         "similarity": ImageTextSimilarity(),
         "copies": CopiedShare(13, 13),
+        "near": NearCopyCount(),
         "closeness": NearerThanHeldOut(),
     }
 
@@ -68,6 +70,8 @@ def add(found: dict[str, Any], of: dict[str, Any], real: slice, generated: slice
         found["similarity"].update(of["images"][generated], of["texts"][generated])
         found["copies"].update(*(type(n)(n.distance[generated], n.row[generated]) for n in of["near"]))
         found["closeness"].update(torch.from_numpy(of["near"][0].distance[generated]), generated=True)
+        found["near"].update(of["images"][generated, 0].double().abs(), generated=True)
+        found["near"].update(of["apart"][generated], generated=False)
         found["closeness"].update(of["apart"][generated], generated=False)
 
 
@@ -84,6 +88,7 @@ def expected() -> dict[str, Any]:
         "auc": finding_auroc(of["generated"], of["labels"], samples=0)["auc"],
         "similarity": {name: alike[name] for name in ("own", "adds")},  # type: ignore[literal-required]
         "copies": {name: copied[name] for name in ("share", "chance", "copies", "p")},  # type: ignore[literal-required]
+        "near": near_copies(of["images"][:, 0].abs().numpy(), of["apart"].numpy()),
         "closeness": closeness(of["near"][0].distance, of["apart"].numpy(), samples=0)["auc"],
     }
 

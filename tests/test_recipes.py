@@ -962,6 +962,19 @@ def test_evaluate_refuses_a_run_that_is_missing_or_of_another_base(
     assert not (tmp_path / "run").exists()
 
 
+def test_copies_are_looked_for_among_the_images_that_a_run_was_trained_on(
+    finetuned: tuple[Path, list[str]], work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    argv = [
+        "--base.name", str(work / "v"), "--run", str(finetuned[0]), "--output_dir", str(tmp_path / "run"), *PHANTOM,
+        "--data.train_size", "6", *EVALUATION, "--evaluation.parts", "memorization", "--data.cache_dir", str(work / "cache"),
+    ]  # fmt: skip
+    expected = f"the 6 training images of data.* are not those that {finetuned[0]} was trained on"
+    assert expected in refusal("evaluate", [*argv, "--data.seed", "5"], capsys)
+    assert not (tmp_path / "run").exists()
+    run("evaluate", [*argv, "--dry_run", "true"])
+
+
 def test_a_mistake_found_late_does_not_claim_the_folder(
     work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

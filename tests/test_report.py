@@ -31,7 +31,7 @@ from distill.evaluation.results import Estimate, parse_metrics
 from distill.models.stock import code_of_arm, exported, loading_code, plain_name, public_base
 from distill.report import terminal_table, validate_metrics, write_model_card, write_report
 from distill.report.document import UNKNOWN, escape_markdown
-from distill.report.summary import compare, difference, difference_table, sample, summarize, terminal_summary
+from distill.report.summary import compare, difference_table, sample, summarize, terminal_summary
 from distill.report.tables import (
     DETAILS,
     FID,
@@ -235,11 +235,12 @@ def test_a_paired_difference_is_turned_around() -> None:
     results = parse_metrics(
         {"arms": {"a": arm(0.7, 20, 0.7), "b": arm(0.7, 20, 0.7)}, "provenance": {}, "paired": paired}
     )
-    turned = difference(results, "a", "b", FID)
+    turned = results.difference("a", "b", FID.key)
     assert turned is not None and turned.value == pytest.approx(-0.5) and turned.ci == pytest.approx((-0.75, -0.2))
     assert compare(results, "a", "b", FID) == "better" and compare(results, "b", "a", FID) == "worse"
     assert (
-        difference(results, "a", "b", WORD_AUC) is not None and compare(results, "a", "b", WORD_AUC) == "not separated"
+        results.difference("a", "b", WORD_AUC.key) is not None
+        and compare(results, "a", "b", WORD_AUC) == "not separated"
     )
 
 
@@ -316,6 +317,41 @@ def test_the_rank_of_equal_values_is_the_best_of_them_and_quality_counts_once() 
     found = choose({name: arm(*values) for name, values in (places | {"e": (0.7, 30.4, 0.7)}).items()})
     assert found.title == "First choice: a. 4 other models are not ruled out"
     assert found.reasons[0] == "The numbers do not separate a from c, d, b and e; more seeds or images are needed."
+
+
+def copied(entry: dict[str, Any], p: float) -> dict[str, Any]:
+    found = {"copies": 0.3, "copies_ci": [0.1, 0.5], "share": 0.65, "chance": 0.5, "p": p, "least_p": 1e-6}
+    counts = {"space": "latents", "images": 40, "training_images": 50, "held_out_images": 50}
+    return entry | {"memorization": found | counts}
+
+
+def test_a_model_with_copies_is_not_taken_while_another_has_none() -> None:
+    better, worse = arm(0.8, 20, 0.8), arm(0.6, 40, 0.6)
+    assert choose({"a": copied(better, 0.5), "b": worse}).title == "Take a"
+    found = choose({"a": copied(better, 0.001), "b": worse, "c": arm(0.65, 35, 0.65)})
+    assert found.arm == "c" and "There are copies of training images in a: see Memorization." in found.reasons
+    assert "Ruled out, because another model beats it: b." in found.reasons
+    both = choose({"a": copied(better, 0.001), "b": copied(worse, 0.001)})
+    assert both.title == "Do not publish a yet"
+    assert "There are copies of training images in a and b: see Memorization." in both.reasons
+    assert choose({"a": copied(better, 0.001)}).title == "Do not publish a yet"
+    assert choose({"a": better}).title == "Only a was measured"
+
+
+@pytest.mark.parametrize(
+    ("real", "said"),
+    [
+        ((20, 0.8), []),
+        ((10, 0.7), ["The images of a are worse than real ones in FID."]),
+        ((20, 0.9), ["The images of a are worse than real ones in finding AUC."]),
+        ((10, 0.9), ["The images of a are worse than real ones in FID and finding AUC."]),
+        ((40, 0.6), []),
+    ],
+)
+def test_images_that_are_worse_than_real_ones_are_named(real: tuple[float, float], said: list[str]) -> None:
+    arms = {"a": arm(0.8, 20, 0.8), "b": arm(0.6, 40, 0.6)}
+    found = choose(arms, real={"quality": arm(0.5, *real)["quality"]})
+    assert [reason for reason in found.reasons if "real ones" in reason] == said
 
 
 def test_what_was_not_compared_is_said_only_where_it_was_not() -> None:

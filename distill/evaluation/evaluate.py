@@ -41,6 +41,7 @@ from distill.files import JsonObject, write_atomic, write_tensors
 from distill.metrics import Diversity
 from distill.metrics.features import Features
 from distill.metrics.image_text import ImageText
+from distill.metrics.memorization import CROWD, NEAR
 from distill.models.bits import check_finite, fewer_bits, megabytes
 from distill.models.blocks import model_size
 from distill.models.family import Model
@@ -359,7 +360,7 @@ class HeldOut:
             "memorization": {
                 "weights": weights,
                 "data": digest(captions, resolution),
-                "compared": digest(compared) if compared else None,
+                "compared": digest(compared, CROWD, NEAR) if compared else None,
                 "features": extracted,
                 "options": {key: drawn[key] for key in (*OF_IMAGES, "seed", "bootstrap_samples", "generated_images")},
             },

@@ -28,11 +28,14 @@ from distill.metrics.bootstrap import numbered
 from distill.metrics.features import Features
 from distill.metrics.memorization import (
     THUMBNAIL_PX,
+    Array,
     Closeness,
     Copies,
     Nearest,
     closeness,
+    closeness_in_crowd,
     copies,
+    near_copies,
     nearer,
     nearest,
     suspicion,
@@ -45,6 +48,8 @@ PAIRS = 10
 """Most suspicious pairs of which a picture is written."""
 CLOSENESS_IMAGES = 1000
 """Held-out images whose distance to the training images is measured."""
+NEAR_SPACES = ("latents", "pixels")
+"""Where near copies are looked for; a classifier's features may be alike for different images."""
 
 
 class Pool:
@@ -160,6 +165,7 @@ def _compare(
     near: dict[str, tuple[Nearest, Nearest]] = {}
     found: dict[str, Copies] = {}
     near_by: dict[str, Closeness] = {}
+    crowded: list[tuple[Array, Array]] = []
     for space, views in generated.items():
         plain, mirrored = (
             [nearest(view, read_vectors(files[k], space), out) for k, out in ((0, None), (1, left_out))]
@@ -167,7 +173,14 @@ def _compare(
         )
         near[space] = nearer(plain[0], mirrored[0]), nearer(plain[1], mirrored[1])
         real = torch.cat([*read_vectors(files[1][: -(-CLOSENESS_IMAGES // SHARD_ROWS)], space)])[:CLOSENESS_IMAGES]
-        apart = nearest(real, read_vectors(files[0], space)).distance
+        away = nearest(real, read_vectors(files[0], space))
+        apart = away.distance
+        if space in NEAR_SPACES:
+            own = [
+                closeness_in_crowd(view, read_vectors(files[0], space), side[0])
+                for view, side in zip(views, (plain, mirrored), strict=True)
+            ]
+            crowded.append((np.fmin(*own), closeness_in_crowd(real, read_vectors(files[0], space), away)))
         found[space] = copies(*near[space], *counts, *draws, patients=groups if several else None)
         near_by[space] = closeness(plain[0].distance, apart, *draws, groups=groups[1][: len(apart)])
     _write_pairs(near, pools, images, arm_dir)
@@ -176,7 +189,13 @@ def _compare(
         used |= {
             f"{name}_patients": int(side.max()) + 1 for name, side in zip(("training", "held_out"), groups, strict=True)
         }
-    return {**verdict(found), **used, "spaces": {name: {**found[name], "closeness": near_by[name]} for name in found}}
+    near_ones = near_copies(*(np.fmin.reduce(side) for side in zip(*crowded, strict=True)))
+    return {
+        **verdict(found),
+        **near_ones,
+        **used,
+        "spaces": {name: {**found[name], "closeness": near_by[name]} for name in found},
+    }
 
 
 def _write_pairs(

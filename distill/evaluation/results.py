@@ -147,6 +147,11 @@ class Memorization:
     training_patients: int | None = None
     held_out_patients: int | None = None
     """Where patients have several images."""
+    near: int = 0
+    near_held_out: int = 0
+    near_tested: int = 0
+    near_p: Unit = 1.0
+    """See `distill.metrics.memorization.NearCopies`."""
 
     @property
     def compared(self) -> str:
@@ -157,8 +162,31 @@ class Memorization:
         return f"{self.images:,} generated, {real}"
 
     @property
-    def is_found(self) -> bool:
+    def exceeds_chance(self) -> bool:
         return self.p < SIGNIFICANT
+
+    @property
+    def has_near(self) -> bool:
+        """Whether some generated images are near copies, and real images are not as often."""
+        return self.near > 0 and (self.near_held_out == 0 or self.near_p < SIGNIFICANT)
+
+    @property
+    def near_text(self) -> str:
+        """What is said of near copies; empty where they show nothing."""
+        told = f"{self.near:,} of {self.images:,} generated images are near copies of training images"
+        return (
+            f"{told} (of {self.near_tested:,} held-out real images: {self.near_held_out:,}). " if self.has_near else ""
+        )
+
+    @property
+    def is_found(self) -> bool:
+        return self.exceeds_chance or self.has_near
+
+    @property
+    def found_share(self) -> float:
+        """Share of the generated images that are copies, by the test that finds more; 0 where none does."""
+        by_chance = (self.copies.value or 0.0) if self.exceeds_chance else 0.0
+        return max(by_chance, self.near / self.images if self.has_near else 0.0)
 
     @property
     def can_be_found(self) -> bool:
@@ -311,6 +339,30 @@ class Results:
         found = {name: one for name, arm in self.arms.items() if (one := arm.localization) is not None}
         used = {name: (one.layers, one.timesteps) for name, one in found.items()}
         return [name for name, of in used.items() if of != next(iter(used.values()))]
+
+    def difference(self, arm: str, other: str, key: str) -> Difference | None:
+        """The paired difference arm - other (of FID relative to other), in whichever order it was measured."""
+        paired = self.paired or {}
+        if f"{arm} - {other}" in paired:
+            return paired[f"{arm} - {other}"].get(key)
+        found = paired.get(f"{other} - {arm}", {}).get(key)
+        if found is None:
+            return None
+        ends = (found.value, *(found.ci or (0, 0))[::-1])
+        value, low, high = (1 / (1 + v) - 1 if key == "quality.fid" else -v for v in ends)
+        return Difference(value, (low, high) if found.ci else None)
+
+    def is_worse_than_real(self, arm: str, key: str, direction: int) -> bool:
+        """Whether the intervals of an arm and of real images do not overlap, on the worse side. direction: 1 where
+        higher is better, else -1."""
+        ours, real = self.arms[arm].estimate(key), self.with_real.get("real images", self.arms[arm]).estimate(key)
+        better, worse = (real.low, ours.high) if direction > 0 else (ours.low, real.high)
+        return worse is not None and better is not None and worse < better
+
+    @property
+    def with_copies(self) -> list[str]:
+        """Arms in whose images copies of training images were found."""
+        return [name for name, arm in self.arms.items() if arm.memorization and arm.memorization.is_found]
 
     @property
     def seeds(self) -> tuple[int, ...]:

@@ -231,9 +231,18 @@ def _of_one_seed(seeds: Sequence[int], entries: Sequence[JsonObject]) -> JsonObj
     found: JsonObject = {}
     verdicts: list[JsonObject] = [entry["memorization"] for entry in entries if entry.get("memorization")]
     if len(verdicts) == len(entries) > 1:
-        worst = min(range(len(verdicts)), key=lambda place: verdicts[place]["p"])
+
+        def harmless(place: int) -> tuple[bool, float]:
+            one = verdicts[place]
+            return not one.get("near") or one["near_held_out"] > 0, min(one["p"], one.get("near_p", 1.0))
+
+        worst = min(range(len(verdicts)), key=harmless)
         # Bonferroni: of several seeds without copies, the smallest p is small by chance.
-        ps = {key: min(1.0, len(verdicts) * verdicts[worst][key]) for key in ("p", "least_p")}
+        ps = {
+            key: min(1.0, len(verdicts) * verdicts[worst][key])
+            for key in ("p", "least_p", "near_p")
+            if key in verdicts[worst]
+        }
         found["memorization"] = verdicts[worst] | ps | {"seed": seeds[worst]}
     cost = entries[0].get("cost") or {}
     if "kept" in cost and any((entry.get("cost") or {}).get("kept") != cost["kept"] for entry in entries):

@@ -152,7 +152,8 @@ def _difference(now: Mapping[str, Any], then: Mapping[str, Any] | None, arm_dir:
         return "; ".join(changed)
     if then["data"] != now["data"] or _differ("compared", now, then):
         return "the held-out images, their captions or regions, or the training images are others"
-    if _differ("features", now, then):
+    # Without features memorization is measured too, but in fewer spaces.
+    if _differ("features", now, then) or (part == "memorization" and now["features"] and not then.get("features")):
         return "the extractor of features is another"
     return "" if then["files"] == _files(arm_dir, part) else f"files in {arm_dir} were changed or are missing"
 
@@ -234,7 +235,7 @@ def judge_memorization(entry: JsonObject, folder: Path | None, limit: float | No
     found = parse_metrics({"arms": {"model": entry}, "provenance": {}}).arms["model"].memorization
     if found is None:
         return
-    share, said = found.copies.value or 0.0, memorization_sentence(found)
+    share, said = found.found_share, memorization_sentence(found)
     is_too_much = limit is not None and found.is_found and share > limit
     marked = f"Not to be published: copies are above the limit of {limit:g}. {said}" if is_too_much else said
     if folder is not None and process_state().is_main_process:

@@ -29,7 +29,7 @@ from distill.data.loading import load_dataset, refuse_shared_pictures
 from distill.data.readers.records import RecordDataset
 from distill.data.readers.tables import VALIDATION_SPLITS
 from distill.data.rows import check_training_text
-from distill.data.sample import region_list
+from distill.data.sample import hash_of, region_list
 from distill.data_config import DataConfig, FolderData, PhantomData
 from distill.errors import UserError, raise_all
 from distill.evaluation.evaluate import HeldOut, evaluation_order, example_images, held_out
@@ -38,7 +38,7 @@ from distill.evaluation.utility import Task
 from distill.evaluation.validation import DRAWN
 from distill.experiment.arms import BASE, Arm
 from distill.experiment.lengths import check_lengths, steps_faults
-from distill.files import code_version, write_atomic
+from distill.files import code_version, read_json, write_atomic
 from distill.memory import keep_freed_memory
 from distill.methods import method_of
 from distill.methods.attention_distillation import check_same_shape
@@ -179,6 +179,8 @@ def open_run(
         references or {}, compare_to,
     )  # fmt: skip
     _check_references(opened, model)
+    if run and looks_for_copies:
+        _check_trained_on(opened, Path(run))
     _check_captions(opened, model)
     _check_data(opened, model)
     _balance(opened)
@@ -396,6 +398,22 @@ def _check_references(run: Run, model: Model) -> None:
     for name in dict.fromkeys(names):
         if name != BASE or run.base != run.config.base:
             check_same_shape(run.load(name), model)
+
+
+def _check_trained_on(run: Run, folder: Path) -> None:
+    """Raise UserError if the training images of the data are not those that the run in `folder` was trained on, so far
+    as its cost.json says."""
+    path = folder / "cost.json"
+    trained = (read_json(path).get("training_data") or {}) if path.is_file() else {}
+    then = trained.get("training images") if isinstance(trained, dict) else None
+    if run.train is not None and then is not None:
+        now = hash_of(run.train.fingerprint(i) for i in range(len(run.train)))
+        if now != then:
+            raise UserError(
+                f"evaluation.parts has memorization, and the {len(run.train):,} training images of data.* are not those "
+                f"that {folder} was trained on: copies would be looked for in the wrong place. Give data.* as the "
+                "config.yaml of that run does, or leave memorization out"
+            )
 
 
 def _check_captions(run: Run, model: Model) -> None:

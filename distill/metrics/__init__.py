@@ -36,6 +36,7 @@ from distill.metrics.synchronized import (
     FrechetDistance,
     ImageTextSimilarity,
     KernelDistance,
+    NearCopyCount,
     NearerThanHeldOut,
     PrecisionRecallDensityCoverage,
 )
@@ -61,6 +62,7 @@ __all__ = [
     "MixtureIoU",
     "MixtureMetric",
     "MixtureTwoClassIoU",
+    "NearCopyCount",
     "NearerThanHeldOut",
     "PixelAUROC",
     "PointingGame",

@@ -25,6 +25,8 @@ Array = NDArray[np.float64]
 THUMBNAIL_PX = 32
 """Side of the gray image that is compared pixel by pixel."""
 _CANDIDATES = 8
+CROWD, NEAR = 50, 1 / 3
+"""A near copy is at less than NEAR of the mean distance to its CROWD nearest training images."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,43 @@ def nearer(one: Nearest, other: Nearest) -> Nearest:
     """For each image the nearer of two neighbours; of equally near ones that of `one`."""
     first = one.distance <= other.distance
     return Nearest(*(np.where(first, a, b) for a, b in ((one.distance, other.distance), (one.row, other.row))))
+
+
+def closeness_in_crowd(images: Tensor, others: Iterable[Tensor], near: Nearest) -> Array:
+    """(N,) distance to the nearest of `others`, over the mean distance to the 50 nearest of them: 0 for a copy.
+
+    near: what `nearest` found. Source: Carlini et al. 2023, arXiv 2301.13188, section 5. The quotient does not fall
+    because an image is smooth, for then all distances do. It is NaN where all distances are 0.
+    """
+    origin = images.float().mean(dim=0)
+    centred, best = images.float() - origin, torch.empty(len(images), 0)
+    for block in others:
+        rough = torch.cdist(centred, block.float() - origin, compute_mode="use_mm_for_euclid_dist")
+        best = torch.cat([best, rough], dim=1)
+        best = best.topk(min(CROWD, best.shape[1]), largest=False).values
+    crowd: Array = best.double().mean(dim=1).numpy()
+    with np.errstate(invalid="ignore"):
+        return near.distance / crowd
+
+
+class NearCopies(TypedDict):
+    """near: generated images that are near copies of a training image. near_held_out: held-out real images of which the
+    same is true, of `near_tested`. near_p: one-sided p of Fisher's exact test that generated images are it more often."""
+
+    near: int
+    near_held_out: int
+    near_tested: int
+    near_p: float
+
+
+def near_copies(generated: Array, held_out: Array) -> NearCopies:
+    """generated, held_out: (N,) and (M,) of `closeness_in_crowd`, the smallest over the spaces that count.
+
+    Unlike `copies` it needs no chance, so that few copies among many images are found, and copies of one single image.
+    """
+    ours, theirs = int((generated < NEAR).sum()), int((held_out < NEAR).sum())
+    p = hypergeom.sf(ours - 1, len(generated) + len(held_out), ours + theirs, len(generated))
+    return {"near": ours, "near_held_out": theirs, "near_tested": len(held_out), "near_p": float(p)}
 
 
 def thumbnails(images: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torchmetrics.utilities import dim_zero_cat
 from distill.metrics.fidelity import MANIFOLD, Manifolds, kernel_distance
 from distill.metrics.gathering import GatheredMetric
 from distill.metrics.image_text import similarity
-from distill.metrics.memorization import Nearest, closeness, copies
+from distill.metrics.memorization import Nearest, closeness, copies, near_copies
 from distill.metrics.quality import finding_auroc, frechet_distance
 
 
@@ -154,6 +154,21 @@ class CopiedShare(RowMetric):
         found = copies(near[0], near[1], *self.counts, samples=0)
         values = {name: found[name] for name in ("share", "chance", "copies", "p")}
         return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+
+
+class NearCopyCount(RowMetric):
+    """{"near", "near_held_out", "near_tested", "near_p"}: see `near_copies`."""
+
+    higher_is_better = False
+    tables: ClassVar[dict[str, torch.dtype]] = {"generated": torch.float64, "held_out": torch.float64}
+
+    def update(self, closeness: Tensor, *, generated: bool) -> None:
+        """closeness: (N,) of generated, or of held-out images, see `closeness_in_crowd`."""
+        self.keep(**{"generated" if generated else "held_out": closeness[:, None]})
+
+    def compute(self) -> dict[str, Tensor]:
+        found = near_copies(*(self.table(name)[:, 0].numpy() for name in ("generated", "held_out")))
+        return {name: torch.tensor(value, dtype=torch.float64) for name, value in found.items()}
 
 
 class NearerThanHeldOut(RowMetric):

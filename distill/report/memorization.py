@@ -14,7 +14,8 @@ EXPLAINED = (
     "Each generated image, and its mirror image, is compared with its nearest training and held-out image. Without "
     "copies, a training image is the nearer one as often as chance says: the share of training images or patients, "
     "whichever is larger. The verdict names the comparison with the smallest p, which is corrected for their number and "
-    "that of the training seeds. A picture shows a generated image, its nearest training and its nearest held-out image."
+    "that of the training seeds. A near copy is nearer to a training image, in latents or in small gray pixels, than a "
+    "third of the mean distance to its 50 nearest ones. A picture shows a generated image and its two nearest."
 )
 
 
@@ -27,12 +28,14 @@ def sentence(found: Memorization) -> str:
     """One sentence that says what the test says."""
     counts = found.compared + ("" if found.seed is None else f", training seed {found.seed}, whose p is the smallest")
     tested = f"{found.space}, p {'below .001' if found.p < 0.001 else format_number(found.p, 3)}; {counts}"
-    if found.is_found:
+    if found.exceeds_chance:
         ends = f"95 % interval {format_share(found.copies.low)} to {format_share(found.copies.high)}"
         return (
-            f"About {format_share(found.copies.value)} of the generated images are copies of training images, or close "
-            f"to it ({ends}; {tested}): look at the pairs in the report before you publish the model."
+            f"{found.near_text}About {format_share(found.copies.value)} of the generated images are copies of training "
+            f"images, or close to it ({ends}; {tested}): look at the pairs in the report before you publish the model."
         )
+    if found.has_near:
+        return f"{found.near_text}Look at the pairs in the report before you publish the model ({counts})."
     if not found.can_be_found:
         more = "" if found.training_patients is None else " patients"
         return f"Memorization cannot be tested with {counts}: even copies alone would not differ from chance. Use more{more}."

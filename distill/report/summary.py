@@ -6,16 +6,16 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from distill.evaluation.results import Difference, Results
+from distill.evaluation.results import Results
 from distill.report import tables
 from distill.report.document import UNKNOWN, Cell, Table
-from distill.report.tables import FID, FINDING_AUC, IMAGE_ADDS, WORD_AUC, Metric
+from distill.report.tables import FID, FINDING_AUC, IMAGE_ADDS, KID, WORD_AUC, Metric
 
 RULE = (
     "The rule: a model is ruled out if another model is better on one measure and worse on none. Among the models that "
     "are left, the first choice has the best mean rank over localization and quality. “Better” means that the 95 % interval "
     "of the paired difference excludes 0, or, without a paired difference, that the two intervals do not overlap. The "
-    "intervals are not corrected for the number of comparisons."
+    "intervals are not corrected for the number of comparisons. Models with copies of training images come last."
 )
 _TONES = {"better": ("▲ ", "good"), "worse": ("▼ ", "bad"), "not separated": ("≈ ", "even"), "not measured": ("", "")}
 
@@ -32,21 +32,9 @@ class Summary:
     others: Sequence[str] = ()
 
 
-def difference(results: Results, arm: str, other: str, metric: Metric) -> Difference | None:
-    """The paired difference arm - other (of FID relative to other), in whichever order it was measured."""
-    paired = results.paired or {}
-    if f"{arm} - {other}" in paired:
-        return paired[f"{arm} - {other}"].get(metric.key)
-    found = paired.get(f"{other} - {arm}", {}).get(metric.key)
-    if found is None:
-        return None
-    value, low, high = (1 / (1 + v) - 1 if metric is FID else -v for v in (found.value, *(found.ci or (0, 0))[::-1]))
-    return Difference(value, (low, high) if found.ci else None)
-
-
 def compare(results: Results, arm: str, other: str, metric: Metric) -> str:
     """Whether `arm` is "better", "worse", "not separated" or "not measured" against `other`."""
-    paired = difference(results, arm, other, metric)
+    paired = results.difference(arm, other, metric.key)
     if paired and paired.ci:
         low, high = paired.ci
     else:
@@ -67,16 +55,20 @@ def summarize(results: Results) -> Summary:
     whole = [a for a in arms if metrics and all(a in known[m] for m in metrics)]
     if not whole:
         return Summary(None, "No model can be recommended", ["No model has all measures that any model has."])
-    answers = {(a, b): [compare(results, a, b, m) for m in metrics] for a in whole for b in whole if a != b}
+    clean = [a for a in whole if a not in results.with_copies] or whole
+    answers = {(a, b): [compare(results, a, b, m) for m in metrics] for a in clean for b in clean if a != b}
     beaten = {b for (_, b), found in answers.items() if "better" in found and "worse" not in found}
-    left = [a for a in whole if a not in beaten] or whole
+    left = [a for a in clean if a not in beaten] or clean
     first = min(left, key=lambda a: _rank(results, a, left, metrics))
+    below = [m.name for m in (FID, KID, FINDING_AUC) if results.is_worse_than_real(first, m.key, m.direction)]
     rivals = [a for a in left if a != first]
     tied = [a for a in rivals if not {"better", "worse"} & set(answers[first, a])]
     said = {
         f"The numbers do not separate {first} from {_and(tied)}; more seeds or images are needed.": tied,
-        f"Ruled out, because another model beats it: {_and([a for a in whole if a not in left])}.": left != whole,
+        f"Ruled out, because another model beats it: {_and([a for a in clean if a not in left])}.": left != clean,
+        f"There are copies of training images in {_and(results.with_copies)}: see Memorization.": results.with_copies,
         f"Not compared, because a measure is missing: {_and([a for a in arms if a not in whole])}.": whole != [*arms],
+        f"The images of {first} are worse than real ones in {_and(below)}.": below,
         "There is no other fully measured model to compare it with.": len(whole) == 1,
         f"The maps of {_and(results.with_other_maps)} are of other layers or timesteps than those of the first model: "
         "by localization, these models differ in more than their training.": results.with_other_maps,
@@ -94,6 +86,8 @@ def summarize(results: Results) -> Summary:
     others_left = f"{len(rivals)} other model{'s are' if len(rivals) > 1 else ' is'} not ruled out"
     name = first + (" (without training in this run)" if arms[first].cost.train_seconds is None else "")
     title = f"First choice: {name}. {others_left}" if rivals else f"Take {name}"
+    if len(arms) == 1 or first in results.with_copies:
+        title = f"Do not publish {name} yet" if first in results.with_copies else f"Only {name} was measured"
     why = _why(results, first, others, [WORD_AUC, *metrics] if place is IMAGE_ADDS else metrics)
     reasons = [text for text, holds in said.items() if holds]
     return Summary(first, title, [*reasons, *_blind(results, first)], [why], others)
@@ -147,7 +141,7 @@ def _why(results: Results, first: str, others: Sequence[str], metrics: Sequence[
     for m in metrics:
         row: list[str | Cell] = [m.label, Cell(*tables.format_estimate(results.arms[first].estimate(m.key), m))]
         for other in others:
-            answer, paired = compare(results, first, other, m), difference(results, first, other, m)
+            answer, paired = compare(results, first, other, m), results.difference(first, other, m.key)
             theirs = " ".join(tables.format_estimate(results.arms[other].estimate(m.key), m))
             note = f"{theirs}; difference {tables.format_difference(paired, m)}" if paired else theirs
             row.append(Cell(_TONES[answer][0] + answer, note, _TONES[answer][1]))
