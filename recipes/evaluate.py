@@ -55,7 +55,8 @@ def evaluate(config: EvaluateConfig) -> None:
         measured = config.evaluation
         if images:  # FID and its kin depend on the number of images of both sides
             count = min(len(images), measured.generated_images)
-            measured = measured.model_copy(update={"generated_images": count})
+            parts = tuple(part for part in measured.parts if part != "localization")
+            measured = measured.model_copy(update={"generated_images": count, "parts": parts})
         run = open_run(config, {}, evaluation=measured, run=config.run, compare_to=("base",))
         if config.dry_run and images:
             return run.say(f"dry run: {len(images):,} images, the data and the base are fine; nothing was written")

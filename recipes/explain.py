@@ -156,6 +156,9 @@ def sets_of(
     if config.images:
         size, count, fit = config.data.resolution, config.drawing.count, fit_of(config.data)
         folders = [ImageFolder(Path(name), size, count, fit) for name in config.images]
+        for name, folder in zip(config.images, folders, strict=True):
+            if folder.left_out:
+                print(f"{name}: {count} of {count + folder.left_out} images, at random; --drawing.count takes more")
         return [(folder, folder.names) for folder in folders]
     assert model is not None
     options = config.drawing.full()

@@ -110,7 +110,7 @@ def test_damaged_and_equal_files_are_refused_by_name(tmp_path: Path, capsys: pyt
     recipe = recipe_module("explain")
     argv = [*DATA, "--images", str(folder), "--output_dir", str(tmp_path / "out")]
     message = refusal_of(recipe.explain, config_class_of(recipe), argv, capsys)
-    assert "'001.png' holds the same bytes as '000.png'" in message and "'002.png' cannot be read" in message
+    assert "'000.png' holds the same bytes as '001.png'" in message and "'002.png' cannot be read" in message
     assert not (tmp_path / "out/explain.json").exists()
     for path in folder.iterdir():
         path.unlink()
@@ -130,6 +130,20 @@ def test_images_of_a_folder_are_cut_and_resized_as_data_are(tmp_path: Path) -> N
     ((picture, _),) = recipe.sets_of(config, None, [], None)
     whole = picture([0])
     assert (whole[:, :, :8] == -1).all() and (whole[:, :, 24:] == -1).all() and (whole[..., 8:24, 10:22] == 1).all()
+
+
+def test_some_images_of_a_folder_are_not_the_first_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of_phantoms(tmp_path / "images", 12, 0)
+    every = ImageFolder(folder, 64, 20)
+    assert sorted(every.names) != every.names and len(every.names) == 12 and every.left_out == 0
+    some = ImageFolder(folder, 64, 5)
+    assert some.names == every.names[:5] and some.left_out == 7
+    recipe = recipe_module("explain")
+    data = {"kind": "phantom", "resolution": 64}
+    recipe.sets_of(recipe.ExplainConfig(images=(str(folder),), data=data, drawing={"count": 10}), None, [], None)
+    assert f"{folder}: 10 of 12 images, at random" in capsys.readouterr().out
 
 
 def test_images_of_one_patient_are_one_group() -> None:

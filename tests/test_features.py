@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tiny import tiny_sd
-from transformers import Dinov2Config, Dinov2Model, PreTrainedModel, ViTConfig, ViTModel
+from transformers import Dinov2Config, Dinov2Model, PreTrainedModel, ViTConfig, ViTForImageClassification, ViTModel
 
 from distill.data.cache import model_fingerprint
 from distill.errors import UserError
@@ -52,6 +52,19 @@ def test_a_model_without_a_trained_pooler_gives_its_class_token(tmp_path: Path) 
     with torch.no_grad():
         expected = model(pixel_values=torch.full((1, 3, 28, 28), 0.5)).last_hidden_state[:, 0]
     torch.testing.assert_close(found(torch.zeros(1, 3, 28, 28))[0], expected, rtol=0, atol=1e-5)
+
+
+def test_a_classifier_in_a_folder_scores_its_classes(tmp_path: Path) -> None:
+    names = {0: "Pleural_Effusion", 1: "Nodule", 2: "Edema"}
+    model = ViTForImageClassification(ViTConfig(**SHAPE, intermediate_size=16, id2label=names)).eval()
+    found = load_features(str(save_vision_model(tmp_path / "vit", model, do_normalize=False)), phantom_data=False)
+    assert found is not None and found.findings == ["pleural effusion", "nodule", "edema"]
+    pixels = torch.rand(3, 3, 28, 28)
+    with torch.no_grad():
+        values, scores = found(pixels * 2 - 1)
+        torch.testing.assert_close(scores, model(pixel_values=pixels).logits, rtol=0, atol=1e-5)
+        expected = model.vit(pixel_values=pixels).last_hidden_state[:, 0]
+    torch.testing.assert_close(values, expected, rtol=0, atol=1e-5)
 
 
 def without(name: str) -> Callable[[Path], object]:

@@ -279,6 +279,15 @@ def image_folder(folder: Path, pictures: PhantomDataset, count: int = 12, size: 
     return folder
 
 
+def test_images_that_the_metadata_do_not_list_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = image_folder(tmp_path / "images", TRAINING, 4)
+    assert len(read_images(folder, 64)) == 4 and not caplog.text
+    lines = (folder / "metadata.csv").read_text().splitlines()
+    (folder / "metadata.csv").write_text("\n".join(lines[:3]) + "\n")
+    assert len(read_images(folder, 64)) == 2
+    assert "2 images, such as 2.png, are not in metadata.csv, and are left out" in caplog.text
+
+
 def test_images_of_another_tool_are_evaluated_and_no_denoiser_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -136,7 +136,7 @@ def test_images_of_another_tool_have_a_utility(tmp_path: Path, monkeypatch: pyte
     recipe = recipe_module("evaluate")
     recipe.evaluate(parse(recipe.EvaluateConfig, argv_of(tmp_path, "--images", str(images))))
     utility = json.loads((tmp_path / "out/metrics.json").read_text())["arms"]["images"]["utility"]
-    assert (utility["images"], utility["real_images"], utility["held_out_images"]) == (40, 30, 30)
+    assert (utility["images"], utility["real_images"], utility["held_out_images"]) == (30, 30, 30)
     assert len(utility["both_per_seed"]) == 2 and utility["findings"]
 
 

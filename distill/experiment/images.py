@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -10,6 +11,7 @@ import torch
 
 from distill.data.captions import query_words_for
 from distill.data.readers.folder import FolderDataset
+from distill.data.readers.image_folder import SUFFIXES
 from distill.data.readers.records import RecordDataset
 from distill.data.sample import group_key, size_ids
 from distill.data_config import Fit, FolderData
@@ -26,6 +28,7 @@ from distill.memory import peak_memory_gb
 from distill.models import load_model
 
 METADATA = ("metadata.csv", "metadata.jsonl")
+logger = logging.getLogger(__name__)
 
 
 def read_images(
@@ -60,6 +63,12 @@ def read_images(
         other = first.setdefault(found.fingerprint(index), found.image_key(index))
         if other != found.image_key(index):
             raise UserError(f"--images {folder}: {found.image_key(index)} and {other} are the same picture; keep one")
+    listed = {found.image_key(index) for index in range(len(found))}
+    files = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
+    if left := [file for file in files if file not in listed]:
+        logger.warning(
+            "--images %s: %d images, such as %s, are not in %s, and are left out", folder, len(left), min(left), name
+        )
     if len(found) < 2:
         raise UserError(
             f"--images {folder} has {len(found)} image; quality needs at least 2, and means little below 100"
@@ -67,12 +76,16 @@ def read_images(
     return found
 
 
+def _some(images: int, count: int, seed: int) -> list[int]:
+    order: list[int] = torch.randperm(images, generator=torch.Generator().manual_seed(seed))[:count].tolist()
+    return sorted(order)
+
+
 def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
     """The entry of metrics.json of `images`: each part that is asked for, but localization.
 
-    FID and its kin compare evaluation.generated_images of the images, at random, with as many held-out ones, so that the
-    row of real images can be compared with them. In memorization each image is
-    compared with all held-out images: which of them had its caption is not known.
+    FID and its kin, and utility, compare evaluation.generated_images of the images, at random, with as many held-out
+    ones. In memorization each image is compared with all held-out images: which of them had its caption is not known.
     """
     config, accelerator, began = run.evaluation, run.accelerator, time.perf_counter()
     against, resolution, arm_dir = run.against, run.config.data.resolution, run.folder / "images"
@@ -86,9 +99,7 @@ def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
     entry: JsonObject = {"localization": None, "quality": None}
     if "quality" in config.parts:
         count = min(len(images), len(against.real.indices))
-        chosen = sorted(
-            torch.randperm(len(images), generator=torch.Generator().manual_seed(config.seed))[:count].tolist()
-        )
+        chosen = _some(len(images), count, config.seed)
         if count < len(images):
             run.say(
                 f"images: quality is that of {count:,} of {len(images):,}, against as many held-out ones; "
@@ -107,8 +118,9 @@ def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
             accelerator=accelerator, arm_dir=arm_dir, run_dir=run.folder,
         )  # fmt: skip
     if "utility" in config.parts:
+        drawn = _some(len(images), min(len(images), len(task.real)), config.seed)
         entry["utility"] = task.measure(
-            len(images), lambda k: images[k].pixel_values, images.labels,
+            len(drawn), lambda k: images[drawn[k]].pixel_values, lambda k: images.labels(drawn[k]),
             steps=config.utility_steps, seeds=config.utility_seeds,
         )  # fmt: skip
     unknown = dict.fromkeys(("train_seconds", "steps", "trainable_parameters"))

@@ -463,5 +463,5 @@ def _check_data(run: Run, model: Model) -> None:
                     f"{min(len(train), count):,} has one{_why_no_regions(train)}; see also method.images"
                 )
     by_words = run.evaluation.protocol == "ours" and run.evaluation.localization_text == "caption"
-    if isinstance(run.test, RecordDataset) and by_words:
+    if isinstance(run.test, RecordDataset) and by_words and "localization" in run.evaluation.parts:
         run.test.check_queries()

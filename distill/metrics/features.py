@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel, ResNetForImageClassification
+from transformers import AutoModel, AutoModelForImageClassification, PreTrainedModel, ResNetForImageClassification
 
 from distill.errors import UserError
 
@@ -149,11 +149,13 @@ class Preprocessing(nn.Module):
         return (pixels - self.mean.view(1, 3, 1, 1)) / self.std.view(1, 3, 1, 1)
 
 
-def load_folder(folder: Path, refuse: Refusal) -> tuple[PreTrainedModel, set[str]]:
+def load_folder(
+    folder: Path, refuse: Refusal, kind: type[AutoModel | AutoModelForImageClassification] = AutoModel
+) -> tuple[PreTrainedModel, set[str]]:
     """A model of transformers, in float32, and the names of weights that the folder lacks. Nothing is fetched, and no
     code of the folder is run."""
     try:
-        model, loaded = AutoModel.from_pretrained(
+        model, loaded = kind.from_pretrained(
             folder, local_files_only=True, trust_remote_code=False, use_safetensors=True, dtype=torch.float32,
             output_loading_info=True,
         )  # fmt: skip
@@ -188,6 +190,7 @@ def read_preprocessing(folder: Path, refuse: Refusal) -> Preprocessing:
 
 class FolderFeatures(Features):
     """The pooled output, else the class token, of a vision model of transformers in a local folder, such as RadDINO.
+    A classifier gives the scores of its classes too.
 
     Images are resized and normalized as preprocessor_config.json says. Nothing is fetched, and no code of the folder is
     run. Raises UserError for a folder that does not hold all of a vision model.
@@ -205,6 +208,13 @@ class FolderFeatures(Features):
         if without_pooler:
             raise _unusable(folder, f"its weights lack {min(without_pooler)}")
         self.model, self.config, self.has_pooler = model.eval(), model.config, not missing
+        self.classifier: PreTrainedModel | None = None
+        if any(name.endswith("ForImageClassification") for name in self.config.architectures or []):
+            self.classifier, missing = load_folder(folder, _unusable, AutoModelForImageClassification)
+            if missing:
+                raise _unusable(folder, f"its weights lack {min(missing)}")
+            names = (self.config.id2label[i] for i in range(self.config.num_labels))
+            self.findings = [str(name).replace("_", " ").lower() for name in names]
         try:
             with torch.no_grad():
                 self(torch.zeros(1, 3, side, side))
@@ -218,7 +228,8 @@ class FolderFeatures(Features):
             raise ValueError(
                 f"its output is {tuple(found.last_hidden_state.shape)}, and no sequence with a class token"
             )
-        return (found.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1), None
+        scores = None if self.classifier is None else self.classifier(pixel_values=self.prepare(images)).logits
+        return (found.last_hidden_state[:, 0] if pooled is None else pooled).flatten(1), scores
 
 
 EXTRACTORS: dict[str, type[Features]] = {

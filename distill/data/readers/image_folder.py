@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,16 +18,20 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".webp", ".bmp", ".dcm")
 
 
 class ImageFolder:
-    """The first `count` images of a folder, by name; made squares of `resolution` by `fit`, as the images of a data set
-    are.
+    """`count` images of a folder, those with the first hashes of their names, since names are often sorted by source or
+    finding; made squares of `resolution` by `fit`, as the images of a data set are.
 
-    names: of the files. Raises UserError that lists all damaged files, and those that hold the same bytes.
+    names: of the files. left_out: how many more there are. Raises UserError that lists all damaged files, and those
+    that hold the same bytes.
     """
 
     def __init__(self, folder: Path, resolution: int, count: int, fit: Fit = "crop") -> None:
         if not folder.is_dir():
             raise UserError(f"images: '{folder}' is not a folder")
-        paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)[:count]
+        paths = [path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES]
+        self.left_out = max(0, len(paths) - count)
+        digests = {path: hashlib.sha256(os.fsencode(path.name)).digest() for path in paths}
+        paths = sorted(paths, key=digests.__getitem__)[:count]
         if not paths:
             raise UserError(f"images: '{folder}' holds no image; files must end in {', '.join(SUFFIXES)}")
         self.paths, self.resolution, self.fit, faults = paths, resolution, fit, []
