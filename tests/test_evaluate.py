@@ -266,9 +266,9 @@ def test_examples_come_first_in_the_order_of_captions() -> None:
 
 
 class TwoCaptions(Listed):
-    """Rows 2 k and 2 k + 1 are two captions of one image."""
+    """Rows 2 k and 2 k + 1 are two captions of one image, or of two files of the same bytes."""
 
-    def image_key(self, index: int) -> str:
+    def fingerprint(self, index: int) -> str:
         return str(index // 2)
 
 

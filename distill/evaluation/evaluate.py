@@ -26,7 +26,7 @@ from tqdm.auto import tqdm
 from distill.config import FullEvaluation
 from distill.data.cache import model_fingerprint
 from distill.data.remembered import Remembered
-from distill.data.sample import ImageCaptionDataset, group_key, image_key, patient_of
+from distill.data.sample import ImageCaptionDataset, group_key, patient_of
 from distill.evaluation.fidelity import Generated, compare, finding_labels
 from distill.evaluation.images import read_png, save_png
 from distill.evaluation.kept import Batches, Kept, digest, features_key, packed, unpacked, weights_of
@@ -102,12 +102,12 @@ def _stack(rows: list[Any]) -> torch.Tensor | None:
 def evaluation_order(dataset: ImageCaptionDataset, examples: Sequence[int], count: int) -> list[int]:
     """Indices of held-out captions to generate: the examples first, then one of each other image in order, then the other
     captions of images. Real images that are there twice would look like a set of less variety."""
-    shown, seen = set(examples), {image_key(dataset, i) for i in examples}
+    shown, seen = set(examples), {dataset.fingerprint(i) for i in examples}
     first: list[int] = []
     again: list[int] = []
     for i in range(len(dataset)):
         if i not in shown:
-            key = image_key(dataset, i)
+            key = dataset.fingerprint(i)
             (again if key in seen else first).append(i)
             seen.add(key)
     return [*examples, *first, *again][:count]
@@ -438,8 +438,9 @@ def held_out(
         write_examples(dataset, examples, run_dir / "real")
     order = evaluation_order(dataset, examples, len(dataset))
     first, rest = order[: config.generated_images], order[config.generated_images :]
-    taken = {group_key(dataset, i) for i in first}
-    different = {image_key(dataset, i): i for i in reversed(rest) if group_key(dataset, i) not in taken}
+    taken = {key for i in first for key in (group_key(dataset, i), dataset.fingerprint(i))}
+    keys = {i: (group_key(dataset, i), dataset.fingerprint(i)) for i in reversed(rest)}
+    different = {content: i for i, (group, content) in keys.items() if not {group, content} & taken}
     others = sorted(different.values(), key=rest.index)[: config.generated_images]
     real = real_images(dataset, first, features, accelerator, config.batch_size)
     if accelerator.is_main_process:
