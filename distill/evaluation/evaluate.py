@@ -438,9 +438,9 @@ def held_out(
         write_examples(dataset, examples, run_dir / "real")
     order = evaluation_order(dataset, examples, len(dataset))
     first, rest = order[: config.generated_images], order[config.generated_images :]
-    taken = {key for i in first for key in (group_key(dataset, i), dataset.fingerprint(i))}
-    keys = {i: (group_key(dataset, i), dataset.fingerprint(i)) for i in reversed(rest)}
-    different = {content: i for i, (group, content) in keys.items() if not {group, content} & taken}
+    people, contents = {group_key(dataset, i) for i in first}, {dataset.fingerprint(i) for i in first}
+    free = (i for i in reversed(rest) if group_key(dataset, i) not in people)
+    different = {key: i for i in free if (key := dataset.fingerprint(i)) not in contents}
     others = sorted(different.values(), key=rest.index)[: config.generated_images]
     real = real_images(dataset, first, features, accelerator, config.batch_size)
     if accelerator.is_main_process:
