@@ -68,15 +68,17 @@ def check(row: HostileRow, folder: Path) -> None:
         assert len(message) < 10_000
     else:
         assert isinstance(row.expected, Accepted), (dataset.summary, dataset.caption(0), samples[0].regions)
-        compare(row.expected.values, samples[0], dataset)
+        keys = [dataset.image_key(index) for index in range(len(dataset))]
+        place = keys.index("a.png") if "a.png" in keys else 0
+        compare(row.expected.values, samples[place], keys[place])
     assert time.process_time() - began < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - used < GIGABYTE
     assert tree(folder) == before, "nothing is written"
 
 
-def compare(values: dict[str, Any], sample: Any, dataset: Any) -> None:
+def compare(values: dict[str, Any], sample: Any, name: str) -> None:
     seen = {
-        "name": dataset.image_key(0), "caption": sample.caption, "labels": sample.labels, "size": sample.original_size,
+        "name": name, "caption": sample.caption, "labels": sample.labels, "size": sample.original_size,
         "findings": tuple(region.finding for region in sample.regions),
         "boxes": sum(len(region.boxes) for region in sample.regions),
         "inside": sum(int(region.mask.sum()) for region in sample.regions),

@@ -18,7 +18,7 @@ WRITTEN = "inception:FILE, torchvision:MODEL:FILE, timm:MODEL:FILE"
 
 
 class StateFeatures(Features):
-    """What the classifier of a vision model reads: `model`, which has none, with the weights of `state`.
+    """Penultimate-layer features of a vision model. `model` has no classification head; its weights come from `state`.
 
     ignored: beginnings of the names of weights that `state` may have and the model has not, those of its classifier.
     Raises UserError where `state` has not the model's weights, or the model gives no row of features.
@@ -48,8 +48,8 @@ class StateFeatures(Features):
 
 
 def load_with_weights(chosen: str) -> Features:
-    """The extractor of a value of evaluation.features that names a file of weights. Raises UserError if it cannot be
-    had."""
+    """The extractor for a value of evaluation.features such as `timm:MODEL:FILE`. Raises UserError if the library or
+    the file is missing or does not fit."""
     library, _, rest = chosen.partition(":")
     if library == "inception":
         _read_state(chosen, Path(rest))

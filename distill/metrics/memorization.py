@@ -87,8 +87,9 @@ def closeness_in_crowd(images: Tensor, others: Iterable[Tensor], near: Nearest) 
 
 
 class NearCopies(TypedDict):
-    """near: generated images that are near copies of a training image. near_held_out: held-out real images of which the
-    same is true, of `near_tested`. near_p: one-sided p of Fisher's exact test that generated images are it more often."""
+    """near: generated images that are near copies of a training image. near_held_out: how many of the `near_tested`
+    held-out real images pass the same test. near_p: one-sided p of Fisher's exact test that generated images pass it
+    more often."""
 
     near: int
     near_held_out: int
@@ -99,7 +100,7 @@ class NearCopies(TypedDict):
 def near_copies(generated: Array, held_out: Array) -> NearCopies:
     """generated, held_out: (N,) and (M,) of `closeness_in_crowd`, the smallest over the spaces that count.
 
-    Unlike `copies` it needs no chance, so that few copies among many images are found, and copies of one single image.
+    It counts near copies one by one, so that it finds a few among many images, and many of one image. `copies` cannot.
     """
     ours, theirs = int((generated < NEAR).sum()), int((held_out < NEAR).sum())
     p = hypergeom.sf(ours - 1, len(generated) + len(held_out), ours + theirs, len(generated))
@@ -115,7 +116,8 @@ def thumbnails(images: Tensor) -> Tensor:
 
 
 class Closeness(TypedDict):
-    """auc: chance that a generated image is nearer to training than a held-out image is; .5 is none. p is one-sided."""
+    """auc: probability that a generated image is nearer to training than a held-out image is; .5: no difference. p is
+    one-sided."""
 
     auc: float
     auc_ci: tuple[float, float] | None
@@ -158,10 +160,11 @@ def closeness(
 
 
 class Copies(TypedDict):
-    """share: of generated images, those nearer to a training than to any held-out image. chance: of that for no copies.
-    copies: (share - chance) / (1 - chance), at least 0: the share of copies, if all other images are as by chance.
-    neighbours: different images that are the nearest of some generated image. p: see `copies`. least_p: the p of as
-    many generated images that are copies of different training images; where it is not small, nothing can be found."""
+    """share: of generated images, those nearer to a training than to any held-out image. chance: what is expected if
+    nothing is copied. copies: (share - chance) / (1 - chance), at least 0: the share of copies, if all other images are
+    as by chance. neighbours: different images that are the nearest of some generated image. p: see `copies`. least_p:
+    the p of as many generated images that are copies of different training images; where it is not small, nothing can
+    be found."""
 
     share: float
     chance: float
@@ -195,8 +198,8 @@ def copies(
     nearest images (exact, hypergeometric, one-sided), and the interval draws them with all generated images that they
     are nearest to. Images of one patient are alike, and are one observation too. Where patients of one split have more
     images than those of the other, chance lies between the shares of training patients and of training images; the
-    larger one is taken, so that fewer copies are found rather than more. So many copies of one single training image
-    are not significant here; the pairs (`suspicion`) show them.
+    larger one is taken, so that fewer copies are found rather than more. So this test does not find many copies of
+    one image; `near_copies` does.
     An image that is equally near to both counts one half in `share`, and as held-out in the test.
     """
     is_training = training.distance < held_out.distance
@@ -228,7 +231,7 @@ def copies(
 
 
 class Verdict(Copies):
-    """Of several spaces that with the smallest p; both p are times the number of spaces (Bonferroni), at most 1."""
+    """The result of the space with the smallest p; both p are times the number of spaces (Bonferroni), at most 1."""
 
     space: str
 
