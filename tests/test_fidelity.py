@@ -16,7 +16,7 @@ from test_evaluate import CONFIG, Means, pictures
 
 from distill.data.captions import negated_findings
 from distill.evaluation.evaluate import held_out, save_features
-from distill.evaluation.fidelity import Generated, compare, of_each_finding
+from distill.evaluation.fidelity import Generated, compare, of_each_finding, unknown_findings
 from distill.metrics import MANIFOLD, Manifolds, kernel_distance
 from distill.metrics.bootstrap import resample_counts
 from distill.models.family import Model
@@ -130,6 +130,14 @@ def test_negated_and_unnamed_findings_are_apart() -> None:
     found = compare(images, images, dataset, CONFIG, Means())
     assert found["finding_auc_negated"] == 0.5 and found["finding_auc_unmentioned"] == 1
     assert 0.5 < found["finding_auc"] < 1 and len(found["finding_auc_unmentioned_ci"]) == 2
+
+
+def test_findings_that_the_classifier_lacks_are_named() -> None:
+    dataset = Listed([sample("a", "Clear.")], {"Edema": ("edema",), "effusion": ("effusion",)})
+    features = Means()
+    assert unknown_findings(dataset, features) == ["effusion"] and unknown_findings(dataset, None) == []
+    features.findings = ()
+    assert unknown_findings(dataset, features) == [], "there is no classifier"
 
 
 def test_intervals_are_of_whole_patients(tmp_path: Path) -> None:

@@ -56,6 +56,12 @@ def finding_labels(
     return columns, torch.tensor(labels)
 
 
+def unknown_findings(dataset: ImageCaptionDataset, features: Features | None) -> list[str]:
+    """Findings of the data that the classifier, if there is one, has no class for: finding AUC leaves them out."""
+    known = features.findings if features else ()
+    return [name for name in dataset.findings if known and name.lower() not in known]
+
+
 def compare(
     generated: Generated,
     real: Generated,

@@ -33,7 +33,7 @@ from distill.data.sample import hash_of, region_list
 from distill.data_config import DataConfig, FolderData, PhantomData
 from distill.errors import UserError, raise_all
 from distill.evaluation.evaluate import HeldOut, evaluation_order, example_images, held_out
-from distill.evaluation.fidelity import finding_labels
+from distill.evaluation.fidelity import finding_labels, unknown_findings
 from distill.evaluation.utility import Task
 from distill.evaluation.validation import DRAWN
 from distill.experiment.arms import BASE, Arm
@@ -186,6 +186,8 @@ def open_run(
     _balance(opened)
     if "quality" in evaluation.parts or looks_for_copies:
         opened.features = load_features(evaluation.features, phantom_data=isinstance(config.data, PhantomData))
+        if unknown := unknown_findings(test, opened.features):
+            opened.say(f"finding AUC leaves out {', '.join(unknown)}: the classifier has no class of that name")
     image_text = ImageText(Path(evaluation.image_text_model)) if evaluation.image_text_model else None
     _check_keep(opened)
     _say_what_runs(opened, model, no_prior)
