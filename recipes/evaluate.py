@@ -65,12 +65,9 @@ def evaluate(config: EvaluateConfig) -> None:
         results = {"images": evaluate_images(run, images)} if images else {"base": evaluate_arm(run, "base", None)}
         if config.run is not None:
             results["model"] = evaluate_arm(run, "model", Path(config.run))
-        finish(run, results, f"open {Path(config.output_dir) / 'report.html'}")
-        judge_memorization(
-            results[list(results)[-1]],
-            Path(config.run) if config.run else None,
-            config.evaluation.memorization_limit,
-        )
+        card = Path(config.run) if config.run else None
+        finish(run, results, f"open {Path(config.output_dir) / 'report.html'}", card)
+        judge_memorization(results[list(results)[-1]], card, config.evaluation.memorization_limit)
 
 
 if __name__ == "__main__":

@@ -109,6 +109,7 @@ def explain_all(config: ExplainConfig) -> None:
     from distill.evaluation.explanation import one_of_each_image
     from distill.files import provenance, write_json
     from distill.models import load_model
+    from distill.report.card import mark_model_card
     from distill.report.explanation import sentences, write_explanation
 
     accelerator = Accelerator()
@@ -137,7 +138,10 @@ def explain_all(config: ExplainConfig) -> None:
     origin = provenance() | {"config": config.model_dump(mode="json")}
     write_json(folder / "explain.json", {"comparisons": comparisons, "provenance": origin})
     write_explanation(folder, comparisons, list(arrays))
-    console.print("\n".join(sentences(comparisons)))
+    said = sentences(comparisons)
+    if config.run:
+        mark_model_card(Path(config.run), "What betrays its images", " ".join(said))
+    console.print("\n".join(said))
     console.print(f"numbers: {folder / 'explain.json'}\nnext: open {folder / 'explain.md'}")
 
 

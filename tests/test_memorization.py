@@ -30,7 +30,7 @@ from distill.evaluation.results import parse_metrics
 from distill.experiment.images import read_images
 from distill.experiment.results import judge_memorization
 from distill.models.family import Model
-from distill.report import memorization_sentence, write_model_card
+from distill.report import mark_model_card, memorization_sentence, write_model_card
 
 PARTS = CONFIG.model_copy(update={"parts": ("memorization",), "generated_images": 12, "bootstrap_samples": 50})
 TRAINING, HELD_OUT = PhantomDataset("train", 16, 0, 64), PhantomDataset("test", 14, 0, 64)
@@ -214,6 +214,23 @@ def test_the_card_says_what_was_found_once(tmp_path: Path) -> None:
     assert card.read_text() == marked, "what evaluate.py has found stays, as the weights do"
     write_model_card(tmp_path, entry(), {}, {}, base_name="phantom", export={})
     assert card.read_text() == text, "unless it is measured again"
+    for heading, said in (
+        ("What is wrong", "Its maps."),
+        ("What betrays its images", "Fine_ detail."),
+        ("What is wrong", "FID."),
+    ):
+        mark_model_card(tmp_path, heading, said)
+    both = card.read_text()
+    assert both.count("**What is wrong.**") == 1 and "**What is wrong.** FID.\n\nLimits" in both.replace(
+        "**What betrays its images.** Fine\\_ detail.\n\n", ""
+    )
+    judge_memorization(entry(), tmp_path, None)
+    assert sorted(card.read_text().split("\n\n")) == sorted(both.split("\n\n")), "each replaces its own"
+    write_model_card(tmp_path, entry(), {}, {}, base_name="phantom", export={})
+    assert sorted(card.read_text().split("\n\n")) == sorted(both.split("\n\n"))
+    for heading in ("What is wrong", "What betrays its images"):
+        mark_model_card(tmp_path, heading, "")
+    assert card.read_text() == text
     card.write_text("# My own card\n")
     judge_memorization(entry(), tmp_path, None)
     assert card.read_text() == "# My own card\n"

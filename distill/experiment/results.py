@@ -29,6 +29,7 @@ from distill.models.bits import fewer_bits
 from distill.models.stock import exported
 from distill.processes import process_state
 from distill.report import (
+    faults,
     mark_model_card,
     memorization_sentence,
     terminal_summary,
@@ -181,8 +182,11 @@ def _merged(before: Mapping[str, Any], result: Mapping[str, Any], missing: Seque
     return parts | {"size": result["size"], "cost": before["cost"] | seconds}
 
 
-def finish(run: Run, arms: Mapping[str, JsonObject], next_command: str) -> None:
-    """metrics.json of all arms, the report, the table in the terminal, paths, and the next command."""
+def finish(run: Run, arms: Mapping[str, JsonObject], next_command: str, card: Path | None = None) -> None:
+    """metrics.json of all arms, the report, the table in the terminal, paths, and the next command.
+
+    card: the folder of the last arm, whose model card then says what is wrong with it.
+    """
     if not run.accelerator.is_main_process:
         return
     config = run.config
@@ -220,6 +224,10 @@ def finish(run: Run, arms: Mapping[str, JsonObject], next_command: str) -> None:
     results = parse_metrics(metrics)
     write_json(run.folder / "metrics.json", metrics)
     report = write_report(run.folder)
+    if card is not None:
+        alone = {"arms": {"this model": arms[list(arms)[-1]]}, "real": metrics["real"], "provenance": {}}
+        said = " ".join(faults(parse_metrics(alone), "this model"))
+        mark_model_card(card, "What is wrong", said or "No fault was found in what was measured.")
     run.console.print(terminal_table(metrics))
     run.say(terminal_summary(results))
     for name in (name for name, entry in arms.items() if entry["cost"]["train_seconds"] is not None):
@@ -239,7 +247,7 @@ def judge_memorization(entry: JsonObject, folder: Path | None, limit: float | No
     is_too_much = limit is not None and found.is_found and share > limit
     marked = f"Not to be published: copies are above the limit of {limit:g}. {said}" if is_too_much else said
     if folder is not None and process_state().is_main_process:
-        mark_model_card(folder, marked)
+        mark_model_card(folder, "Memorization", marked)
     if is_too_much:
         raise UserError(f"the share of copies is {share:.3f}, and evaluation.memorization_limit is {limit:g}. {said}")
 

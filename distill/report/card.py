@@ -24,16 +24,19 @@ _LIMITS = (
     "Limits: not for clinical use. Generated images are not meant to show a real patient. The numbers hold for these "
     "held-out images. The licences of the base and of the training data apply."
 )
-_MEMORIZATION = "**Memorization.**"
-_MARK = re.compile(rf"\n\n{re.escape(_MEMORIZATION)}.*")
+_FOUND = ("Memorization", "What is wrong", "What betrays its images")
 
 
-def mark_model_card(arm_dir: Path, memorization: str) -> None:
-    """Say in a card of `write_model_card` what an evaluation found; what an earlier one found is replaced."""
-    text = re.sub(_MARK, "", _card_of(arm_dir))
+def mark_model_card(arm_dir: Path, heading: str, said: str) -> None:
+    """Say in a card what an evaluation found, in place of what stood under `heading`, one of _FOUND; "" removes it."""
+    text = re.sub(_paragraph(heading), "", _card_of(arm_dir))
     if (limits := f"\n\n{_LIMITS[:7]}") in text:
-        marked = f"\n\n{_MEMORIZATION} {escape_markdown(memorization)}{limits}"
+        marked = f"\n\n**{heading}.** {escape_markdown(said)}{limits}" if said else limits
         write_atomic(arm_dir / "README.md", text.replace(limits, marked, 1))
+
+
+def _paragraph(heading: str) -> str:
+    return rf"\n\n\*\*{re.escape(heading)}\.\*\*.*"
 
 
 def _card_of(arm_dir: Path) -> str:
@@ -60,7 +63,8 @@ def write_model_card(
         raise ValueError(f"unknown exported part(s) {', '.join(unknown)}; known: lora, {', '.join(PARTS)}")
     results = parse_metrics({"arms": {"arm": metrics_for_arm}, "provenance": {}})
     arm = results.arms["arm"]
-    said_before = next(iter(re.findall(_MARK, _card_of(arm_dir))), "").strip()
+    said_before = {name: "".join(re.findall(_paragraph(name), _card_of(arm_dir))[:1]).strip() for name in _FOUND}
+    said_before |= {_FOUND[0]: f"**{_FOUND[0]}.** {escape_markdown(sentence(m))}"} if (m := arm.memorization) else {}
     base, flat, adapter = public_base(base_name), dict(flatten(config)), "lora" in export
     front = ["library_name: diffusers", "pipeline_tag: text-to-image"]
     front += [f"base_model: {json.dumps(base)}"] if base else []  # a JSON string is a YAML string
@@ -82,7 +86,7 @@ def write_model_card(
         escape_markdown("; ".join(made) + "." if export else "Nothing was trained: the numbers are the base's own."),
         markdown_table(measured) if measured.rows else "Not measured.",
         escape_markdown(sample(results)),
-        f"{_MEMORIZATION} {escape_markdown(sentence(arm.memorization))}" if arm.memorization else said_before,
+        *said_before.values(),
         _LIMITS,
         escape_markdown(f"Made with {origin}." if origin else ""),
     ]

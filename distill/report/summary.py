@@ -60,7 +60,6 @@ def summarize(results: Results) -> Summary:
     beaten = {b for (_, b), found in answers.items() if "better" in found and "worse" not in found}
     left = [a for a in clean if a not in beaten] or clean
     first = min(left, key=lambda a: _rank(results, a, left, metrics))
-    below = [m.name for m in (FID, KID, FINDING_AUC) if results.is_worse_than_real(first, m.key, m.direction)]
     rivals = [a for a in left if a != first]
     tied = [a for a in rivals if not {"better", "worse"} & set(answers[first, a])]
     said = {
@@ -68,7 +67,6 @@ def summarize(results: Results) -> Summary:
         f"Ruled out, because another model beats it: {_and([a for a in clean if a not in left])}.": left != clean,
         f"There are copies of training images in {_and(results.with_copies)}: see Memorization.": results.with_copies,
         f"Not compared, because a measure is missing: {_and([a for a in arms if a not in whole])}.": whole != [*arms],
-        f"The images of {first} are worse than real ones in {_and(below)}.": below,
         "There is no other fully measured model to compare it with.": len(whole) == 1,
         f"The maps of {_and(results.with_other_maps)} are of other layers or timesteps than those of the first model: "
         "by localization, these models differ in more than their training.": results.with_other_maps,
@@ -90,7 +88,7 @@ def summarize(results: Results) -> Summary:
         title = f"Do not publish {name} yet" if first in results.with_copies else f"Only {name} was measured"
     why = _why(results, first, others, [WORD_AUC, *metrics] if place is IMAGE_ADDS else metrics)
     reasons = [text for text, holds in said.items() if holds]
-    return Summary(first, title, [*reasons, *_blind(results, first)], [why], others)
+    return Summary(first, title, [*reasons, *faults(results, first)], [why], others)
 
 
 def _differences(results: Results, wanted: Sequence[Metric]) -> dict[str, dict[Metric, Cell]]:
@@ -150,12 +148,13 @@ def _why(results: Results, first: str, others: Sequence[str], metrics: Sequence[
     return Table(head, rows, name="the first choice and the baselines")
 
 
-def _blind(results: Results, arm: str) -> list[str]:
-    """Whether the maps of `arm` say more than maps that do not look at the image."""
-    found, located = [], results.arms[arm].localization
+def faults(results: Results, arm: str) -> list[str]:
+    """Where `arm` is worse than real images, and where its maps say no more than maps that do not look at the image."""
+    below = [m.name for m in (FID, KID, FINDING_AUC) if results.is_worse_than_real(arm, m.key, m.direction)]
+    found = [f"The images of {arm} are worse than real ones in {_and(below)}."] if below else []
     word, adds = (results.arms[arm].estimate(m.key) for m in (WORD_AUC, IMAGE_ADDS))
     ours, better = word.value if word.low is None else word.low, []
-    for name, prior in ((located and located.priors) or {}).items():
+    for name, prior in (getattr(results.arms[arm].localization, "priors", None) or {}).items():
         theirs = (prior.auc.value if prior.auc.high is None else prior.auc.high) if prior else None
         better += [name.replace("_", " ")] if ours is not None and theirs is not None and ours <= theirs else []
     if better:
