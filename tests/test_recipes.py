@@ -242,6 +242,7 @@ def test_evaluate_gives_the_numbers_that_the_training_run_gave(finetuned: tuple[
     argv = ["--base.name", str(work / "v"), "--run", str(folder), "--output_dir", str(out), "--data.train_size", "6"]
     run("evaluate", [*argv, *PHANTOM, *EVALUATION])
     assert files_of(out) == RUN_FILES | arm_files("base") | arm_files("model")
+    assert (folder / "README.md").read_text().count("**What is wrong.** ") == 1
     there, here = read_metrics(folder)["arms"], read_metrics(out)["arms"]
     for arm in ("base", "model"):
         assert here[arm]["quality"] == there[arm]["quality"]
