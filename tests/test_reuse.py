@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -198,7 +199,8 @@ def test_a_model_card_that_a_kill_left_out_is_written(
     base = ["--base.name", str(work / "base"), "--data.cache_dir", str(work / "cache")]
     argv = [*base, *EVALUATION, *TRAINER, "--lora.rank", "2", "--output_dir", str(out)]
     run("finetune", [*argv, "--trainer.num_workers", "1", "--trainer.log_every_steps", "7"])
-    assert (out / "README.md").read_bytes() == (work / "run" / "README.md").read_bytes()
+    there = re.sub(r"\n\n\*\*What is wrong\.\*\*.*", "", (work / "run" / "README.md").read_text(encoding="utf-8"))
+    assert (out / "README.md").read_text(encoding="utf-8") == there, "but for what evaluate.py found in other tests"
     assert not list(out.rglob("*.tmp"))
     assert "num_workers: 1" in (out / "config.yaml").read_text(encoding="utf-8")
 
