@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from recipe import recipe_module, refusal_of
+from scipy.stats import t as student_t
+from sklearn.metrics import roc_auc_score
 from test_memorization import drawing, evaluate_argv, image_folder
 from test_reuse import never
 
@@ -17,7 +19,9 @@ from distill.config import EvaluationConfig
 from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
 from distill.evaluation import evaluate as module
-from distill.evaluation.utility import FEWEST, Labelled, Task, mean_auc, train_classifier, utility
+from distill.evaluation.claims import student_interval
+from distill.evaluation.utility import FEWEST, Labelled, Task, interval, mean_auc, train_classifier, utility
+from distill.metrics.bootstrap import image_counts
 
 
 def with_squares(count: int, seed: int) -> Labelled:
@@ -45,8 +49,40 @@ def test_good_images_are_worth_as_much_as_real_ones_and_wrong_labels_nothing() -
     )
     assert (good["images"], good["real_images"], good["held_out_images"]) == (64, 64, 64)
     assert good["real_ci"][0] <= good["real"] <= good["real_ci"][1]
-    bad = mean_auc(train_classifier(wrong(with_squares(64, 2)), 25, 0), held_out)
+    bad = float(mean_auc(train_classifier(wrong(with_squares(64, 2)), 25, 0), held_out)[0])
     assert abs(bad - 0.5) < 0.2 < good["generated"] - bad
+
+
+def test_the_area_of_a_resample_is_that_of_its_images() -> None:
+    data, model = with_squares(40, 3), train_classifier(with_squares(40, 0), 5, 0)
+    counts = np.concatenate([*image_counts(np.arange(40) // 2, 6, 0)])
+    found = mean_auc(model, data, counts)
+    with torch.no_grad():
+        scores = model(data.images).numpy()
+    for row, value in zip([np.ones(40), *counts], found, strict=True):
+        images = np.repeat(np.arange(40), row.astype(int))
+        each = [roc_auc_score(data.labels[images, k], scores[images, k]) for k in range(2)]
+        assert value == pytest.approx(np.mean(each))
+
+
+def test_an_interval_covers_seeds_and_tested_images() -> None:
+    values, resampled = [0.6, 0.62, 0.7], np.array([0.5, 0.7, 0.6, 0.8])
+    low, high = interval(values, resampled, 0.0) or (0, 0)
+    seeds = student_t.ppf(0.975, 2) * np.std(values, ddof=1) / np.sqrt(3)
+    assert high - low == pytest.approx(2 * np.sqrt(seeds**2 + (1.95996 * resampled.std()) ** 2), rel=1e-4)
+    assert interval(values, np.full(4, 0.6), 0.0) == pytest.approx(student_interval(values))
+    low, high = interval([0.99, 0.999], np.array([0.9, 1.0]), 0.0) or (0, 0)
+    assert high == 1 and low == pytest.approx(0.9945 - np.hypot(12.7062 * 0.0045, 1.95996 * 0.05), rel=1e-4)
+    assert (interval([0.01, 0.2], resampled, 0.0) or [9])[0] == 0 > (interval([0.01, 0.2], resampled, -1.0) or [9])[0]
+    assert interval([0.5], resampled, 0.0) is None
+
+
+def test_the_same_images_differ_by_nothing() -> None:
+    real, held_out = with_squares(40, 0), with_squares(40, 1)
+    found = utility(real, real, held_out, steps=3, seeds=(0, 1), patients=np.arange(40) // 4)
+    assert found["generated_minus_real_ci"] == [0, 0] and found["generated_ci"] == found["real_ci"]
+    alone = utility(real, real, held_out, steps=3, seeds=(0, 1))
+    assert alone["real_per_seed"] == found["real_per_seed"] and alone["real_ci"] != found["real_ci"], "whole patients"
 
 
 def test_a_classifier_is_decided_by_its_data_and_seed() -> None:

@@ -13,17 +13,23 @@ from itertools import pairwise
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
+from scipy.stats import norm
 from torch import Tensor, nn
 
 from distill.data.sample import ImageCaptionDataset, group_key
 from distill.errors import UserError
 from distill.evaluation.claims import student_interval
 from distill.files import JsonObject
-from distill.metrics import finding_auroc
+from distill.metrics.bootstrap import image_counts, numbered
+from distill.metrics.quality import weighted_auroc
+
+Array = NDArray[np.float64]
 
 SIDE_PX, BATCH, LEARNING_RATE = 64, 32, 2e-3
 TESTED_IMAGES = 2000
 """Real images, at most, that the classifiers are tested on."""
+RESAMPLES = 200
 FEWEST = 5
 """A finding is asked for where this many images have it, and as many do not, in training as in testing."""
 
@@ -81,29 +87,59 @@ def train_classifier(data: Labelled, steps: int, seed: int) -> nn.Module:
 
 
 @torch.no_grad()
-def mean_auc(model: nn.Module, data: Labelled) -> float:
-    """Mean over the findings that some images have and some do not."""
-    found = finding_auroc(model(data.images), data.labels, 1, 0)["auc"]
-    return float("nan") if found is None else float(found)
+def mean_auc(model: nn.Module, data: Labelled, counts: Array | None = None) -> Array:
+    """Mean over the findings that some images have and some do not: of all images, and of each resample of them.
+
+    counts: (S, N), how often a resample holds each image. Returns (1 + S,).
+    """
+    weights = np.concatenate([np.ones((1, len(data))), np.empty((0, len(data))) if counts is None else counts])
+    scores, labels = model(data.images).double().numpy(), data.labels.numpy()
+    mixed = [k for k in range(labels.shape[1]) if 0 < labels[:, k].sum() < len(labels)]
+    areas = [weighted_auroc(scores[:, k], labels[:, k], weights) for k in mixed]
+    found: Array = np.nanmean(areas, axis=0) if areas else np.full(len(weights), np.nan)
+    return found
 
 
-def utility(real: Labelled, generated: Labelled, held_out: Labelled, *, steps: int, seeds: Sequence[int]) -> JsonObject:
+def interval(values: Sequence[float], resampled: Array, least: float) -> list[float] | None:
+    """95 % interval of the mean of `values`, one a training seed: Student's t over them, and the spread of `resampled`, (S,),
+    that mean on resamples of the images that are tested, added in squares. Both ends lie in [least, 1]."""
+    ends = student_interval(values)
+    if ends is None:
+        return None
+    half = float(np.hypot((ends[1] - ends[0]) / 2, norm.ppf(0.975) * np.nanstd(resampled)))
+    mean = float(np.mean(values))
+    return [max(least, mean - half), min(1.0, mean + half)]
+
+
+def utility(
+    real: Labelled,
+    generated: Labelled,
+    held_out: Labelled,
+    *,
+    steps: int,
+    seeds: Sequence[int],
+    patients: NDArray[np.int64] | None = None,
+) -> JsonObject:
     """AUC on `held_out` of a classifier trained on "real", "generated" and "both", and the differences
     "generated_minus_real" and "both_minus_real"; each with NAME_ci and NAME_per_seed.
 
-    Intervals are Student's t over training seeds, differences are paired by seed; the held-out images are the same.
+    Intervals are over training seeds and tested images, see `interval`; differences are paired by both. patients: of the
+    tested images, see `bootstrap.numbered`; None: each is of another.
     """
+    groups = np.arange(len(held_out)) if patients is None else patients
+    counts = np.concatenate([*image_counts(groups, RESAMPLES, 0)])
     arms = {"real": real, "generated": generated, "both": real + generated}
-    scores = {
-        name: [mean_auc(train_classifier(data, steps, seed), held_out) for seed in seeds] for name, data in arms.items()
+    areas = {
+        name: np.stack([mean_auc(train_classifier(data, steps, seed), held_out, counts) for seed in seeds])
+        for name, data in arms.items()
     }
     for name in ("generated", "both"):
-        pairs = zip(scores[name], scores["real"], strict=True)
-        scores[f"{name}_minus_real"] = [ours - theirs for ours, theirs in pairs]
+        areas[f"{name}_minus_real"] = areas[name] - areas["real"]
     found: JsonObject = {"images": len(generated), "real_images": len(real), "held_out_images": len(held_out)}
-    for name, values in scores.items():
-        ends = student_interval(values)
-        found |= {name: float(np.mean(values)), f"{name}_ci": list(ends) if ends else None, f"{name}_per_seed": values}
+    for name, each in areas.items():
+        values, least = each[:, 0].tolist(), -1.0 if name.endswith("minus_real") else 0.0
+        ends = interval(values, each[:, 1:].mean(axis=0), least)
+        found |= {name: float(np.mean(values)), f"{name}_ci": ends, f"{name}_per_seed": values}
     return found
 
 
@@ -166,7 +202,9 @@ class Task:
 
         generated = self._labelled(range(count), image, labels)
         real, tested = (self._labelled(rows, own, self.dataset.labels) for rows in (self.real, self.tested))
-        return utility(real, generated, tested, steps=steps, seeds=range(seeds)) | {"findings": list(self.findings)}
+        patients = numbered([group_key(self.dataset, row) for row in self.tested])
+        found = utility(real, generated, tested, steps=steps, seeds=range(seeds), patients=patients)
+        return found | {"findings": list(self.findings)}
 
     def _labelled(
         self, rows: Sequence[int], image: Callable[[int], Tensor], labels: Callable[[int], Sequence[str]]
