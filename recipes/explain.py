@@ -126,6 +126,12 @@ def explain_all(config: ExplainConfig) -> None:
     groups = [group_key(test, index) for index in chosen]
     raise_all("too few images", group_faults(groups, config.drawing.count, [names for _, names in sets]))
     console.print(f"{len(chosen)} real images, and {len(sets)} sets of {len(sets[0][1])} generated ones")
+    compared = min(len(chosen), config.drawing.count)
+    if len(chosen) < 2 * compared:
+        console.print(
+            f"the control, real against real images, has {len(chosen) // 2} a side, and the comparison {compared}: "
+            "it would show less"
+        )
     if config.dry_run:
         console.print(to_yaml(config) + "dry run: the data and the images are fine; nothing was written")
         return

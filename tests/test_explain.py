@@ -146,6 +146,20 @@ def test_some_images_of_a_folder_are_not_the_first_by_name(
     assert f"{folder}: 10 of 12 images, at random" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("held_out", "said"), [(40, ""), (30, "has 15 a side, and the comparison 20: it would show less")]
+)
+def test_a_control_of_fewer_images_is_said(
+    held_out: int, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = folder_of_phantoms(tmp_path / "images", 20, 0)
+    argv = [*DATA, "--data.test_size", str(held_out), "--images", str(folder), "--output_dir", str(tmp_path / "out")]
+    recipe = recipe_module("explain")
+    recipe.explain(parse(config_class_of(recipe), [*argv, "--dry_run", "true"]))
+    printed = capsys.readouterr().out
+    assert said in printed and ("the control" in printed) == bool(said)
+
+
 def test_images_of_one_patient_are_one_group() -> None:
     class OfPatients(Listed):
         def image_key(self, index: int) -> str:
