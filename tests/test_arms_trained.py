@@ -378,6 +378,11 @@ def test_what_differs_from_an_earlier_measurement_is_said(tmp_path: Path) -> Non
     assert reason({"compared": "x"}, compared="x") == ""
     assert reason(features="g") == "the extractor of features is another"
     assert reason({"features": None}, features="g") == reason(features=None) == ""
+    copies = HASHES | {"files": {}}  # without features copies are looked for in fewer spaces
+    assert results._difference(copies, copies | {"features": None}, tmp_path, "memorization").startswith(
+        "the extractor"
+    )
+    assert results._difference(copies | {"features": None}, copies, tmp_path, "memorization") == ""
     (tmp_path / "maps.safetensors").write_text("2")
     assert reason() == f"files in {tmp_path} were changed or are missing"
 

@@ -23,6 +23,7 @@ from distill.config import FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
 from distill.evaluation import evaluate as module
+from distill.evaluation import memorization as memorization_module
 from distill.evaluation.evaluate import evaluate, held_out
 from distill.evaluation.images import read_png, save_png
 from distill.evaluation.memorization import Pool
@@ -79,6 +80,21 @@ def test_copies_are_found_and_shown(mirrored: bool, sd: Model, tmp_path: Path, m
     assert (generated - training).abs().max() < 0.01 < (generated - other).abs().max()
     number = int(rows[0]["training"])
     assert (training - (TRAINING[number].pixel_values + 1) / 2).abs().max() < 0.01
+
+
+def test_a_near_copy_in_one_space_is_one(sd: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small pixels alone: the latents are those of other images."""
+    monkeypatch.setattr(module, "generate", drawing(TRAINING))
+    vectors = memorization_module._vectors
+
+    def others(model: Any, features: Any, device: Any, images: torch.Tensor) -> dict[str, torch.Tensor]:
+        found = vectors(model, features, device, images)
+        return found | {
+            "latents": torch.randn(found["latents"].shape, generator=torch.Generator().manual_seed(len(images)))
+        }
+
+    monkeypatch.setattr(memorization_module, "_vectors", others)
+    assert measured(sd, tmp_path)["memorization"]["near"] == 12
 
 
 class OfPatients(PhantomDataset):

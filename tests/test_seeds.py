@@ -310,6 +310,14 @@ def test_the_verdict_on_copies_is_that_of_the_worst_seed(tmp_path: Path) -> None
     assert "kept" not in found["cost"] and found["cost"]["train_seconds"] == 1.0
     shutil.rmtree(tmp_path / "seed-3")
     assert combine(tmp_path, samples=50)["arms"]["frozen"]["cost"]["kept"]["step"] == 300
+    near = {"near": 2, "near_held_out": 0, "near_tested": 50, "near_p": 0.4}
+    for seed, more in ((4, near | {"near_held_out": 2}), (5, near)):
+        path = tmp_path / f"seed-{seed}/metrics.json"
+        metrics = json.loads(path.read_text())
+        metrics["arms"]["frozen"]["memorization"] |= more
+        path.write_text(json.dumps(metrics))
+    worst = combine(tmp_path, samples=50)["arms"]["frozen"]["memorization"]
+    assert (worst["seed"], worst["near"], worst["near_p"]) == (5, 2, 0.8), "near copies, where no real image is one"
     shutil.rmtree(tmp_path / "seed-5")
     assert "seed" not in combine(tmp_path, samples=50)["arms"]["frozen"]["memorization"]
 

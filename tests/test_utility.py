@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -174,6 +175,30 @@ def test_images_of_another_tool_have_a_utility(tmp_path: Path, monkeypatch: pyte
     utility = json.loads((tmp_path / "out/metrics.json").read_text())["arms"]["images"]["utility"]
     assert (utility["images"], utility["real_images"], utility["held_out_images"]) == (30, 30, 30)
     assert len(utility["both_per_seed"]) == 2 and utility["findings"]
+
+
+def test_some_images_of_another_tool_keep_their_labels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "generate", never)
+    pictures = PhantomDataset("train", 40, 0, 64)
+    seen: list[tuple[torch.Tensor, tuple[str, ...]]] = []
+
+    def measure(self: Task, count: int, image: Any, labels: Any, **_: Any) -> dict[str, Any]:
+        seen.extend((image(k), tuple(labels(k))) for k in range(count))
+        raise UserError("seen")
+
+    monkeypatch.setattr(Task, "measure", measure)
+    images = image_folder(tmp_path / "images", pictures, 40)
+    recipe = recipe_module("evaluate")
+    with pytest.raises(UserError, match="seen"):
+        recipe.evaluate(parse(recipe.EvaluateConfig, argv_of(tmp_path, "--images", str(images))))
+    known = [(pictures[k].pixel_values, pictures.labels(k)) for k in range(40)]
+    places = [
+        next(k for k, (other, _) in enumerate(known) if (pixels - other).abs().max() < 0.02) for pixels, _ in seen
+    ]
+    assert len(set(places)) == 30 and max(places) >= 30, "not the first ones"
+    assert [{name.lower() for name in labels} for _, labels in seen] == [
+        {n.lower() for n in known[k][1]} for k in places
+    ]
 
 
 def test_an_arm_of_tradeoff_has_no_utility() -> None:
