@@ -234,7 +234,7 @@ class EvaluationConfig(Settings):
         return FullEvaluation.model_validate(self.model_dump() | options)
 
 
-AnyPart = Literal["localization", "quality", "memorization", "utility", "similarity"]
+AnyPart = Literal["localization", "quality", "memorization", "utility", "similarity", "explanation"]
 AnyParts = Annotated[tuple[AnyPart, ...], Field(min_length=1), AfterValidator(once), HARMLESS]
 
 
@@ -244,8 +244,9 @@ class FullEvaluation(EvaluationConfig):
     renamed: ClassVar[dict[str, str]] = {}
     parts: AnyParts = ("localization", "quality")  # type: ignore[assignment]
     """What to measure: attention maps (localization), generated images (quality), copies of training images
-    (memorization), how well classifiers learn from generated images (utility), and how near a model such as CLIP finds
-    images to their captions (similarity). What was measured before is kept."""
+    (memorization), how well classifiers learn from generated images (utility), how near a model such as CLIP finds
+    images to their captions (similarity), and what tells generated from real images (explanation). What was measured
+    before is kept."""
     image_text_model: Annotated[Text | None, HARMLESS] = None
     """For similarity: the folder of a CLIP or SigLIP model of transformers. Nothing is fetched."""
     utility_steps: Annotated[Count, HARMLESS] = 200

@@ -8,7 +8,7 @@ Writes explain.json, explain.md and figures/.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
@@ -21,11 +21,9 @@ from distill.settings import Batch, Count, Seed, Settings, Text, Texts
 
 if TYPE_CHECKING:
     import torch
-    from accelerate import Accelerator
 
     from distill.data.sample import ImageCaptionDataset
-    from distill.evaluation.detection import Rows
-    from distill.files import JsonObject
+    from distill.evaluation.explanation import Pictures
     from distill.models import Model
 
 
@@ -102,11 +100,11 @@ def explain_all(config: ExplainConfig) -> None:
     from rich.console import Console
 
     from distill.data.loading import load_dataset
+    from distill.data.readers.image_folder import ImageFolder
     from distill.data.readers.records import RecordDataset
-    from distill.data.sample import group_key
-    from distill.errors import raise_all
-    from distill.evaluation.detection import check_installed, group_faults
-    from distill.evaluation.explanation import one_of_each_image
+    from distill.evaluation.detection import check_installed
+    from distill.evaluation.explanation import GENERATED, check_groups, one_of_each_image, real_pictures
+    from distill.evaluation.explanation import explain as explained
     from distill.files import provenance, write_json
     from distill.models import load_model
     from distill.report.card import mark_model_card
@@ -116,16 +114,19 @@ def explain_all(config: ExplainConfig) -> None:
     console = Console(quiet=not accelerator.is_main_process, soft_wrap=True, highlight=False, markup=False)
     check_installed()
     test = load_dataset(config.data, "test")
-    chosen = one_of_each_image(test, 2 * config.drawing.count)
+    chosen = one_of_each_image(test, range(len(test)), 2 * config.drawing.count)
     model = None
     if config.with_vae or not config.images:
         model = load_model(config.base, config.run).to(accelerator.device).freeze()
         if isinstance(test, RecordDataset) and not config.images:
             test.check_captions(model)
     sets = sets_of(config, test, chosen[: config.drawing.count], model)
-    groups = [group_key(test, index) for index in chosen]
-    raise_all("too few images", group_faults(groups, config.drawing.count, [names for _, names in sets]))
-    console.print(f"{len(chosen)} real images, and {len(sets)} sets of {len(sets[0][1])} generated ones")
+    for folder in (one.image for one in sets if isinstance(one.image, ImageFolder) and one.image.left_out):
+        used, left = len(folder.names), folder.left_out
+        console.print(f"{folder.folder}: {used} of {used + left} images, at random; --drawing.count takes more")
+    real = real_pictures(test, chosen)
+    check_groups(real.groups, config.drawing.count, [one.groups for one in sets])
+    console.print(f"{len(chosen)} real images, and {len(sets)} sets of {len(sets[0].groups)} generated ones")
     compared = min(len(chosen), config.drawing.count)
     if len(chosen) < 2 * compared:
         console.print(
@@ -135,11 +136,14 @@ def explain_all(config: ExplainConfig) -> None:
     if config.dry_run:
         console.print(to_yaml(config) + "dry run: the data and the images are fine; nothing was written")
         return
-    comparisons = compare_all(config, test, chosen, sets, model, accelerator)
+    comparisons = explained(
+        real, config.drawing.count, sets, seed=config.drawing.seed, batch_size=config.drawing.batch_size,
+        accelerator=accelerator, gray=config.gray, model=model if config.with_vae else None,
+    )  # fmt: skip
     if not accelerator.is_main_process:
         return
-    folder, picture = Path(config.output_dir), sets[0][0]
-    shown = picture([example["image"] for example in comparisons["generated against real"]["examples"]])
+    folder = Path(config.output_dir)
+    shown = sets[0].image([example["image"] for example in comparisons[GENERATED]["examples"]])
     arrays = ((shown.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy()
     origin = provenance() | {"config": config.model_dump(mode="json")}
     write_json(folder / "explain.json", {"comparisons": comparisons, "provenance": origin})
@@ -151,81 +155,33 @@ def explain_all(config: ExplainConfig) -> None:
     console.print(f"numbers: {folder / 'explain.json'}\nnext: open {folder / 'explain.md'}")
 
 
-GeneratedSet = tuple["Callable[[Sequence[int]], torch.Tensor]", list[str]]
-"""Places -> images in [-1, 1], and the group of each."""
-
-
 def sets_of(
     config: ExplainConfig, test: ImageCaptionDataset, chosen: Sequence[int], model: Model | None
-) -> list[GeneratedSet]:
+) -> list[Pictures]:
     """The folders of config.images, or images drawn of the captions of `chosen`."""
     from distill.data.readers.image_folder import ImageFolder
     from distill.data.sample import group_key
     from distill.evaluation.evaluate import generate
+    from distill.evaluation.explanation import Pictures
 
     if config.images:
         size, count, fit = config.data.resolution, config.drawing.count, fit_of(config.data)
         folders = [ImageFolder(Path(name), size, count, fit) for name in config.images]
-        for name, folder in zip(config.images, folders, strict=True):
-            if folder.left_out:
-                print(f"{name}: {count} of {count + folder.left_out} images, at random; --drawing.count takes more")
-        return [(folder, folder.names) for folder in folders]
+        return [Pictures(folder, folder.names) for folder in folders]
     assert model is not None
     options = config.drawing.full()
+    groups = [group_key(test, index) for index in chosen]
 
-    def drawn(number: int) -> Callable[[Sequence[int]], torch.Tensor]:
+    def drawn(number: int) -> Pictures:
         def picture(places: Sequence[int]) -> torch.Tensor:
             indices = [chosen[place] for place in places]
             seeds = [options.seed + index + 1_000_003 * number for index in indices]
             captions = [test.caption(index) for index in indices]
             return generate(model, captions, seeds, config.data.resolution, options) * 2 - 1
 
-        return picture
+        return Pictures(picture, groups)
 
-    groups = [group_key(test, index) for index in chosen]
-    return [(drawn(number), groups) for number in range(config.drawing.sets)]
-
-
-def compare_all(
-    config: ExplainConfig,
-    test: ImageCaptionDataset,
-    chosen: Sequence[int],
-    sets: Sequence[GeneratedSet],
-    model: Model | None,
-    accelerator: Accelerator,
-) -> dict[str, JsonObject]:
-    """explain.json's comparisons, by name."""
-    import torch
-
-    from distill.data.sample import group_key
-    from distill.evaluation.detection import Pair, halves, through_vae
-    from distill.evaluation.explanation import compare, is_gray, measure
-    from distill.report.explanation import BEYOND, CONTROL, GENERATED, VAE
-
-    count, seed = config.drawing.count, config.drawing.seed
-
-    def rows(picture: Callable[[Sequence[int]], torch.Tensor], groups: Sequence[str], label: str, gray: bool) -> Rows:
-        size = config.drawing.batch_size
-        return measure(picture, groups, batch_size=size, accelerator=accelerator, label=label, gray=gray)
-
-    def real(places: Sequence[int]) -> torch.Tensor:
-        return torch.stack([test[chosen[place]].pixel_values for place in places])
-
-    def decoded(places: Sequence[int]) -> torch.Tensor:
-        assert model is not None
-        return through_vae(model, real(places))
-
-    groups = [group_key(test, index) for index in chosen]
-    everyone = rows(real, groups, "real images", bool(config.gray))
-    gray = is_gray(everyone) if config.gray is None else config.gray
-    first = everyone.first(count)
-    generated = [rows(picture, names, f"generated set {n}", gray) for n, (picture, names) in enumerate(sets, 1)]
-    found = {GENERATED: compare([Pair(first, other) for other in generated], seed, images=True)}
-    if config.with_vae:
-        after = rows(decoded, groups[:count], "real images through the VAE", gray)
-        found[VAE] = compare([Pair(first, after)], seed)
-        found[BEYOND] = compare([Pair(after, other) for other in generated], seed)
-    return found | {CONTROL: compare(halves(everyone, 3, seed), seed)}
+    return [drawn(number) for number in range(config.drawing.sets)]
 
 
 if __name__ == "__main__":

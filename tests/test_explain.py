@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from listed import Listed, sample
 from PIL import Image, ImageFilter
 from recipe import config_class_of, recipe_module, refusal_of
+from test_memorization import drawing, evaluate_argv, image_folder
+from test_reuse import never
 from tiny import save_tiny
 
 from distill.cli import parse
@@ -20,12 +23,16 @@ from distill.data.readers.image_folder import ImageFolder
 from distill.data.sample import group_key
 from distill.errors import UserError
 from distill.evaluation import detection
+from distill.evaluation import evaluate as evaluation
 from distill.evaluation import explanation as module
 from distill.evaluation.detection import Change, Explained
-from distill.evaluation.explanation import one_of_each_image
+from distill.evaluation.evaluate import explained_rows
+from distill.evaluation.explanation import BEYOND, CONTROL, GENERATED, VAE, Pictures, betrayers, one_of_each_image
+from distill.evaluation.results import Arm, Cost, Estimate, Explanation, Results
 from distill.metrics.image_features import FEATURES
-from distill.report import explanation
-from distill.report.explanation import BEYOND, CONTROL, GENERATED, VAE, change_sentence, sentences
+from distill.report import explanation, faults
+from distill.report.explanation import change_sentence, sentences
+from distill.report.tables import format_number
 
 DATA = ["--data.resolution", "64", "--data.test_size", "40", "--drawing.count", "20", "--drawing.batch_size", "10"]
 
@@ -132,17 +139,15 @@ def test_images_of_a_folder_are_cut_and_resized_as_data_are(tmp_path: Path) -> N
     assert (whole[:, :, :8] == -1).all() and (whole[:, :, 24:] == -1).all() and (whole[..., 8:24, 10:22] == 1).all()
 
 
-def test_some_images_of_a_folder_are_not_the_first_by_name(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_some_images_of_a_folder_are_not_the_first_by_name(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = folder_of_phantoms(tmp_path / "images", 12, 0)
     every = ImageFolder(folder, 64, 20)
     assert sorted(every.names) != every.names and len(every.names) == 12 and every.left_out == 0
     some = ImageFolder(folder, 64, 5)
     assert some.names == every.names[:5] and some.left_out == 7
     recipe = recipe_module("explain")
-    data = {"kind": "phantom", "resolution": 64}
-    recipe.sets_of(recipe.ExplainConfig(images=(str(folder),), data=data, drawing={"count": 10}), None, [], None)
+    few = ["--data.resolution", "64", "--data.test_size", "20", "--drawing.count", "10", "--images", str(folder)]
+    recipe.explain(parse(config_class_of(recipe), [*few, "--output_dir", str(tmp_path / "out"), "--dry_run", "true"]))
     assert f"{folder}: 10 of 12 images, at random" in capsys.readouterr().out
 
 
@@ -171,7 +176,8 @@ def test_images_of_one_patient_are_one_group() -> None:
     names = ["a", "b", "c", "c", "d"]
     dataset = OfPatients([sample(name, "edema") for name in names], {})
     assert [group_key(dataset, i) for i in range(5)] == ["patient p1", "patient p1", "c", "c", "d"]
-    assert one_of_each_image(dataset, 10) == [0, 1, 2, 4] and one_of_each_image(dataset, 3) == [0, 1, 2]
+    assert one_of_each_image(dataset, range(5), 10) == [0, 1, 2, 4]
+    assert one_of_each_image(dataset, [4, 3, 2, 1], 2) == [4, 3]
 
 
 def entry(auc: float, half: float, *features: tuple[str, float]) -> dict[str, Any]:
@@ -313,3 +319,159 @@ def higher() -> dict[str, Any]:
     found = entry(0.9, 0.05, ("noise", 0.2))
     found["features"][0] |= {"other": 0.4}
     return found
+
+
+# --- the part `explanation` of evaluate.py -----------------------------------------------------------------------------
+
+
+def argv_of(tmp_path: Path, *more: str) -> list[str]:
+    argv = evaluate_argv(tmp_path, *more)
+    argv[argv.index("--data.test_size") + 1], argv[argv.index("--evaluation.generated_images") + 1] = "40", "20"
+    argv[argv.index("quality,memorization")] = "explanation"
+    return argv
+
+
+def blurred(count: int) -> PhantomDataset:
+    """Phantoms that are no test image, without their detail."""
+
+    class Blurred(PhantomDataset):
+        def __getitem__(self, index: int) -> Any:
+            sample = super().__getitem__(index)
+            small = torch.nn.functional.avg_pool2d(sample.pixel_values, 3, stride=1, padding=1)
+            return replace(sample, pixel_values=small)
+
+    return Blurred("validation", count, 0, 64)
+
+
+def test_evaluate_explains_and_keeps_what_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluation, "generate", drawing(blurred(40)))
+    recipe, out = recipe_module("evaluate"), tmp_path / "out"
+    recipe.evaluate(parse(recipe.EvaluateConfig, argv_of(tmp_path)))
+    printed = capsys.readouterr().out
+    found = json.loads((out / "metrics.json").read_text())["arms"]["base"]["explanation"]
+    comparisons = json.loads((out / "base/explain.json").read_text())["comparisons"]
+    assert found == {
+        "auc": comparisons[GENERATED]["auc"], "auc_ci": comparisons[GENERATED]["auc_ci"],
+        "real": comparisons[CONTROL]["auc"], "real_ci": comparisons[CONTROL]["auc_ci"], "images": 20,
+        "betrayed_by": [feature["name"] for feature in betrayers(comparisons[GENERATED])],
+    }  # fmt: skip
+    assert list(comparisons) == [GENERATED, VAE, BEYOND, CONTROL] and found["auc"] > 0.95
+    assert comparisons[CONTROL]["images"] == {"real": 20, "other": 20, "sets": 3}, "all 40 held-out images"
+    assert comparisons[VAE]["images"] == {"real": 20, "other": 20, "sets": 1}
+    assert (
+        found["betrayed_by"]
+        and f"A detector tells the images of base from real ones (AUC {format_number(found['auc'], 2)}" in printed
+    )
+    page = (out / "report.html").read_text()
+    assert "<h2>What betrays the images</h2>" in page and f"with AUC {format_number(found['auc'], 2)}" in page
+    assert page.count('aria-label="base: importance') == page.count('aria-label="base: the most, a middling') == 1
+    assert ">detector AUC ↓</th>" in page
+    shown = sorted((out / "base/explained").iterdir())
+    assert [path.name for path in shown] == ["0.png", "1.png", "2.png"]
+    drawn = {path.read_bytes() for path in (out / "base/drawn").iterdir()}
+    assert len(drawn) == 20 and all(path.read_bytes() in drawn for path in shown)
+
+    monkeypatch.setattr(evaluation, "generate", never)
+    monkeypatch.setattr(evaluation, "explain", never)
+    recipe.evaluate(parse(recipe.EvaluateConfig, argv_of(tmp_path)))
+    assert "base: explanation is already evaluated" in capsys.readouterr().out
+    monkeypatch.setattr(evaluation, "explain", module.explain)
+    (out / "base/explain.json").write_text("{}")
+    recipe.evaluate(parse(recipe.EvaluateConfig, argv_of(tmp_path)))
+    assert "base: explanation is measured anew: files in" in capsys.readouterr().out
+    assert json.loads((out / "metrics.json").read_text())["arms"]["base"]["explanation"] == found
+
+
+def test_each_generated_image_stands_beside_the_real_one_of_its_caption(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a caption could be on both sides of a split."""
+    held_out = PhantomDataset("test", 40, 0, 64)
+    monkeypatch.setattr(evaluation, "generate", drawing(held_out))
+    seen: list[Any] = []
+
+    def explain(real: Pictures, count: int, sets: list[Pictures], **options: Any) -> None:
+        seen.append((real, count, sets[0]))
+        raise UserError("seen")
+
+    monkeypatch.setattr(evaluation, "explain", explain)
+    recipe = recipe_module("evaluate")
+    with pytest.raises(UserError, match="seen"):
+        recipe.evaluate(parse(recipe.EvaluateConfig, argv_of(tmp_path)))
+    real, count, generated = seen[0]
+    assert len(real.groups) == len(set(real.groups)) == 40 and count == 20
+    assert generated.groups == real.groups[:20]
+    places = [3, 17, 0]
+    assert (generated.image(places) - real.image(places)).abs().max() < 0.01
+
+
+def test_rows_of_the_explanation_are_of_different_images() -> None:
+    class OfImages(Listed):
+        def image_key(self, index: int) -> str:
+            return self.samples[index].id
+
+        def fingerprint(self, index: int) -> str:
+            return self.samples[index].id
+
+    dataset = OfImages([sample(name, "edema") for name in "aabbcddefg"], {})
+    assert explained_rows(dataset, [2], 3) == ([2, 0, 4, 5, 7, 8, 9], 3)
+    # As many generated images as captions: two of one image are compared once.
+    assert explained_rows(dataset, [2, 3], 4) == ([2, 0, 4, 5, 7, 8, 9], 3)
+    many = OfImages([sample(f"{k}", "edema") for k in range(40)], {})
+    assert explained_rows(many, [], 3) == ([*range(20)], 3) and explained_rows(many, [], 11) == ([*range(22)], 11)
+
+
+def test_too_few_held_out_images_are_refused_before_the_evaluation(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluation, "generate", never)
+    recipe = recipe_module("evaluate")
+    argv = argv_of(tmp_path)
+    argv[argv.index("--data.test_size") + 1] = "19"
+    message = refusal_of(recipe.evaluate, recipe.EvaluateConfig, argv, capsys)
+    assert (
+        "the held-out images are of 19 patients or images; the control, real against real images, needs 20" in message
+    )
+    assert not (tmp_path / "out/metrics.json").exists()
+
+
+def test_images_of_another_tool_are_explained_without_a_vae(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(evaluation, "generate", never)
+    recipe = recipe_module("evaluate")
+    images = image_folder(tmp_path / "images", blurred(30), 30)
+    recipe.evaluate(parse(recipe.EvaluateConfig, argv_of(tmp_path, "--images", str(images))))
+    found = json.loads((tmp_path / "out/metrics.json").read_text())["arms"]["images"]["explanation"]
+    comparisons = json.loads((tmp_path / "out/images/explain.json").read_text())["comparisons"]
+    assert list(comparisons) == [GENERATED, CONTROL] and found["images"] == 20 and found["auc"] > 0.95
+    few = image_folder(tmp_path / "few", blurred(9), 9)
+    argv = argv_of(tmp_path, "--images", str(few))
+    argv[argv.index("--output_dir") + 1] = str(tmp_path / "other")
+    message = refusal_of(recipe.evaluate, recipe.EvaluateConfig, argv, capsys)
+    assert "the 9 images that are compared are of 9 patients or images; a detector needs 10" in message
+    assert "control" not in message
+
+
+def test_an_explanation_that_cannot_be_read_is_said(tmp_path: Path) -> None:
+    told = Explanation(Estimate(0.9, 0.8, 1.0), Estimate(0.5, 0.4, 0.6), 20, ["contrast"])
+    arms = {name: Arm(None, None, Cost(*[None] * 5), explanation=told) for name in ("a", "b")}
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b/explain.json").write_text('{"comparisons": {}}')
+    notes: list[str] = []
+    section = explanation.explanation_section(tmp_path, Results(arms, {}), notes)
+    assert not section.charts and not section.tables[0].rows and len(notes) == 2
+    assert "a/explain.json cannot be read" in notes[0] and "b/explain.json cannot be read" in notes[1]
+    assert [row[0] for row in section.tables[1].rows] == ["contrast"]
+
+
+@pytest.mark.parametrize(
+    ("low", "control", "told"), [(0.51, 0.4, True), (0.5, 0.4, False), (0.51, 0.5, True), (0.9, 0.51, False)]
+)
+def test_a_detector_that_tells_real_from_real_images_is_not_believed(low: float, control: float, told: bool) -> None:
+    found = Explanation(Estimate(0.95, low, 1.0), Estimate(0.6, control, 0.7), 20, ["contrast", "noise"])
+    said = faults(Results({"a": Arm(None, None, Cost(*[None] * 5), explanation=found)}, {}), "a")
+    assert said == ["A detector tells the images of a from real ones (AUC .95, by contrast, noise)."] * told
+    assert str(replace(found, betrayed_by=[])) == "AUC .95"

@@ -54,11 +54,11 @@ COMMANDS = {
     "utility": (
         "evaluate", "metrics.json",
         [*LABELLED, "--evaluation.generated_images", "30", "--evaluation.num_inference_steps", "2",
-         "--evaluation.diversity_captions", "1", "--evaluation.parts", "utility,memorization"],
+         "--evaluation.diversity_captions", "1", "--evaluation.parts", "utility,memorization,explanation"],
     ),
     "images": (
         "evaluate", "metrics.json",
-        [*LABELLED, "--evaluation.generated_images", "30", "--evaluation.parts", "quality,utility,memorization",
+        [*LABELLED, "--evaluation.generated_images", "30", "--evaluation.parts", "quality,utility,memorization,explanation",
          "--images", "IMAGES"],
     ),
     "atlas": (

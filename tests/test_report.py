@@ -291,7 +291,7 @@ def test_without_a_paired_difference_intervals_that_touch_separate_nothing() -> 
 
 
 def test_every_metric_has_its_direction() -> None:
-    lower = {"FID", "KID"}
+    lower = {"FID", "KID", "detector AUC"}
     neither = {"other image's AUC", "EOS AUC", "padding AUC", "diversity", *ATTENTION}
     for metric in METRICS:
         assert metric.direction == (-1 if metric.name in lower else 0 if metric.name in neither else 1), metric.name

@@ -296,7 +296,9 @@ def test_hashes_hold_what_decides_each_part(sd: Model) -> None:
     changed = {part for part in measured if measured[part] != regrouped[part]}
     assert changed == {"memorization"}, "copies are counted by patient"
     regrouped = hashes("Edema.", "quality", "memorization", "utility", last="q")
-    assert {"memorization", "utility"} <= {part for part in measured if measured[part] != regrouped[part]}
+    assert {"memorization", "utility", "explanation"} <= {
+        part for part in measured if measured[part] != regrouped[part]
+    }
     other = hashes("Edema.", patient="q")
     assert all(before[part]["data"] != other[part]["data"] for part in before), "its intervals are others"
     tokens = hashes("Edema.", shift=4)["localization"]

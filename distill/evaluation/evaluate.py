@@ -27,6 +27,8 @@ from distill.config import FullEvaluation
 from distill.data.cache import model_fingerprint
 from distill.data.remembered import Remembered
 from distill.data.sample import ImageCaptionDataset, group_key, patient_of
+from distill.evaluation.detection import LEAST_IMAGES, NAMES
+from distill.evaluation.explanation import Pictures, explain, one_of_each_image, real_pictures, summary, write_explained
 from distill.evaluation.fidelity import Generated, compare, finding_labels
 from distill.evaluation.images import read_png, save_png
 from distill.evaluation.kept import Batches, Kept, digest, features_key, packed, unpacked, weights_of
@@ -376,9 +378,16 @@ class HeldOut:
                 "features": model_fingerprint(self.image_text) if self.image_text else None,
                 "options": {key: drawn[key] for key in (*OF_IMAGES, "seed", "bootstrap_samples", "generated_images")},
             },
+            "explanation": {
+                "weights": weights,
+                "data": digest(captions, _known(self.dataset), resolution, NAMES),
+                "options": {key: drawn[key] for key in (*OF_IMAGES, "seed", "generated_images")},
+            },
         }
 
 
+OF_DRAWN = ("memorization", "utility", "similarity", "explanation")
+"""Parts of an evaluation that look at the drawn images."""
 OF_NO_NUMBER = ("parts", "batch_size", "memorization_limit", "image_text_model")
 """Options of evaluation that change none by themselves."""
 OF_QUALITY = ("generated_images", "diversity_captions", "diversity_samples", "num_inference_steps", "guidance_scale",
@@ -475,7 +484,7 @@ def evaluate(
     weights: str | None = None,
 ) -> JsonObject:
     """{"localization", "quality", "size", "seconds": {"localization_seconds", "evaluation_seconds"}} of one model, and
-    "memorization", "utility" and "similarity" if they are measured.
+    of OF_DRAWN those that are measured.
 
     parts: those to measure, by default config.parts; the others are None. weights: kept.weights_of the model.
     """
@@ -497,7 +506,7 @@ def evaluate(
     localization_seconds = time.perf_counter() - began
     if "localization" in parts:
         write_word_maps(model, against.dataset, config, **shared)
-    of_images = [part for part in ("memorization", "utility", "similarity") if part in parts]
+    of_images = [part for part in OF_DRAWN if part in parts]
     if "quality" in parts or of_images:
         drawn = quality(
             model,
@@ -517,6 +526,8 @@ def evaluate(
         more["utility"] = _utility(against, config, accelerator, arm_dir)
     if "similarity" in parts:
         more["similarity"] = _similarity(against, config, accelerator, arm_dir)
+    if "explanation" in parts:
+        more["explanation"] = _explanation(model, against, config, accelerator, arm_dir)
     seconds = {
         "localization_seconds": localization_seconds,
         "evaluation_seconds": time.perf_counter() - began,
@@ -568,6 +579,50 @@ def _similarity(against: HeldOut, config: FullEvaluation, accelerator: Accelerat
         )  # fmt: skip
     broadcast_object_list(found)
     return found[0]
+
+
+def _explanation(
+    model: Model, against: HeldOut, config: FullEvaluation, accelerator: Accelerator, arm_dir: Path
+) -> JsonObject:
+    """Of one generated image for each real one; explain.py compares several sets."""
+    dataset = against.dataset
+    images, own = drawn_images(dataset, against.examples, config, arm_dir)
+    file_of = dict(zip(own, images, strict=True))
+    real, compared = explained_rows(dataset, against.examples, config.generated_images)
+    drawn = Pictures(
+        lambda places: torch.stack([read_png(file_of[real[place]]) * 2 - 1 for place in places]),
+        [group_key(dataset, row) for row in real[:compared]],
+    )
+    return explained(dataset, real, compared, drawn, config, accelerator=accelerator, arm_dir=arm_dir, model=model)
+
+
+def explained_rows(dataset: ImageCaptionDataset, examples: Sequence[int], count: int) -> tuple[list[int], int]:
+    """Held-out rows of different images for the explanation of `count` generated ones, and how many of them, the
+    first, are compared with those; the others serve the control."""
+    order = evaluation_order(dataset, examples, len(dataset))
+    compared = one_of_each_image(dataset, order[:count], count)
+    return one_of_each_image(dataset, order, 2 * max(len(compared), LEAST_IMAGES)), len(compared)
+
+
+def explained(
+    dataset: ImageCaptionDataset,
+    real: Sequence[int],
+    compared: int,
+    drawn: Pictures,
+    config: FullEvaluation,
+    *,
+    accelerator: Accelerator,
+    arm_dir: Path,
+    model: Model | None = None,
+) -> JsonObject:
+    """The part `explanation` of metrics.json; writes explain.json. real, compared: see `explained_rows`."""
+    comparisons = explain(
+        real_pictures(dataset, real), compared, [drawn], seed=config.seed, batch_size=config.batch_size,
+        accelerator=accelerator, model=model,
+    )  # fmt: skip
+    if accelerator.is_main_process:
+        write_explained(arm_dir, comparisons, drawn)
+    return summary(comparisons)
 
 
 def finite(value: object) -> Any:

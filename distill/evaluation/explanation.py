@@ -3,58 +3,147 @@ images that went through the VAE, and the control of real against real."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import broadcast_object_list, gather_object
 from tqdm.auto import tqdm
 
-from distill.data.sample import ImageCaptionDataset, image_key
+from distill.data.sample import ImageCaptionDataset, group_key, image_key
+from distill.errors import raise_all
 from distill.evaluation import detection
 from distill.evaluation.detection import KINDS, NAMES, Estimate, Explained, Fold, Pair, Rows
-from distill.files import JsonObject
+from distill.evaluation.images import save_png
+from distill.files import JsonObject, write_json
 from distill.metrics.image_features import FEATURES
+from distill.models.family import Model
 
+GENERATED, VAE, BEYOND, CONTROL = (
+    "generated against real", "real through the VAE against real", "generated against real through the VAE",
+    "real against real",
+)  # fmt: skip
+"""Names of the comparisons in explain.json."""
 SHOWN = 5
 """Features whose partial dependence is measured, and parts of a single image's explanation."""
 
 
-def one_of_each_image(dataset: ImageCaptionDataset, count: int) -> list[int]:
-    """Indices of the first sample of each of the first `count` images."""
+class Pictures(NamedTuple):
+    """image: places -> (N, 3, height, width) in [-1, 1]. groups: of each picture, see `detection.Rows`."""
+
+    image: Callable[[Sequence[int]], torch.Tensor]
+    groups: Sequence[str]
+
+
+def one_of_each_image(dataset: ImageCaptionDataset, order: Sequence[int], count: int) -> list[int]:
+    """Indices, in this order, of the first sample of each of the first `count` images."""
     first: dict[str, int] = {}
-    for index in range(len(dataset)):
+    for index in order:
         first.setdefault(image_key(dataset, index), index)
         if len(first) == count:
             break
     return list(first.values())
 
 
-def measure(
-    picture: Callable[[Sequence[int]], torch.Tensor],
-    groups: Sequence[str],
+def real_pictures(dataset: ImageCaptionDataset, rows: Sequence[int]) -> Pictures:
+    return Pictures(
+        lambda places: torch.stack([dataset[rows[place]].pixel_values for place in places]),
+        [group_key(dataset, row) for row in rows],
+    )
+
+
+def check_groups(real: Sequence[str], count: int, sets: Sequence[Sequence[str]]) -> None:
+    """Raise UserError without scikit-learn, and with all faults of `detection.group_faults`."""
+    detection.check_installed()
+    raise_all("too few images for a detector", detection.group_faults(real, count, sets))
+
+
+def explain(
+    real: Pictures,
+    count: int,
+    sets: Sequence[Pictures],
     *,
+    seed: int,
     batch_size: int,
     accelerator: Accelerator,
-    label: str,
-    gray: bool,
-) -> Rows:
-    """Rows of len(groups) images, shared between the processes. picture: places -> (N, 3, height, width) in [-1, 1].
+    gray: bool | None = None,
+    model: Model | None = None,
+) -> dict[str, JsonObject]:
+    """The comparisons of explain.json, by name. All processes call this.
+
+    real: of which the first `count` are compared, and all serve the control. gray: see `measure`; None: where all real
+    images are. model: also send the compared images through its VAE.
+    """
+
+    def rows(pictures: Pictures, label: str, gray: bool) -> Rows:
+        return measure(pictures, batch_size=batch_size, accelerator=accelerator, label=label, gray=gray)
+
+    everyone = rows(real, "real images", bool(gray))
+    gray = is_gray(everyone) if gray is None else gray
+    first = everyone.first(count)
+    generated = [rows(pictures, f"generated set {number}", gray) for number, pictures in enumerate(sets, 1)]
+    after = None
+    if model is not None:
+        vae = model
+        decoded = Pictures(lambda places: detection.through_vae(vae, real.image(places)), real.groups[:count])
+        after = rows(decoded, "real images through the VAE", gray)
+    found: list[dict[str, JsonObject]] = [{}]
+    if accelerator.is_main_process:
+        found[0][GENERATED] = compare([Pair(first, other) for other in generated], seed, images=True)
+        if after is not None:
+            found[0][VAE] = compare([Pair(first, after)], seed)
+            found[0][BEYOND] = compare([Pair(after, other) for other in generated], seed)
+        found[0][CONTROL] = compare(detection.halves(everyone, 3, seed), seed)
+    broadcast_object_list(found)
+    return found[0]
+
+
+def betrayers(entry: JsonObject, count: int = 3) -> list[JsonObject]:
+    """The first features that the detector surely uses: the interval of their importance is above 0."""
+    return [feature for feature in entry["features"] if feature["importance_ci"][0] > 0][:count]
+
+
+EXPLAINED = "explain.json"
+
+
+def write_explained(arm_dir: Path, comparisons: Mapping[str, JsonObject], pictures: Pictures) -> None:
+    """explain.json of one model, and the single images that it explains, explained/*.png. On the main process."""
+    write_json(arm_dir / EXPLAINED, {"comparisons": comparisons})
+    for path in (arm_dir / "explained").glob("*.png"):
+        path.unlink()
+    places = [example["image"] for example in comparisons[GENERATED]["examples"]]
+    for number, image in enumerate(pictures.image(places)):
+        save_png((image + 1) / 2, arm_dir / "explained" / f"{number}.png")
+
+
+def summary(comparisons: Mapping[str, JsonObject]) -> JsonObject:
+    """The part `explanation` of metrics.json."""
+    main, control = comparisons[GENERATED], comparisons[CONTROL]
+    return {
+        "auc": main["auc"], "auc_ci": main["auc_ci"], "real": control["auc"], "real_ci": control["auc_ci"],
+        "images": main["images"]["other"], "betrayed_by": [feature["name"] for feature in betrayers(main)],
+    }  # fmt: skip
+
+
+def measure(pictures: Pictures, *, batch_size: int, accelerator: Accelerator, label: str, gray: bool) -> Rows:
+    """Rows of all pictures, shared between the processes.
 
     gray: take the mean of the channels first, before they are rounded: a mean of rounded channels has finer levels than
     a gray file.
     """
-    mine = range(accelerator.process_index, len(groups), accelerator.num_processes)
+    mine = range(accelerator.process_index, len(pictures.groups), accelerator.num_processes)
     found: list[tuple[int, np.ndarray]] = []
     for start in tqdm(range(0, len(mine), batch_size), desc=label, disable=not accelerator.is_main_process):
         places = list(mine[start : start + batch_size])
-        images = picture(places)
+        images = pictures.image(places)
         images = images.mean(dim=1, keepdim=True).expand_as(images) if gray else images
-        rows = Rows.of(images, [groups[place] for place in places])
+        rows = Rows.of(images, [pictures.groups[place] for place in places])
         found += zip(places, rows.values, strict=True)
     everyone = sorted(gather_object(found), key=lambda pair: pair[0])
-    return Rows(np.stack([values for _, values in everyone]), np.asarray(groups, dtype=str))
+    return Rows(np.stack([values for _, values in everyone]), np.asarray(pictures.groups, dtype=str))
 
 
 def is_gray(rows: Rows) -> bool:

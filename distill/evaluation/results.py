@@ -223,6 +223,27 @@ class Similarity:
 
 
 @dataclass(frozen=True)
+class Explanation:
+    """How well a detector of named features tells generated from real images, and real ones from other real ones (the
+    control); see evaluation/explanation.py. betrayed_by: the features that it surely uses, at most three."""
+
+    auc: UnitEstimate
+    real: UnitEstimate
+    images: int
+    betrayed_by: Sequence[str]
+
+    @property
+    def is_told(self) -> bool:
+        """Whether generated images are surely told from real ones, and real ones from one another are not."""
+        return self.auc.low is not None and self.auc.low > 0.5 and (self.real.low or 0.0) <= 0.5
+
+    def __str__(self) -> str:
+        return ", by ".join(
+            [f"AUC {self.auc.value:.2f}".replace("0.", "."), *filter(None, [", ".join(self.betrayed_by)])]
+        )
+
+
+@dataclass(frozen=True)
 class Kept:
     """The look whose weights are exported, by the rule of the option keep. value: of what the rule names."""
 
@@ -281,6 +302,7 @@ class Arm:
     memorization: Memorization | None = None
     utility: Utility | None = None
     similarity: Similarity | None = None
+    explanation: Explanation | None = None
 
     @property
     def notes(self) -> list[str]:
@@ -293,7 +315,9 @@ class Arm:
     def estimate(self, key: str) -> Estimate:
         """`key` as in `paired`: "word.auc", "mass.eos", "quality.fid"."""
         part, name = key.split(".")
-        found = getattr(self if part in ("quality", "utility", "similarity") else self.localization, part, None)
+        found = getattr(
+            self if part in ("quality", "utility", "similarity", "explanation") else self.localization, part, None
+        )
         if isinstance(found, Mapping):
             return Estimate(found.get(name))
         estimate: Estimate = getattr(found, name, Estimate())

@@ -16,7 +16,8 @@ from distill.data.readers.records import RecordDataset
 from distill.data.sample import group_key, size_ids
 from distill.data_config import Fit, FolderData
 from distill.errors import UserError
-from distill.evaluation.evaluate import evaluation_order, finite, real_images
+from distill.evaluation.evaluate import evaluation_order, explained, explained_rows, finite, real_images
+from distill.evaluation.explanation import Pictures, check_groups
 from distill.evaluation.fidelity import compare
 from distill.evaluation.images import save_png
 from distill.evaluation.memorization import memorization
@@ -93,6 +94,14 @@ def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
     if other:
         run.say(f"images: {other:,} of {len(images):,} are made squares of {resolution} px as the data are")
     rows = range(len(images))
+    if "explanation" in config.parts:
+        real, compared = explained_rows(run.test, run.examples, config.generated_images)
+        placed = _some(len(images), compared, config.seed)
+        drawn_of = Pictures(
+            lambda places: torch.stack([images[placed[place]].pixel_values for place in places]),
+            [group_key(images, k) for k in placed],
+        )
+        check_groups([group_key(run.test, row) for row in real], compared, [drawn_of.groups])
     if "utility" in config.parts:
         task = Task.of(run.test, evaluation_order(run.test, run.examples, config.generated_images))
         task = task.named_in([images.labels(k) for k in rows])
@@ -123,6 +132,10 @@ def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
             len(drawn), lambda k: images[drawn[k]].pixel_values, lambda k: images.labels(drawn[k]),
             steps=config.utility_steps, seeds=config.utility_seeds,
         )  # fmt: skip
+    if "explanation" in config.parts:
+        entry["explanation"] = explained(
+            run.test, real, compared, drawn_of, config, accelerator=accelerator, arm_dir=arm_dir
+        )
     unknown = dict.fromkeys(("train_seconds", "steps", "trainable_parameters"))
     cost = {"peak_memory_gb": peak_memory_gb(), "evaluation_seconds": time.perf_counter() - began}
     if "similarity" in config.parts:

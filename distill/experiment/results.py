@@ -13,7 +13,8 @@ from accelerate.utils import broadcast_object_list
 from distill.cli import to_yaml
 from distill.config import BaseConfig, FullEvaluation
 from distill.errors import UserError
-from distill.evaluation.evaluate import evaluate, held_out, quality
+from distill.evaluation.evaluate import OF_DRAWN, evaluate, held_out, quality
+from distill.evaluation.explanation import EXPLAINED
 from distill.evaluation.kept import weights_of
 from distill.evaluation.localization import localization
 from distill.evaluation.results import parse_metrics
@@ -37,8 +38,9 @@ from distill.report import (
     write_model_card,
     write_report,
 )
+from distill.report.explanation import sentences
 
-PARTS = ("localization", "quality", "memorization", "utility", "similarity")
+PARTS = ("localization", "quality", *OF_DRAWN)
 """Parts of an evaluation, as entries of metrics.json."""
 FILES = {
     "localization": ("pairs.jsonl", "maps.safetensors", "word_maps.safetensors"),
@@ -46,6 +48,7 @@ FILES = {
     "memorization": ("memorization.jsonl", "memorization/*.png"),
     "utility": (),
     "similarity": (),
+    "explanation": (EXPLAINED, "explained/*.png"),
 }
 """Part -> what it leaves in the arm's folder, from which numbers and report are made."""
 
@@ -228,6 +231,10 @@ def finish(run: Run, arms: Mapping[str, JsonObject], next_command: str, card: Pa
         alone = {"arms": {"this model": arms[list(arms)[-1]]}, "real": metrics["real"], "provenance": {}}
         said = " ".join(faults(parse_metrics(alone), "this model"))
         mark_model_card(card, "What is wrong", said or "No fault was found in what was measured.")
+        explained = run.folder / list(arms)[-1] / EXPLAINED
+        if arms[list(arms)[-1]].get("explanation"):
+            betrays = sentences(read_json(explained)["comparisons"])
+            mark_model_card(card, "What betrays its images", " ".join(betrays))
     run.console.print(terminal_table(metrics))
     run.say(terminal_summary(results))
     for name in (name for name, entry in arms.items() if entry["cost"]["train_seconds"] is not None):

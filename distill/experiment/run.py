@@ -29,10 +29,11 @@ from distill.data.loading import load_dataset, refuse_shared_pictures
 from distill.data.readers.records import RecordDataset
 from distill.data.readers.tables import VALIDATION_SPLITS
 from distill.data.rows import check_training_text
-from distill.data.sample import hash_of, region_list
+from distill.data.sample import group_key, hash_of, region_list
 from distill.data_config import DataConfig, FolderData, PhantomData
 from distill.errors import UserError, raise_all
-from distill.evaluation.evaluate import HeldOut, evaluation_order, example_images, held_out
+from distill.evaluation.evaluate import HeldOut, evaluation_order, example_images, explained_rows, held_out
+from distill.evaluation.explanation import check_groups
 from distill.evaluation.fidelity import finding_labels, unknown_findings
 from distill.evaluation.utility import Task
 from distill.evaluation.validation import DRAWN
@@ -184,16 +185,12 @@ def open_run(
     _check_captions(opened, model)
     _check_data(opened, model)
     _balance(opened)
-    if "quality" in evaluation.parts or looks_for_copies:
-        opened.features = load_features(evaluation.features, phantom_data=isinstance(config.data, PhantomData))
-        if unknown := unknown_findings(test, opened.features):
-            opened.say(f"finding AUC leaves out {', '.join(unknown)}: the classifier has no class of that name")
+    _load_features(opened)
     image_text = ImageText(Path(evaluation.image_text_model)) if evaluation.image_text_model else None
     _check_keep(opened)
     _say_what_runs(opened, model, no_prior)
     opened.examples = example_images(test, model, evaluation, accelerator)
-    if "utility" in evaluation.parts:
-        Task.of(test, evaluation_order(test, opened.examples, evaluation.generated_images))
+    _check_parts(opened)
     if not config.dry_run:
         tokens = Tokenizers(model.tokenizers, model.caption_chunks)  # not the model, whose weights would stay in memory
         opened.make_against = partial(
@@ -208,6 +205,24 @@ def open_run(
         accelerator.wait_for_everyone()
     opened.seconds["checks"] = time.perf_counter() - began
     return opened
+
+
+def _load_features(run: Run) -> None:
+    """Set `run.features`, where a part asks for them."""
+    if {"quality", "memorization"} & set(run.evaluation.parts):
+        run.features = load_features(run.evaluation.features, phantom_data=isinstance(run.config.data, PhantomData))
+        if unknown := unknown_findings(run.test, run.features):
+            run.say(f"finding AUC leaves out {', '.join(unknown)}: the classifier has no class of that name")
+
+
+def _check_parts(run: Run) -> None:
+    """Raise UserError where the held-out images are too few for a part."""
+    count, parts = run.evaluation.generated_images, run.evaluation.parts
+    if "utility" in parts:
+        Task.of(run.test, evaluation_order(run.test, run.examples, count))
+    if "explanation" in parts:
+        real, compared = explained_rows(run.test, run.examples, count)
+        check_groups([group_key(run.test, row) for row in real], compared, [])
 
 
 def _say_what_runs(run: Run, model: Model, no_prior: str) -> None:

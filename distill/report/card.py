@@ -25,23 +25,19 @@ _LIMITS = (
     "held-out images. The licences of the base and of the training data apply."
 )
 _FOUND = ("Memorization", "What is wrong", "What betrays its images")
+_PARAGRAPH = r"\n\n\*\*{}\.\*\*.*"
 
 
 def mark_model_card(arm_dir: Path, heading: str, said: str) -> None:
     """Say in a card what an evaluation found, in place of what stood under `heading`, one of _FOUND; "" removes it."""
-    text = re.sub(_paragraph(heading), "", _card_of(arm_dir))
+    text = re.sub(_PARAGRAPH.format(re.escape(heading)), "", _card_of(arm_dir))
     if (limits := f"\n\n{_LIMITS[:7]}") in text:
         marked = f"\n\n**{heading}.** {escape_markdown(said)}{limits}" if said else limits
         write_atomic(arm_dir / "README.md", text.replace(limits, marked, 1))
 
 
-def _paragraph(heading: str) -> str:
-    return rf"\n\n\*\*{re.escape(heading)}\.\*\*.*"
-
-
 def _card_of(arm_dir: Path) -> str:
-    path = arm_dir / "README.md"
-    return path.read_text(encoding="utf-8") if path.is_file() else ""
+    return path.read_text(encoding="utf-8") if (path := arm_dir / "README.md").is_file() else ""
 
 
 def write_model_card(
@@ -63,7 +59,7 @@ def write_model_card(
         raise ValueError(f"unknown exported part(s) {', '.join(unknown)}; known: lora, {', '.join(PARTS)}")
     results = parse_metrics({"arms": {"arm": metrics_for_arm}, "provenance": {}})
     arm = results.arms["arm"]
-    said_before = {name: "".join(re.findall(_paragraph(name), _card_of(arm_dir))[:1]).strip() for name in _FOUND}
+    said_before = {name: "".join(re.findall(_PARAGRAPH.format(name), _card_of(arm_dir))[:1]).strip() for name in _FOUND}
     said_before |= {_FOUND[0]: f"**{_FOUND[0]}.** {escape_markdown(sentence(m))}"} if (m := arm.memorization) else {}
     base, flat, adapter = public_base(base_name), dict(flatten(config)), "lora" in export
     front = ["library_name: diffusers", "pipeline_tag: text-to-image"]

@@ -10,17 +10,28 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from PIL import Image
 
-from distill.files import JsonObject, write_atomic
+from distill.errors import UserError
+from distill.evaluation.explanation import BEYOND, CONTROL, EXPLAINED, GENERATED, VAE, betrayers
+from distill.evaluation.results import Results
+from distill.files import JsonObject, read_json, write_atomic
 from distill.metrics.image_features import FEATURES
 from distill.report.document import Picture, Section, Table, markdown_section
-from distill.report.figures import chart
+from distill.report.figures import chart, read_image
 from distill.report.tables import format_number
 
-GENERATED, VAE, BEYOND, CONTROL = (
-    "generated against real", "real through the VAE against real", "generated against real through the VAE",
-    "real against real",
-)  # fmt: skip
-"""Names of the comparisons in explain.json."""
+_DETECTOR = (
+    "A detector learns to tell generated from real held-out images by 32 features that have a name, and is tested on "
+    "images that it did not see. An AUC of .5 is chance. Below stand single images, and which features speak for "
+    "generated (red) or real (blue)."
+)
+_FOLDS = (
+    "Intervals are 95 % over cross-validation folds. Images of one patient are never on both sides; where no patient "
+    "is known, that holds for a real image and those drawn of its caption. Each file of a folder stands alone."
+)
+_IMPORTANCE = (
+    "Importance is the AUC that is lost when a feature is shuffled among unseen images. Where several features say "
+    "the same, one may stand for all: look at the kinds, and at the AUC of a feature alone."
+)
 _BARS = 12
 _MANY = "many features together"
 _OF_THE_VAE = " What betrays the images is the VAE, and training the denoiser does not mend it."
@@ -36,11 +47,6 @@ def is_chance(entry: JsonObject) -> bool:
     """Whether the interval of the AUC holds .5."""
     low, high = entry["auc_ci"]
     return bool(low <= 0.5 <= high)
-
-
-def betrayers(entry: JsonObject, count: int = 3) -> list[JsonObject]:
-    """The first features that the detector surely uses: the interval of their importance is above 0."""
-    return [feature for feature in entry["features"] if feature["importance_ci"][0] > 0][:count]
 
 
 def _said(feature: JsonObject) -> str:
@@ -105,8 +111,8 @@ def _of_the_vae(main: JsonObject, vae: JsonObject, beyond: JsonObject) -> list[s
     ]
 
 
-def importance_chart(entry: JsonObject) -> Picture:
-    """The first features with their intervals."""
+def importance_chart(entry: JsonObject, name: str = "importance", of: str = "") -> Picture:
+    """The first features with their intervals. of: whose images they are of."""
     rows = [row for row in entry["features"][:_BARS] if row["importance"] > 0][::-1] or entry["features"][:1]
 
     def draw(figure: Figure) -> None:
@@ -116,7 +122,9 @@ def importance_chart(entry: JsonObject) -> Picture:
         axes.barh([row["name"] for row in rows], values, xerr=ends, color="#3f86d9", ecolor="#24303f")
         axes.set_xlabel("AUC that unseen images lose when the feature is shuffled")
 
-    return chart("importance", "importance of the features; the values and intervals are in the table", 6.4, 4.2, draw)
+        figure.suptitle(of)
+
+    return chart(name, f"{of} importance of the features, with intervals".strip(), 6.4, 4.2, draw)
 
 
 def dependence_chart(entry: JsonObject) -> Picture:
@@ -134,7 +142,7 @@ def dependence_chart(entry: JsonObject) -> Picture:
     return chart("dependence", f"mean probability of being generated over {names}", 11, 2.8, draw)
 
 
-def examples_chart(entry: JsonObject, images: Sequence[Image.Image]) -> Picture:
+def examples_chart(entry: JsonObject, images: Sequence[Image.Image], name: str = "examples", of: str = "") -> Picture:
     """Single images with what speaks for and against them."""
 
     def draw(figure: Figure) -> None:
@@ -145,8 +153,10 @@ def examples_chart(entry: JsonObject, images: Sequence[Image.Image]) -> Picture:
             above.set_title(f"image {example['image']}: {example['score']:.0%} generated", fontsize=9)
             _parts(below, example["parts"][::-1])
 
+        figure.suptitle(of)
+
     alt = "the most, a middling and the least betrayed image, with the features that speak for generated or real"
-    return chart("examples", alt, 3.4 * len(images), 5.2, draw)
+    return chart(name, f"{of} {alt}".strip(), 3.4 * len(images), 5.2, draw)
 
 
 def _parts(axes: Axes, parts: Sequence[JsonObject]) -> None:
@@ -172,21 +182,40 @@ def sections(comparisons: Mapping[str, JsonObject], images: Sequence[Image.Image
               if e["score"] >= 0.5]  # fmt: skip
     meaning = Table(["feature", "unit or range", "meaning"], [[f.name, f.unit, f.meaning] for f in FEATURES])
     gray = "Where the real images are gray, all are compared in gray: the mean of the channels."
-    folds = (
-        "Intervals are 95 % over cross-validation folds. Images of one patient are never on both sides; where no patient "
-        "is known, that holds for a real image and those drawn of its caption. Each file of a folder stands alone."
-    )
-    importance = (
-        "Importance is the AUC that is lost when a feature is shuffled among unseen images. Where several features say "
-        "the same, one may stand for all: look at the kinds, and at the AUC of a feature alone."
-    )
     return [
         Section("What betrays the generated images", sentences(comparisons), [importance_chart(main)], [areas]),
         Section("How a feature betrays", ["The other features stay as they are."], [dependence_chart(main)]),
         Section("Single images", single, [examples_chart(main, images)] if images else []),
-        Section("All features", [folds, importance, gray], [], [kinds, features]),
+        Section("All features", [_FOLDS, _IMPORTANCE, gray], [], [kinds, features]),
         Section("What the features mean", [], [], [meaning]),
     ]
+
+
+def explanation_section(run_dir: Path, results: Results, notes: list[str]) -> Section:
+    """What betrays the images of each arm where that was measured."""
+    rows, charts, named = [], list[Picture](), list[str]()
+    for place, (arm, found) in enumerate(results.arms.items()):
+        if found.explanation is None:
+            continue
+        try:
+            comparisons = read_json(run_dir / arm / EXPLAINED)["comparisons"]
+            main = comparisons[GENERATED]
+            rows.append([arm, " ".join(sentences(comparisons))])
+            charts.append(importance_chart(main, f"importance-{place}", f"{arm}:"))
+            files = [f"{arm}/explained/{number}.png" for number in range(len(main["examples"]))]
+            images = [image for file in files if (image := read_image(run_dir, file, notes))]
+            charts += (
+                [examples_chart(main, images, f"examples-{place}", f"{arm}:")] if len(images) == len(files) else []
+            )
+        except (UserError, KeyError, TypeError) as error:
+            notes.append(f"{arm}/{EXPLAINED} cannot be read: {error!r}.")
+        named += found.explanation.betrayed_by
+    meaning = [[f.name, f.unit, f.meaning] for f in FEATURES if f.name in named]
+    tables = [
+        Table(["model", "what was found"], rows, name="what betrays the images"),
+        Table(["feature", "unit or range", "meaning"], meaning, name="the features that betray the images"),
+    ]
+    return Section("What betrays the images", [_DETECTOR, _FOLDS, _IMPORTANCE], charts, tables)
 
 
 def betrayers_text(entry: JsonObject, none: str = "–") -> str:

@@ -13,9 +13,9 @@ from distill.report.tables import format_number
 EXPLAINED = (
     "Each generated image, and its mirror image, is compared with its nearest training and held-out image. Without "
     "copies, a training image is the nearer one as often as chance says: the share of training images or patients, "
-    "whichever is larger. The verdict names the comparison with the smallest p, which is corrected for their number and "
-    "that of the training seeds. A near copy is nearer to a training image, in latents or in small gray pixels, than a "
-    "third of the mean distance to its 50 nearest ones. A picture shows a generated image and its two nearest."
+    "whichever is larger. The verdict is that of the smallest p, corrected for all comparisons and training seeds. A "
+    "near copy is nearer to a training image, in latents or small gray pixels, than a third of the mean distance to its "
+    "50 nearest ones. A picture shows a generated image and its two nearest."
 )
 
 
@@ -53,8 +53,7 @@ def memorization_section(run_dir: Path, results: Results, notes: list[str]) -> S
         for path in sorted((own / name / "memorization").glob("*.png")):
             said = f"{name}{seed}, pair {int(path.stem) + 1}: generated image, nearest training image, nearest held-out image"
             if image := read_image(own, str(path.relative_to(own)), notes):
-                pictures.append(
-                    Picture(path.stem, said, f'<img alt="{html.escape(said)}" src="{data_uri(image, 480)}">')
-                )
+                shown = f'<img alt="{html.escape(said)}" src="{data_uri(image, 480)}">'
+                pictures.append(Picture(path.stem, said, shown))
     table = Table(["model", "verdict"], [[name, sentence(one)] for name, one in found.items()], name="memorization")
     return Section("Memorization", [EXPLAINED], pictures, [table])

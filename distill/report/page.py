@@ -20,6 +20,7 @@ from distill.files import JsonObject, read_json, write_atomic
 from distill.models.stock import code_of_arm
 from distill.report import figures, tables
 from distill.report.document import Picture, Section, Table
+from distill.report.explanation import explanation_section
 from distill.report.memorization import memorization_section
 from distill.report.summary import RULE, difference_table, sample, summarize
 
@@ -109,6 +110,7 @@ def _sections(run_dir: Path, results: Results, charts: Sequence[Picture], notes:
     sections = [
         Section("All models", [said], charts, [tables.results_table(results)]),
         memorization_section(run_dir, results, notes),
+        explanation_section(run_dir, results, notes),
         Section("Differences", [differs], [], [difference_table(results)]),
         Section("Each finding", [tables.OF_FINDINGS], [], findings),
         Section("More measures", [], [], more, folded=True),

@@ -54,7 +54,8 @@ def summarize(results: Results) -> Summary:
     metrics = [m for m in (place, FID, FINDING_AUC) if known[m]]
     whole = [a for a in arms if metrics and all(a in known[m] for m in metrics)]
     if not whole:
-        return Summary(None, "No model can be recommended", ["No model has all measures that any model has."])
+        reasons = ["No model has all measures that any model has.", *(f for a in arms for f in faults(results, a))]
+        return Summary(None, "No model can be recommended", reasons)
     clean = [a for a in whole if a not in results.with_copies] or whole
     answers = {(a, b): [compare(results, a, b, m) for m in metrics] for a in clean for b in clean if a != b}
     beaten = {b for (_, b), found in answers.items() if "better" in found and "worse" not in found}
@@ -144,8 +145,9 @@ def _why(results: Results, first: str, others: Sequence[str], metrics: Sequence[
             note = f"{theirs}; difference {tables.format_difference(paired, m)}" if paired else theirs
             row.append(Cell(_TONES[answer][0] + answer, note, _TONES[answer][1]))
         rows.append(row)
-    head = ["", first, *(f"against {other}" for other in others)]
-    return Table(head, rows, name="the first choice and the baselines")
+    return Table(
+        ["", first, *(f"against {other}" for other in others)], rows, name="the first choice and the baselines"
+    )
 
 
 def faults(results: Results, arm: str) -> list[str]:
@@ -162,6 +164,8 @@ def faults(results: Results, arm: str) -> list[str]:
     words = {name: one.estimate(WORD_AUC.key) for name, one in results.arms.items()}
     if under := [name for name, word in words.items() if word.high is not None and word.high < 0.5]:
         found.append(f"The word AUC of {_and(under)} is below .5: the maps are higher outside findings than inside.")
+    if (told := results.arms[arm].explanation) and told.is_told:
+        found.append(f"A detector tells the images of {arm} from real ones ({told}).")
     if adds.value is not None and (adds.low is None or adds.low <= 0):
         found.append(f"The maps of {arm} are not shown to depend on the image.")
     return found

@@ -62,7 +62,8 @@ UTILITY = Metric("utility.generated", "utility", 1, "AUC on real images of a cla
 FURTHER = (Metric("utility.generated_minus_real", "utility, over real", 1, "Utility minus that of real images."),
            Metric("utility.both_minus_real", "utility, both over real", 1, "The same of real and generated images."),
            Metric("similarity.own", "image-text similarity", 1, "100 cos of an image and its caption.", unit=False),
-           Metric("similarity.adds", "caption adds", 1, "The same, minus that of other captions.", unit=False))  # fmt: skip
+           Metric("similarity.adds", "caption adds", 1, "The same, minus that of other captions.", unit=False),
+           Metric("explanation.auc", "detector AUC", -1, "How well a detector tells generated from real images."))  # fmt: skip
 MASS = tuple(Metric(f"mass.{part}", f"attention to {part}", 0, "Its part of all cross-attention.")
              for part in ("bos", "words", "eos", "padding"))  # fmt: skip
 DIVERSITY = Metric("quality.diversity", "diversity", 0, "How much images of one caption differ, 1 - MS-SSIM.")
@@ -124,10 +125,8 @@ def results_table(results: Results, wanted: Sequence[Metric] = MAIN) -> Table:
     each = {name: {m: arm.estimate(m.key) for m in shown} for name, arm in results.with_real.items()}
     if WORD_AUC in shown or WITHIN_PRIOR in shown:
         priors = next(arm.localization.priors for arm in results.arms.values() if arm.localization) or {}
-        for name, prior in priors.items():
-            if prior:
-                blind = {WORD_AUC: prior.auc, WITHIN_PRIOR: prior.within_prior}
-                each[f"blind map: {name.replace('_', ' ')}"] = blind
+        blind = {name: {WORD_AUC: p.auc, WITHIN_PRIOR: p.within_prior} for name, p in priors.items() if p}
+        each |= {f"blind map: {name.replace('_', ' ')}": of for name, of in blind.items()}
     rows: list[list[str | Cell]] = []
     for name, found in each.items():
         rows.append([name, *(Cell(*format_estimate(found.get(m, Estimate()), m)) for m in shown)])

@@ -34,7 +34,7 @@ class ImageFolder:
         paths = sorted(paths, key=digests.__getitem__)[:count]
         if not paths:
             raise UserError(f"images: '{folder}' holds no image; files must end in {', '.join(SUFFIXES)}")
-        self.paths, self.resolution, self.fit, faults = paths, resolution, fit, []
+        self.folder, self.paths, self.resolution, self.fit, faults = folder, paths, resolution, fit, []
         seen: dict[str, str] = {}
         for path in paths:
             try:
