@@ -219,9 +219,9 @@ class EvaluationConfig(Settings):
     """Images at a time. It changes the speed, not the images."""
     features: Annotated[Text, HARMLESS] = "auto"
     """Features of quality: `inception`, `xrv` (chest X-rays), `phantom`, `none`, the folder of a vision model or a
-    classifier of transformers, such as RadDINO, or weights in a file: `inception:FILE`, `torchvision:MODEL:FILE`,
-    `timm:MODEL:FILE`. `auto`: phantom on phantom data, else none. Only inception and xrv without a file fetch weights,
-    once."""
+    classifier of transformers, such as RadDINO, or weights in a file: `inception:FILE`, `xrv:FILE` (a state_dict),
+    `torchvision:MODEL:FILE`, `timm:MODEL:FILE`. `auto`: phantom on phantom data, else none. Only inception and xrv
+    without a file fetch weights, once."""
     bootstrap_samples: Annotated[int, Field(ge=1, le=10**6), HARMLESS] = 1000
     """Resamples behind each 95 % interval; behind those of FID and its kin at most 200."""
     seed: Seed = 1234

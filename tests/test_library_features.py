@@ -66,7 +66,7 @@ class Hostile:
         return (Path.touch, (Path("ran"),))  # type: ignore[return-value]
 
 
-@pytest.mark.parametrize("library", ["inception", "timm:resnet18", "torchvision:resnet18"])
+@pytest.mark.parametrize("library", ["inception", "xrv", "timm:resnet18", "torchvision:resnet18"])
 @pytest.mark.parametrize(
     ("write", "said"),
     [
@@ -157,6 +157,31 @@ def test_a_name_that_a_library_lacks_is_one_error(name: str, tmp_path: Path) -> 
     save_file({"a": torch.zeros(1)}, tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="makes no classifier of images of this name"):
         load_features(f"{name}:{tmp_path / 'w.safetensors'}", phantom_data=False)
+
+
+@pytest.mark.parametrize("has_thresholds", [True, False])
+def test_xrv_of_a_file(has_thresholds: bool, tmp_path: Path) -> None:
+    """The fetched model has operating points in its state; one that was trained anew has none."""
+    library("torchxrayvision")
+    import torchxrayvision  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    torch.manual_seed(0)
+    model = torchxrayvision.models.DenseNet(weights=None).eval()
+    if has_thresholds:
+        model.op_threshs = torch.linspace(0.1, 0.9, 18)
+    torch.save(model.state_dict(), tmp_path / "w.pt")
+    found = load_features(f"xrv:{tmp_path / 'w.pt'}", phantom_data=False)
+    assert found is not None and found.name == "xrv"
+    assert len(found.findings) == 18 and "pleural effusion" in found.findings and "pleural thickening" in found.findings
+    images = torch.rand(2, 3, 224, 224) * 2 - 1
+    with torch.no_grad():
+        values, scores = found(images)
+        gray = images.mean(dim=1, keepdim=True) * 1024
+        torch.testing.assert_close(values, model.features2(gray))
+        torch.testing.assert_close(scores, model(gray))
+    save_file({"a": torch.zeros(1)}, tmp_path / "other.safetensors")
+    with pytest.raises(UserError, match=r"xrv: the file has other weights: Missing key.*features.conv0.weight"):
+        load_features(f"xrv:{tmp_path / 'other.safetensors'}", phantom_data=False)
 
 
 def test_inception_of_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -319,6 +319,27 @@ def test_images_that_the_metadata_do_not_list_are_named(tmp_path: Path, caplog: 
     assert "2 images, such as 2.png, are not in metadata.csv, and are left out" in caplog.text
 
 
+def test_blank_and_equal_images_and_missing_captions_are_named(tmp_path: Path) -> None:
+    """A blank image, as a safety checker leaves it, would be scored as if it were drawn."""
+    folder = image_folder(tmp_path / "images", TRAINING, 4)
+    for name in ("1.png", "3.png"):
+        Image.new("RGB", (64, 64), (0, 0, 0)).save(folder / name)
+    with pytest.raises(UserError, match=r"images: 2 images, such as 1\.png, are of one colour, as a safety checker"):
+        read_images(folder, 64)
+    for name, row in (("1.png", 1), ("3.png", 2)):
+        save_png((TRAINING[row].pixel_values + 1) / 2, folder / name)
+    with Image.open(folder / "2.png") as image:
+        image.save(folder / "3.png", compress_level=0)
+    assert (folder / "2.png").read_bytes() != (folder / "3.png").read_bytes()
+    with pytest.raises(UserError, match=r"images: 3\.png and 2\.png are the same picture; keep one"):
+        read_images(folder, 64)
+    text = (folder / "metadata.csv").read_text()
+    (folder / "metadata.csv").write_text(text.replace(f'2.png,"{TRAINING.caption(2)}"', "2.png,"))
+    with pytest.raises(UserError, match="text is empty; write the caption of the image") as refused:
+        read_images(folder, 64)
+    assert "allow_empty_captions" not in str(refused.value)
+
+
 def test_images_of_another_tool_are_evaluated_and_no_denoiser_runs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -393,7 +414,9 @@ def test_images_of_another_tool_become_squares_as_the_data_do(
 ) -> None:
     images = image_folder(tmp_path / "images", TRAINING, 2)
     for k in range(2):
-        Image.new("L", (80, 40), 100 + k).save(images / f"{k}.png")
+        picture = Image.new("L", (80, 40), 100 + k)
+        picture.paste(200, (35, 10, 45, 20))  # an image of one colour is refused
+        picture.save(images / f"{k}.png")
     read = []
 
     def stop(*arguments: Any) -> None:

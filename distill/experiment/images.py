@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
+from tqdm.auto import tqdm
 
 from distill.data.captions import query_words_for
 from distill.data.readers.folder import FolderDataset
@@ -27,6 +29,7 @@ from distill.experiment.run import Run
 from distill.files import JsonObject
 from distill.memory import peak_memory_gb
 from distill.models import load_model
+from distill.processes import process_state
 
 METADATA = ("metadata.csv", "metadata.jsonl")
 logger = logging.getLogger(__name__)
@@ -38,7 +41,8 @@ def read_images(
     """The images of a folder with metadata.csv or metadata.jsonl: columns file_name and text, and labels if there is
     one. query_words: those of the held-out data, by which captions are compared alike.
 
-    Raises UserError for missing captions, fewer than two images, damaged files, and files of the same bytes.
+    Raises UserError for missing captions, fewer than two images, damaged files, files of the same picture, and images
+    of one colour.
     """
     name = next((name for name in METADATA if (folder / name).is_file()), None)
     if name is None:
@@ -55,15 +59,15 @@ def read_images(
             "test",
         )  # fmt: skip
     except UserError as error:
-        raise UserError(f"--images {folder} cannot be evaluated: {error}") from None
+        # The option that its advice names is one of the held-out data.
+        said = str(error).replace(
+            "; set data.allow_empty_captions true to accept it", "; write the caption of the image"
+        )
+        raise UserError(f"--images {folder} cannot be evaluated: {said}") from None
     # Those of the labels: they have no boxes, by which a folder's findings are named otherwise.
     found.findings = tuple(sorted({label for index in range(len(found)) for label in found.labels(index)}))
     found.query_words = {name: query_words_for(name, query_words or {}) for name in found.findings}
-    first: dict[str, str] = {}
-    for index in range(len(found)):
-        other = first.setdefault(found.fingerprint(index), found.image_key(index))
-        if other != found.image_key(index):
-            raise UserError(f"--images {folder}: {found.image_key(index)} and {other} are the same picture; keep one")
+    _check_pixels(found, f"--images {folder}")
     listed = {found.image_key(index) for index in range(len(found))}
     files = (str(path.relative_to(folder)) for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if left := [file for file in files if file not in listed]:
@@ -75,6 +79,25 @@ def read_images(
             f"--images {folder} has {len(found)} image; quality needs at least 2, and means little below 100"
         )
     return found
+
+
+def _check_pixels(images: RecordDataset, named: str) -> None:
+    first: dict[bytes, str] = {}
+    blank = []
+    for index in tqdm(
+        range(len(images)), desc="checking images", unit="image", disable=not process_state().is_main_process
+    ):
+        name, pixels = images.image_key(index), images[index].pixel_values
+        other = first.setdefault(hashlib.sha256(pixels.numpy().tobytes()).digest(), name)
+        if pixels.min() == pixels.max():
+            blank.append(name)
+        elif other != name:
+            raise UserError(f"{named}: {name} and {other} are the same picture; keep one")
+    if blank:
+        raise UserError(
+            f"{named}: {len(blank)} images, such as {blank[0]}, are of one colour, as a safety checker or a failed save "
+            "leaves them; draw them again, or take them out"
+        )
 
 
 def _some(images: int, count: int, seed: int) -> list[int]:

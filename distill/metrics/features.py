@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,13 +82,15 @@ class InceptionFeatures(Features):
 
 
 class XrvFeatures(Features):
-    """DenseNet-121 of torchxrayvision on chest X-rays (Cohen et al. 2022): 1024 features and its pathologies'
-    scores."""
+    """DenseNet-121 of torchxrayvision on chest X-rays (Cohen et al. 2022): 1024 features and its pathologies' scores.
+
+    It fetches the weights densenet121-res224-all once. state: its state_dict instead.
+    """
 
     name = "xrv"
     resize = "224 px, bilinear with antialiasing"
 
-    def __init__(self) -> None:
+    def __init__(self, state: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         try:
             import torchxrayvision
@@ -98,12 +100,18 @@ class XrvFeatures(Features):
                 f"(pip install 'attention-distill[xrv]'): {error}"
             ) from error
         try:
-            self.model: Any = torchxrayvision.models.DenseNet(weights="densenet121-res224-all").eval()
+            fetched = "densenet121-res224-all" if state is None else None
+            self.model: Any = torchxrayvision.models.DenseNet(weights=fetched).eval()
         except Exception as error:
             raise UserError(f"evaluation.features xrv: the weights cannot be fetched ({error})") from error
-        self.findings = [
-            p.replace("_", " ").lower().replace("effusion", "pleural effusion") for p in self.model.pathologies
-        ]
+        if state is not None:
+            self.model.op_threshs = state.get("op_threshs")  # a buffer that is None has no place in a state
+            try:
+                self.model.load_state_dict(state)
+            except RuntimeError as error:
+                raise UserError(f"evaluation.features xrv: the file has other weights: {mismatch(error)}") from error
+        known = torchxrayvision.datasets.default_pathologies if state is not None else self.model.pathologies
+        self.findings = [name.replace("_", " ").lower().replace("effusion", "pleural effusion") for name in known]
 
     def forward(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
         gray = F.interpolate(images.mean(dim=1, keepdim=True), size=(224, 224), mode="bilinear", antialias=True) * 1024
@@ -123,6 +131,11 @@ def _unusable(folder: Path, reason: str) -> UserError:
 
 def first_line(error: Exception) -> str:
     return str(error).partition("\n")[0] or type(error).__name__
+
+
+def mismatch(error: RuntimeError) -> str:
+    """The first two reasons of load_state_dict."""
+    return " ".join(str(error).split("\n")[1:3]).strip()
 
 
 class Preprocessing(nn.Module):
@@ -265,7 +278,7 @@ def load_features(name: str, *, phantom_data: bool) -> Features | None:
     else:
         raise UserError(
             f"evaluation.features: no extractor {name!r}; available: auto, none, {', '.join(EXTRACTORS)}, a file of "
-            "weights (inception:FILE, torchvision:MODEL:FILE, timm:MODEL:FILE), or the folder of a vision model of "
+            "weights (inception:FILE, xrv:FILE, torchvision:MODEL:FILE, timm:MODEL:FILE), or the folder of a vision model of "
             "transformers, and there is no such folder"
         )
     return found.eval().requires_grad_(False)

@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from distill.errors import UserError
-from distill.metrics.features import Features, InceptionFeatures, Preprocessing, first_line
+from distill.metrics.features import Features, InceptionFeatures, Preprocessing, XrvFeatures, first_line, mismatch
 
 LIBRARIES = ("torchvision", "timm")
-WRITTEN = "inception:FILE, torchvision:MODEL:FILE, timm:MODEL:FILE"
+WRITTEN = "inception:FILE, xrv:FILE, torchvision:MODEL:FILE, timm:MODEL:FILE"
 
 
 class StateFeatures(Features):
@@ -33,9 +33,7 @@ class StateFeatures(Features):
         try:
             model.load_state_dict(kept)
         except RuntimeError as error:
-            raise _refused(
-                name, "its file has other weights: " + " ".join(str(error).split("\n")[1:3]).strip()
-            ) from error
+            raise _refused(name, f"its file has other weights: {mismatch(error)}") from error
         self.model = model.float().eval()
         side = int(prepare.side_px)
         with torch.no_grad():
@@ -51,9 +49,9 @@ def load_with_weights(chosen: str) -> Features:
     """The extractor for a value of evaluation.features such as `timm:MODEL:FILE`. Raises UserError if the library or
     the file is missing or does not fit."""
     library, _, rest = chosen.partition(":")
-    if library == "inception":
-        _read_state(chosen, Path(rest))
-        return InceptionFeatures(Path(rest))
+    if library in ("inception", "xrv"):
+        state = _read_state(chosen, Path(rest))
+        return InceptionFeatures(Path(rest)) if library == "inception" else XrvFeatures(state)
     name, _, file = rest.partition(":")
     if library not in LIBRARIES or not name or not file:
         raise UserError(f"evaluation.features {chosen}: features with a file of weights are written {WRITTEN}")
