@@ -523,7 +523,7 @@ def evaluate(
     if "memorization" in parts:
         more["memorization"] = _memorization(model, against, config, accelerator, arm_dir)
     if "utility" in parts:
-        more["utility"] = _utility(against, config, accelerator, arm_dir)
+        more["utility"] = _utility(against, config, arm_dir)
     if "similarity" in parts:
         more["similarity"] = _similarity(against, config, accelerator, arm_dir)
     if "explanation" in parts:
@@ -554,17 +554,12 @@ def _memorization(
     return found
 
 
-def _utility(against: HeldOut, config: FullEvaluation, accelerator: Accelerator, arm_dir: Path) -> JsonObject:
+def _utility(against: HeldOut, config: FullEvaluation, arm_dir: Path) -> JsonObject:
     images, own = drawn_images(against.dataset, against.examples, config, arm_dir)
-    found: list[JsonObject] = [{}]
-    if accelerator.is_main_process:
-        task = Task.of(against.dataset, own)
-        found[0] = task.measure(
-            len(images), lambda k: read_png(images[k]) * 2 - 1, lambda k: against.dataset.labels(own[k]),
-            steps=config.utility_steps, seeds=config.utility_seeds,
-        )  # fmt: skip
-    broadcast_object_list(found)
-    return found[0]
+    return Task.of(against.dataset, own).measure(
+        len(images), lambda k: read_png(images[k]) * 2 - 1, lambda k: against.dataset.labels(own[k]),
+        steps=config.utility_steps, seeds=config.utility_seeds,
+    )  # fmt: skip
 
 
 def _similarity(against: HeldOut, config: FullEvaluation, accelerator: Accelerator, arm_dir: Path) -> JsonObject:

@@ -13,6 +13,7 @@ from itertools import pairwise
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from scipy.stats import norm
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from distill.evaluation.claims import student_interval
 from distill.files import JsonObject
 from distill.metrics.bootstrap import image_counts, numbered
 from distill.metrics.quality import weighted_auroc
+from distill.processes import process_state
 
 Array = NDArray[np.float64]
 
@@ -123,16 +125,20 @@ def utility(
     """AUC on `held_out` of a classifier trained on "real", "generated" and "both", and the differences
     "generated_minus_real" and "both_minus_real"; each with NAME_ci and NAME_per_seed.
 
-    Intervals are over training seeds and tested images, see `interval`; differences are paired by both. patients: of the
-    tested images, see `bootstrap.numbered`; None: each is of another.
+    All processes call this, and share the classifiers. Intervals are over training seeds and tested images, see
+    `interval`; differences are paired by both. patients: of the tested images, see `bootstrap.numbered`; None: each is of
+    another.
     """
     groups = np.arange(len(held_out)) if patients is None else patients
     counts = np.concatenate([*image_counts(groups, RESAMPLES, 0)])
     arms = {"real": real, "generated": generated, "both": real + generated}
-    areas = {
-        name: np.stack([mean_auc(train_classifier(data, steps, seed), held_out, counts) for seed in seeds])
-        for name, data in arms.items()
-    }
+    state, jobs = process_state(), [(name, seed) for name in arms for seed in seeds]
+    mine = [
+        (job, mean_auc(train_classifier(arms[job[0]], steps, job[1]), held_out, counts))
+        for job in jobs[state.process_index :: state.num_processes]
+    ]
+    made = dict(gather_object(mine))
+    areas = {name: np.stack([made[name, seed] for seed in seeds]) for name in arms}
     for name in ("generated", "both"):
         areas[f"{name}_minus_real"] = areas[name] - areas["real"]
     found: JsonObject = {"images": len(generated), "real_images": len(real), "held_out_images": len(held_out)}
@@ -195,7 +201,8 @@ class Task:
         steps: int,
         seeds: int,
     ) -> JsonObject:
-        """The entry `utility` of `count` generated images. image: number -> (3, height, width) in [-1, 1]."""
+        """The entry `utility` of `count` generated images. image: number -> (3, height, width) in [-1, 1]. All processes
+        call this."""
 
         def own(row: int) -> Tensor:
             return self.dataset[row].pixel_values
