@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -31,7 +32,7 @@ from distill.evaluation.explanation import BEYOND, CONTROL, GENERATED, VAE, Pict
 from distill.evaluation.results import Arm, Cost, Estimate, Explanation, Results
 from distill.metrics.image_features import FEATURES
 from distill.report import explanation, faults
-from distill.report.explanation import change_sentence, sentences
+from distill.report.explanation import change_sentence, sentences, single_sentence
 from distill.report.tables import format_number
 
 DATA = ["--data.resolution", "64", "--data.test_size", "40", "--drawing.count", "20", "--drawing.batch_size", "10"]
@@ -244,6 +245,15 @@ def test_an_image_that_no_single_change_would_pass_counts_as_detected(monkeypatc
     ]  # fmt: skip
 
 
+def test_a_single_image_is_said_with_what_speaks_for_generated() -> None:
+    parts = [{"name": "noise", "logit": 2.0}, {"name": "contrast", "logit": -1.0}, {"name": "skewness", "logit": 0.5}]
+    example = {"image": 4, "score": 0.9, "parts": parts, "change": None}
+    said = single_sentence(example)
+    assert said.startswith("Image 4 (90% generated). For generated: noise, skewness. No change")
+    assert single_sentence(example | {"score": 0.4}) == "Image 4 (40% generated). For generated: noise, skewness."
+    assert single_sentence(example | {"score": 0.4, "parts": parts[1:2]}) == "Image 4 (40% generated)."
+
+
 def test_the_page_has_all_numbers_in_tables(tmp_path: Path) -> None:
     names = [FEATURES[k].name for k in range(6)]
     found = entry(0.9, 0.05, (names[0], 0.25), (names[1], 0.0), *((name, 0.1) for name in names[2:]))
@@ -275,8 +285,8 @@ def test_the_page_has_all_numbers_in_tables(tmp_path: Path) -> None:
     assert any(alone in text for text in first.text)
     assert [c.name for c in (*first.charts, *how.charts)] == ["importance", "dependence"] and not single.charts
     assert single.text == [
-        f"Image 3 (96% generated). It would pass as real if {names[1]} were 100% higher.",
-        "Image 8 (50% generated). No change of a single feature is enough to pass as real.",
+        f"Image 3 (96% generated). For generated: {names[0]}. It would pass as real if {names[1]} were 100% higher.",
+        f"Image 8 (50% generated). For generated: {names[0]}. No change of a single feature is enough to pass as real.",
     ]
     kinds_table, features_table = every.tables
     assert kinds_table.rows == [["detail", ".30 [.20, .40]"]]
@@ -366,7 +376,10 @@ def test_evaluate_explains_and_keeps_what_it_found(
     )
     page = (out / "report.html").read_text()
     assert "<h2>What betrays the images</h2>" in page and f"with AUC {format_number(found['auc'], 2)}" in page
-    assert page.count('aria-label="base: importance') == page.count('aria-label="base: the most, a middling') == 1
+    assert page.count('aria-label="importance of the features of base') == 1
+    for example in comparisons[GENERATED]["examples"]:
+        said = html.escape(f"base: {single_sentence(example)}")
+        assert f"<figcaption>{said}</figcaption>" in page and f"({example['score']:.0%} generated)" in said
     assert ">detector AUC ↓</th>" in page
     shown = sorted((out / "base/explained").iterdir())
     assert [path.name for path in shown] == ["0.png", "1.png", "2.png"]

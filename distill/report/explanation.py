@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,13 +17,13 @@ from distill.evaluation.results import Results
 from distill.files import JsonObject, read_json, write_atomic
 from distill.metrics.image_features import FEATURES
 from distill.report.document import Picture, Section, Table, markdown_section
-from distill.report.figures import chart, read_image
+from distill.report.figures import chart, data_uri, read_image
 from distill.report.tables import format_number
 
 _DETECTOR = (
     "A detector learns to tell generated from real held-out images by 32 features that have a name, and is tested on "
-    "images that it did not see. An AUC of .5 is chance. Below stand single images, and which features speak for "
-    "generated (red) or real (blue)."
+    "images that it did not see. An AUC of .5 is chance. The pictures are the most, a middling and the least betrayed "
+    "image."
 )
 _FOLDS = (
     "Intervals are 95 % over cross-validation folds. Images of one patient are never on both sides; where no patient "
@@ -30,7 +31,7 @@ _FOLDS = (
 )
 _IMPORTANCE = (
     "Importance is the AUC that is lost when a feature is shuffled among unseen images. Where several features say "
-    "the same, one may stand for all: look at the kinds, and at the AUC of a feature alone."
+    "the same, one may stand for all."
 )
 _BARS = 12
 _MANY = "many features together"
@@ -111,8 +112,8 @@ def _of_the_vae(main: JsonObject, vae: JsonObject, beyond: JsonObject) -> list[s
     ]
 
 
-def importance_chart(entry: JsonObject, name: str = "importance", of: str = "") -> Picture:
-    """The first features with their intervals. of: whose images they are of."""
+def importance_chart(entry: JsonObject, name: str = "importance", of: str = "the features") -> Picture:
+    """The first features with their intervals."""
     rows = [row for row in entry["features"][:_BARS] if row["importance"] > 0][::-1] or entry["features"][:1]
 
     def draw(figure: Figure) -> None:
@@ -122,9 +123,9 @@ def importance_chart(entry: JsonObject, name: str = "importance", of: str = "") 
         axes.barh([row["name"] for row in rows], values, xerr=ends, color="#3f86d9", ecolor="#24303f")
         axes.set_xlabel("AUC that unseen images lose when the feature is shuffled")
 
-        figure.suptitle(of)
+        axes.set_title(f"importance of {of}")
 
-    return chart(name, f"{of} importance of the features, with intervals".strip(), 6.4, 4.2, draw)
+    return chart(name, f"importance of {of}; the values and intervals are in the table", 6.4, 4.2, draw)
 
 
 def dependence_chart(entry: JsonObject) -> Picture:
@@ -142,7 +143,7 @@ def dependence_chart(entry: JsonObject) -> Picture:
     return chart("dependence", f"mean probability of being generated over {names}", 11, 2.8, draw)
 
 
-def examples_chart(entry: JsonObject, images: Sequence[Image.Image], name: str = "examples", of: str = "") -> Picture:
+def examples_chart(entry: JsonObject, images: Sequence[Image.Image]) -> Picture:
     """Single images with what speaks for and against them."""
 
     def draw(figure: Figure) -> None:
@@ -153,10 +154,8 @@ def examples_chart(entry: JsonObject, images: Sequence[Image.Image], name: str =
             above.set_title(f"image {example['image']}: {example['score']:.0%} generated", fontsize=9)
             _parts(below, example["parts"][::-1])
 
-        figure.suptitle(of)
-
     alt = "the most, a middling and the least betrayed image, with the features that speak for generated or real"
-    return chart(name, f"{of} {alt}".strip(), 3.4 * len(images), 5.2, draw)
+    return chart("examples", alt, 3.4 * len(images), 5.2, draw)
 
 
 def _parts(axes: Axes, parts: Sequence[JsonObject]) -> None:
@@ -178,17 +177,34 @@ def sections(comparisons: Mapping[str, JsonObject], images: Sequence[Image.Image
     features = Table(
         ["feature", "importance", "AUC alone", "real", "generated", "unit"], [_row(f) for f in main["features"]]
     )
-    single = [f"Image {e['image']} ({e['score']:.0%} generated). {change_sentence(e['change'])}" for e in main["examples"]
-              if e["score"] >= 0.5]  # fmt: skip
+    single = [single_sentence(example) for example in main["examples"] if example["score"] >= 0.5]
     meaning = Table(["feature", "unit or range", "meaning"], [[f.name, f.unit, f.meaning] for f in FEATURES])
     gray = "Where the real images are gray, all are compared in gray: the mean of the channels."
     return [
         Section("What betrays the generated images", sentences(comparisons), [importance_chart(main)], [areas]),
         Section("How a feature betrays", ["The other features stay as they are."], [dependence_chart(main)]),
         Section("Single images", single, [examples_chart(main, images)] if images else []),
-        Section("All features", [_FOLDS, _IMPORTANCE, gray], [], [kinds, features]),
+        Section(
+            "All features",
+            [_FOLDS, f"{_IMPORTANCE} Look at the kinds, and at the AUC of a feature alone.", gray],
+            [],
+            [kinds, features],
+        ),
         Section("What the features mean", [], [], [meaning]),
     ]
+
+
+def single_sentence(example: JsonObject) -> str:
+    """What the detector says of one image, and why."""
+    found = f"Image {example['image']} ({example['score']:.0%} generated)."
+    for_it = [part["name"] for part in example["parts"] if part["logit"] > 0]
+    found += f" For generated: {', '.join(for_it)}." if for_it else ""
+    return f"{found} {change_sentence(example['change'])}" if example["score"] >= 0.5 else found
+
+
+def _single(said: str, image: Image.Image) -> Picture:
+    text = html.escape(said)
+    return Picture("example", said, f'<img alt="" src="{data_uri(image)}"><figcaption>{text}</figcaption>')
 
 
 def explanation_section(run_dir: Path, results: Results, notes: list[str]) -> Section:
@@ -201,12 +217,10 @@ def explanation_section(run_dir: Path, results: Results, notes: list[str]) -> Se
             comparisons = read_json(run_dir / arm / EXPLAINED)["comparisons"]
             main = comparisons[GENERATED]
             rows.append([arm, " ".join(sentences(comparisons))])
-            charts.append(importance_chart(main, f"importance-{place}", f"{arm}:"))
-            files = [f"{arm}/explained/{number}.png" for number in range(len(main["examples"]))]
-            images = [image for file in files if (image := read_image(run_dir, file, notes))]
-            charts += (
-                [examples_chart(main, images, f"examples-{place}", f"{arm}:")] if len(images) == len(files) else []
-            )
+            charts.append(importance_chart(main, f"importance-{place}", f"the features of {arm}"))
+            for number, example in enumerate(main["examples"]):
+                if image := read_image(run_dir, f"{arm}/explained/{number}.png", notes):
+                    charts.append(_single(f"{arm}: {single_sentence(example)}", image))
         except (UserError, KeyError, TypeError) as error:
             notes.append(f"{arm}/{EXPLAINED} cannot be read: {error!r}.")
         named += found.explanation.betrayed_by
