@@ -249,9 +249,12 @@ def test_a_single_image_is_said_with_what_speaks_for_generated() -> None:
     parts = [{"name": "noise", "logit": 2.0}, {"name": "contrast", "logit": -1.0}, {"name": "skewness", "logit": 0.5}]
     example = {"image": 4, "score": 0.9, "parts": parts, "change": None}
     said = single_sentence(example)
-    assert said.startswith("Image 4 (90% generated). For generated: noise, skewness. No change")
-    assert single_sentence(example | {"score": 0.4}) == "Image 4 (40% generated). For generated: noise, skewness."
-    assert single_sentence(example | {"score": 0.4, "parts": parts[1:2]}) == "Image 4 (40% generated)."
+    assert said.startswith("Image 4 (probability of generated: 90%). For generated: noise, skewness. No change")
+    assert (
+        single_sentence(example | {"score": 0.4})
+        == "Image 4 (probability of generated: 40%). For generated: noise, skewness."
+    )
+    assert single_sentence(example | {"score": 0.4, "parts": parts[1:2]}) == "Image 4 (probability of generated: 40%)."
 
 
 def test_the_page_has_all_numbers_in_tables(tmp_path: Path) -> None:
@@ -285,8 +288,10 @@ def test_the_page_has_all_numbers_in_tables(tmp_path: Path) -> None:
     assert any(alone in text for text in first.text)
     assert [c.name for c in (*first.charts, *how.charts)] == ["importance", "dependence"] and not single.charts
     assert single.text == [
-        f"Image 3 (96% generated). For generated: {names[0]}. It would pass as real if {names[1]} were 100% higher.",
-        f"Image 8 (50% generated). For generated: {names[0]}. No change of a single feature is enough to pass as real.",
+        f"Image 3 (probability of generated: 96%). For generated: {names[0]}. "
+        f"It would pass as real if {names[1]} were 100% higher.",
+        f"Image 8 (probability of generated: 50%). For generated: {names[0]}. "
+        f"No change of a single feature is enough to pass as real.",
     ]
     kinds_table, features_table = every.tables
     assert kinds_table.rows == [["detail", ".30 [.20, .40]"]]
@@ -379,7 +384,9 @@ def test_evaluate_explains_and_keeps_what_it_found(
     assert page.count('aria-label="importance of the features of base') == 1
     for example in comparisons[GENERATED]["examples"]:
         said = html.escape(f"base: {single_sentence(example)}")
-        assert f"<figcaption>{said}</figcaption>" in page and f"({example['score']:.0%} generated)" in said
+        assert (
+            f"<figcaption>{said}</figcaption>" in page and f"(probability of generated: {example['score']:.0%})" in said
+        )
     assert ">detector AUC ↓</th>" in page
     shown = sorted((out / "base/explained").iterdir())
     assert [path.name for path in shown] == ["0.png", "1.png", "2.png"]

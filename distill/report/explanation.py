@@ -196,7 +196,7 @@ def sections(comparisons: Mapping[str, JsonObject], images: Sequence[Image.Image
 
 def single_sentence(example: JsonObject) -> str:
     """What the detector says of one image, and why."""
-    found = f"Image {example['image']} ({example['score']:.0%} generated)."
+    found = f"Image {example['image']} (probability of generated: {example['score']:.0%})."
     for_it = [part["name"] for part in example["parts"] if part["logit"] > 0]
     found += f" For generated: {', '.join(for_it)}." if for_it else ""
     return f"{found} {change_sentence(example['change'])}" if example["score"] >= 0.5 else found
