@@ -256,3 +256,11 @@ def test_groups_and_not_images_are_counted() -> None:
 def test_pixels_outside_the_range_are_cut_as_in_a_file() -> None:
     found = eight_bit(torch.tensor([-3.0, -1.0, 0.0, 1.0, 2.0]))
     assert found.tolist() == [-1.0, -1.0, pytest.approx(0, abs=0.004), 1.0, 1.0]
+
+
+@pytest.mark.parametrize("others", [20, 100])
+def test_a_side_with_more_images_is_not_taken_for_granted(others: int) -> None:
+    """Where the detector knows nothing, it says one half, however many images are on either side."""
+    folds = detection.train_detectors([Pair(table(20, 0), table(others, 1))], 0)
+    said = np.concatenate([fold.scores(fold.values) for fold in folds])
+    assert abs(float(said.mean()) - 0.5) < 0.15

@@ -42,6 +42,8 @@ from distill.models.adapters import parameter_counts
 from distill.models.kohya import KOHYA_FILE
 from distill.models.loading import LORA_FILE, load_model
 from distill.report import figures, validate_metrics
+from distill.report.document import escape_markdown
+from distill.report.explanation import sentences
 
 ROOT = Path(__file__).parents[1]
 CLASSES = {
@@ -251,6 +253,20 @@ def test_evaluate_gives_the_numbers_that_the_training_run_gave(finetuned: tuple[
         assert here[arm]["cost"]["train_seconds"] is None
     for name in ("base/samples/0000.png", "model/samples/0000.png", "real/0000.png", "real/examples.jsonl"):
         assert (out / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_the_card_of_an_evaluated_run_says_what_betrays_its_images(
+    finetuned: tuple[Path, list[str]], work: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(finetuned[0], tmp_path / "run")
+    argv = ["--base.name", str(work / "v"), "--run", str(folder), "--output_dir", str(tmp_path / "out"), *PHANTOM]
+    argv += [*EVALUATION, "--evaluation.parts", "explanation", "--data.train_size", "6"]
+    argv += ["--data.test_size", "20", "--evaluation.generated_images", "10"]
+    run("evaluate", argv)
+    said = [json.loads((tmp_path / f"out/{arm}/explain.json").read_text())["comparisons"] for arm in ("base", "model")]
+    betrays = [escape_markdown(" ".join(sentences(comparisons))) for comparisons in said]
+    assert betrays[0] != betrays[1]
+    assert f"**What betrays its images.** {betrays[1]}\n\nLimits" in (folder / "README.md").read_text()
 
 
 def test_evaluate_without_training_images_says_what_it_does_not_measure(
