@@ -156,18 +156,25 @@ def train_detectors(pairs: Sequence[Pair], seed: int) -> list[Fold]:
                 )
         values, groups = np.concatenate([real.values, other.values]), np.concatenate([real.groups, other.groups])
         is_other = np.arange(len(values)) >= len(real)
-        weight = None if len(real) == len(other) else "balanced"  # with weights, a fit takes ten times as long
         for repeat in range(REPEATS):
             splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=seed + repeat)
-            for seen, unseen in splitter.split(values, is_other, groups):
+            for whole, unseen in splitter.split(values, is_other, groups):
+                seen = _as_many_of_either(whole, is_other, seed + repeat)
                 model = HistGradientBoostingClassifier(
-                    max_iter=40, max_depth=3, min_samples_leaf=5, early_stopping=False, class_weight=weight,
-                    random_state=seed,
+                    max_iter=40, max_depth=3, min_samples_leaf=5, early_stopping=False, random_state=seed,
                 ).fit(values[seen], is_other[seen])  # fmt: skip
                 truth, tested = is_other[unseen], values[unseen]
                 area = area_under_curve(truth, model.predict_proba(tested)[:, 1])
                 found.append(Fold(model, number, unseen, tested, truth, area))
     return found
+
+
+def _as_many_of_either(rows: NDArray[np.int64], is_other: NDArray[np.bool_], seed: int) -> NDArray[np.int64]:
+    """Of `rows` all of the smaller side, and as many of the larger, at random: else a detector that knows nothing would
+    say what is more frequent. Weights instead of this make a fit ten times slower."""
+    sides, rng = [rows[is_other[rows] == side] for side in (False, True)], np.random.default_rng(seed)
+    count = min(map(len, sides))
+    return np.sort(np.concatenate([rng.permutation(side)[:count] for side in sides]))
 
 
 def over_folds(values: Sequence[float]) -> Estimate:
