@@ -144,11 +144,13 @@ def test_a_killed_training_goes_on_with_the_same_draws(tmp_path: Path) -> None:
 
 
 def folder_of(root: Path, labels: list[str]) -> list[str]:
-    """Options of a folder of gray squares with these labels, the last two of which are the test split."""
+    """Options of a folder of gray squares with a white corner, with these labels, the last two of which are the test split."""
     root.mkdir()
     rows = ["file_name,text,labels,split"]
     for n, label in enumerate(labels):
-        Image.new("L", (64, 64), 20 * n).save(root / f"{n}.png")
+        picture = Image.new("L", (64, 64), 20 * n)
+        picture.putpixel((0, 0), 255)
+        picture.save(root / f"{n}.png")
         rows.append(f"{n}.png,a picture,{label},{'test' if n >= len(labels) - 2 else 'train'}")
     (root / "metadata.csv").write_text("\n".join(rows) + "\n")
     return ["--data.kind", "folder", "--data.root", str(root), "--data.balance_findings", "1"]

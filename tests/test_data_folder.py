@@ -270,8 +270,12 @@ def test_regions_outside_the_centre_square_are_dropped_and_named(root: Path, cap
 
 
 def test_a_letterbox_keeps_all_of_an_image_between_black_bars(root: Path) -> None:
-    Image.new("L", (200, 100), 255).save(root / "wide.png")
-    Image.new("RGB", (50, 100), (255, 0, 255)).save(root / "high.png")
+    for name, picture in (
+        ("wide", Image.new("L", (200, 100), 255)),
+        ("high", Image.new("RGB", (50, 100), (255, 0, 255))),
+    ):
+        picture.putpixel((0, 0), 254 if name == "wide" else (254, 0, 255))  # an image of one colour is refused
+        picture.save(root / f"{name}.png")
     Image.new("L", (200, 100), 1).save(root / "mask.png")
     rows = [
         row("wide.png", finding="edema", box="0,0,200,100"),
@@ -282,10 +286,11 @@ def test_a_letterbox_keeps_all_of_an_image_between_black_bars(root: Path) -> Non
     wide, high = dataset[0], dataset[1]
     shown = torch.zeros(20, 20, dtype=torch.bool)
     shown[5:15] = True
-    assert torch.equal(wide.pixel_values, torch.where(shown, 1.0, -1.0).expand(3, 20, 20))
+    assert torch.allclose(wide.pixel_values, torch.where(shown, 1.0, -1.0).expand(3, 20, 20), atol=0.01)
     assert [region.boxes for region in wide.regions] == [((0, 5, 20, 10),), ()]
     assert all(torch.equal(region.mask, shown) for region in wide.regions), "the bars are outside"
-    assert torch.equal(high.pixel_values[0], torch.where(shown.T, 1.0, -1.0)) and (high.pixel_values[1] == -1).all()
+    assert torch.allclose(high.pixel_values[0], torch.where(shown.T, 1.0, -1.0), atol=0.01)
+    assert (high.pixel_values[1] == -1).all()
     assert wide.size_ids == dataset.size_ids(0) == (100, 200, 0, 0, 20, 20) and wide.square_px == 200
     assert high.size_ids == dataset.size_ids(1) == (100, 50, 0, 0, 20, 20) and high.square_px == 100
     cropped = load(root, rows, resolution=20)
@@ -588,14 +593,27 @@ def test_sixteen_bits_are_scaled_and_not_clipped(root: Path, caplog: pytest.LogC
     pixels = load(root, [row()])[0].pixel_values
     assert torch.allclose(pixels[0, 0], torch.linspace(-1, 1, 32), atol=0.01)
     assert "16-bit" not in caplog.text
-    gray_16_bit(root / "a.png", np.full((32, 32), 4095))
+    gray_16_bit(root / "a.png", np.tile(np.linspace(0, 4095, 32), (32, 1)))
     load(root, [row()])
     assert "1 16-bit images have no value above 4095" in caplog.text
 
 
 def test_transparent_pixels_are_white(root: Path) -> None:
-    Image.new("RGBA", (40, 30), (0, 0, 0, 0)).save(root / "a.png")
+    picture = Image.new("RGBA", (40, 30), (0, 0, 0, 0))
+    picture.putpixel((0, 0), (9, 0, 0, 0))
+    picture.save(root / "a.png")
     assert (load(root, [row()])[0].pixel_values == 1).all()
+
+
+@pytest.mark.parametrize(("mode", "colour"), [("L", 0), ("L", 255), ("RGB", (9, 8, 7)), ("I;16", 700), ("1", 1)])
+def test_an_image_of_one_colour_is_refused_and_a_mask_is_not(root: Path, mode: str, colour: object) -> None:
+    """Of a generated folder it would be scored as if it were drawn; of a held-out one as if it were real."""
+    Image.new(mode, (40, 30), colour).save(root / "c.png")  # type: ignore[arg-type]
+    said = fault(root, [row(), row("c.png"), row("b.png", finding="edema", mask="c.png")], fit="letterbox")
+    assert (
+        "row 3: image 'c.png' is of one colour, as a failed save or a safety checker leaves it" in said
+        and "(1)" in said
+    )
 
 
 def test_floating_point_pixels_are_refused(root: Path) -> None:

@@ -115,10 +115,12 @@ def test_damaged_and_equal_files_are_refused_by_name(tmp_path: Path, capsys: pyt
     folder = folder_of_phantoms(tmp_path / "images", 3, 0)
     (folder / "001.png").write_bytes((folder / "000.png").read_bytes())
     (folder / "002.png").write_bytes(b"no image")
+    Image.new("RGB", (64, 64), (0, 0, 0)).save(folder / "003.png")
     recipe = recipe_module("explain")
     argv = [*DATA, "--images", str(folder), "--output_dir", str(tmp_path / "out")]
     message = refusal_of(recipe.explain, config_class_of(recipe), argv, capsys)
     assert "'000.png' holds the same bytes as '001.png'" in message and "'002.png' cannot be read" in message
+    assert "'003.png' is of one colour" in message
     assert not (tmp_path / "out/explain.json").exists()
     for path in folder.iterdir():
         path.unlink()

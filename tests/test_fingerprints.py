@@ -101,7 +101,9 @@ def test_regions_of_files_count_with_their_masks(tmp_path: Path) -> None:
         folder = tmp_path / "data"
         folder.mkdir(exist_ok=True)
         for name in ("a", "b"):
-            Image.fromarray(np.full((64, 64), 90 + ord(name), dtype=np.uint8)).save(folder / f"{name}.png")
+            Image.fromarray(np.full((64, 64), 90 + ord(name), dtype=np.uint8) - np.eye(64, dtype=np.uint8)).save(
+                folder / f"{name}.png"
+            )
         Image.fromarray(mask).save(folder / "mask.png")
         rows = ["file_name,text,split,finding,box,mask", f'a.png,{finding} here,train,{finding},"{box}",',
                 f"a.png,{finding} here,train,{finding},,mask.png", "b.png,clear,test,,,"]  # fmt: skip

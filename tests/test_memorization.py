@@ -324,8 +324,11 @@ def test_blank_and_equal_images_and_missing_captions_are_named(tmp_path: Path) -
     folder = image_folder(tmp_path / "images", TRAINING, 4)
     for name in ("1.png", "3.png"):
         Image.new("RGB", (64, 64), (0, 0, 0)).save(folder / name)
-    with pytest.raises(UserError, match=r"images: 2 images, such as 1\.png, are of one colour, as a safety checker"):
-        read_images(folder, 64)
+    for fit in ("crop", "letterbox"):
+        with pytest.raises(
+            UserError, match=r"row 3: image '1\.png' is of one colour.*\n.*row 5: image '3\.png' is of one"
+        ):
+            read_images(folder, 64, fit)  # type: ignore[arg-type]
     for name, row in (("1.png", 1), ("3.png", 2)):
         save_png((TRAINING[row].pixel_values + 1) / 2, folder / name)
     with Image.open(folder / "2.png") as image:

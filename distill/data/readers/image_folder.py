@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from distill.data.readers.pixels import eight_bits, open_image
+from distill.data.readers.pixels import ONE_COLOUR, eight_bits, is_one_colour, open_image
 from distill.data.readers.records import square_pixels
 from distill.data_config import Fit
 from distill.errors import UserError, raise_all
@@ -39,12 +39,14 @@ class ImageFolder:
         for path in paths:
             try:
                 data = path.read_bytes()
-                eight_bits(open_image(data))
+                picture = eight_bits(open_image(data))
             except UserError as error:
                 raise UserError(f"'{path}': {error}") from None
             except Exception as error:  # Pillow and pydicom raise many types
                 faults.append(f"'{path.name}' cannot be read as an image: {error}")
                 continue
+            if is_one_colour(picture):
+                faults.append(f"'{path.name}' {ONE_COLOUR}")
             first = seen.setdefault(hashlib.sha256(data).hexdigest(), path.name)
             if first != path.name:
                 faults.append(f"'{path.name}' holds the same bytes as '{first}'")

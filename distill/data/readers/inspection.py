@@ -15,7 +15,15 @@ from numpy.typing import NDArray
 from PIL import UnidentifiedImageError
 from tqdm.auto import tqdm
 
-from distill.data.readers.pixels import FORMATS_SHOWN, SLACK_PX, check_range, mask_values, open_image
+from distill.data.readers.pixels import (
+    FORMATS_SHOWN,
+    ONE_COLOUR,
+    SLACK_PX,
+    check_range,
+    is_one_colour,
+    mask_values,
+    open_image,
+)
 from distill.data.readers.tables import Box, Faults, Place, quote
 from distill.errors import UserError
 
@@ -62,6 +70,7 @@ class Inspection:
     extent: Box | None = None
     format: str | None = None
     fault: str | None = None
+    one_colour: bool = False
 
 
 def inspect_all(root: Path, records: list[ImageRecord], faults: Faults) -> dict[Path, Inspection]:
@@ -72,6 +81,7 @@ def inspect_all(root: Path, records: list[ImageRecord], faults: Faults) -> dict[
     for record in records:
         image = inspected[record.path]
         fault = image.fault or _frame_fault(record.frame, (image.width, image.height))
+        fault = fault or (ONE_COLOUR if image.one_colour else None)
         if fault:
             faults.append((record.place, f"image '{quote(record.name)}' {fault}"))
         told: set[Path] = set()
@@ -194,7 +204,8 @@ def _inspect(path: Path, size_bytes: int, mtime_ns: int) -> Inspection:
         return Inspection(fault=f"has {image.width} x {image.height} px; right are {_SMALLEST_PX} a side at least")
     low_range = image.mode.startswith("I") and int(np.asarray(image).max()) < 4096
     sha256 = hashlib.sha256(data).hexdigest()
-    return Inspection(image.width, image.height, sha256, low_range, _extent(mask_values(image)), image.format)
+    extent, same = _extent(mask_values(image)), is_one_colour(image)
+    return Inspection(image.width, image.height, sha256, low_range, extent, image.format, one_colour=same)
 
 
 def _extent(values: NDArray[np.generic]) -> Box | None:

@@ -72,6 +72,14 @@ def check_range(image: Image.Image) -> None:
             raise ValueError("its integers do not fit 16 bits; save it as 8 or 16 bit")
 
 
+ONE_COLOUR = "is of one colour, as a failed save or a safety checker leaves it; take it out"
+
+
+def is_one_colour(image: Image.Image) -> bool:
+    ends = image.getextrema()
+    return all(low == high for low, high in (ends if isinstance(ends[0], tuple) else [ends]))
+
+
 def eight_bits(image: Image.Image) -> Image.Image:
     """Mode L or RGB. 16-bit gray is divided by 257, so that 65535 becomes 255; transparent pixels lie on white."""
     check_range(image)
