@@ -167,7 +167,7 @@ def sets_of(
     if config.images:
         size, count, fit = config.data.resolution, config.drawing.count, fit_of(config.data)
         folders = [ImageFolder(Path(name), size, count, fit) for name in config.images]
-        return [Pictures(folder, folder.names) for folder in folders]
+        return [Pictures(folder, folder.names, folder.names) for folder in folders]
     assert model is not None
     options = config.drawing.full()
     groups = [group_key(test, index) for index in chosen]
@@ -179,7 +179,7 @@ def sets_of(
             captions = [test.caption(index) for index in indices]
             return generate(model, captions, seeds, config.data.resolution, options) * 2 - 1
 
-        return Pictures(picture, groups)
+        return Pictures(picture, groups, [test.caption(index) for index in chosen])
 
     return [drawn(number) for number in range(config.drawing.sets)]
 

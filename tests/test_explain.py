@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from listed import Listed, sample
 from PIL import Image, ImageFilter
 from recipe import config_class_of, recipe_module, refusal_of
@@ -137,8 +139,9 @@ def test_images_of_a_folder_are_cut_and_resized_as_data_are(tmp_path: Path) -> N
     recipe = recipe_module("explain")
     data = {"kind": "folder", "resolution": 32, "fit": "letterbox"}
     config = recipe.ExplainConfig(images=(str(tmp_path),), data=data)
-    ((picture, _),) = recipe.sets_of(config, None, [], None)
-    whole = picture([0])
+    (found,) = recipe.sets_of(config, None, [], None)
+    whole = found.image([0])
+    assert found.names == ["wide.png"]
     assert (whole[:, :, :8] == -1).all() and (whole[:, :, 24:] == -1).all() and (whole[..., 8:24, 10:22] == 1).all()
 
 
@@ -196,7 +199,13 @@ def entry(auc: float, half: float, *features: tuple[str, float]) -> dict[str, An
         for name, low in features
     ]
     changes = {"detected": 8, "one_change_is_enough": 0.5, "features": {"noise": 0.25, "contrast": 0.25}}
-    return {"auc": auc, "auc_ci": [auc - half, auc + half], "features": named, "changes": changes}
+    return {
+        "auc": auc,
+        "auc_ci": [auc - half, auc + half],
+        "features": named,
+        "changes": changes,
+        "images": {"real": 20, "other": 20, "sets": 1},
+    }
 
 
 def test_the_sentences_say_whose_fault_it_is_and_whether_the_control_holds() -> None:
@@ -247,16 +256,45 @@ def test_an_image_that_no_single_change_would_pass_counts_as_detected(monkeypatc
     ]  # fmt: skip
 
 
+def test_a_smaller_control_and_colours_that_were_left_out_are_said() -> None:
+    fine, found = entry(0.52, 0.1), entry(0.9, 0.05, ("noise", 0.2))
+    fewer = fine | {"images": {"real": 12, "other": 12, "sets": 3}}
+    said = sentences({GENERATED: found, CONTROL: fewer})[-1]
+    assert said.endswith("as it should be. It has 12 images a side, where the comparison has 20: it would show less.")
+    assert not any("gray" in text for text in sentences({GENERATED: found, CONTROL: fine}))
+    gray = "All images were compared in gray, as the real ones are."
+    assert gray in sentences({GENERATED: found | {"gray": True, "spread": 0.9}, CONTROL: fine})
+    coloured = sentences({GENERATED: found | {"gray": True, "spread": 12.4}, CONTROL: fine})
+    left = "Left out are the colours of the generated ones, whose channels differ by 12 of 255 levels (median)."
+    assert f"{gray} {left}" in coloured
+
+
+def test_the_spread_of_channels_is_that_before_the_gray() -> None:
+    images = torch.zeros(3, 3, 64, 64)
+    images[0, 0, :32] = 0.2  # half of the pixels by 25.5 levels
+    images[2, 1] = -0.4
+    pictures = Pictures(lambda places: images[list(places)], ["a", "b", "c"])
+    options = {"batch_size": 2, "accelerator": Accelerator(), "label": ""}
+    for gray in (True, False):
+        rows = module.measure(pictures, gray=gray, **options)  # type: ignore[arg-type]
+        assert rows.spread == pytest.approx(12.75, abs=1e-3) and len(rows) == 3
+
+
 def test_a_single_image_is_said_with_what_speaks_for_generated() -> None:
     parts = [{"name": "noise", "logit": 2.0}, {"name": "contrast", "logit": -1.0}, {"name": "skewness", "logit": 0.5}]
     example = {"image": 4, "score": 0.9, "parts": parts, "change": None}
     said = single_sentence(example)
-    assert said.startswith("Image 4 (probability of generated: 90%). For generated: noise, skewness. No change")
+    assert said.startswith(
+        "Image “number 4” (probability of generated: 90%). For generated: noise, skewness. No change"
+    )
     assert (
         single_sentence(example | {"score": 0.4})
-        == "Image 4 (probability of generated: 40%). For generated: noise, skewness."
+        == "Image “number 4” (probability of generated: 40%). For generated: noise, skewness."
     )
-    assert single_sentence(example | {"score": 0.4, "parts": parts[1:2]}) == "Image 4 (probability of generated: 40%)."
+    assert (
+        single_sentence(example | {"score": 0.4, "parts": parts[1:2]})
+        == "Image “number 4” (probability of generated: 40%)."
+    )
 
 
 def test_the_page_has_all_numbers_in_tables(tmp_path: Path) -> None:
@@ -290,9 +328,9 @@ def test_the_page_has_all_numbers_in_tables(tmp_path: Path) -> None:
     assert any(alone in text for text in first.text)
     assert [c.name for c in (*first.charts, *how.charts)] == ["importance", "dependence"] and not single.charts
     assert single.text == [
-        f"Image 3 (probability of generated: 96%). For generated: {names[0]}. "
+        f"Image “number 3” (probability of generated: 96%). For generated: {names[0]}. "
         f"It would pass as real if {names[1]} were 100% higher.",
-        f"Image 8 (probability of generated: 50%). For generated: {names[0]}. "
+        f"Image “number 8” (probability of generated: 50%). For generated: {names[0]}. "
         f"No change of a single feature is enough to pass as real.",
     ]
     kinds_table, features_table = every.tables
@@ -384,6 +422,11 @@ def test_evaluate_explains_and_keeps_what_it_found(
     page = (out / "report.html").read_text()
     assert "<h2>What betrays the images</h2>" in page and f"with AUC {format_number(found['auc'], 2)}" in page
     assert page.count('aria-label="importance of the features of base') == 1
+    assert page.count('aria-label="base: mean probability of being generated over') == 1
+    first = comparisons[GENERATED]["features"][0]
+    assert f'<th scope="row">{first["name"]}</th>' in page and ">base: feature</th>" in page
+    captions = {PhantomDataset("test", 40, 0, 64).caption(k) for k in range(40)}
+    assert all(example["name"] in captions for example in comparisons[GENERATED]["examples"])
     for example in comparisons[GENERATED]["examples"]:
         said = html.escape(f"base: {single_sentence(example)}")
         assert (
@@ -439,8 +482,7 @@ def test_rows_of_the_explanation_are_of_different_images() -> None:
 
     dataset = OfImages([sample(name, "edema") for name in "aabbcddefg"], {})
     assert explained_rows(dataset, [2], 3) == ([2, 0, 4, 5, 7, 8, 9], 3)
-    # As many generated images as captions: two of one image are compared once.
-    assert explained_rows(dataset, [2, 3], 4) == ([2, 0, 4, 5, 7, 8, 9], 3)
+    assert explained_rows(dataset, [2, 3], 4) == ([2, 0, 4, 5, 7, 8, 9], 4), "two captions of one image count once"
     many = OfImages([sample(f"{k}", "edema") for k in range(40)], {})
     assert explained_rows(many, [], 3) == ([*range(20)], 3) and explained_rows(many, [], 11) == ([*range(22)], 11)
 
@@ -469,6 +511,10 @@ def test_images_of_another_tool_are_explained_without_a_vae(
     found = json.loads((tmp_path / "out/metrics.json").read_text())["arms"]["images"]["explanation"]
     comparisons = json.loads((tmp_path / "out/images/explain.json").read_text())["comparisons"]
     assert list(comparisons) == [GENERATED, CONTROL] and found["images"] == 20 and found["auc"] > 0.95
+    for number, example in enumerate(comparisons[GENERATED]["examples"]):
+        shown = (tmp_path / f"out/images/explained/{number}.png").read_bytes()
+        with Image.open(io.BytesIO(shown)) as one, Image.open(images / example["name"]) as file:
+            assert np.array_equal(np.asarray(one), np.asarray(file.convert("RGB"))), "the file that it is called by"
     few = image_folder(tmp_path / "few", blurred(9), 9)
     argv = argv_of(tmp_path, "--images", str(few))
     argv[argv.index("--output_dir") + 1] = str(tmp_path / "other")

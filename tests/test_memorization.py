@@ -400,7 +400,8 @@ def test_more_images_than_real_ones_are_compared_at_one_number(
     argv[argv.index("--evaluation.features") + 1] = "phantom"
     argv[argv.index("--evaluation.generated_images") + 1] = "7"
     recipe.evaluate(parse(recipe.EvaluateConfig, argv))
-    assert "images: quality is that of 7 of 12, against as many held-out ones" in capsys.readouterr().out
+    said = "images: quality is that of 7 of 12, against as many held-out ones"
+    assert f"{said}; --evaluation.generated_images takes more" in capsys.readouterr().out
     metrics = json.loads((tmp_path / "out/metrics.json").read_text())
     found = metrics["arms"]["images"]
     assert (found["quality"]["images"], found["memorization"]["images"]) == (7, 12)
@@ -409,6 +410,32 @@ def test_more_images_than_real_ones_are_compared_at_one_number(
     recipe.evaluate(parse(recipe.EvaluateConfig, argv))
     found = json.loads((tmp_path / "out/metrics.json").read_text())["arms"]["images"]["quality"]
     assert found["images"] == found["extractor"]["real_images"] == 12
+    argv[argv.index("--data.test_size") + 1] = "7"
+    argv[argv.index("--output_dir") + 1] = str(tmp_path / "few")
+    capsys.readouterr()
+    recipe.evaluate(parse(recipe.EvaluateConfig, argv))
+    assert f"{said}, and there are no more of these" in capsys.readouterr().out
+
+
+def test_findings_of_the_images_that_are_not_those_of_real_ones_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = image_folder(tmp_path / "images", TRAINING)
+    lines = (images / "metadata.csv").read_text().splitlines()
+    labels = ["labels" if k == 0 else "edema" if k % 2 else "no such finding" for k in range(len(lines))]
+    lines = [f"{line.rpartition(',')[0]},{label}" for line, label in zip(lines, labels, strict=True)]
+    (images / "metadata.csv").write_text("\n".join(lines) + "\n")
+    argv = evaluate_argv(tmp_path, "--images", str(images))
+    argv[argv.index("--evaluation.features") + 1] = "phantom"
+    argv[argv.index("quality,memorization")] = "quality"
+    recipe = recipe_module("evaluate")
+    recipe.evaluate(parse(recipe.EvaluateConfig, argv))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "finding AUC leaves out no such finding, labels of the images: the classifier has no such class" in printed
+    assert "finding AUC of the images is the mean over edema, and that of real images over" in printed
+    metrics = json.loads((tmp_path / "out/metrics.json").read_text())
+    assert metrics["arms"]["images"]["quality"]["finding_auc_of"] == ["edema"]
+    assert len(metrics["real"]["quality"]["finding_auc_of"]) > 1
 
 
 @pytest.mark.parametrize("fit", ["crop", "letterbox"])

@@ -789,6 +789,12 @@ def test_a_dry_run_prints_counts_and_estimates_and_writes_nothing(
     assert "peak memory" in printed and " min" in printed
     if name == "evaluate":
         assert f"denoiser {unet:,} parameters, text encoder {text:,}, none trainable" in printed
+        assert "without what is computed for" not in printed and "maps 0.00 s" not in printed
+        argv = [*argv, "--evaluation.parts", "quality,memorization", "--data.train_size", "6"]
+        run(name, argv)
+        printed = capsys.readouterr().out
+        assert "maps 0.00 s an image" in printed and "generation 0.00 s" not in printed
+        assert "min a model, without what is computed for memorization; peak" in printed
         return
     assert "300 steps take about" in printed
     if name == "tradeoff":

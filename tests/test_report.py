@@ -31,7 +31,7 @@ from distill.evaluation.results import Estimate, parse_metrics
 from distill.models.stock import code_of_arm, exported, loading_code, plain_name, public_base
 from distill.report import terminal_table, validate_metrics, write_model_card, write_report
 from distill.report.document import UNKNOWN, escape_markdown
-from distill.report.summary import compare, difference_table, sample, summarize, terminal_summary
+from distill.report.summary import compare, difference_table, faults, sample, summarize, terminal_summary
 from distill.report.tables import (
     DETAILS,
     FID,
@@ -333,9 +333,39 @@ def test_a_model_with_copies_is_not_taken_while_another_has_none() -> None:
     assert "Ruled out, because another model beats it: b." in found.reasons
     both = choose({"a": copied(better, 0.001), "b": copied(worse, 0.001)})
     assert both.title == "Do not publish a yet"
-    assert "There are copies of training images in a and b: see Memorization." in both.reasons
+    for name in "ab":
+        assert both.reasons.count(f"There are copies of training images in {name}: see Memorization.") == 1
     assert choose({"a": copied(better, 0.001)}).title == "Do not publish a yet"
     assert choose({"a": better}).title == "Only a was measured"
+
+
+def test_copies_are_said_where_no_measure_decides() -> None:
+    """As of radiographs that another tool made, without features: the default there."""
+    nothing = {"localization": None, "quality": None}
+    found = choose({"a": copied(arm(0.8, 20, 0.8), 0.001) | nothing})
+    copies = "There are copies of training images in a: see Memorization."
+    assert found.title == "Do not publish a yet" and found.arm is None
+    assert found.reasons == ["Word AUC, FID and finding AUC are missing.", copies]
+    results = parse_metrics({"arms": {"a": copied(arm(0.8, 20, 0.8), 0.001)}, "provenance": {}})
+    assert faults(results, "a")[0] == copies, "also on the card"
+    clean = choose({"a": arm(0.8, 20, 0.8) | nothing})
+    assert clean.title == "No model can be recommended" and len(clean.reasons) == 1
+    unequal = {"a": arm(0.8, 20, 0.8) | {"quality": None}, "b": arm(0.3, 20, 0.8) | {"localization": None}}
+    unequal["c"] = unequal["a"]
+    found = choose(unequal)
+    assert found.reasons[0] == "No model has all measures that any has."
+
+
+def test_a_finding_auc_of_other_findings_is_not_compared_with_that_of_real_images() -> None:
+    entry, real = arm(0.8, 20, 0.6), arm(0.5, 20, 0.9)["quality"]
+    worse = ["The images of a are worse than real ones in finding AUC."]
+    for ours, theirs, said in ((["x"], ["x"], worse), (["x"], ["x", "y"], []), (None, None, worse)):
+        sides = [entry["quality"] | {"finding_auc_of": ours}, real | {"finding_auc_of": theirs}]
+        sides = [{key: value for key, value in side.items() if value is not None} for side in sides]
+        results = parse_metrics(
+            {"arms": {"a": entry | {"quality": sides[0]}}, "provenance": {}, "real": {"quality": sides[1]}}
+        )
+        assert [text for text in faults(results, "a") if "real ones" in text] == said
 
 
 @pytest.mark.parametrize(

@@ -50,6 +50,9 @@ class Rows:
 
     values: Floats
     groups: NDArray[np.str_]
+    spread: float = 0.0
+    """Median over the images of the mean difference of the largest and the smallest channel, in levels of 8 bits; where
+    the images were made gray, before that."""
 
     @classmethod
     def of(cls, images: torch.Tensor, groups: Sequence[str]) -> Rows:

@@ -11,7 +11,7 @@ import json
 import logging
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -102,17 +102,16 @@ def _stack(rows: list[Any]) -> torch.Tensor | None:
 
 
 def evaluation_order(dataset: ImageCaptionDataset, examples: Sequence[int], count: int) -> list[int]:
-    """Indices of held-out captions to generate: the examples first, then one of each other image in order, then the other
-    captions of images. Real images that are there twice would look like a set of less variety."""
-    shown, seen = set(examples), {dataset.fingerprint(i) for i in examples}
-    first: list[int] = []
-    again: list[int] = []
-    for i in range(len(dataset)):
-        if i not in shown:
-            key = dataset.fingerprint(i)
-            (again if key in seen else first).append(i)
-            seen.add(key)
-    return [*examples, *first, *again][:count]
+    """Indices of held-out captions to generate, at most one of each image: the examples first, then the first caption of
+    each other image. A real image that is there twice would be its own neighbour, and its set look less varied."""
+    return _one_of_each(dataset, (*examples, *range(len(dataset))))[:count]
+
+
+def _one_of_each(dataset: ImageCaptionDataset, rows: Iterable[int]) -> list[int]:
+    first: dict[str, int] = {}
+    for row in rows:
+        first.setdefault(dataset.fingerprint(row), row)
+    return list(first.values())
 
 
 @torch.no_grad()
@@ -412,8 +411,7 @@ def example_images(
 
 
 def _shown(dataset: ImageCaptionDataset, asked: Sequence[Query], config: FullEvaluation) -> list[int]:
-    located = list(dict.fromkeys(query.image for query in asked))
-    return (located or list(range(len(dataset))))[: config.examples]
+    return _one_of_each(dataset, [query.image for query in asked] or range(len(dataset)))[: config.examples]
 
 
 def _known(dataset: ImageCaptionDataset) -> list[list[str]]:
@@ -587,6 +585,7 @@ def _explanation(
     drawn = Pictures(
         lambda places: torch.stack([read_png(file_of[real[place]]) * 2 - 1 for place in places]),
         [group_key(dataset, row) for row in real[:compared]],
+        [dataset.caption(row) for row in real[:compared]],
     )
     return explained(dataset, real, compared, drawn, config, accelerator=accelerator, arm_dir=arm_dir, model=model)
 

@@ -32,10 +32,12 @@ SHOWN = 5
 
 
 class Pictures(NamedTuple):
-    """image: places -> (N, 3, height, width) in [-1, 1]. groups: of each picture, see `detection.Rows`."""
+    """image: places -> (N, 3, height, width) in [-1, 1]. groups: of each picture, see `detection.Rows`. names: of each,
+    its file or caption; empty where they have none."""
 
     image: Callable[[Sequence[int]], torch.Tensor]
     groups: Sequence[str]
+    names: Sequence[str] = ()
 
 
 def one_of_each_image(dataset: ImageCaptionDataset, order: Sequence[int], count: int) -> list[int]:
@@ -93,6 +95,9 @@ def explain(
     found: list[dict[str, JsonObject]] = [{}]
     if accelerator.is_main_process:
         found[0][GENERATED] = compare([Pair(first, other) for other in generated], seed, images=True)
+        found[0][GENERATED] |= {"gray": gray, "spread": max(other.spread for other in generated)}
+        for example in found[0][GENERATED]["examples"] if sets[0].names else ():
+            example["name"] = sets[0].names[example["image"]]
         if after is not None:
             found[0][VAE] = compare([Pair(first, after)], seed)
             found[0][BEYOND] = compare([Pair(after, other) for other in generated], seed)
@@ -135,15 +140,17 @@ def measure(pictures: Pictures, *, batch_size: int, accelerator: Accelerator, la
     a gray file.
     """
     mine = range(accelerator.process_index, len(pictures.groups), accelerator.num_processes)
-    found: list[tuple[int, np.ndarray]] = []
+    found: list[tuple[int, np.ndarray, float]] = []
     for start in tqdm(range(0, len(mine), batch_size), desc=label, disable=not accelerator.is_main_process):
         places = list(mine[start : start + batch_size])
         images = pictures.image(places)
+        spreads = 127.5 * (images.amax(dim=1) - images.amin(dim=1)).mean(dim=(1, 2))
         images = images.mean(dim=1, keepdim=True).expand_as(images) if gray else images
         rows = Rows.of(images, [pictures.groups[place] for place in places])
-        found += zip(places, rows.values, strict=True)
-    everyone = sorted(gather_object(found), key=lambda pair: pair[0])
-    return Rows(np.stack([values for _, values in everyone]), np.asarray(pictures.groups, dtype=str))
+        found += zip(places, rows.values, spreads.tolist(), strict=True)
+    everyone = sorted(gather_object(found), key=lambda row: row[0])
+    values, spread = np.stack([row[1] for row in everyone]), float(np.median([row[2] for row in everyone]))
+    return Rows(values, np.asarray(pictures.groups, dtype=str), spread)
 
 
 def is_gray(rows: Rows) -> bool:

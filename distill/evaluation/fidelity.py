@@ -105,7 +105,8 @@ def _conditional(
     absent = [{name.lower() for name in negated_findings(dataset, index)} for index in indices]
     negated = torch.tensor([[name in found for name in names] for found in absent])
     counted = zip(CONDITIONAL, (torch.ones_like(labels), labels | negated, labels | ~negated), strict=True)
-    result: JsonObject = {}
+    varied = [name for name, said in zip(names, labels.T, strict=True) if said.any() and not said.all()]
+    result: JsonObject = {"finding_auc_of": varied}
     for key, rows in counted:
         result |= _area(key, scores, labels, rows, config, groups)
     for place, name in enumerate(names):

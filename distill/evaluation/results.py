@@ -119,6 +119,8 @@ class Quality:
     coverage: UnitEstimate = Estimate()
     finding_auc_negated: UnitEstimate = Estimate()
     finding_auc_unmentioned: UnitEstimate = Estimate()
+    finding_auc_of: Sequence[str] | None = None
+    """The findings that finding_auc is the mean over."""
     extractor: Extractor | None = None
     per_finding: Mapping[str, FindingQuality] | None = None
     too_few: Mapping[str, int] | None = None
@@ -378,7 +380,10 @@ class Results:
 
     def is_worse_than_real(self, arm: str, key: str, direction: int) -> bool:
         """Whether the intervals of an arm and of real images do not overlap, on the worse side. direction: 1 where
-        higher is better, else -1."""
+        higher is better, else -1. False for finding AUCs of other findings."""
+        sides = (self.arms[arm].quality, (self.real or {}).get("quality"))
+        if "finding_auc" in key and len({tuple(side.finding_auc_of or ()) for side in sides if side}) > 1:
+            return False
         ours, real = self.arms[arm].estimate(key), self.with_real.get("real images", self.arms[arm]).estimate(key)
         better, worse = (real.low, ours.high) if direction > 0 else (ours.low, real.high)
         return worse is not None and better is not None and worse < better

@@ -20,7 +20,7 @@ from distill.data_config import Fit, FolderData
 from distill.errors import UserError
 from distill.evaluation.evaluate import evaluation_order, explained, explained_rows, finite, real_images
 from distill.evaluation.explanation import Pictures, check_groups
-from distill.evaluation.fidelity import compare
+from distill.evaluation.fidelity import compare, unknown_findings
 from distill.evaluation.images import save_png
 from distill.evaluation.memorization import memorization
 from distill.evaluation.similarity import image_text_similarity
@@ -98,6 +98,14 @@ def _some(images: int, count: int, seed: int) -> list[int]:
     return sorted(order)
 
 
+def _say_findings(run: Run, ours: Sequence[str] | None, real: Sequence[str] | None) -> None:
+    if ours and real and list(ours) != list(real):
+        run.say(
+            f"finding AUC of the images is the mean over {', '.join(ours)}, and that of real images over "
+            f"{', '.join(real)}: do not compare the two"
+        )
+
+
 def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
     """The entry of metrics.json of `images`: each part that is asked for, but localization.
 
@@ -116,6 +124,7 @@ def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
         drawn_of = Pictures(
             lambda places: torch.stack([images[placed[place]].pixel_values for place in places]),
             [group_key(images, k) for k in placed],
+            [images.image_key(k) for k in placed],
         )
         check_groups([group_key(run.test, row) for row in real], compared, [drawn_of.groups])
     if "utility" in config.parts:
@@ -126,12 +135,17 @@ def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
         count = min(len(images), len(against.real.indices))
         chosen = _some(len(images), count, config.seed)
         if count < len(images):
+            more = ", and there are no more of these"
+            if count == config.generated_images:
+                more = "; --evaluation.generated_images takes more"
+            run.say(f"images: quality is that of {count:,} of {len(images):,}, against as many held-out ones{more}")
+        if left_out := unknown_findings(images, against.features):
             run.say(
-                f"images: quality is that of {count:,} of {len(images):,}, against as many held-out ones; "
-                "--evaluation.generated_images takes more"
+                f"finding AUC leaves out {', '.join(left_out)}, labels of the images: the classifier has no such class"
             )
         made = real_images(images, chosen, against.features, accelerator, config.batch_size)
         entry["quality"] = compare(made, against.real, images, config, against.features) | {"diversity": None}
+        _say_findings(run, entry["quality"].get("finding_auc_of"), against.quality.get("finding_auc_of"))
     if "memorization" in config.parts:
         assert run.train is not None
         files = [arm_dir / "drawn" / f"{k:06d}.png" for k in rows]
@@ -152,8 +166,6 @@ def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
         entry["explanation"] = explained(
             run.test, real, compared, drawn_of, config, accelerator=accelerator, arm_dir=arm_dir
         )
-    unknown = dict.fromkeys(("train_seconds", "steps", "trainable_parameters"))
-    cost = {"peak_memory_gb": peak_memory_gb(), "evaluation_seconds": time.perf_counter() - began}
     if "similarity" in config.parts:
         captions = [images.caption(k) for k in rows]
         own = evaluation_order(run.test, run.examples, config.generated_images)
@@ -162,5 +174,7 @@ def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
             against.image_text.to(accelerator.device), lambda k: images[k].pixel_values, captions,
             [group_key(images, k) for k in rows], run.test, own, config,
         )  # fmt: skip
+    unknown = dict.fromkeys(("train_seconds", "steps", "trainable_parameters"))
+    cost = {"peak_memory_gb": peak_memory_gb(), "evaluation_seconds": time.perf_counter() - began}
     returned: JsonObject = finite(entry | {"cost": unknown | cost})
     return returned

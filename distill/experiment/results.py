@@ -288,18 +288,23 @@ def dry_run_evaluation(run: Run, folder: str | None) -> None:
     with scratch_folder() as scratch:
         against = held_out(run.test, model, few, None, accelerator=accelerator, run_dir=scratch)
         shared: dict[str, Any] = {"accelerator": accelerator, "arm_dir": scratch, "label": "dry run"}
-        began = time.perf_counter()
-        localization(model, run.test, few, **shared)
-        maps = (time.perf_counter() - began) / min(c.batch_size, len(run.test))
-        began = time.perf_counter()
-        quality(model, run.test, few, resolution=config.data.resolution, features=None, real=against.real, **shared)
-        drawn = min(c.batch_size, len(run.test)) + c.diversity_samples
-        images = (time.perf_counter() - began) / drawn
+        maps = images = 0.0
+        if "localization" in c.parts:
+            began = time.perf_counter()
+            localization(model, run.test, few, **shared)
+            maps = (time.perf_counter() - began) / min(c.batch_size, len(run.test))
+        if {"quality", *OF_DRAWN} & set(c.parts):
+            began = time.perf_counter()
+            quality(model, run.test, few, resolution=config.data.resolution, features=None, real=against.real, **shared)
+            images = (time.perf_counter() - began) / (min(c.batch_size, len(run.test)) + c.diversity_samples)
     count = min(c.generated_images, len(run.test)) + c.diversity_captions * c.diversity_samples
     total = maps * min(c.localization_images, len(run.test)) + images * count
+    more = (
+        f", without what is computed for {', '.join(found)}" if (found := [p for p in OF_DRAWN if p in c.parts]) else ""
+    )
     denoiser, text = parameter_counts(model.denoiser)[0], sum(parameter_counts(e)[0] for e in model.text_encoders)
     run.say(
         f"denoiser {denoiser:,} parameters, text encoder {text:,}, none trainable; maps {maps:.2f} s an image, "
-        f"generation {images:.2f} s an image, so about {total / 60:.1f} min a model; peak memory "
-        f"{peak_memory_gb():.2f} GB\ndry run: the data and the base are fine; nothing was written"
+        f"generation {images:.2f} s an image, so about {total / 60:.1f} min a model"
+        f"{more}; peak memory {peak_memory_gb():.2f} GB\ndry run: the data and the base are fine; nothing was written"
     )

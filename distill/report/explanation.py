@@ -5,6 +5,7 @@ from __future__ import annotations
 import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import shorten
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -33,7 +34,12 @@ _IMPORTANCE = (
     "Importance is the AUC that is lost when a feature is shuffled among unseen images. Where several features say "
     "the same, one may stand for all."
 )
+_HEAD = ["feature", "importance", "AUC alone", "real", "generated", "unit"]
+_SHOWN = 8
+"""Features in the table of the report; explain.json has all."""
 _BARS = 12
+_COLOURED = 1.0
+"""Levels of 8 bits by which channels differ where an image has some colour."""
 _MANY = "many features together"
 _OF_THE_VAE = " What betrays the images is the VAE, and training the denoiser does not mend it."
 
@@ -92,9 +98,19 @@ def sentences(comparisons: Mapping[str, JsonObject]) -> list[str]:
             f"Of the images that the detector finds, {changes['one_change_is_enough']:.0%} would pass as real with one "
             f"feature changed, most often {name} ({share:.0%})."
         )
+    if main.get("gray"):
+        found.append("All images were compared in gray, as the real ones are.")
+        if main["spread"] >= _COLOURED:
+            found[-1] += (
+                " Left out are the colours of the generated ones, whose channels differ by "
+                f"{main['spread']:.0f} of 255 levels (median)."
+            )
     control = comparisons[CONTROL]
     fine = "as it should be" if is_chance(control) else "which should hold .5: the other numbers cannot be trusted"
-    return [*found, f"Real images against other real images: AUC {interval(control, 'auc')}, {fine}."]
+    sides = control["images"]["real"], main["images"]["real"]
+    fewer = f" It has {sides[0]} images a side, where the comparison has {sides[1]}: it would show less."
+    fewer = fewer if sides[0] < sides[1] else ""
+    return [*found, f"Real images against other real images: AUC {interval(control, 'auc')}, {fine}.{fewer}"]
 
 
 def _of_the_vae(main: JsonObject, vae: JsonObject, beyond: JsonObject) -> list[str]:
@@ -128,19 +144,23 @@ def importance_chart(entry: JsonObject, name: str = "importance", of: str = "the
     return chart(name, f"importance of {of}; the values and intervals are in the table", 6.4, 4.2, draw)
 
 
-def dependence_chart(entry: JsonObject) -> Picture:
-    """One panel a feature."""
+def dependence_chart(entry: JsonObject, name: str = "dependence", of: str = "", rows: int = 1) -> Picture:
+    """One panel a feature. of: whose images they are, before the text."""
+    columns = -(-len(entry["dependence"]) // rows)
 
     def draw(figure: Figure) -> None:
-        panels = figure.subplots(1, len(entry["dependence"]), sharey=True, squeeze=False)[0]
-        for axes, curve in zip(panels, entry["dependence"], strict=True):
+        panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+        for axes in panels[len(entry["dependence"]) :]:
+            axes.set_axis_off()
+        for axes, curve in zip(panels, entry["dependence"], strict=False):
             axes.plot(curve["values"], curve["probability"], ".-", color="#3f86d9")
             axes.axhline(0.5, color="#24303f", lw=0.8)
             axes.set_title(curve["name"], fontsize=8)
         panels[0].set_ylabel("probability of generated")
 
     names = ", ".join(curve["name"] for curve in entry["dependence"])
-    return chart("dependence", f"mean probability of being generated over {names}", 11, 2.8, draw)
+    width, height = (11, 2.8) if rows == 1 else (6.4, 4.2)
+    return chart(name, f"{of}mean probability of being generated over {names}", width, height, draw)
 
 
 def examples_chart(entry: JsonObject, images: Sequence[Image.Image]) -> Picture:
@@ -174,19 +194,16 @@ def sections(comparisons: Mapping[str, JsonObject], images: Sequence[Image.Image
     ]
     areas = Table(["", "AUC", "each set", "betrayed by"], rows)
     kinds = Table(["kind", "importance"], [[k["name"], interval(k, "importance")] for k in main["kinds"]], "numbers")
-    features = Table(
-        ["feature", "importance", "AUC alone", "real", "generated", "unit"], [_row(f) for f in main["features"]]
-    )
+    features = Table(_HEAD, [_row(f) for f in main["features"]])
     single = [single_sentence(example) for example in main["examples"] if example["score"] >= 0.5]
     meaning = Table(["feature", "unit or range", "meaning"], [[f.name, f.unit, f.meaning] for f in FEATURES])
-    gray = "Where the real images are gray, all are compared in gray: the mean of the channels."
     return [
         Section("What betrays the generated images", sentences(comparisons), [importance_chart(main)], [areas]),
         Section("How a feature betrays", ["The other features stay as they are."], [dependence_chart(main)]),
         Section("Single images", single, [examples_chart(main, images)] if images else []),
         Section(
             "All features",
-            [_FOLDS, f"{_IMPORTANCE} Look at the kinds, and at the AUC of a feature alone.", gray],
+            [_FOLDS, f"{_IMPORTANCE} Look at the kinds, and at the AUC of a feature alone."],
             [],
             [kinds, features],
         ),
@@ -196,7 +213,8 @@ def sections(comparisons: Mapping[str, JsonObject], images: Sequence[Image.Image
 
 def single_sentence(example: JsonObject) -> str:
     """What the detector says of one image, and why."""
-    found = f"Image {example['image']} (probability of generated: {example['score']:.0%})."
+    name = example.get("name", f"number {example['image']}")
+    found = f"Image “{shorten(name, 90, placeholder=' …')}” (probability of generated: {example['score']:.0%})."
     for_it = [part["name"] for part in example["parts"] if part["logit"] > 0]
     found += f" For generated: {', '.join(for_it)}." if for_it else ""
     return f"{found} {change_sentence(example['change'])}" if example["score"] >= 0.5 else found
@@ -209,7 +227,7 @@ def _single(said: str, image: Image.Image) -> Picture:
 
 def explanation_section(run_dir: Path, results: Results, notes: list[str]) -> Section:
     """What betrays the images of each arm where that was measured."""
-    rows, charts, named = [], list[Picture](), list[str]()
+    rows, charts, features, named = [], list[Picture](), list[Table](), list[str]()
     for place, (arm, found) in enumerate(results.arms.items()):
         if found.explanation is None:
             continue
@@ -218,6 +236,9 @@ def explanation_section(run_dir: Path, results: Results, notes: list[str]) -> Se
             main = comparisons[GENERATED]
             rows.append([arm, " ".join(sentences(comparisons))])
             charts.append(importance_chart(main, f"importance-{place}", f"the features of {arm}"))
+            charts.append(dependence_chart(main, f"dependence-{place}", f"{arm}: ", rows=2))
+            head = [f"{arm}: feature", *_HEAD[1:]]
+            features.append(Table(head, [_row(f) for f in main["features"][:_SHOWN]], name=f"features of {arm}"))
             for number, example in enumerate(main["examples"]):
                 if image := read_image(run_dir, f"{arm}/explained/{number}.png", notes):
                     charts.append(_single(f"{arm}: {single_sentence(example)}", image))
@@ -227,6 +248,7 @@ def explanation_section(run_dir: Path, results: Results, notes: list[str]) -> Se
     meaning = [[f.name, f.unit, f.meaning] for f in FEATURES if f.name in named]
     tables = [
         Table(["model", "what was found"], rows, name="what betrays the images"),
+        *features,
         Table(["feature", "unit or range", "meaning"], meaning, name="the features that betray the images"),
     ]
     return Section("What betrays the images", [_DETECTOR, _FOLDS, _IMPORTANCE], charts, tables)

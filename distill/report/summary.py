@@ -17,6 +17,7 @@ RULE = (
     "of the paired difference excludes 0, or, without a paired difference, that the two intervals do not overlap. The "
     "intervals are not corrected for the number of comparisons. Models with copies of training images come last."
 )
+_COPIES = "There are copies of training images in {}: see Memorization."
 _TONES = {"better": ("▲ ", "good"), "worse": ("▼ ", "bad"), "not separated": ("≈ ", "even"), "not measured": ("", "")}
 
 
@@ -54,8 +55,10 @@ def summarize(results: Results) -> Summary:
     metrics = [m for m in (place, FID, FINDING_AUC) if known[m]]
     whole = [a for a in arms if metrics and all(a in known[m] for m in metrics)]
     if not whole:
-        reasons = ["No model has all measures that any model has.", *(f for a in arms for f in faults(results, a))]
-        return Summary(None, "No model can be recommended", reasons)
+        none = "No model has all measures that any has." if metrics else "Word AUC, FID and finding AUC are missing."
+        copied, found = results.with_copies, dict.fromkeys(said for a in arms for said in faults(results, a))
+        title = f"Do not publish {_and(copied)} yet" if copied else "No model can be recommended"
+        return Summary(None, title, [none, *found])
     clean = [a for a in whole if a not in results.with_copies] or whole
     answers = {(a, b): [compare(results, a, b, m) for m in metrics] for a in clean for b in clean if a != b}
     beaten = {b for (_, b), found in answers.items() if "better" in found and "worse" not in found}
@@ -66,7 +69,7 @@ def summarize(results: Results) -> Summary:
     said = {
         f"The numbers do not separate {first} from {_and(tied)}; more seeds or images are needed.": tied,
         f"Ruled out, because another model beats it: {_and([a for a in clean if a not in left])}.": left != clean,
-        f"There are copies of training images in {_and(results.with_copies)}: see Memorization.": results.with_copies,
+        _COPIES.format(_and([a for a in results.with_copies if a != first])): {*results.with_copies} - {first},
         f"Not compared, because a measure is missing: {_and([a for a in arms if a not in whole])}.": whole != [*arms],
         "There is no other fully measured model to compare it with.": len(whole) == 1,
         f"The maps of {_and(results.with_other_maps)} are of other layers or timesteps than those of the first model: "
@@ -145,15 +148,14 @@ def _why(results: Results, first: str, others: Sequence[str], metrics: Sequence[
             note = f"{theirs}; difference {tables.format_difference(paired, m)}" if paired else theirs
             row.append(Cell(_TONES[answer][0] + answer, note, _TONES[answer][1]))
         rows.append(row)
-    return Table(
-        ["", first, *(f"against {other}" for other in others)], rows, name="the first choice and the baselines"
-    )
+    return Table(["", first, *(f"against {other}" for other in others)], rows, name="first choice and baselines")
 
 
 def faults(results: Results, arm: str) -> list[str]:
     """Where `arm` is worse than real images, and where its maps say no more than maps that do not look at the image."""
     below = [m.name for m in (FID, KID, FINDING_AUC) if results.is_worse_than_real(arm, m.key, m.direction)]
-    found = [f"The images of {arm} are worse than real ones in {_and(below)}."] if below else []
+    found = [_COPIES.format(arm)] * (arm in results.with_copies)
+    found += [f"The images of {arm} are worse than real ones in {_and(below)}."] if below else []
     word, adds = (results.arms[arm].estimate(m.key) for m in (WORD_AUC, IMAGE_ADDS))
     ours, better = word.value if word.low is None else word.low, []
     for name, prior in (getattr(results.arms[arm].localization, "priors", None) or {}).items():

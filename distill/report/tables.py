@@ -178,8 +178,6 @@ def cost_table(results: Results) -> Table:
     for key in dict.fromkeys(key for one in each for key in one):
         values = [one.get(key) for one in each]
         if any(isinstance(value, (int, float)) for value in values):
-            columns[key.replace("_", " ")] = [
-                format_seconds(value) if key.endswith("seconds") else format_count(value, 2 * isinstance(value, float))
-                for value in values
-            ]
+            shown = format_seconds if key.endswith("seconds") else lambda v: format_count(v, 2 * isinstance(v, float))
+            columns[key.replace("_", " ")] = [*map(shown, values)]
     return Table(list(columns), list(zip(*columns.values(), strict=True)), "numbers", "cost and size")
