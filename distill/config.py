@@ -206,7 +206,7 @@ class EvaluationConfig(Settings):
     localization_text: Literal["caption", "phrase"] = "caption"
     """Prompt of the attention maps: the image's caption, or the region's phrase."""
     generated_images: Annotated[Count, HARMLESS] = 200
-    """Images generated from held-out captions."""
+    """Images generated from held-out captions, at most one of each held-out image."""
     diversity_captions: Annotated[Count, HARMLESS] = 10
     """Captions of which several images are generated."""
     diversity_samples: Annotated[int, Field(ge=2, le=1000), HARMLESS] = 4
