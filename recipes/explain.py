@@ -1,4 +1,4 @@
-"""What betrays generated images: a detector on named features, against real held-out images.
+"""What tells generated from real images: a detector on named features, against real held-out images.
 
     accelerate launch recipes/explain.py --config recipes/configs/phantom/explain.yaml --run checkpoints/finetune
     accelerate launch recipes/explain.py --config recipes/configs/phantom/explain.yaml --images FOLDER,FOLDER
@@ -51,7 +51,7 @@ class Drawing(Settings):
 
 
 class ExplainConfig(Settings):
-    """Say what betrays the images of a base, of a run on it, or of any folder.
+    """Say what tells the images of a base, of a run on it, or of any folder from real ones.
 
     accelerate launch recipes/explain.py --config recipes/configs/phantom/explain.yaml --run RUN
     """
@@ -66,7 +66,7 @@ class ExplainConfig(Settings):
     """Also send real images through the base's VAE, to tell its faults from the denoiser's. None: unless `images` is
     set."""
     gray: bool | None = None
-    """Compare in gray: a colour cast would betray every image at once, and hide all else. None: where real images are
+    """Compare in gray: a colour cast would tell every image at once, and hide all else. None: where real images are
     gray."""
     data: AnyData = PhantomData()
     drawing: Drawing = Drawing()
@@ -150,7 +150,7 @@ def explain_all(config: ExplainConfig) -> None:
     write_explanation(folder, comparisons, list(arrays))
     said = sentences(comparisons)
     if config.run:
-        mark_model_card(Path(config.run), "What betrays its images", " ".join(said))
+        mark_model_card(Path(config.run), "What tells its images from real ones", " ".join(said))
     console.print("\n".join(said))
     console.print(f"numbers: {folder / 'explain.json'}\nnext: open {folder / 'explain.md'}")
 

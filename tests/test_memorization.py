@@ -230,19 +230,19 @@ def test_the_card_says_what_was_found_once(tmp_path: Path) -> None:
     assert card.read_text() == text, "unless it is measured again"
     for heading, said in (
         ("What is wrong", "Its maps."),
-        ("What betrays its images", "Fine_ detail."),
+        ("What tells its images from real ones", "Fine_ detail."),
         ("What is wrong", "FID."),
     ):
         mark_model_card(tmp_path, heading, said)
     both = card.read_text()
     assert both.count("**What is wrong.**") == 1 and "**What is wrong.** FID.\n\nLimits" in both.replace(
-        "**What betrays its images.** Fine\\_ detail.\n\n", ""
+        "**What tells its images from real ones.** Fine\\_ detail.\n\n", ""
     )
     judge_memorization(entry(), tmp_path, None)
     assert sorted(card.read_text().split("\n\n")) == sorted(both.split("\n\n")), "each replaces its own"
     write_model_card(tmp_path, entry(), {}, {}, base_name="phantom", export={})
     assert sorted(card.read_text().split("\n\n")) == sorted(both.split("\n\n"))
-    for heading in ("What is wrong", "What betrays its images"):
+    for heading in ("What is wrong", "What tells its images from real ones"):
         mark_model_card(tmp_path, heading, "")
     assert card.read_text() == text
     card.write_text("# My own card\n")

@@ -266,7 +266,7 @@ def test_the_card_of_an_evaluated_run_says_what_betrays_its_images(
     said = [json.loads((tmp_path / f"out/{arm}/explain.json").read_text())["comparisons"] for arm in ("base", "model")]
     betrays = [escape_markdown(" ".join(sentences(comparisons))) for comparisons in said]
     assert betrays[0] != betrays[1]
-    assert f"**What betrays its images.** {betrays[1]}\n\nLimits" in (folder / "README.md").read_text()
+    assert f"**What tells its images from real ones.** {betrays[1]}\n\nLimits" in (folder / "README.md").read_text()
 
 
 def test_evaluate_without_training_images_says_what_it_does_not_measure(

@@ -381,7 +381,11 @@ def test_a_finding_auc_of_other_findings_is_not_compared_with_that_of_real_image
 def test_images_that_are_worse_than_real_ones_are_named(real: tuple[float, float], said: list[str]) -> None:
     arms = {"a": arm(0.8, 20, 0.8), "b": arm(0.6, 40, 0.6)}
     found = choose(arms, real={"quality": arm(0.5, *real)["quality"]})
-    assert [reason for reason in found.reasons if "real ones" in reason] == said
+    assert [reason for reason in found.reasons if "images of a are worse" in reason] == said
+    other = any("images of b are worse than real ones in" in reason for reason in found.reasons)
+    assert other == (real != (40, 0.6)), "of two models both are said"
+    three = choose(arms | {"c": arms["b"]}, real={"quality": arm(0.5, *real)["quality"]})
+    assert [reason for reason in three.reasons if "are worse" in reason] == said, "of more the first choice"
 
 
 def test_what_was_not_compared_is_said_only_where_it_was_not() -> None:
@@ -507,9 +511,9 @@ def test_unequal_compute_and_sample_sizes_are_said() -> None:
     arms["a"]["cost"]["image_passes_with_teachers"] = 1000
     assert "Compute differs between the trained models, see Cost and size." in choose(arms).reasons
     arms["c"] = arm(0.95, 3, 0.95, trained=False)
-    assert choose(arms).title == "Take c (without training in this run)"
+    assert choose(arms).title == "Take c (not trained in this run)"
     arms["c"] = arm(0.95, 300, 0.95, trained=False)
-    assert choose(arms).title.startswith("First choice: c (without training in this run). ")
+    assert choose(arms).title.startswith("First choice: c (not trained in this run). ")
     several = {"arms": arms, "provenance": {"seeds": {"training": [0, 1, 2]}}}
     one = "One training seed a model, whose choice no interval covers."
     assert one in sample(parse_metrics(several))  # each of another arm

@@ -1,5 +1,5 @@
-"""Can a detector tell generated from real images by features that have a name, and which of them betray a generated
-one?
+"""Can a detector tell generated from real images by features that have a name, and which of them give a generated one
+away?
 
 A row is an image (distill/metrics/image_features.py). Boosted trees learn real against generated on some images and are
 scored on others; images of one group (patient, else real image and what is drawn of its caption) are never on both

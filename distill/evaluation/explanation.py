@@ -106,7 +106,7 @@ def explain(
     return found[0]
 
 
-def betrayers(entry: JsonObject, count: int = 3) -> list[JsonObject]:
+def needed(entry: JsonObject, count: int = 3) -> list[JsonObject]:
     """The first features that the detector surely uses: the interval of their importance is above 0."""
     return [feature for feature in entry["features"] if feature["importance_ci"][0] > 0][:count]
 
@@ -129,7 +129,7 @@ def summary(comparisons: Mapping[str, JsonObject]) -> JsonObject:
     main, control = comparisons[GENERATED], comparisons[CONTROL]
     return {
         "auc": main["auc"], "auc_ci": main["auc_ci"], "real": control["auc"], "real_ci": control["auc_ci"],
-        "images": main["images"]["other"], "betrayed_by": [feature["name"] for feature in betrayers(main)],
+        "images": main["images"]["other"], "told_by": [feature["name"] for feature in needed(main)],
     }  # fmt: skip
 
 

@@ -227,12 +227,12 @@ class Similarity:
 @dataclass(frozen=True)
 class Explanation:
     """How well a detector of named features tells generated from real images, and real ones from other real ones (the
-    control); see evaluation/explanation.py. betrayed_by: the features that it surely uses, at most three."""
+    control); see evaluation/explanation.py. told_by: the features that it surely uses, at most three."""
 
     auc: UnitEstimate
     real: UnitEstimate
     images: int
-    betrayed_by: Sequence[str]
+    told_by: Sequence[str]
 
     @property
     def is_told(self) -> bool:
@@ -240,9 +240,7 @@ class Explanation:
         return self.auc.low is not None and self.auc.low > 0.5 and (self.real.low or 0.0) <= 0.5
 
     def __str__(self) -> str:
-        return ", by ".join(
-            [f"AUC {self.auc.value:.2f}".replace("0.", "."), *filter(None, [", ".join(self.betrayed_by)])]
-        )
+        return ", by ".join([f"AUC {self.auc.value:.2f}".replace("0.", "."), *filter(None, [", ".join(self.told_by)])])
 
 
 @dataclass(frozen=True)

@@ -233,8 +233,8 @@ def finish(run: Run, arms: Mapping[str, JsonObject], next_command: str, card: Pa
         mark_model_card(card, "What is wrong", said or "No fault was found in what was measured.")
         explained = run.folder / list(arms)[-1] / EXPLAINED
         if arms[list(arms)[-1]].get("explanation"):
-            betrays = sentences(read_json(explained)["comparisons"])
-            mark_model_card(card, "What betrays its images", " ".join(betrays))
+            told = sentences(read_json(explained)["comparisons"])
+            mark_model_card(card, "What tells its images from real ones", " ".join(told))
     run.console.print(terminal_table(metrics))
     run.say(terminal_summary(results))
     for name in (name for name, entry in arms.items() if entry["cost"]["train_seconds"] is not None):

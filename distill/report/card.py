@@ -24,7 +24,7 @@ _LIMITS = (
     "Limits: not for clinical use. Generated images are not meant to show a real patient. The numbers hold for these "
     "held-out images. The licences of the base and of the training data apply."
 )
-_FOUND = ("Memorization", "What is wrong", "What betrays its images")
+_FOUND = ("Memorization", "What is wrong", "What tells its images from real ones")
 _PARAGRAPH = r"\n\n\*\*{}\.\*\*.*"
 
 

@@ -1,4 +1,4 @@
-"""explain.json in plain English: what betrays generated images, in tables and three figures."""
+"""explain.json in plain English: what tells generated from real images, in tables and three figures."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from distill.errors import UserError
-from distill.evaluation.explanation import BEYOND, CONTROL, EXPLAINED, GENERATED, VAE, betrayers
+from distill.evaluation.explanation import BEYOND, CONTROL, EXPLAINED, GENERATED, VAE, needed
 from distill.evaluation.results import Results
 from distill.files import JsonObject, read_json, write_atomic
 from distill.metrics.image_features import FEATURES
@@ -22,26 +22,27 @@ from distill.report.figures import chart, data_uri, read_image
 from distill.report.tables import format_number
 
 _DETECTOR = (
-    "A detector learns to tell generated from real held-out images by 32 features that have a name, and is tested on "
-    "images that it did not see. An AUC of .5 is chance. The pictures are the most, a middling and the least betrayed "
-    "image."
+    "A detector learns to tell generated from real held-out images by 32 named features, such as sharpness, and is tested "
+    "on images that it did not see. An AUC of .5 is chance. The pictures show the image that is easiest to recognize as "
+    "generated, one in the middle, and the hardest one."
 )
 _FOLDS = (
-    "Intervals are 95 % over cross-validation folds. Images of one patient are never on both sides; where no patient "
-    "is known, that holds for a real image and those drawn of its caption. Each file of a folder stands alone."
+    "Intervals are 95 %, over the folds of a cross-validation. Images of one patient are never on both sides of a fold. "
+    "Where no patient is known, that holds for a real image and those drawn of its caption, and each file of --images "
+    "counts as a patient."
 )
 _IMPORTANCE = (
-    "Importance is the AUC that is lost when a feature is shuffled among unseen images. Where several features say "
-    "the same, one may stand for all."
+    "Importance is the AUC that is lost when a feature is shuffled among unseen images. The AUC of a feature alone needs "
+    "no training and is of all images, so that it can be higher than the detector's. Where several features say the "
+    "same, one may stand for all."
 )
 _HEAD = ["feature", "importance", "AUC alone", "real", "generated", "unit"]
 _SHOWN = 8
 """Features in the table of the report; explain.json has all."""
-_BARS = 12
+_BARS, _ALONE = 12, 3
 _COLOURED = 1.0
 """Levels of 8 bits by which channels differ where an image has some colour."""
-_MANY = "many features together"
-_OF_THE_VAE = " What betrays the images is the VAE, and training the denoiser does not mend it."
+_OF_THE_VAE = " So it is the VAE that tells the images apart, and training the denoiser does not mend it."
 
 
 def interval(entry: JsonObject, key: str) -> str:
@@ -58,22 +59,22 @@ def is_chance(entry: JsonObject) -> bool:
 
 def _said(feature: JsonObject) -> str:
     if feature["real"] is None:  # and the other too
-        return f"{feature['name']} (unknown in all images of one side)"
+        return f"“{feature['name']}” (unknown in all images of one side)"
     if feature["other"] == feature["real"]:
-        return f"{feature['name']} (the same median, {feature['real']:.3g}, but other values)"
+        return f"“{feature['name']}” (the same median, {feature['real']:.3g}, but other values)"
     way = "lower" if feature["other"] < feature["real"] else "higher"
-    return f"{feature['name']} ({way}: {feature['other']:.3g}, and {feature['real']:.3g} in real images)"
+    return f"“{feature['name']}” ({way}: {feature['other']:.3g}, and {feature['real']:.3g} in real images)"
 
 
 def change_sentence(change: JsonObject | None) -> str:
-    """What would have to change for one image to pass as real."""
+    """What would have to change for the detector to say real of one image."""
     if change is None:
-        return "No change of a single feature is enough to pass as real."
+        return "No other value of a single feature would make it say real."
     name, before, after = change["name"], change["before"], change["after"]
     ratio = after / before - 1 if before > 0 and after > 0 else float("inf")  # of no meaning below 0
     if abs(ratio) <= 1:
-        return f"It would pass as real if {name} were {abs(ratio):.0%} {'higher' if ratio > 0 else 'lower'}."
-    return f"It would pass as real if {name} were {after:.3g} instead of {before:.3g}."
+        return f"It would say real if “{name}” were {abs(ratio):.0%} {'higher' if ratio > 0 else 'lower'}."
+    return f"It would say real if “{name}” were {after:.3g} instead of {before:.3g}."
 
 
 def sentences(comparisons: Mapping[str, JsonObject]) -> list[str]:
@@ -83,20 +84,20 @@ def sentences(comparisons: Mapping[str, JsonObject]) -> list[str]:
         found = [f"The detector cannot tell generated from real images: AUC {interval(main, 'auc')}."]
     else:
         found = [f"A detector tells generated from real images with AUC {interval(main, 'auc')}."]
-        named = betrayers(main)
-        surely = "; ".join(map(_said, named)) if named else "many features, none of which is needed by itself"
-        found.append(f"What betrays them: {surely}.")
-        alone = sorted(main["features"], key=lambda feature: -feature["auc_alone"])[:3]
-        each = ", ".join(f"{f['name']} ({format_number(f['auc_alone'], 2)})" for f in alone)
-        found.append(f"The features that tell most without the others, with their AUC: {each}.")
+        named = needed(main)
+        none = "It uses many features, none of which it needs by itself."
+        found.append(f"The features that it needs most: {'; '.join(map(_said, named))}." if named else none)
+        alone = sorted(main["features"], key=lambda feature: -feature["auc_alone"])[:_ALONE]
+        each = ", ".join(f"“{f['name']}” ({format_number(f['auc_alone'], 2)})" for f in alone)
+        found.append(f"The features that differ most, each with its own AUC on all images: {each}.")
     if VAE in comparisons:
         found += _of_the_vae(main, comparisons[VAE], comparisons[BEYOND])
     changes = main["changes"]
     if changes["detected"] and changes["features"]:
         name, share = next(iter(changes["features"].items()))
         found.append(
-            f"Of the images that the detector finds, {changes['one_change_is_enough']:.0%} would pass as real with one "
-            f"feature changed, most often {name} ({share:.0%})."
+            f"For {changes['one_change_is_enough']:.0%} of the images that it recognizes, another value of one feature "
+            f"would make this detector say real, most often of “{name}” ({share:.0%})."
         )
     if main.get("gray"):
         found.append("All images were compared in gray, as the real ones are.")
@@ -106,25 +107,33 @@ def sentences(comparisons: Mapping[str, JsonObject]) -> list[str]:
                 f"{main['spread']:.0f} of 255 levels (median)."
             )
     control = comparisons[CONTROL]
-    fine = "as it should be" if is_chance(control) else "which should hold .5: the other numbers cannot be trusted"
+    fine = "holds .5" if is_chance(control) else "does not hold .5: the other numbers cannot be trusted"
     sides = control["images"]["real"], main["images"]["real"]
-    fewer = f" It has {sides[0]} images a side, where the comparison has {sides[1]}: it would show less."
-    fewer = fewer if sides[0] < sides[1] else ""
-    return [*found, f"Real images against other real images: AUC {interval(control, 'auc')}, {fine}.{fewer}"]
+    fewer = f" Each half has {sides[0]} images, and the comparison {sides[1]}, so that this check is weaker."
+    checked = "Check: two halves of the real images should not be told apart. The interval of their AUC,"
+    ended = fewer if sides[0] < sides[1] else ""
+    return [*found, f"{checked} {interval(control, 'auc')}, {fine}.{ended}"]
 
 
 def _of_the_vae(main: JsonObject, vae: JsonObject, beyond: JsonObject) -> list[str]:
     """Whose fault it is: the VAE's or the denoiser's."""
     if is_chance(vae):
-        found = [f"The VAE alone leaves no trace that the detector finds: AUC {interval(vae, 'auc')}."]
+        found = [
+            f"Real images that went through the VAE cannot be told from untouched ones: AUC {interval(vae, 'auc')}."
+        ]
     else:
-        found = [f"The VAE alone betrays itself with AUC {interval(vae, 'auc')}, by {betrayers_text(vae, _MANY)}."]
+        by = _told_by(vae, "many features together")
+        found = [
+            f"Real images that only went through the VAE are told from untouched ones with AUC {interval(vae, 'auc')}, by {by}."
+        ]
+    told = f"AUC {interval(beyond, 'auc')}"
     if is_chance(beyond):
-        passes = f"Against real images through the VAE, generated ones pass: AUC {interval(beyond, 'auc')}."
+        passes = f"Generated images cannot be told from real ones that went through the VAE: {told}."
         return [*found, passes + ("" if is_chance(main) or is_chance(vae) else _OF_THE_VAE)]
+    by = _told_by(beyond, "many features together")
     return [
         *found,
-        f"The denoiser's own faults have AUC {interval(beyond, 'auc')}, by {betrayers_text(beyond, _MANY)}.",
+        f"Generated images are told from real ones that went through the VAE with {told}, by {by}: the denoiser's part.",
     ]
 
 
@@ -160,7 +169,7 @@ def dependence_chart(entry: JsonObject, name: str = "dependence", of: str = "", 
 
     names = ", ".join(curve["name"] for curve in entry["dependence"])
     width, height = (11, 2.8) if rows == 1 else (6.4, 4.2)
-    return chart(name, f"{of}mean probability of being generated over {names}", width, height, draw)
+    return chart(name, f"{of}how the probability of generated changes with {names}", width, height, draw)
 
 
 def examples_chart(entry: JsonObject, images: Sequence[Image.Image]) -> Picture:
@@ -174,7 +183,9 @@ def examples_chart(entry: JsonObject, images: Sequence[Image.Image]) -> Picture:
             above.set_title(f"image {example['image']}: {example['score']:.0%} generated", fontsize=9)
             _parts(below, example["parts"][::-1])
 
-    alt = "the most, a middling and the least betrayed image, with the features that speak for generated or real"
+    alt = (
+        "the easiest, a middling and the hardest image to recognize, with the features that speak for generated or real"
+    )
     return chart("examples", alt, 3.4 * len(images), 5.2, draw)
 
 
@@ -189,17 +200,17 @@ def sections(comparisons: Mapping[str, JsonObject], images: Sequence[Image.Image
     """The parts of explain.md. images: those of the examples."""
     main = comparisons[GENERATED]
     rows = [
-        [name, interval(entry, "auc"), ", ".join(format_number(v, 2) for v in entry["per_set"]), betrayers_text(entry)]
+        [name, interval(entry, "auc"), ", ".join(format_number(v, 2) for v in entry["per_set"]), _told_by(entry)]
         for name, entry in comparisons.items()
     ]
-    areas = Table(["", "AUC", "each set", "betrayed by"], rows)
+    areas = Table(["", "AUC", "each set", "told by"], rows)
     kinds = Table(["kind", "importance"], [[k["name"], interval(k, "importance")] for k in main["kinds"]], "numbers")
     features = Table(_HEAD, [_row(f) for f in main["features"]])
     single = [single_sentence(example) for example in main["examples"] if example["score"] >= 0.5]
     meaning = Table(["feature", "unit or range", "meaning"], [[f.name, f.unit, f.meaning] for f in FEATURES])
     return [
-        Section("What betrays the generated images", sentences(comparisons), [importance_chart(main)], [areas]),
-        Section("How a feature betrays", ["The other features stay as they are."], [dependence_chart(main)]),
+        Section("What tells generated from real images", sentences(comparisons), [importance_chart(main)], [areas]),
+        Section("How the detector uses a feature", ["The other features stay as they are."], [dependence_chart(main)]),
         Section("Single images", single, [examples_chart(main, images)] if images else []),
         Section(
             "All features",
@@ -213,10 +224,10 @@ def sections(comparisons: Mapping[str, JsonObject], images: Sequence[Image.Image
 
 def single_sentence(example: JsonObject) -> str:
     """What the detector says of one image, and why."""
-    name = example.get("name", f"number {example['image']}")
-    found = f"Image “{shorten(name, 90, placeholder=' …')}” (probability of generated: {example['score']:.0%})."
+    name = shorten(example.get("name", f"number {example['image']}"), 90, placeholder=" …")
+    found = f"Image “{name}”: the detector says generated with a probability of {example['score']:.1%}."
     for_it = [part["name"] for part in example["parts"] if part["logit"] > 0]
-    found += f" For generated: {', '.join(for_it)}." if for_it else ""
+    found += f" For it speak: {', '.join(for_it)}." if for_it else ""
     return f"{found} {change_sentence(example['change'])}" if example["score"] >= 0.5 else found
 
 
@@ -226,7 +237,7 @@ def _single(said: str, image: Image.Image) -> Picture:
 
 
 def explanation_section(run_dir: Path, results: Results, notes: list[str]) -> Section:
-    """What betrays the images of each arm where that was measured."""
+    """What tells the images of each arm from real ones, where that was measured."""
     rows, charts, features, named = [], list[Picture](), list[Table](), list[str]()
     for place, (arm, found) in enumerate(results.arms.items()):
         if found.explanation is None:
@@ -242,20 +253,21 @@ def explanation_section(run_dir: Path, results: Results, notes: list[str]) -> Se
             for number, example in enumerate(main["examples"]):
                 if image := read_image(run_dir, f"{arm}/explained/{number}.png", notes):
                     charts.append(_single(f"{arm}: {single_sentence(example)}", image))
+            alone = sorted(main["features"], key=lambda feature: -feature["auc_alone"])[:_ALONE]
+            named += [f["name"] for f in (*main["features"][:_BARS], *alone)]
         except (UserError, KeyError, TypeError) as error:
             notes.append(f"{arm}/{EXPLAINED} cannot be read: {error!r}.")
-        named += found.explanation.betrayed_by
     meaning = [[f.name, f.unit, f.meaning] for f in FEATURES if f.name in named]
     tables = [
-        Table(["model", "what was found"], rows, name="what betrays the images"),
+        Table(["model", "what was found"], rows, name="what tells the images from real ones"),
         *features,
-        Table(["feature", "unit or range", "meaning"], meaning, name="the features that betray the images"),
+        Table(["feature", "unit or range", "meaning"], meaning, name="meaning of the features"),
     ]
-    return Section("What betrays the images", [_DETECTOR, _FOLDS, _IMPORTANCE], charts, tables)
+    return Section("What tells the images from real ones", [_DETECTOR, _FOLDS, _IMPORTANCE], charts, tables)
 
 
-def betrayers_text(entry: JsonObject, none: str = "–") -> str:
-    return ", ".join(feature["name"] for feature in betrayers(entry)) or none
+def _told_by(entry: JsonObject, none: str = "–") -> str:
+    return ", ".join(f"“{feature['name']}”" for feature in needed(entry)) or none
 
 
 def _row(feature: JsonObject) -> list[str]:

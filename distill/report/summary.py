@@ -85,14 +85,14 @@ def summarize(results: Results) -> Summary:
         )
         said[f"{a} is better than {first} in {better} and worse in {worse}: choose by what you need."] = True
     others = [a for a in results.compare_to if a != first] or [a for a in arms if a != first][:1]
-    others_left = f"{len(rivals)} other model{'s are' if len(rivals) > 1 else ' is'} not ruled out"
-    name = first + (" (without training in this run)" if arms[first].cost.train_seconds is None else "")
-    title = f"First choice: {name}. {others_left}" if rivals else f"Take {name}"
-    if len(arms) == 1 or first in results.with_copies:
-        title = f"Do not publish {name} yet" if first in results.with_copies else f"Only {name} was measured"
+    name = first + (" (not trained in this run)" if arms[first].cost.train_seconds is None else "")
+    title = f"First choice: {name}. {len(rivals)} other model{'s are' if len(rivals) > 1 else ' is'} not ruled out"
+    title = title if rivals else f"Take {name}" if len(arms) > 1 else f"Only {name} was measured"
+    title = f"Do not publish {name} yet" if first in results.with_copies else title
     why = _why(results, first, others, [WORD_AUC, *metrics] if place is IMAGE_ADDS else metrics)
-    reasons = [text for text, holds in said.items() if holds]
-    return Summary(first, title, [*reasons, *faults(results, first)], [why], others)
+    told = [fault for a in (arms if len(arms) == 2 else [first]) for fault in faults(results, a)]
+    reasons = dict.fromkeys([*(text for text, holds in said.items() if holds), *told])
+    return Summary(first, title, [*reasons], [why], others)
 
 
 def _differences(results: Results, wanted: Sequence[Metric]) -> dict[str, dict[Metric, Cell]]:
@@ -163,8 +163,8 @@ def faults(results: Results, arm: str) -> list[str]:
         better += [name.replace("_", " ")] if ours is not None and theirs is not None and ours <= theirs else []
     if better:
         found.append(f"By word AUC, {arm} is not shown to be better than blind maps ({_and(better)}).")
-    words = {name: one.estimate(WORD_AUC.key) for name, one in results.arms.items()}
-    if under := [name for name, word in words.items() if word.high is not None and word.high < 0.5]:
+    highest = {name: one.estimate(WORD_AUC.key).high for name, one in results.arms.items()}
+    if under := [name for name, high in highest.items() if high is not None and high < 0.5]:
         found.append(f"The word AUC of {_and(under)} is below .5: the maps are higher outside findings than inside.")
     if (told := results.arms[arm].explanation) and told.is_told:
         found.append(f"A detector tells the images of {arm} from real ones ({told}).")
