@@ -236,7 +236,7 @@ def test_dependence_has_a_panel_a_feature(drawn: Drawn) -> None:
     ]
     picture = explanation.dependence_chart({"dependence": curves})
     ((figure, _),) = drawn
-    assert picture.alt == "mean probability of being generated over noise, contrast"
+    assert picture.alt == "how the probability of generated changes with noise, contrast"
     assert [axes.get_title() for axes in figure.axes] == ["noise", "contrast"]
     for place, axes in enumerate(figure.axes, 2):
         curve, half = axes.lines
@@ -244,6 +244,11 @@ def test_dependence_has_a_panel_a_feature(drawn: Drawn) -> None:
         assert list(half.get_ydata()) == [0.5, 0.5]  # type: ignore[arg-type]
     assert figure.axes[0].get_ylabel() == "probability of generated" and figure.axes[1].get_ylabel() == ""
     assert figure.axes[0].get_shared_y_axes().joined(*figure.axes)
+    three = [*curves, {"name": "skewness", "values": [0, 1], "probability": [0.5, 0.5]}]
+    picture = explanation.dependence_chart({"dependence": three}, "dependence-1", "base: ", rows=2)
+    figure = drawn[1][0]
+    assert [axes.get_title() for axes in figure.axes] == ["noise", "contrast", "skewness", ""]
+    assert [axes.axison for axes in figure.axes] == [True, True, True, False] and picture.alt.startswith("base: how")
 
 
 def test_an_example_stands_above_what_speaks_for_and_against_it(drawn: Drawn) -> None:

@@ -359,7 +359,12 @@ def test_copies_are_said_where_no_measure_decides() -> None:
 def test_a_finding_auc_of_other_findings_is_not_compared_with_that_of_real_images() -> None:
     entry, real = arm(0.8, 20, 0.6), arm(0.5, 20, 0.9)["quality"]
     worse = ["The images of a are worse than real ones in finding AUC."]
-    for ours, theirs, said in ((["x"], ["x"], worse), (["x"], ["x", "y"], []), (None, None, worse)):
+    for ours, theirs, said in (
+        (["x"], ["x"], worse),
+        (["x"], ["x", "y"], []),
+        (None, None, worse),
+        (None, ["x"], worse),
+    ):
         sides = [entry["quality"] | {"finding_auc_of": ours}, real | {"finding_auc_of": theirs}]
         sides = [{key: value for key, value in side.items() if value is not None} for side in sides]
         results = parse_metrics(

@@ -139,7 +139,7 @@ def test_kid_and_manifolds_of_resamples_of_seeds_are_those_of_each_seed() -> Non
         assert same[:2] == (0, [0, 0]), "paired: an arm does not differ from itself in any resample"
 
 
-NO_METRIC = {"images", "features", "extractor", "per_finding", "too_few"}
+NO_METRIC = {"images", "features", "extractor", "per_finding", "too_few", "finding_auc_of"}
 
 
 def test_every_metric_of_quality_is_read_from_metrics_json() -> None:

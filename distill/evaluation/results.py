@@ -380,7 +380,8 @@ class Results:
         """Whether the intervals of an arm and of real images do not overlap, on the worse side. direction: 1 where
         higher is better, else -1. False for finding AUCs of other findings."""
         sides = (self.arms[arm].quality, (self.real or {}).get("quality"))
-        if "finding_auc" in key and len({tuple(side.finding_auc_of or ()) for side in sides if side}) > 1:
+        named = {tuple(side.finding_auc_of) for side in sides if side and side.finding_auc_of is not None}
+        if "finding_auc" in key and len(named) > 1:
             return False
         ours, real = self.arms[arm].estimate(key), self.with_real.get("real images", self.arms[arm]).estimate(key)
         better, worse = (real.low, ours.high) if direction > 0 else (ours.low, real.high)
