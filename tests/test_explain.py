@@ -497,7 +497,8 @@ def test_rows_of_the_explanation_are_of_different_images() -> None:
     dataset = OfImages([sample(name, "edema") for name in "aabbcddefg"], {})
     assert explained_rows(dataset, [2], 3) == ([2, 0, 4, 5, 7, 8, 9], 3)
     assert explained_rows(dataset, [2, 3], 4) == ([2, 0, 4, 5, 7, 8, 9], 4), "two captions of one image count once"
-    many = OfImages([sample(f"{k}", "edema") for k in range(40)], {})
+    many = OfImages([sample(f"{k}", "edema") for k in range(1100)], {})
+    assert explained_rows(many, [], 600) == ([*range(1000)], 500)
     assert explained_rows(many, [], 3) == ([*range(20)], 3) and explained_rows(many, [], 11) == ([*range(22)], 11)
 
 

@@ -387,6 +387,8 @@ class HeldOut:
 
 OF_DRAWN = ("memorization", "utility", "similarity", "explanation")
 """Parts of an evaluation that look at the drawn images."""
+EXPLAINED_IMAGES = 500
+"""Generated images, at most, that the detector of the explanation sees; more tell it nothing new, and take minutes."""
 OF_NO_NUMBER = ("parts", "batch_size", "memorization_limit", "image_text_model")
 """Options of evaluation that change none by themselves."""
 OF_QUALITY = ("generated_images", "diversity_captions", "diversity_samples", "num_inference_steps", "guidance_scale",
@@ -592,9 +594,9 @@ def _explanation(
 
 def explained_rows(dataset: ImageCaptionDataset, examples: Sequence[int], count: int) -> tuple[list[int], int]:
     """Held-out rows of different images for the explanation of `count` generated ones, and how many of them, the
-    first, are compared with those; the others serve the control."""
+    first, at most EXPLAINED_IMAGES, are compared with those; the others serve the control."""
     order = evaluation_order(dataset, examples, len(dataset))
-    compared = one_of_each_image(dataset, order[:count], count)
+    compared = one_of_each_image(dataset, order[:count], EXPLAINED_IMAGES)
     return one_of_each_image(dataset, order, 2 * max(len(compared), LEAST_IMAGES)), len(compared)
 
 
