@@ -121,9 +121,9 @@ def explain_all(config: ExplainConfig) -> None:
         if isinstance(test, RecordDataset) and not config.images:
             test.check_captions(model)
     sets = sets_of(config, test, chosen[: config.drawing.count], model)
-    for folder in (one.image for one in sets if isinstance(one.image, ImageFolder) and one.image.left_out):
-        used, left = len(folder.names), folder.left_out
-        console.print(f"{folder.folder}: {used} of {used + left} images, at random; --drawing.count takes more")
+    for files in (one.image for one in sets if isinstance(one.image, ImageFolder) and one.image.left_out):
+        used, left = len(files.names), files.left_out
+        console.print(f"{files.folder}: {used} of {used + left} images, at random; --drawing.count takes more")
     real = real_pictures(test, chosen)
     check_groups(real.groups, config.drawing.count, [one.groups for one in sets])
     console.print(f"{len(chosen)} real images, and {len(sets)} sets of {len(sets[0].groups)} generated ones")
