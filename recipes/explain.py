@@ -66,7 +66,7 @@ class ExplainConfig(Settings):
     """Also send real images through the base's VAE, to tell its faults from the denoiser's. None: unless `images` is
     set."""
     gray: bool | None = None
-    """Compare in gray: a colour cast would tell every image at once, and hide all else. None: where real images are
+    """Compare in gray: a colour cast would give every image away, and hide all else. None: where real images are
     gray."""
     data: AnyData = PhantomData()
     drawing: Drawing = Drawing()

@@ -71,6 +71,8 @@ def test_a_model_is_explained_beside_its_vae_and_the_control(tmp_path: Path) -> 
     )
     assert list(found) == [GENERATED, VAE, BEYOND, CONTROL]
     main = found[GENERATED]
+    held_out = PhantomDataset("test", 40, 0, 64)
+    assert [e["name"] for e in main["examples"]] == [held_out.caption(e["image"]) for e in main["examples"]]
     assert (
         main["auc"] > 0.95
         and main["per_set"] == [main["auc"]]
@@ -93,6 +95,9 @@ def test_a_folder_of_blurred_images_is_told_by_its_sharpness(tmp_path: Path) -> 
     assert found[GENERATED]["kinds"][0]["name"] in ("detail", "sharpness")
     features = {feature["name"]: feature for feature in found[GENERATED]["features"]}
     assert features["colour saturation"]["other"] == 0, "real images are gray, so all are"
+    assert found[GENERATED]["gray"] is True and 1 < found[GENERATED]["spread"] < 4, "of the cast, before the gray"
+    assert "All images were compared in gray. Left out are the colours of the generated ones" in text
+    assert all((folder / example["name"]).is_file() for example in found[GENERATED]["examples"])
     sharpness = features["edge sharpness"]
     assert sharpness["auc_alone"] > 0.9 and sharpness["other"] < sharpness["real"]
     assert "What the features mean" in text
@@ -276,7 +281,7 @@ def test_a_smaller_control_and_colours_that_were_left_out_are_said() -> None:
     said = sentences({GENERATED: found, CONTROL: fewer})[-1]
     assert said.endswith("holds .5. Each half has 12 images, and the comparison 20, so that this check is weaker.")
     assert not any("gray" in text for text in sentences({GENERATED: found, CONTROL: fine}))
-    gray = "All images were compared in gray, as the real ones are."
+    gray = "All images were compared in gray."
     assert gray in sentences({GENERATED: found | {"gray": True, "spread": 0.9}, CONTROL: fine})
     coloured = sentences({GENERATED: found | {"gray": True, "spread": 12.4}, CONTROL: fine})
     left = "Left out are the colours of the generated ones, whose channels differ by 12 of 255 levels (median)."

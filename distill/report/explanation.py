@@ -100,7 +100,7 @@ def sentences(comparisons: Mapping[str, JsonObject]) -> list[str]:
             f"would make this detector say real, most often of “{name}” ({share:.0%})."
         )
     if main.get("gray"):
-        found.append("All images were compared in gray, as the real ones are.")
+        found.append("All images were compared in gray.")
         if main["spread"] >= _COLOURED:
             found[-1] += (
                 " Left out are the colours of the generated ones, whose channels differ by "
