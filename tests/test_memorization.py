@@ -144,6 +144,25 @@ def test_what_was_made_is_used_again(sd: Model, tmp_path: Path, monkeypatch: pyt
     assert Image.open(drawn[3]).size == (64, 64)
 
 
+def test_vectors_by_several_processes_are_those_of_one_in_the_order_of_the_images(tmp_path: Path) -> None:
+    """3 batches on 4 processes: one of them has nothing to do."""
+    paths = [tmp_path / f"{k}.png" for k in range(5)]
+    for k, path in enumerate(paths):
+        save_png(torch.linspace(0, 1, 12).roll(k).reshape(3, 2, 2), path)
+
+    def vectors(world: int) -> dict[str, tuple[torch.Tensor, ...]]:
+        for rank in range(world):
+            files = memorization_module._write_vectors(
+                paths, lambda pixels: {"pixels": pixels.flatten(1)}, tmp_path / "vectors", 2, rank=rank, world=world
+            )
+        return memorization_module._read_and_remove(files)
+
+    shared, alone = vectors(4)["pixels"], vectors(1)["pixels"]
+    images = torch.stack([read_png(path) for path in paths]) * 2 - 1
+    assert torch.equal(alone[0], images.flatten(1)) and torch.equal(alone[1], images.flip(-1).flatten(1))
+    assert all(map(torch.equal, shared, alone))
+
+
 def test_a_pool_holds_each_picture_once() -> None:
     class Twice:
         def __len__(self) -> int:

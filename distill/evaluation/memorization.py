@@ -8,7 +8,8 @@ generated image is compared as it is and mirrored, with all others alike: a trai
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -16,6 +17,8 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import broadcast_object_list
+from safetensors.torch import load_file
+from tqdm.auto import tqdm
 
 from distill.config import FullEvaluation
 from distill.data.cache import SHARD_ROWS, cache_vectors, model_fingerprint, read_vectors
@@ -23,7 +26,7 @@ from distill.data.sample import ImageCaptionDataset, Sample, group_key, image_ke
 from distill.errors import UserError
 from distill.evaluation.images import read_png, save_png
 from distill.evaluation.kept import digest, features_key
-from distill.files import JsonObject, write_atomic
+from distill.files import JsonObject, write_atomic, write_tensors
 from distill.metrics.bootstrap import numbered
 from distill.metrics.features import Features
 from distill.metrics.memorization import (
@@ -48,6 +51,9 @@ PAIRS = 10
 """Most suspicious pairs of which a picture is written."""
 CLOSENESS_IMAGES = 1000
 """Held-out images whose distance to the training images is measured."""
+VIEWS = ("", "mirrored_")
+"""Of a generated image's vectors: before the name of each space in the files of the processes."""
+Vectors = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
 NEAR_SPACES = ("latents", "pixels")
 """Where near copies are looked for; a classifier's features may be alike for different images."""
 
@@ -108,8 +114,8 @@ def memorization(
     images: files of generated images. own: the row of `held_out` whose caption each is of, or -1; an image is not
     compared with the held-out image of its own caption, for no training image is as close to its caption by
     construction.
-    Vectors of training and held-out images are kept in real/compared. All processes make them, and the main one
-    compares.
+    Vectors of training and held-out images are kept in real/compared. All processes make vectors, and the main one
+    compares them.
     """
     make = partial(_vectors, model, features, accelerator.device)
     key = digest(model_fingerprint(model.vae), features_key(features), THUMBNAIL_PX)
@@ -117,18 +123,14 @@ def memorization(
     if len(pools[1]) < 2:
         raise UserError(f"memorization needs at least 2 different held-out images; there are {len(pools[1])}")
     process = {"rank": accelerator.process_index, "world": accelerator.num_processes}
-    sizes = {"batch_size": min(config.batch_size, 32)} | process
-    files = [cache_vectors(pool, make, run_dir / "real" / "compared", key, **sizes) for pool in pools]
+    batch_size = min(config.batch_size, 32)
+    compared = run_dir / "real" / "compared"
+    files = [cache_vectors(pool, make, compared, key, batch_size=batch_size, **process) for pool in pools]
+    own_files = _write_vectors(images, make, arm_dir / "memorization" / "vectors", batch_size, **process)
     accelerator.wait_for_everyone()
     entry: list[JsonObject] = [{}]
     if accelerator.is_main_process:
-        batches = (images[k : k + sizes["batch_size"]] for k in range(0, len(images), sizes["batch_size"]))
-        with torch.no_grad():
-            read = (torch.stack([read_png(path) for path in batch]) * 2 - 1 for batch in batches)
-            parts = [(make(pixels), make(pixels.flip(-1))) for pixels in read]
-        generated = {
-            name: tuple(torch.cat([views[k][name] for views in parts]) for k in (0, 1)) for name in parts[0][0]
-        }
+        generated = _read_and_remove(own_files)
         left_out = np.array([pools[1].place[held_out.fingerprint(row)] if row >= 0 else -1 for row in own])
         entry = [_compare(generated, files, left_out, pools, images, config, arm_dir)]
     broadcast_object_list(entry)
@@ -145,6 +147,39 @@ def _vectors(
     if features is not None:
         found = {"features": features.to(device)(rounded.to(device))[0].flatten(1).cpu()} | found
     return found
+
+
+def _write_vectors(
+    images: Sequence[Path], make: Vectors, folder: Path, batch_size: int, *, rank: int, world: int
+) -> list[Path]:
+    """Write the vectors of this process's share of the images and of their mirror images; the files of all processes, in
+    the order of the images."""
+    batches = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    shares = [batches[k * len(batches) // world : (k + 1) * len(batches) // world] for k in range(world)]
+    paths = [folder / f"{k}.safetensors" for k in range(world)]
+    if shares[rank]:
+        with torch.no_grad():
+            bar = tqdm(shares[rank], desc="comparing images", unit="batch", disable=rank > 0)
+            read = (torch.stack([read_png(path) for path in batch]) * 2 - 1 for batch in bar)
+            parts = [(make(pixels), make(pixels.flip(-1))) for pixels in read]
+        tensors = {
+            f"{view}{name}": torch.cat([part[place][name] for part in parts])
+            for place, view in enumerate(VIEWS)
+            for name in parts[0][0]
+        }
+        write_tensors(paths[rank], tensors)
+    return [path for path, share in zip(paths, shares, strict=True) if share]
+
+
+def _read_and_remove(paths: Sequence[Path]) -> dict[str, tuple[torch.Tensor, ...]]:
+    """Name -> vectors of all images, and of their mirror images."""
+    parts = [load_file(path) for path in paths]
+    shutil.rmtree(paths[0].parent)
+    plain, mirrored = VIEWS
+    names = [name for name in parts[0] if not name.startswith(mirrored)]
+    return {
+        name: tuple(torch.cat([part[view + name] for part in parts]) for view in (plain, mirrored)) for name in names
+    }
 
 
 def _compare(
