@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -112,69 +113,101 @@ def evaluate_images(run: Run, images: RecordDataset) -> JsonObject:
     FID and its kin, and utility, compare evaluation.generated_images of the images, at random, with as many held-out
     ones. In memorization each image is compared with all held-out images: which of them had its caption is not known.
     """
-    config, accelerator, began = run.evaluation, run.accelerator, time.perf_counter()
-    against, resolution, arm_dir = run.against, run.config.data.resolution, run.folder / "images"
+    config, began = run.evaluation, time.perf_counter()
+    resolution = run.config.data.resolution
     other = sum(size_ids(images, k)[:2] != (resolution, resolution) for k in range(len(images)))
     if other:
         run.say(f"images: {other:,} of {len(images):,} are made squares of {resolution} px as the data are")
-    rows = range(len(images))
-    if "explanation" in config.parts:
-        real, compared = explained_rows(run.test, run.examples, config.generated_images)
-        placed = _some(len(images), compared, config.seed)
-        drawn_of = Pictures(
-            lambda places: torch.stack([images[placed[place]].pixel_values for place in places]),
-            [group_key(images, k) for k in placed],
-            [images.image_key(k) for k in placed],
-        )
-        check_groups([group_key(run.test, row) for row in real], compared, [drawn_of.groups])
-    if "utility" in config.parts:
-        task = Task.of(run.test, evaluation_order(run.test, run.examples, config.generated_images))
-        task = task.named_in([images.labels(k) for k in rows])
+    # Those that may refuse the images come before all that takes time.
+    explanation = _explanation(run, images) if "explanation" in config.parts else None
+    task = _task(run, images) if "utility" in config.parts else None
     entry: JsonObject = {"localization": None, "quality": None}
     if "quality" in config.parts:
-        count = min(len(images), len(against.real.indices))
-        chosen = _some(len(images), count, config.seed)
-        if count < len(images):
-            more = ", and there are no more of these"
-            if count == config.generated_images:
-                more = "; --evaluation.generated_images takes more"
-            run.say(f"images: quality is that of {count:,} of {len(images):,}, against as many held-out ones{more}")
-        if left_out := unknown_findings(images, against.features):
-            run.say(
-                f"finding AUC leaves out {', '.join(left_out)}, labels of the images: the classifier has no such class"
-            )
-        made = real_images(images, chosen, against.features, accelerator, config.batch_size)
-        entry["quality"] = compare(made, against.real, images, config, against.features) | {"diversity": None}
-        _say_findings(run, entry["quality"].get("finding_auc_of"), against.quality.get("finding_auc_of"))
+        entry["quality"] = _quality(run, images)
     if "memorization" in config.parts:
-        assert run.train is not None
-        files = [arm_dir / "drawn" / f"{k:06d}.png" for k in rows]
-        for k in rows[accelerator.process_index :: accelerator.num_processes]:
-            save_png((images[k].pixel_values + 1) / 2, files[k])
-        model = load_model(run.base).to(accelerator.device).freeze()
-        entry["memorization"] = memorization(
-            model, run.test, run.train, files, [-1] * len(files), config, features=against.features,
-            accelerator=accelerator, arm_dir=arm_dir, run_dir=run.folder,
-        )  # fmt: skip
-    if "utility" in config.parts:
-        drawn = _some(len(images), min(len(images), len(task.real)), config.seed)
-        entry["utility"] = task.measure(
-            len(drawn), lambda k: images[drawn[k]].pixel_values, lambda k: images.labels(drawn[k]),
-            steps=config.utility_steps, seeds=config.utility_seeds,
-        )  # fmt: skip
-    if "explanation" in config.parts:
-        entry["explanation"] = explained(
-            run.test, real, compared, drawn_of, config, accelerator=accelerator, arm_dir=arm_dir
-        )
+        entry["memorization"] = _memorization(run, images)
+    if task is not None:
+        entry["utility"] = _utility(run, images, task)
+    if explanation is not None:
+        entry["explanation"] = explanation()
     if "similarity" in config.parts:
-        captions = [images.caption(k) for k in rows]
-        own = evaluation_order(run.test, run.examples, config.generated_images)
-        assert against.image_text is not None
-        entry["similarity"] = image_text_similarity(
-            against.image_text.to(accelerator.device), lambda k: images[k].pixel_values, captions,
-            [group_key(images, k) for k in rows], run.test, own, config,
-        )  # fmt: skip
+        entry["similarity"] = _similarity(run, images)
     unknown = dict.fromkeys(("train_seconds", "steps", "trainable_parameters"))
     cost = {"peak_memory_gb": peak_memory_gb(), "evaluation_seconds": time.perf_counter() - began}
     returned: JsonObject = finite(entry | {"cost": unknown | cost})
     return returned
+
+
+def _folder(run: Run) -> Path:
+    return run.folder / "images"
+
+
+def _quality(run: Run, images: RecordDataset) -> JsonObject:
+    config, against = run.evaluation, run.against
+    count = min(len(images), len(against.real.indices))
+    chosen = _some(len(images), count, config.seed)
+    if count < len(images):
+        more = ", and there are no more of these"
+        if count == config.generated_images:
+            more = "; --evaluation.generated_images takes more"
+        run.say(f"images: quality is that of {count:,} of {len(images):,}, against as many held-out ones{more}")
+    if left_out := unknown_findings(images, against.features):
+        run.say(f"finding AUC leaves out {', '.join(left_out)}, labels of the images: the classifier has no such class")
+    made = real_images(images, chosen, against.features, run.accelerator, config.batch_size)
+    found = compare(made, against.real, images, config, against.features) | {"diversity": None}
+    _say_findings(run, found.get("finding_auc_of"), against.quality.get("finding_auc_of"))
+    return found
+
+
+def _memorization(run: Run, images: RecordDataset) -> JsonObject:
+    accelerator = run.accelerator
+    assert run.train is not None
+    files = [_folder(run) / "drawn" / f"{k:06d}.png" for k in range(len(images))]
+    for k in range(accelerator.process_index, len(images), accelerator.num_processes):
+        save_png((images[k].pixel_values + 1) / 2, files[k])
+    accelerator.wait_for_everyone()
+    model = load_model(run.base).to(accelerator.device).freeze()
+    return memorization(
+        model, run.test, run.train, files, [-1] * len(files), run.evaluation, features=run.against.features,
+        accelerator=accelerator, arm_dir=_folder(run), run_dir=run.folder,
+    )  # fmt: skip
+
+
+def _task(run: Run, images: RecordDataset) -> Task:
+    task = Task.of(run.test, evaluation_order(run.test, run.examples, run.evaluation.generated_images))
+    return task.named_in([images.labels(k) for k in range(len(images))])
+
+
+def _utility(run: Run, images: RecordDataset, task: Task) -> JsonObject:
+    config = run.evaluation
+    drawn = _some(len(images), min(len(images), len(task.real)), config.seed)
+    return task.measure(
+        len(drawn), lambda k: images[drawn[k]].pixel_values, lambda k: images.labels(drawn[k]),
+        steps=config.utility_steps, seeds=config.utility_seeds,
+    )  # fmt: skip
+
+
+def _explanation(run: Run, images: RecordDataset) -> Callable[[], JsonObject]:
+    """What measures it. Raises UserError as `check_groups` does."""
+    config = run.evaluation
+    real, compared = explained_rows(run.test, run.examples, config.generated_images)
+    placed = _some(len(images), compared, config.seed)
+    drawn = Pictures(
+        lambda places: torch.stack([images[placed[place]].pixel_values for place in places]),
+        [group_key(images, k) for k in placed],
+        [images.image_key(k) for k in placed],
+    )
+    check_groups([group_key(run.test, row) for row in real], compared, [drawn.groups])
+    return partial(
+        explained, run.test, real, compared, drawn, config, accelerator=run.accelerator, arm_dir=_folder(run)
+    )
+
+
+def _similarity(run: Run, images: RecordDataset) -> JsonObject:
+    config, rows, scores = run.evaluation, range(len(images)), run.against.image_text
+    assert scores is not None
+    return image_text_similarity(
+        scores.to(run.accelerator.device), lambda k: images[k].pixel_values, [images.caption(k) for k in rows],
+        [group_key(images, k) for k in rows], run.test,
+        evaluation_order(run.test, run.examples, config.generated_images), config,
+    )  # fmt: skip
