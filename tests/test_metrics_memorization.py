@@ -60,6 +60,21 @@ def test_a_copy_far_from_the_origin_has_distance_0() -> None:
     assert found.distance.tolist() == [0, 0] and found.row.tolist() == [7, 40]
 
 
+def test_a_copy_in_a_later_block_than_a_near_copy_is_found() -> None:
+    """The distances in float32 by which a block is passed over are far less exact than the near copies are near."""
+    copied = cloud(20, 0, 256) * 100
+    found = nearest(copied, [copied + 1e-3, cloud(20, 1, 256) * 100, copied])
+    assert found.distance.tolist() == [0] * 20 and found.row.tolist() == list(range(40, 60))
+
+
+def test_only_blocks_with_nearer_rows_are_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    counts = []
+    norm = Tensor.norm
+    monkeypatch.setattr(Tensor, "norm", lambda self, **kwargs: counts.append(len(self)) or norm(self, **kwargs))
+    nearest(cloud(10, 0), [cloud(20, 1), cloud(20, 2) + 50])
+    assert set(counts) == {10, 0}
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
 def test_vectors_of_any_precision_are_compared(dtype: torch.dtype) -> None:
     images, others = cloud(5, 0).to(dtype), cloud(9, 1).to(dtype)

@@ -25,6 +25,8 @@ Array = NDArray[np.float64]
 THUMBNAIL_PX = 32
 """Side of the gray image that is compared pixel by pixel."""
 _CANDIDATES = 8
+_BLUR = 1e-5
+"""Of the sum of both squared lengths: more than the error of a squared distance by a matrix product in float32."""
 CROWD, NEAR = 50, 1 / 3
 """A near copy is at less than NEAR of the mean distance to its CROWD nearest training images."""
 
@@ -41,24 +43,32 @@ def nearest(images: Tensor, others: Iterable[Tensor], leave_out: NDArray[np.int6
     """The nearest of `others` for each image; of equally near ones the first.
 
     images: (N, d). others: blocks (B, d) of any size, one at a time in memory. leave_out: (N,) the row of `others` that
-    an image is not compared with, -1 for none. Each block is searched by one matrix product in float32, and its 8 best
-    rows are measured anew in float64, so that a copy has distance 0. Where all of `others` are left out, the distance
-    is infinite.
+    an image is not compared with, -1 for none. Each block is searched by one matrix product in float32. Where it may
+    have a nearer one, its 8 best rows are measured anew in float64, so that a copy has distance 0. Where all of `others`
+    are left out, the distance is infinite.
     """
     origin = images.float().mean(dim=0)
     exact, centred = images.double(), images.float() - origin
+    length = centred.square().sum(dim=1)
     best, rows, start = np.full(len(images), np.inf), np.full(len(images), -1), 0
     out = np.full(len(images), -1) if leave_out is None else leave_out
     for block in others:
-        rough = torch.cdist(centred, block.float() - origin, compute_mode="use_mm_for_euclid_dist")
-        near = rough.topk(min(_CANDIDATES, len(block)), largest=False).indices.sort(dim=1).values
-        found = np.stack([(exact - block[near[:, k]].double()).norm(dim=1).numpy() for k in range(near.shape[1])], 1)
-        found[near.numpy() + start == out[:, None]] = np.inf
+        shifted = block.float() - origin
+        rough, near = torch.cdist(centred, shifted, compute_mode="use_mm_for_euclid_dist").topk(
+            min(_CANDIDATES, len(block)), largest=False
+        )
+        blurred = _BLUR * (length + shifted.square().sum(dim=1).max())
+        maybe = np.flatnonzero((rough[:, 0].square() - blurred).double().numpy() <= best**2)
+        near = near[maybe].sort(dim=1).values
+        found = np.full(near.shape, np.inf)
+        for k in range(near.shape[1]):
+            found[:, k] = (exact[maybe] - block[near[:, k]].double()).norm(dim=1).numpy()
+        found[near.numpy() + start == out[maybe, None]] = np.inf
         place = found.argmin(axis=1)
-        distance = found[np.arange(len(images)), place]
-        nearer = distance < best
-        best[nearer] = distance[nearer]
-        rows[nearer] = start + near.numpy()[np.arange(len(images)), place][nearer]
+        distance = found[np.arange(len(maybe)), place]
+        nearer = distance < best[maybe]
+        best[maybe[nearer]] = distance[nearer]
+        rows[maybe[nearer]] = start + near.numpy()[np.arange(len(maybe)), place][nearer]
         start += len(block)
     return Nearest(best, rows)
 
