@@ -161,6 +161,9 @@ def test_vectors_by_several_processes_are_those_of_one_in_the_order_of_the_image
     images = torch.stack([read_png(path) for path in paths]) * 2 - 1
     assert torch.equal(alone[0], images.flatten(1)) and torch.equal(alone[1], images.flip(-1).flatten(1))
     assert all(map(torch.equal, shared, alone))
+    with pytest.raises(UserError, match=f"{tmp_path}: a vector of an image is not finite"):
+        make_nan = lambda pixels: {"pixels": pixels.flatten(1) * torch.nan}  # noqa: E731
+        memorization_module._write_vectors(paths, make_nan, tmp_path / "vectors", 2, rank=0, world=1)
 
 
 def test_a_pool_holds_each_picture_once() -> None:

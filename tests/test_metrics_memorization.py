@@ -67,6 +67,25 @@ def test_a_copy_in_a_later_block_than_a_near_copy_is_found() -> None:
     assert found.distance.tolist() == [0] * 20 and found.row.tolist() == list(range(40, 60))
 
 
+@pytest.mark.parametrize("scales", [(1e4, 1.0), (1.0, 1e4)])
+def test_of_blocks_about_equally_far_away_the_nearer_is_found(scales: tuple[float, float]) -> None:
+    """Farther away, from images or to others, float32 tells distances less well apart."""
+    for seed in range(0, 60, 3):
+        images, others = (cloud(20, seed + k, 64).double() * scale for k, scale in enumerate(scales))
+        images[10:] = -images[:10]  # their mean is 0, so that the lengths are those of the scales
+        blocks = [others[:1], others[:1] + cloud(1, seed + 2, 64) * 1e-5]
+        distances, rows = brute_force(images, torch.cat(blocks), [-1] * 20)
+        found = nearest(images, blocks)
+        assert found.row.tolist() == rows
+        np.testing.assert_allclose(found.distance, distances, rtol=1e-12)
+
+
+def test_long_vectors_in_float64_lose_nothing() -> None:
+    image = torch.full((1, 2), 1e8, dtype=torch.float64)
+    found = nearest(image, [image + 3.9, image + torch.tensor([4.1, 0.0])])
+    assert found.row.tolist() == [1] and found.distance[0] == pytest.approx(4.1)
+
+
 def test_only_blocks_with_nearer_rows_are_measured_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     counts = []
     norm = Tensor.norm

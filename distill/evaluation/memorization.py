@@ -52,8 +52,8 @@ PAIRS = 10
 CLOSENESS_IMAGES = 1000
 """Held-out images whose distance to the training images is measured."""
 VIEWS = ("", "mirrored_")
-"""Of a generated image's vectors: before the name of each space in the files of the processes."""
-Vectors = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
+"""Before the name of a space in the files of `_write_vectors`: of the image as it is, and of its mirror image."""
+MakeVectors = Callable[[torch.Tensor], Mapping[str, torch.Tensor]]
 NEAR_SPACES = ("latents", "pixels")
 """Where near copies are looked for; a classifier's features may be alike for different images."""
 
@@ -126,11 +126,11 @@ def memorization(
     batch_size = min(config.batch_size, 32)
     compared = run_dir / "real" / "compared"
     files = [cache_vectors(pool, make, compared, key, batch_size=batch_size, **process) for pool in pools]
-    own_files = _write_vectors(images, make, arm_dir / "memorization" / "vectors", batch_size, **process)
+    generated_files = _write_vectors(images, make, arm_dir / "memorization" / ".partial", batch_size, **process)
     accelerator.wait_for_everyone()
     entry: list[JsonObject] = [{}]
     if accelerator.is_main_process:
-        generated = _read_and_remove(own_files)
+        generated = _read_and_remove(generated_files)
         left_out = np.array([pools[1].place[held_out.fingerprint(row)] if row >= 0 else -1 for row in own])
         entry = [_compare(generated, files, left_out, pools, images, config, arm_dir)]
     broadcast_object_list(entry)
@@ -150,7 +150,7 @@ def _vectors(
 
 
 def _write_vectors(
-    images: Sequence[Path], make: Vectors, folder: Path, batch_size: int, *, rank: int, world: int
+    images: Sequence[Path], make: MakeVectors, folder: Path, batch_size: int, *, rank: int, world: int
 ) -> list[Path]:
     """Write the vectors of this process's share of the images and of their mirror images; the files of all processes, in
     the order of the images."""
@@ -167,6 +167,10 @@ def _write_vectors(
             for place, view in enumerate(VIEWS)
             for name in parts[0][0]
         }
+        if not all(value.isfinite().all() for value in tensors.values()):
+            raise UserError(
+                f"{shares[rank][0][0].parent}: a vector of an image is not finite; use base.frozen_dtype fp32"
+            )
         write_tensors(paths[rank], tensors)
     return [path for path, share in zip(paths, shares, strict=True) if share]
 
@@ -174,12 +178,14 @@ def _write_vectors(
 def _read_and_remove(paths: Sequence[Path]) -> dict[str, tuple[torch.Tensor, ...]]:
     """Name -> vectors of all images, and of their mirror images."""
     parts = [load_file(path) for path in paths]
-    shutil.rmtree(paths[0].parent)
     plain, mirrored = VIEWS
     names = [name for name in parts[0] if not name.startswith(mirrored)]
-    return {
+    found = {
         name: tuple(torch.cat([part[view + name] for part in parts]) for view in (plain, mirrored)) for name in names
     }
+    del parts  # they map the files
+    shutil.rmtree(paths[0].parent)
+    return found
 
 
 def _compare(

@@ -188,7 +188,7 @@ def _utility(run: Run, images: RecordDataset, task: Task) -> JsonObject:
 
 
 def _explanation(run: Run, images: RecordDataset) -> Callable[[], JsonObject]:
-    """What measures it. Raises UserError as `check_groups` does."""
+    """A function that measures the explanation. Raises UserError as `check_groups` does."""
     config = run.evaluation
     real, compared = explained_rows(run.test, run.examples, config.generated_images)
     placed = _some(len(images), compared, config.seed)

@@ -45,15 +45,16 @@ def nearest(images: Tensor, others: Iterable[Tensor], leave_out: NDArray[np.int6
     images: (N, d). others: blocks (B, d) of any size, one at a time in memory. leave_out: (N,) the row of `others` that
     an image is not compared with, -1 for none. Each block is searched by one matrix product in float32. Where it may
     have a nearer one, its 8 best rows are measured anew in float64, so that a copy has distance 0. Where all of `others`
-    are left out, the distance is infinite.
+    are left out, the distance is infinite. All values are finite.
     """
-    origin = images.float().mean(dim=0)
-    exact, centred = images.double(), images.float() - origin
+    exact = images.double()
+    origin = exact.mean(dim=0)
+    centred = (exact - origin).float()
     length = centred.square().sum(dim=1)
     best, rows, start = np.full(len(images), np.inf), np.full(len(images), -1), 0
     out = np.full(len(images), -1) if leave_out is None else leave_out
     for block in others:
-        shifted = block.float() - origin
+        shifted = (block.double() - origin).float()
         rough, near = torch.cdist(centred, shifted, compute_mode="use_mm_for_euclid_dist").topk(
             min(_CANDIDATES, len(block)), largest=False
         )
