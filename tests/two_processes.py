@@ -107,7 +107,8 @@ def looked(folder: Path, accelerator: Accelerator) -> dict[str, Any]:
 def evaluated(folder: Path, accelerator: Accelerator) -> dict[str, Any]:
     """All parts of an evaluation."""
     config = FullEvaluation(
-        parts=("localization", "quality", "memorization", "utility"), timesteps=(300,), num_inference_steps=1, batch_size=4,
+        parts=("localization", "quality", "memorization", "utility", "explanation"), timesteps=(300,),
+        num_inference_steps=1, batch_size=4,
         localization_images=6, generated_images=30, diversity_captions=2, diversity_samples=2, bootstrap_samples=10,
         examples=2, utility_steps=1, utility_seeds=2,
     )  # fmt: skip

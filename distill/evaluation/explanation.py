@@ -10,7 +10,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import gather_object
 from tqdm.auto import tqdm
 
 from distill.data.sample import ImageCaptionDataset, group_key, image_key
@@ -87,23 +87,20 @@ def explain(
     gray = is_gray(everyone) if gray is None else gray
     first = everyone.first(count)
     generated = [rows(pictures, f"generated set {number}", gray) for number, pictures in enumerate(sets, 1)]
-    after = None
+    jobs = {GENERATED: [Pair(first, other) for other in generated]}
     if model is not None:
         vae = model
         decoded = Pictures(lambda places: detection.through_vae(vae, real.image(places)), real.groups[:count])
         after = rows(decoded, "real images through the VAE", gray)
-    found: list[dict[str, JsonObject]] = [{}]
-    if accelerator.is_main_process:
-        found[0][GENERATED] = compare([Pair(first, other) for other in generated], seed, images=True)
-        found[0][GENERATED] |= {"gray": gray, "spread": max(other.spread for other in generated)}
-        for example in found[0][GENERATED]["examples"] if sets[0].names else ():
-            example["name"] = sets[0].names[example["image"]]
-        if after is not None:
-            found[0][VAE] = compare([Pair(first, after)], seed)
-            found[0][BEYOND] = compare([Pair(after, other) for other in generated], seed)
-        found[0][CONTROL] = compare(detection.halves(everyone, 3, seed), seed)
-    broadcast_object_list(found)
-    return found[0]
+        jobs |= {VAE: [Pair(first, after)], BEYOND: [Pair(after, other) for other in generated]}
+    jobs[CONTROL] = detection.halves(everyone, 3, seed)
+    mine = list(jobs)[accelerator.process_index :: accelerator.num_processes]
+    made = dict(gather_object([(name, compare(jobs[name], seed, images=name == GENERATED)) for name in mine]))
+    found: dict[str, JsonObject] = {name: made[name] for name in jobs}
+    found[GENERATED] |= {"gray": gray, "spread": max(other.spread for other in generated)}
+    for example in found[GENERATED]["examples"] if sets[0].names else ():
+        example["name"] = sets[0].names[example["image"]]
+    return found
 
 
 def needed(entry: JsonObject, count: int = 3) -> list[JsonObject]:

@@ -216,11 +216,14 @@ class Task:
     def _labelled(
         self, rows: Sequence[int], image: Callable[[int], Tensor], labels: Callable[[int], Sequence[str]]
     ) -> Labelled:
-        parts = []
-        for batch in (rows[start : start + BATCH] for start in range(0, len(rows), BATCH)):
+        """Of all rows; each process reads its share of them."""
+        state, own = process_state(), list[tuple[int, Labelled]]()
+        for start in range(0, len(rows), BATCH)[state.process_index :: state.num_processes]:
+            batch = rows[start : start + BATCH]
             said = [{name.lower() for name in labels(row)} for row in batch]
             known = torch.tensor([[finding in names for finding in self.findings] for names in said])
-            parts.append(Labelled.of(torch.stack([image(row) for row in batch]), known))
+            own.append((start, Labelled.of(torch.stack([image(row) for row in batch]), known)))
+        parts = [part for _, part in sorted(gather_object(own), key=lambda pair: pair[0])]
         return Labelled(torch.cat([part.images for part in parts]), torch.cat([part.labels for part in parts]))
 
 
