@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -20,6 +22,7 @@ from distill.config import EvaluationConfig
 from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
 from distill.evaluation import evaluate as module
+from distill.evaluation import utility as utility_module
 from distill.evaluation.claims import student_interval
 from distill.evaluation.utility import FEWEST, Labelled, Task, interval, mean_auc, train_classifier, utility
 from distill.metrics.bootstrap import image_counts
@@ -127,10 +130,16 @@ def test_images_are_asked_for_findings_that_their_labels_name() -> None:
             task.named_in(labels)
 
 
-def test_each_image_keeps_its_own_labels() -> None:
-    dataset, rows = phantoms(), [*range(3, 40)]
+@pytest.mark.parametrize("processes", [1, 2])
+def test_each_image_keeps_its_own_labels(processes: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whichever process reads it."""
+    dataset, rows, shares = phantoms(), [*range(3, 40)], list[Any]()
     task = Task(dataset, rows, range(40, 60), ("pleural effusion", "edema"))
-    found = task._labelled(rows, lambda row: dataset[row].pixel_values, dataset.labels)
+    monkeypatch.setattr(utility_module, "gather_object", lambda own: shares.extend(own) or shares)
+    for rank in reversed(range(processes)):
+        state = SimpleNamespace(process_index=rank, num_processes=processes)
+        monkeypatch.setattr(utility_module, "process_state", partial(lambda state: state, state))
+        found = task._labelled(rows, lambda row: dataset[row].pixel_values, dataset.labels)
     assert found.labels.tolist() == [[name in dataset.labels(row) for name in task.findings] for row in rows]
     alone = Labelled.of(dataset[rows[-1]].pixel_values[None], found.labels[-1:])
     assert len(found) == 37 and torch.equal(found.images[-1:], alone.images)

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from distill.data.sample import ImageCaptionDataset, Sample
 
-BYTES = 2**27
+BYTES = 2**28
 
 
 class Remembered:
