@@ -519,6 +519,9 @@ def evaluate(
             is_measured="quality" in parts,
             **own,
         )
+    if accelerator.device.type == "cpu":
+        # It encodes in a quarter less time so. Only now, so that images are drawn to the bit as before.
+        model.vae.to(memory_format=torch.channels_last)
     more: JsonObject = {}
     if "memorization" in parts:
         more["memorization"] = _memorization(model, against, config, accelerator, arm_dir)
