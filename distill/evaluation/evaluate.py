@@ -545,14 +545,14 @@ def evaluate(
 
 
 @contextmanager
-def _channels_last(vae: Any, device: torch.device) -> Iterator[None]:
+def _channels_last(vae: torch.nn.Module, device: torch.device) -> Iterator[None]:
     """On a CPU it encodes in a quarter less time so. Then it has the usual layout again, in which images are drawn."""
     if device.type == "cpu":
-        vae.to(memory_format=torch.channels_last)
+        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     try:
         yield
     finally:
-        vae.to(memory_format=torch.contiguous_format)
+        vae.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
 
 
 def _memorization(
