@@ -1,12 +1,13 @@
-"""What a device allows: copies that nobody waits for, TF32, and loader processes that feed it."""
+"""What a device allows: copies that nobody waits for, TF32, the layout of weights, and loader processes that feed it."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import nn
 
 from distill.processes import cores
 
@@ -34,6 +35,21 @@ def tf32(device: torch.device, allowed: bool = True) -> Iterator[None]:
         yield
     finally:
         matmul.allow_tf32 = before
+
+
+@contextmanager
+def channels_last(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """On a CPU, weights of convolutions with channels as their last dimension in memory while the context is open: a
+    U-Net and a VAE take a tenth less time so, and the last bits of their output are others."""
+    weights = [weight for module in modules for weight in module.parameters() if weight.ndim == 4]
+    weights = weights if device.type == "cpu" else []
+    for weight in weights:
+        weight.data = weight.data.to(memory_format=torch.channels_last)
+    try:
+        yield
+    finally:
+        for weight in weights:
+            weight.data = weight.data.contiguous()
 
 
 def loader_processes(asked: int | None, device: torch.device | str) -> int:

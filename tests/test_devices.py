@@ -1,4 +1,5 @@
-"""What a device allows: TF32 while a training runs on a GPU, and loader processes that suit it."""
+"""What a device allows: TF32 while a training runs on a GPU, the layout of weights on a CPU, and loader processes
+that suit it."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import torch
 from fitting import settings_of
 from torch import nn
 
-from distill.devices import loader_processes, sent, tf32
+from distill.devices import channels_last, loader_processes, sent, tf32
 from distill.trainer import _optimizer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -27,6 +28,20 @@ def test_tf32_is_allowed_on_a_gpu_but_where_measurements_are_made() -> None:
     assert matmul.allow_tf32 is before
     with tf32(CPU, allowed=not before):
         assert matmul.allow_tf32 is before
+
+
+def test_convolutions_have_channels_last_on_a_cpu_and_their_own_layout_again() -> None:
+    """Weights that are not contiguous cannot be saved."""
+    model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4))
+    weight, linear = model[0].weight, model[1].weight
+    before, place = weight.detach().clone(), linear.data_ptr()
+    with channels_last([model], GPU):
+        assert weight.is_contiguous()
+    with pytest.raises(KeyError), channels_last([nn.ReLU(), model], CPU):
+        assert weight.is_contiguous(memory_format=torch.channels_last) and torch.equal(weight, before)
+        raise KeyError
+    assert weight is model[0].weight and weight.is_contiguous() and torch.equal(weight, before)
+    assert linear.data_ptr() == place
 
 
 @pytest.mark.parametrize(

@@ -166,18 +166,6 @@ def test_vectors_by_several_processes_are_those_of_one_in_the_order_of_the_image
         memorization_module._write_vectors(paths, make_nan, tmp_path / "vectors", 2, rank=0, world=1)
 
 
-def test_the_vae_has_its_layout_again_after_an_evaluation(sd: Model) -> None:
-    """Another would give other last bits to images that are drawn later."""
-    weight = next(
-        part.weight for part in sd.vae.modules() if isinstance(part, torch.nn.Conv2d) and part.in_channels > 1
-    )
-    with module._channels_last(sd.vae, torch.device("cpu")):
-        assert not weight.is_contiguous()
-    assert weight.is_contiguous()
-    with module._channels_last(sd.vae, torch.device("meta")):
-        assert weight.is_contiguous()
-
-
 def test_a_pool_holds_each_picture_once() -> None:
     class Twice:
         def __len__(self) -> int:

@@ -341,3 +341,11 @@ def test_a_scene_and_its_caption_are_made_once(monkeypatch: pytest.MonkeyPatch) 
     assert all(other.caption(1) != first[0] for other in others) and made
     with pytest.raises(IndexError, match="row 3"):
         own.caption(3)
+
+
+@pytest.mark.parametrize("knots", [5, 22, 40])
+def test_smooth_noise_has_no_denormal_factors_and_is_the_same_field(knots: int) -> None:
+    """Denormal factors change no sum, and made a picture take an eighth more time."""
+    basis = phantom_pixels._noise_basis(128, knots)
+    assert not ((basis > 0) & (basis < 1e-30)).any()
+    np.testing.assert_allclose((basis.astype(np.float64) ** 2).sum(1), 1.0, rtol=1e-5)

@@ -12,7 +12,6 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from distill.config import FullEvaluation
 from distill.data.cache import model_fingerprint
 from distill.data.remembered import Remembered
 from distill.data.sample import ImageCaptionDataset, group_key, patient_of
+from distill.devices import channels_last
 from distill.evaluation.detection import LEAST_IMAGES, NAMES
 from distill.evaluation.explanation import Pictures, explain, one_of_each_image, real_pictures, summary, write_explained
 from distill.evaluation.fidelity import Generated, compare, finding_labels
@@ -497,39 +497,31 @@ def evaluate(
     shared: dict[str, Any] = {"accelerator": accelerator, "arm_dir": arm_dir, "examples": against.examples}
     own: dict[str, Any] = shared | {"label": label, "weights": weights}
     located = drawn = None
-    if "localization" in parts:
-        of_data: dict[str, Any] = {
-            "training": against.training,
-            "priors_dir": against.priors_dir,
-            "latents": against.latents,
-        }
-        located = localization(model, against.dataset, config, **own, **of_data)
-    localization_seconds = time.perf_counter() - began
-    if "localization" in parts:
-        write_word_maps(model, against.dataset, config, **shared)
-    of_images = [part for part in OF_DRAWN if part in parts]
-    if "quality" in parts or of_images:
-        drawn = quality(
-            model,
-            against.dataset,
-            config,
-            resolution=resolution,
-            features=against.features,
-            real=against.real,
-            keep_images=bool(of_images),
-            is_measured="quality" in parts,
-            **own,
-        )
-    more: JsonObject = {}
-    with _channels_last(model.vae, accelerator.device):
-        if "memorization" in parts:
-            more["memorization"] = _memorization(model, against, config, accelerator, arm_dir)
-        if "utility" in parts:
-            more["utility"] = _utility(against, config, arm_dir)
-        if "similarity" in parts:
-            more["similarity"] = _similarity(against, config, accelerator, arm_dir)
-        if "explanation" in parts:
-            more["explanation"] = _explanation(model, against, config, accelerator, arm_dir)
+    with channels_last(model.modules(), accelerator.device):
+        if "localization" in parts:
+            of_data: dict[str, Any] = {
+                "training": against.training,
+                "priors_dir": against.priors_dir,
+                "latents": against.latents,
+            }
+            located = localization(model, against.dataset, config, **own, **of_data)
+        localization_seconds = time.perf_counter() - began
+        if "localization" in parts:
+            write_word_maps(model, against.dataset, config, **shared)
+        of_images = bool(set(OF_DRAWN) & set(parts))
+        if "quality" in parts or of_images:
+            drawn = quality(
+                model,
+                against.dataset,
+                config,
+                resolution=resolution,
+                features=against.features,
+                real=against.real,
+                keep_images=of_images,
+                is_measured="quality" in parts,
+                **own,
+            )
+        more = _of_images(model, against, config, accelerator, arm_dir, parts)
     seconds = {
         "localization_seconds": localization_seconds,
         "evaluation_seconds": time.perf_counter() - began,
@@ -544,15 +536,25 @@ def evaluate(
     return returned | more
 
 
-@contextmanager
-def _channels_last(vae: torch.nn.Module, device: torch.device) -> Iterator[None]:
-    """On a CPU it encodes in a quarter less time so. Then it has the usual layout again, in which images are drawn."""
-    if device.type == "cpu":
-        vae.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    try:
-        yield
-    finally:
-        vae.to(memory_format=torch.contiguous_format)  # type: ignore[call-overload]
+def _of_images(
+    model: Model,
+    against: HeldOut,
+    config: FullEvaluation,
+    accelerator: Accelerator,
+    arm_dir: Path,
+    parts: Sequence[str],
+) -> JsonObject:
+    """The entries of OF_DRAWN, of the images in drawn/."""
+    found: JsonObject = {}
+    if "memorization" in parts:
+        found["memorization"] = _memorization(model, against, config, accelerator, arm_dir)
+    if "utility" in parts:
+        found["utility"] = _utility(against, config, arm_dir)
+    if "similarity" in parts:
+        found["similarity"] = _similarity(against, config, accelerator, arm_dir)
+    if "explanation" in parts:
+        found["explanation"] = _explanation(model, against, config, accelerator, arm_dir)
+    return found
 
 
 def _memorization(

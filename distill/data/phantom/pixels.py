@@ -38,6 +38,7 @@ def _noise_basis(resolution: int, knots: int) -> Array:
     axis, centers = _grid(resolution)[1], np.linspace(-1.1, 1.1, knots, dtype=np.float32)[None, :]
     basis = np.exp(-0.5 * ((axis - centers) / (2.2 / (knots - 1) * 0.75)) ** 2)
     returned: Array = (basis / np.sqrt((basis**2).sum(1, keepdims=True))).astype(np.float32)
+    returned[returned < 1e-30] = 0.0  # products of such numbers are denormal, which takes a CPU ten times as long
     return returned
 
 
