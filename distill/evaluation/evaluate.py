@@ -27,7 +27,7 @@ from distill.config import FullEvaluation
 from distill.data.cache import model_fingerprint
 from distill.data.remembered import Remembered
 from distill.data.sample import ImageCaptionDataset, group_key, patient_of
-from distill.devices import channels_last
+from distill.devices import quick_on_cpu
 from distill.evaluation.detection import LEAST_IMAGES, NAMES
 from distill.evaluation.explanation import Pictures, explain, one_of_each_image, real_pictures, summary, write_explained
 from distill.evaluation.fidelity import Generated, compare, finding_labels
@@ -497,7 +497,8 @@ def evaluate(
     shared: dict[str, Any] = {"accelerator": accelerator, "arm_dir": arm_dir, "examples": against.examples}
     own: dict[str, Any] = shared | {"label": label, "weights": weights}
     located = drawn = None
-    with channels_last(model.modules(), accelerator.device):
+    features = [] if against.features is None else [against.features]
+    with quick_on_cpu([*model.modules(), *features], accelerator.device):
         if "localization" in parts:
             of_data: dict[str, Any] = {
                 "training": against.training,
