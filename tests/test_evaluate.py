@@ -112,20 +112,37 @@ def test_the_same_seed_gives_the_same_numbers_and_files(sd: Model, phantoms: Pha
     assert (tmp_path / "c/model/samples/0000.png").read_bytes() != (tmp_path / "a/model/samples/0000.png").read_bytes()
 
 
-def test_on_a_cpu_images_are_drawn_by_weights_with_channels_last(
+class Layout(Features):
+    """Its features are the mean of an image; it notes the layout of its weights."""
+
+    name = "layout"
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.seen = torch.nn.Conv2d(3, 2, 3), list[bool]()
+
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, None]:
+        self.seen.append(self.conv.weight.is_contiguous())
+        return images.mean(dim=(2, 3)), None
+
+
+def test_on_a_cpu_models_are_measured_with_channels_last(
     sd: Model, phantoms: PhantomDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A tenth less time; afterwards the model can be saved."""
     weights = [next(w for w in part.parameters() if w.ndim == 4 and w.shape[-1] > 1) for part in (sd.denoiser, sd.vae)]
-    seen = []
+    drawn, features, accelerator = [], Layout(), Accelerator()
 
-    def drawn(*arguments: Any) -> torch.Tensor:
-        seen.append([weight.is_contiguous() for weight in weights])
+    def draw(*arguments: Any) -> torch.Tensor:
+        drawn.extend(weight.is_contiguous() for weight in weights)
         return generate(*arguments)
 
-    monkeypatch.setattr(module, "generate", drawn)
-    run_all(sd, phantoms, CONFIG, tmp_path, 64)
-    assert seen and not any(any(layouts) for layouts in seen) and all(weight.is_contiguous() for weight in weights)
+    monkeypatch.setattr(module, "generate", draw)
+    against = held_out(phantoms, sd, CONFIG, features, accelerator=accelerator, run_dir=tmp_path)
+    of_real = len(features.seen)
+    evaluate(sd, against, CONFIG, resolution=64, accelerator=accelerator, arm_dir=tmp_path / "model", label="m")
+    assert 0 < of_real < len(features.seen) and drawn and not any([*features.seen, *drawn])
+    assert all(weight.is_contiguous() for weight in (*weights, features.conv.weight))
 
 
 @pytest.mark.parametrize("resolution", [64, 72, 128])

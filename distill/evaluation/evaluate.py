@@ -295,13 +295,14 @@ def real_images(
     """Features and scores of real held-out images."""
     mine = list(indices)[accelerator.process_index :: accelerator.num_processes]
     rows: list[tuple[int, Any, Any]] = []
-    for batch in _batches(mine, batch_size):
-        if features is None:
-            rows += [(i, None, None) for i in batch]
-            continue
-        pixels = torch.stack([dataset[i].pixel_values for i in batch])
-        values, scores = _extract(features, (pixels + 1) / 2, accelerator.device)
-        rows += list(zip(batch, values, scores, strict=True))
+    with quick_on_cpu([] if features is None else [features], accelerator.device):
+        for batch in _batches(mine, batch_size):
+            if features is None:
+                rows += [(i, None, None) for i in batch]
+                continue
+            pixels = torch.stack([dataset[i].pixel_values for i in batch])
+            values, scores = _extract(features, (pixels + 1) / 2, accelerator.device)
+            rows += list(zip(batch, values, scores, strict=True))
     rows = sorted(gather_object(rows), key=lambda row: row[0])
     labels = [dataset.labels(row[0]) for row in rows]
     groups = [group_key(dataset, row[0]) for row in rows]
