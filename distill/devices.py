@@ -7,7 +7,6 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
-from diffusers.models.attention import BasicTransformerBlock
 from torch import nn
 
 from distill.processes import cores
@@ -39,27 +38,18 @@ def tf32(device: torch.device, allowed: bool = True) -> Iterator[None]:
 
 
 @contextmanager
-def quick_on_cpu(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
-    """On a CPU, less time for models that are measured, while the context is open.
-
-    Weights of convolutions have channels as their last dimension in memory (a tenth less time of drawing an image; the
-    last bits of the output are others), and feed-forward layers of a denoiser take one row of a batch at a time, which
-    stays in the CPU's cache (an eighth less time; the same bits).
-    """
-    parts = [part for module in modules for part in module.modules()] if device.type == "cpu" else []
-    weights = [weight for part in parts for weight in part.parameters(recurse=False) if weight.ndim == 4]
-    blocks = [part for part in parts if isinstance(part, BasicTransformerBlock)]
+def channels_last(modules: Iterable[nn.Module], device: torch.device) -> Iterator[None]:
+    """On a CPU, weights of convolutions with channels as their last dimension in memory while the context is open: a
+    VAE takes a quarter less time so, drawing images about 3 per cent less. The last bits of the output are others."""
+    weights = [weight for module in modules for weight in module.parameters() if weight.ndim == 4]
+    weights = weights if device.type == "cpu" else []
     for weight in weights:
         weight.data = weight.data.to(memory_format=torch.channels_last)
-    for block in blocks:
-        block.set_chunk_feed_forward(1)
     try:
         yield
     finally:
         for weight in weights:
             weight.data = weight.data.contiguous()
-        for block in blocks:
-            block.set_chunk_feed_forward(None)
 
 
 def loader_processes(asked: int | None, device: torch.device | str) -> int:

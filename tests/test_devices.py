@@ -5,11 +5,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers.models.attention import BasicTransformerBlock
 from fitting import settings_of
 from torch import nn
 
-from distill.devices import loader_processes, quick_on_cpu, sent, tf32
+from distill.devices import channels_last, loader_processes, sent, tf32
 from distill.trainer import _optimizer
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
@@ -36,26 +35,13 @@ def test_convolutions_have_channels_last_on_a_cpu_and_their_own_layout_again() -
     model = nn.Sequential(nn.Conv2d(3, 4, 3), nn.Linear(4, 4))
     weight, linear = model[0].weight, model[1].weight
     before, place = weight.detach().clone(), linear.data_ptr()
-    with quick_on_cpu([model], GPU):
+    with channels_last([model], GPU):
         assert weight.is_contiguous()
-    with pytest.raises(KeyError), quick_on_cpu([nn.ReLU(), model], CPU):
+    with pytest.raises(KeyError), channels_last([nn.ReLU(), model], CPU):
         assert weight.is_contiguous(memory_format=torch.channels_last) and torch.equal(weight, before)
         raise KeyError
     assert weight is model[0].weight and weight.is_contiguous() and torch.equal(weight, before)
     assert linear.data_ptr() == place
-
-
-def test_feed_forward_layers_take_one_row_at_a_time_on_a_cpu() -> None:
-    torch.manual_seed(0)
-    block, rows, sizes = BasicTransformerBlock(8, 2, 4).eval(), torch.randn(3, 5, 8), []
-    block.ff.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
-    with torch.no_grad():
-        expected = block(rows)
-        for device in (GPU, CPU):
-            with quick_on_cpu([nn.Sequential(block)], device):
-                torch.testing.assert_close(block(rows), expected)
-        block(rows)
-    assert sizes == [3, 3, 1, 1, 1, 3]
 
 
 @pytest.mark.parametrize(

@@ -129,7 +129,7 @@ class Layout(Features):
 def test_on_a_cpu_models_are_measured_with_channels_last(
     sd: Model, phantoms: PhantomDataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tenth less time; afterwards the model can be saved."""
+    """Less time; afterwards the model can be saved."""
     weights = [next(w for w in part.parameters() if w.ndim == 4 and w.shape[-1] > 1) for part in (sd.denoiser, sd.vae)]
     drawn, features, accelerator = [], Layout(), Accelerator()
 

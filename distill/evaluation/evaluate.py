@@ -27,7 +27,7 @@ from distill.config import FullEvaluation
 from distill.data.cache import model_fingerprint
 from distill.data.remembered import Remembered
 from distill.data.sample import ImageCaptionDataset, group_key, patient_of
-from distill.devices import quick_on_cpu
+from distill.devices import channels_last
 from distill.evaluation.detection import LEAST_IMAGES, NAMES
 from distill.evaluation.explanation import Pictures, explain, one_of_each_image, real_pictures, summary, write_explained
 from distill.evaluation.fidelity import Generated, compare, finding_labels
@@ -295,7 +295,7 @@ def real_images(
     """Features and scores of real held-out images."""
     mine = list(indices)[accelerator.process_index :: accelerator.num_processes]
     rows: list[tuple[int, Any, Any]] = []
-    with quick_on_cpu([] if features is None else [features], accelerator.device):
+    with channels_last([] if features is None else [features], accelerator.device):
         for batch in _batches(mine, batch_size):
             if features is None:
                 rows += [(i, None, None) for i in batch]
@@ -499,7 +499,7 @@ def evaluate(
     own: dict[str, Any] = shared | {"label": label, "weights": weights}
     located = drawn = None
     features = [] if against.features is None else [against.features]
-    with quick_on_cpu([*model.modules(), *features], accelerator.device):
+    with channels_last([*model.modules(), *features], accelerator.device):
         if "localization" in parts:
             of_data: dict[str, Any] = {
                 "training": against.training,
