@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from distill.cli import parse
 from distill.config import EvaluationConfig, FullEvaluation, LoraConfig, TrainerConfig
 from distill.errors import UserError
-from distill.experiment.arms import Arm, arms_of, can_be_arm, settings_of
+from distill.experiment.arms import Arm, arms_of, can_be_arm, settings_of, settings_of_run
 from distill.methods.options import AttentionDistillationOptions, DenoisingOptions, KeyLockOptions, TailPenaltyOptions
 from distill.methods.training import ArmConfig
 
@@ -224,6 +224,27 @@ def test_settings_of_an_arm_are_all_that_decided_it() -> None:
     assert "lora" not in frozen and lora["lora"]["rank"] == 4
     assert frozen["method"] == {"kind": "denoising"} and frozen["evaluation"]["scheduler"] == "base"
     assert not {"arms", "compare_to", "seeds"} & set(frozen) and frozen["base"]["name"] == "phantom"
+
+
+def test_settings_of_a_run_hold_what_an_arm_takes_from_another() -> None:
+    """Else a record says of an arm that trains the text encoder that it froze it."""
+    from recipe import recipe_module
+
+    config = recipe_module("tradeoff").TradeoffConfig(
+        arms={
+            "trained": ArmConfig(text_encoder="full", max_steps=4),
+            "labels": ArmConfig(like="trained", learning_rate=0.5),
+        }
+    )
+    found = settings_of_run(config)
+    assert found["base"]["name"] == "phantom" and found["arms"]["trained"]["like"] is None
+    labels = found["arms"]["labels"]
+    assert (labels["like"], labels["text_encoder"], labels["max_steps"], labels["learning_rate"]) == (
+        "trained",
+        "full",
+        4,
+        0.5,
+    )
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
+from matplotlib.text import Annotation
 from PIL import Image
 
 from distill.evaluation.results import Estimate
@@ -292,6 +293,12 @@ def test_the_fronts_go_through_the_budgets_of_each_arm(drawn: Drawn) -> None:
     assert lines_of(fid) == {"a": [pytest.approx([0.11, 0.21]), [41.0, 31.0]], "b": [pytest.approx([0.31]), [26.0]]}
     assert lines_of(finding) == {"a": [pytest.approx([0.11, 0.21]), [0.6, 0.7]]}
     assert [axes.get_xlabel() for axes in figure.axes] == ["image adds (localization, right is better)"] * 2
+    named = [(text.get_text(), *text.xy) for text in fid.texts if isinstance(text, Annotation)]
+    assert named == [
+        ("2", pytest.approx(0.11), 41.0),
+        ("4", pytest.approx(0.21), 31.0),
+        ("4", pytest.approx(0.31), 26.0),
+    ]
     assert fid.get_ylabel().startswith("FID") and finding.get_ylabel().startswith("finding AUC")
     first, *_ = fid.lines
     assert (to_hex(first.get_color()), first.get_marker(), first.get_linewidth()) == (figures.COLOURS[0], "o", 1)

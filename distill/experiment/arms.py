@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import BaseModel, ValidationError
 
 from distill.config import FullEvaluation, Keep, TrainerConfig
 from distill.errors import raise_all
@@ -133,6 +133,15 @@ def _cycles(arms: Mapping[str, Arm]) -> list[str]:
         done.update(ready)
     waiting = [name for name in arms if name not in done]
     return [f"{name} needs {', '.join(arms[name].needs)}" for name in waiting]
+
+
+def settings_of_run(config: BaseModel) -> JsonObject:
+    """All options of a run, as nested dictionaries; an arm has those that it takes from the one that it is like."""
+    found: JsonObject = config.model_dump(mode="json")
+    arms: Mapping[str, ArmConfig] = getattr(config, "arms", {})
+    for name in arms:
+        found["arms"][name] = resolved(arms, name).model_dump(mode="json") | {"like": arms[name].like}
+    return found
 
 
 def settings_of(config: Any, arm: Arm) -> JsonObject:

@@ -19,7 +19,7 @@ from distill.evaluation.kept import weights_of
 from distill.evaluation.localization import localization
 from distill.evaluation.results import parse_metrics
 from distill.evaluation.seeds import Resampled
-from distill.experiment.arms import settings_of
+from distill.experiment.arms import settings_of, settings_of_run
 from distill.experiment.folder import scratch_folder
 from distill.experiment.run import Run
 from distill.files import JsonObject, provenance, read_json, write_json
@@ -213,7 +213,7 @@ def finish(run: Run, arms: Mapping[str, JsonObject], next_command: str, card: Pa
         "seconds": {k: round(v, 1) for k, v in run.seconds.items()},
         "peak_memory_gb": round(peak_of_process_gb(), 3),
         "processes": run.accelerator.num_processes,
-        "config": config.model_dump(mode="json"),
+        "config": settings_of_run(config),
     }
     baselines = [name for name in run.compare_to if name in arms]
     resampled = Resampled({run.seed: run.folder}, arms, run.evaluation.bootstrap_samples)

@@ -199,12 +199,13 @@ def _budget(curves: Curves, arms: Sequence[str], budget: int) -> Section:
 
 def _front(curves: Curves, arms: Sequence[str]) -> Picture | None:
     """What the image adds against finding AUC and FID, through the budgets; None where one side was not measured."""
-    lines: dict[tables.Metric, dict[str, list[tuple[tables.Estimate, tables.Estimate]]]] = {}
+    lines: dict[tables.Metric, dict[str, list[_FrontPoint]]] = {}
     for metric in (tables.FINDING_AUC, tables.FID):
         for arm in arms:
-            pairs = [(_mean(point, tables.IMAGE_ADDS), _mean(point, metric)) for point in curves[arm].values()]
-            known = [(x, y) for x, y in pairs if x.value is not None and y.value is not None]
-            if known:
+            points = [
+                (budget, _mean(point, tables.IMAGE_ADDS), _mean(point, metric)) for budget, point in curves[arm].items()
+            ]
+            if known := [point for point in points if None not in (point[1].value, point[2].value)]:
                 lines.setdefault(metric, {})[arm] = known
     return _front_chart(lines) if lines else None
 
@@ -215,21 +216,32 @@ def _mean(point: Point, metric: tables.Metric) -> tables.Estimate:
     return tables.Estimate(float(np.mean(values)), *(student_interval(values) or ())) if values else tables.Estimate()
 
 
-def _front_chart(
-    lines: Mapping[tables.Metric, Mapping[str, Sequence[tuple[tables.Estimate, tables.Estimate]]]],
-) -> Picture:
-    """One panel a metric of quality, and in it one line an arm: its points (what the image adds, quality) in their
-    order."""
+_FrontPoint = tuple[int, tables.Estimate, tables.Estimate]
+"""Budget, what the image adds, quality."""
+
+
+def _front_chart(lines: Mapping[tables.Metric, Mapping[str, Sequence[_FrontPoint]]]) -> Picture:
+    """One panel a metric of quality, and in it one line an arm, its points in their order."""
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, len(lines), squeeze=False)[0]
         for axes, (metric, arms) in zip(panels, lines.items(), strict=True):
             for place, (arm, points) in enumerate(arms.items()):
-                with_bars(axes, points, marker(place) | {"color": COLOURS[place % len(COLOURS)], "label": arm, "lw": 1})
+                colour = COLOURS[place % len(COLOURS)]
+                places = [(x, y) for _, x, y in points]
+                with_bars(axes, places, marker(place) | {"color": colour, "label": arm, "lw": 1})
+                for budget, x, y in points:
+                    axes.annotate(
+                        f"{budget:,}", (x.value, y.value), (4, 3), textcoords="offset points", fontsize=6, color=colour
+                    )
             axes.set_xlabel("image adds (localization, right is better)")
-            quality_axis(axes, metric, [y.value for points in arms.values() for _, y in points])
+            quality_axis(axes, metric, [y.value for points in arms.values() for _, _, y in points])
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, fontsize=9)
 
     return chart(
-        "fronts", "quality against what the image adds, one line an arm; the values are in the tables", 9.0, 4.4, draw
+        "fronts",
+        "quality against what the image adds, one line an arm; numbers beside points are budgets",
+        9.0,
+        4.4,
+        draw,
     )
