@@ -277,6 +277,14 @@ def test_the_difference_is_of_pairs_that_both_have_by_image() -> None:
     one_image = paired_difference(default, chosen, "auc", lambda image: "same", CONFIG)
     assert one_image["ci"] is None and one_image["value"] == found["value"]
     assert paired_difference(default, [], "auc", str, CONFIG) == {"value": None, "ci": None, "pairs": 0}
+    for row, value in zip(
+        [*default, *chosen], [0.1, 0.3, None, 0.2, 0.0, 0.0, 0.2, 0.2, 0.5, 0.6, 0.0, 0.3], strict=True
+    ):
+        row["image_adds"] = {"word": value}
+    added = paired_difference(default, chosen, "image_adds", str, CONFIG)
+    assert added["pairs"] == 5 and added["value"] == pytest.approx(
+        np.mean([np.mean([0.1, 0.0]), np.mean([-0.1, 0.4, 0.3])])
+    )
 
 
 @pytest.mark.parametrize(

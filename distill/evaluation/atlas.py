@@ -29,6 +29,7 @@ from distill.attention.recording import attention_layers, record_attention
 from distill.config import FullEvaluation
 from distill.data.sample import ImageCaptionDataset, Sample, group_key, image_key
 from distill.errors import UserError
+from distill.evaluation.image_adds import PAIR_MEASURES, Row
 from distill.evaluation.localization import TOKEN_MAPS, localization
 from distill.evaluation.protocols import (
     DEFAULT_TIMESTEPS,
@@ -272,16 +273,25 @@ def paired_difference(
     default, chosen: lines of pairs.jsonl (see `distill.localization.Scores`). cluster: index of an image -> what the
     bootstrap draws. Returns {"value": None without pairs, "ci": [low, high] or None, "pairs"}.
     """
-    earlier = {(row["query"], row["finding"]): row["scores"]["word"][key] for row in default}
-    rows = [row for row in chosen if earlier.get((row["query"], row["finding"])) is not None]
-    rows = [row for row in rows if row["scores"]["word"][key] is not None]
-    values = np.array([row["scores"]["word"][key] - earlier[row["query"], row["finding"]] for row in rows])
-    findings = np.array([row["finding"] for row in rows])
-    clusters = [cluster(row["image"]) for row in rows]
+    before = {(row["query"], row["finding"]): _word(row, key) for row in default}
+    rows, gains = [], []
+    for row in chosen:
+        earlier, own = before.get((row["query"], row["finding"])), _word(row, key)
+        if earlier is not None and own is not None:
+            rows.append(row)
+            gains.append(own - earlier)
     if not rows:
         return {"value": None, "ci": None, "pairs": 0}
+    values, findings = np.array(gains), np.array([row["finding"] for row in rows])
+    clusters = [cluster(row["image"]) for row in rows]
     interval = macro_mean_interval(values, findings, clusters, config.bootstrap_samples, config.seed)
     return {"value": float(macro_mean(values, findings)), "ci": interval and list(interval), "pairs": len(rows)}
+
+
+def _word(row: Row, key: str) -> float | None:
+    """A measure of a pair's word map."""
+    value: float | None = row[key]["word"] if key in PAIR_MEASURES else row["scores"]["word"][key]
+    return value
 
 
 def compare_on_test(
@@ -315,7 +325,7 @@ def compare_on_test(
         rows[name] = [json.loads(line) for line in lines[1:]]
     found["difference"] = {
         key: paired_difference(rows["default"], rows["chosen"], key, lambda i: group_key(dataset, i), config)
-        for key in ("auc", "cnr", "top1")
+        for key in ("auc", "image_adds", "cnr", "top1")
     }
     return found
 
