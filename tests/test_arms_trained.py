@@ -444,6 +444,7 @@ def test_the_metrics_of_a_run_say_what_they_rest_on(tmp_path: Path, monkeypatch:
     asked: list[Any] = []
     shown: list[str] = []
     monkeypatch.setattr(results, "provenance", lambda: {"commit": "abc"})
+    monkeypatch.setattr(results, "settings_of_run", lambda config: {"all of": config.data.seed})
     monkeypatch.setattr(results, "peak_of_process_gb", lambda: 1.23456)
     monkeypatch.setattr(results, "Resampled", Paired)
     monkeypatch.setattr(results, "parse_metrics", lambda metrics: "parsed")
@@ -451,7 +452,7 @@ def test_the_metrics_of_a_run_say_what_they_rest_on(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(results, "terminal_table", lambda metrics: "the table")
     monkeypatch.setattr(results, "terminal_summary", lambda parsed: f"of {parsed}")
     monkeypatch.setattr(results, "_real_quality", lambda run, is_kept: {"fid": 1} if is_kept else None)
-    config = SimpleNamespace(data=SimpleNamespace(seed=8), model_dump=lambda mode: {"mode": mode})
+    config = SimpleNamespace(data=SimpleNamespace(seed=8))
     run, said = run_of(
         tmp_path, config=config, test=range(40), evaluation=FullEvaluation(bootstrap_samples=77, seed=9), compare_to=("a", "z"),
         seconds={"checks": 2.34}, console=SimpleNamespace(print=shown.append),
@@ -467,7 +468,7 @@ def test_the_metrics_of_a_run_say_what_they_rest_on(tmp_path: Path, monkeypatch:
     seconds = {"checks": 2.3, "base: evaluation": 4.0, "a: training": 20.1, "a: evaluation": 5.0, "b: training": 1.0}
     assert found["provenance"] == {
         "commit": "abc", "seeds": {"training": 3, "evaluation": 9, "data": 8}, "counts": counts | {"bootstrap_samples": 77},
-        "seconds": seconds | {"b: evaluation": 6.0}, "peak_memory_gb": 1.235, "processes": 1, "config": {"mode": "json"},
+        "seconds": seconds | {"b: evaluation": 6.0}, "peak_memory_gb": 1.235, "processes": 1, "config": {"all of": 8},
     }  # fmt: skip
     assert shown == ["the table"] and said[:2] == ["of parsed", f"a: {tmp_path / 'a'}"] and len(said) == 3
     assert said[2].startswith("report: ") and said[2].endswith("next: look")
