@@ -142,7 +142,7 @@ def _vectors(
 ) -> dict[str, torch.Tensor]:
     """images: (batch, 3, height, width) in [-1, 1], rounded to 8 bits as files of images are."""
     rounded = ((images + 1) * 127.5).round() / 127.5 - 1
-    pixels = rounded.to(device, model.vae.dtype, memory_format=torch.channels_last)  # as its weights are on a CPU
+    pixels = rounded.to(device, model.vae.dtype, memory_format=torch.channels_last)
     latents = model.vae.encode(pixels).latent_dist.mean
     found = {"latents": latents.flatten(1).float().cpu(), "pixels": thumbnails(rounded)}
     if features is not None:
