@@ -271,7 +271,8 @@ def paired_difference(
     """Chosen minus default of one metric of the word maps: macro mean over the pairs that both have, and its interval.
 
     default, chosen: lines of pairs.jsonl (see `distill.localization.Scores`). key: a metric of their scores, or one of
-    PAIR_MEASURES. cluster: index of an image -> what the bootstrap draws. Returns {"value": None without pairs, "ci": [low, high] or None, "pairs"}.
+    PAIR_MEASURES. cluster: index of an image -> what the bootstrap draws. Returns {"value": None without pairs, "ci":
+    [low, high] or None, "pairs"}.
     """
     before = {(row["query"], row["finding"]): _word(row, key) for row in default}
     rows, gains = [], []
