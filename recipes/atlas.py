@@ -10,7 +10,7 @@ evaluation takes the run's layers and timesteps. The search is `choose_subset` i
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 from pydantic import Field
 
@@ -35,7 +35,8 @@ class AtlasConfig(Settings):
     """
 
     common: ClassVar[tuple[str, ...]] = (
-        "base.name", "runs", "data.kind", "data.root", "timesteps", "validation_images", "store", "output_dir",
+        "base.name", "runs", "data.kind", "data.root", "timesteps", "validation_images", "choose_by", "store",
+        "output_dir",
     )  # fmt: skip
     base: BaseConfig = BaseConfig()
     runs: Texts = ()
@@ -50,6 +51,9 @@ class AtlasConfig(Settings):
     """Most timesteps of the subset: the forward passes that it costs an image."""
     validation_images: Count = 100
     """Validation images that the subset is chosen on. evaluation.localization_images test images check it."""
+    choose_by: Literal["image_adds", "auc"] = "image_adds"
+    """What the subset is chosen by. image_adds: AUC of an image's own map minus that of other images' maps with the same
+    finding, which a map that does not look at the image cannot raise. auc: the AUC alone."""
     store: bool = True
     """Write the subset as localization.json into each run folder, where evaluation finds it."""
     store_base: bool = False
@@ -101,6 +105,7 @@ def load_splits(config: AtlasConfig) -> tuple[ImageCaptionDataset, ImageCaptionD
 def check(config: AtlasConfig, model: Model, validation: ImageCaptionDataset, test: ImageCaptionDataset) -> None:
     """Raise UserError, before anything is computed, for what does not fit the base or the data."""
     from distill.data.readers.records import RecordDataset
+    from distill.data.sample import has_finding_twice
     from distill.errors import UserError, raise_all
     from distill.evaluation.protocols import queries
 
@@ -124,6 +129,11 @@ def check(config: AtlasConfig, model: Model, validation: ImageCaptionDataset, te
         if not queries(dataset, model, config.evaluation.full(localization_images=1)):
             why = f": {dataset.no_regions}; see data.findings" if isinstance(dataset, RecordDataset) else ""
             raise UserError(f"none of the {len(dataset):,} {which} images has a box or mask of a finding{why}")
+    if config.choose_by == "image_adds" and not has_finding_twice(validation):
+        raise UserError(
+            "choose_by is image_adds, which compares the maps of images with the same finding, and no finding has a box "
+            f"or mask in two of the {len(validation):,} validation images; set choose_by to auc"
+        )
 
 
 def dry_run(
@@ -142,13 +152,15 @@ def dry_run(
     few = config.evaluation.full(localization_images=config.evaluation.batch_size)
     model.to(accelerator.device).freeze()
     began = time.perf_counter()
-    cells = compute_cells(model, validation, few, config.timesteps[:1], accelerator=accelerator, label="dry run")
-    images = len(np.unique(cells.images))
+    cells = compute_cells(
+        model, validation, few, config.timesteps[:1], accelerator=accelerator, by="auc", label="dry run"
+    )
+    images = len(np.unique(cells.pairs.images[list(cells.mine)]))
     count = len({*config.timesteps, *DEFAULT_TIMESTEPS})
     passes = config.validation_images * count
     passes += config.evaluation.localization_images * (len(DEFAULT_TIMESTEPS) + config.max_timesteps)
     seconds = (time.perf_counter() - began) / max(images, 1) * passes / accelerator.num_processes
-    size = cells.maps.element_size() * cells.maps[0].numel() * count * len(cells.maps) / images
+    size = cells.maps.element_size() * cells.maps.numel() * count / max(images, 1)
     console.print(
         f"{len(cells.layers)} layers at {count} timesteps; about {seconds / 60:.1f} min and "
         f"{size * config.validation_images / 1e9:.2f} GB of maps a model; peak memory so far {peak_memory_gb():.2f} "
@@ -167,8 +179,9 @@ def write_model(config: AtlasConfig, name: str, run: Path | None, entry: JsonObj
 
     folder, chosen = Path(config.output_dir) / name, entry["chosen"]
     rows, columns = ([entry[key].index(value) for value in chosen[key]] for key in ("layers", "timesteps"))
-    tables = {token: np.array(table) for token, table in entry["validation"]["auc"].items()}
-    chart = atlas_chart(tables, [short_layer(layer) for layer in entry["layers"]], entry["timesteps"], (rows, columns))
+    tables = {token: np.array(table) for token, table in entry["validation"][chosen["by"]].items()}
+    names = [short_layer(layer) for layer in entry["layers"]]
+    chart = atlas_chart(tables, names, entry["timesteps"], (rows, columns), chosen["by"])
     write_atomic(folder / "atlas.png", chart.png)
     content = subset_file(entry, config.model_dump(mode="json"))
     write_json(folder / SUBSET_FILE, content)
@@ -250,6 +263,7 @@ def measure_all(config: AtlasConfig) -> None:
             timesteps=config.timesteps,
             max_timesteps=config.max_timesteps,
             validation_images=config.validation_images,
+            by=config.choose_by,
             accelerator=accelerator,
             folder=Path(config.output_dir) / name,
             label=name,

@@ -67,7 +67,7 @@ def stepper(options: Options, batch: Batch, captions: list[str], folder: Path) -
         load=lambda name: load_model(BASE),
         batches=lambda images: iter([batch]),
         captions=lambda count: captions,
-        layer_auc=None,
+        layer_scores=None,
         say=lambda message: None,
     )
     method.setup(student(), context)

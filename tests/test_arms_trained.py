@@ -614,7 +614,7 @@ def test_validation_images_are_opened_where_something_looks_at_them(
     kept = arm_of(tmp_path, "kept", keep="word_auc")
     looks = {"validate_every_steps": 5}
     assert validation_of([plain]) is None and validation_of([], trainer=looks) is None
-    assert len(validation_of([plain], trainer=looks)) == len(validation_of([gated])) == 2
+    assert len(validation_of([plain], trainer=looks)) == 2 and len(validation_of([gated], validation_size=8)) == 8
     for arms, who in (
         ([plain], "trainer.validate_every_steps"),
         ([plain, gated], "the gate of gated"),
@@ -628,6 +628,14 @@ def test_validation_images_are_opened_where_something_looks_at_them(
         validation_of([kept, gated], trainer=looks)
     with pytest.raises(UserError, match="keep word_auc needs validation images"):
         validation_of([kept], trainer=looks)
+    apart = [sample("a", "Edema.", ("edema", None)), sample("b", "Small effusion.", ("pleural effusion", None))]
+    monkeypatch.setattr(run_module, "load_dataset", lambda data, split: Listed(apart, WORDS))
+    with pytest.raises(UserError, match="the gate of gated compares .* no finding has a box or mask in two of the 2"):
+        validation_of([kept, gated], trainer=looks)
+    assert len(validation_of([kept], trainer=looks)) == 2
+    twice = [*apart, sample("c", "Edema.", ("edema", None))]
+    monkeypatch.setattr(run_module, "load_dataset", lambda data, split: Listed(twice, WORDS))
+    assert len(validation_of([gated])) == 3
 
 
 def test_references_that_are_no_arm_are_compared_with_the_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

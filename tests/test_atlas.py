@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from listed import WORDS, Listed, sample
 from pair import in_two_processes
@@ -29,14 +29,17 @@ from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
 from distill.evaluation import atlas as library
 from distill.evaluation.atlas import (
+    MEASURES,
     MIN_GAIN,
     Cells,
+    Measure,
+    Pairs,
     choose_subset,
     compute_cells,
     macro_mean,
-    pair_auc,
     paired_difference,
 )
+from distill.evaluation.image_adds import choose_others
 from distill.evaluation.localization import TOKEN_MAPS, localization
 from distill.evaluation.protocols import DEFAULT_TIMESTEPS, with_subset
 from distill.experiment.atlas import answer, short_layer
@@ -76,51 +79,107 @@ def phantoms() -> PhantomDataset:
 
 
 def cells_of(maps: torch.Tensor, masks: torch.Tensor, findings: list[int], timesteps: tuple[int, ...]) -> Cells:
-    """Cells whose AUC table is computed by scikit-learn; EOS and padding are chance."""
-    pairs, layers, steps = maps.shape[:3]
-    auc = np.full((pairs, len(TOKEN_MAPS), layers, steps), 0.5)
-    for pair, layer, step in np.ndindex(pairs, layers, steps):
-        auc[pair, 0, layer, step] = roc_auc_score(masks[pair].flatten(), maps[pair, layer, step].flatten())
+    """Cells of one image a pair, whose scores are computed by scikit-learn; EOS and padding are chance."""
+    count, layers, steps = maps.shape[:3]
+    numbers = np.arange(count)
+    pairs = Pairs(
+        queries=numbers,
+        places=np.zeros(count, dtype=np.int64),
+        findings=np.array(findings),
+        images=numbers,
+        masks=[np.packbits(mask.numpy()) for mask in masks],
+        shape=(masks.shape[1], masks.shape[2]),
+        others=choose_others([str(f) for f in findings], [str(n) for n in numbers], numbers.tolist()),
+    )
+    scores: dict[Measure, np.ndarray] = {
+        "auc": np.full((count, len(TOKEN_MAPS), layers, steps), 0.5),
+        "image_adds": np.zeros((count, len(TOKEN_MAPS), layers, steps)),
+    }
+    for place, layer, step in np.ndindex(count, layers, steps):
+        own = true_pair_scores(masks, maps[:, layer, step], pairs.others, place)
+        for measure in MEASURES:
+            scores[measure][place, 0, layer, step] = own[measure]
     names = tuple(f"down_blocks.{i}.attentions.0.transformer_blocks.0.attn2" for i in range(layers))
-    numbers = np.arange(pairs)
-    return Cells(names, timesteps, maps, masks, np.array(findings), numbers, numbers, auc)
+    return Cells(names, timesteps, pairs, tuple(range(count)), maps, scores)
+
+
+def true_pair_scores(
+    masks: torch.Tensor, maps: torch.Tensor, others: Sequence[tuple[int, ...]], place: int
+) -> dict[str, float]:
+    """AUC of a pair's map, and that minus the mean AUC of its others' maps against its mask; masks as large as maps."""
+    truth = masks[place].flatten()
+
+    def auc(source: int) -> float:
+        return float(roc_auc_score(truth, maps[source].double().flatten()))
+
+    gains = [auc(place) - auc(other) for other in others[place]]
+    return {"auc": auc(place), "image_adds": float(np.mean(gains)) if gains else float("nan")}
 
 
 def known_cells() -> Cells:
     """Layers 0 and 2 each show one half of the mask, at timestep 20 alone; all else is noise, or the mask's
     opposite."""
-    noise = torch.rand(3, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
-    masks = torch.zeros(3, 8, 8, dtype=torch.bool)
-    for pair in range(3):
-        masks[pair, pair : pair + 3, 2:6] = True
+    noise = torch.rand(6, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    masks = torch.zeros(6, 8, 8, dtype=torch.bool)
+    for pair in range(6):
+        masks[pair, pair % 4 * 2 : pair % 4 * 2 + 2, 2:6] = True
     left = torch.arange(8) < 4
     maps = noise * 5
     maps[:, 0, 1], maps[:, 2, 1] = (masks & left).float(), (masks & ~left).float()
     maps[:, 1, 1] = 9 * (~masks).float()
-    return cells_of(maps, masks, [0, 0, 1], (10, 20, 30))
+    return cells_of(maps, masks, [0, 0, 0, 1, 1, 1], (10, 20, 30))
 
 
-def test_the_search_finds_the_two_halves_of_the_mask() -> None:
+@pytest.mark.parametrize("by", MEASURES)
+def test_the_search_finds_the_two_halves_of_the_mask(by: Measure) -> None:
     cells = known_cells()
-    choice = choose_subset(cells, CONFIG, 3)
+    choice = choose_subset(cells, CONFIG, 3, by)
     assert choice.subset == AttentionSubset((cells.layers[0], cells.layers[2]), (20,))
-    assert choice.auc == 1 and choice.is_better
-    assert [auc for _, auc in choice.steps] == [pytest.approx(0.75), 1]
-    assert choice.default_auc is None, "the default's timesteps are not among the cells"
+    assert choice.scores["auc"] == 1 and choice.is_better and choice.by == by
+    assert [scores["auc"] for _, scores in choice.steps] == [pytest.approx(0.75), 1]
+    assert choice.default is None, "the default's timesteps are not among the cells"
 
 
-def test_the_default_is_compared_where_its_timesteps_are_known() -> None:
-    maps = torch.rand(2, 2, 6, 8, 8, generator=torch.Generator().manual_seed(1))
+def test_a_map_that_does_not_look_at_the_image_is_chosen_by_its_auc_alone() -> None:
+    """Layer 0 shows the same place in each image, where most of every mask is; layer 1 shows half of each mask."""
+    masks = torch.zeros(3, 8, 8, dtype=torch.bool)
+    masks[:, 2:6, 2:5] = True
+    for pair in range(3):
+        masks[pair, 2 * pair, 6] = True
+    maps = torch.rand(3, 2, 1, 8, 8, generator=torch.Generator().manual_seed(3)) * 0.1
+    maps[:, 0, 0, 2:6, 2:5] += 1
+    for pair in range(3):
+        maps[pair, 1, 0, 2 * pair, 6] += 1
+    cells = cells_of(maps, masks, [0, 0, 0], (20,))
+    best = [name.split(".")[1] for name in choose_subset(cells, CONFIG, 1, "auc").steps[0][0].layers]
+    chosen = choose_subset(cells, CONFIG, 1).subset.layers
+    assert best == ["0"] and cells.layers[1] in chosen
+    assert choose_subset(cells, CONFIG, 1).steps[0][0].layers == (cells.layers[1],)
+
+
+def test_a_choice_by_auc_needs_no_other_image() -> None:
+    maps = torch.rand(2, 2, 1, 8, 8, generator=torch.Generator().manual_seed(4))
     masks = torch.zeros(2, 8, 8, dtype=torch.bool)
-    masks[:, 2:4, 3:7] = True
+    masks[:, 2:4] = True
+    choice = choose_subset(cells_of(maps, masks, [0, 1], (20,)), CONFIG, 1, "auc")
+    assert set(choice.scores) == {"auc"}
+
+
+@pytest.mark.parametrize("by", MEASURES)
+def test_the_default_is_compared_where_its_timesteps_are_known(by: Measure) -> None:
+    maps = torch.rand(3, 2, 6, 8, 8, generator=torch.Generator().manual_seed(1))
+    masks = torch.zeros(3, 8, 8, dtype=torch.bool)
+    masks[0, 2:4, 3:7] = masks[1, 1:4, 3:5] = masks[2, 5:7, 0:4] = True
     maps[:, 0, 0] = (~masks).float() * 100
-    cells = cells_of(maps, masks, [0, 1], (25, *DEFAULT_TIMESTEPS))
-    choice = choose_subset(cells, CONFIG, 2)
-    expected = [
-        roc_auc_score(m.flatten(), p[:, 1:].mean(dim=(0, 1)).flatten()) for m, p in zip(masks, maps, strict=True)
-    ]
-    assert choice.default_auc == pytest.approx(np.mean(expected), abs=1e-9)
-    assert not replace(choice, auc=choice.default_auc).is_better and replace(choice, auc=1.0).is_better
+    cells = cells_of(maps, masks, [0, 1, 1], (25, *DEFAULT_TIMESTEPS))
+    choice = choose_subset(cells, CONFIG, 2, by)
+    found = choice.default
+    assert found is not None
+    expected = true_score(cells, AttentionSubset(cells.layers, DEFAULT_TIMESTEPS), by)
+    assert found[by] == pytest.approx(expected, abs=1e-9)
+    other = next(measure for measure in MEASURES if measure != by)
+    assert not replace(choice, scores={by: found[by], other: 9.0}).is_better
+    assert replace(choice, scores={by: 1.0, other: -9.0}).is_better
 
 
 @st.composite
@@ -136,38 +195,46 @@ def random_cells(draw: st.DrawFn) -> Cells:
     return cells_of(maps, masks, findings, tuple(range(0, 10 * steps, 10)))
 
 
-def true_auc(cells: Cells, subset: AttentionSubset) -> float:
+def true_score(cells: Cells, subset: AttentionSubset, by: Measure) -> float:
     layers = [cells.layers.index(name) for name in subset.layers]
     steps = [cells.timesteps.index(t) for t in subset.timesteps]
-    per_pair = [
-        roc_auc_score(mask.flatten(), own[layers][:, steps].double().mean(dim=(0, 1)).flatten())
-        for mask, own in zip(cells.masks, cells.maps, strict=True)
-    ]
-    return float(np.mean([np.mean([v for v, f in zip(per_pair, cells.findings, strict=True) if f == g])
-                          for g in set(cells.findings.tolist())]))  # fmt: skip
+    means = cells.maps[:, layers][:, :, steps].mean(dim=(1, 2))
+    shape = cells.pairs.shape
+    masks = torch.from_numpy(np.unpackbits(np.stack(cells.pairs.masks), axis=1, count=shape[0] * shape[1])).bool()
+    groups: dict[int, list[float]] = {}
+    for place, finding in enumerate(cells.pairs.findings.tolist()):
+        value = true_pair_scores(masks.view(-1, *shape), means, cells.pairs.others, place)[by]
+        if np.isfinite(value):
+            groups.setdefault(finding, []).append(value)
+    return float(np.mean([np.mean(values) for values in groups.values()]))
 
 
-@given(cells=random_cells(), most=st.integers(1, 4))
-@settings(max_examples=25)
-def test_the_subset_is_never_worse_than_the_best_cell_and_no_change_improves_it(cells: Cells, most: int) -> None:
-    choice = choose_subset(cells, CONFIG, most)
-    subset = choice.subset
+@given(cells=random_cells(), most=st.integers(1, 4), by=st.sampled_from(MEASURES))
+@settings(max_examples=40)
+def test_the_subset_is_never_worse_than_the_best_cell_and_no_change_improves_it(
+    cells: Cells, most: int, by: Measure
+) -> None:
+    assume(by == "auc" or any(cells.pairs.others))
+    choice = choose_subset(cells, CONFIG, most, by)
+    subset, final = choice.subset, choice.scores[by]
     assert 0 < len(subset.timesteps) <= most and subset.layers
     assert list(subset.timesteps) == sorted(set(subset.timesteps))
     assert list(subset.layers) == [name for name in cells.layers if name in subset.layers]
-    for own, auc in choice.steps:
-        assert auc == pytest.approx(true_auc(cells, own), abs=1e-3)
-    values = [auc for _, auc in choice.steps]
-    assert values[0] == pytest.approx(macro_mean(cells.auc, cells.findings)[0].max(), abs=1e-6)
+    for own, scores in choice.steps:
+        for measure, value in scores.items():
+            assert value == pytest.approx(true_score(cells, own, measure), abs=1e-3)
+    values = [scores[by] for _, scores in choice.steps]
+    means = cells.mean(by)
+    assert means is not None and values[0] == pytest.approx(means[0].max(), abs=1e-6)
     assert all(later > earlier + MIN_GAIN for earlier, later in itertools.pairwise(values))
-    assert (choice.subset, choice.auc) == choice.steps[-1]
+    assert (choice.subset, choice.scores) == choice.steps[-1]
     for name in cells.layers:
         layers = tuple(n for n in cells.layers if (n in subset.layers) != (n == name))
-        assert not layers or true_auc(cells, replace(subset, layers=layers)) <= choice.auc + MIN_GAIN + 1e-3
+        assert not layers or true_score(cells, replace(subset, layers=layers), by) <= final + MIN_GAIN + 1e-3
     for step in cells.timesteps:
         steps = tuple(t for t in cells.timesteps if (t in subset.timesteps) != (t == step))
         if 0 < len(steps) <= most:
-            assert true_auc(cells, replace(subset, timesteps=steps)) <= choice.auc + MIN_GAIN + 1e-3
+            assert true_score(cells, replace(subset, timesteps=steps), by) <= final + MIN_GAIN + 1e-3
 
 
 @given(st.lists(st.tuples(st.integers(0, 3), st.floats(0, 1)), min_size=1, max_size=20))
@@ -186,43 +253,56 @@ def test_macro_mean_weighs_findings_alike(rows: list[tuple[int, float]]) -> None
 # --- cells of a model -----------------------------------------------------------------------------------------------
 
 
-def pair_scores(folder: Path, token: str) -> list[float]:
+def pair_scores(folder: Path, token: str) -> dict[Measure, list[float]]:
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text(encoding="utf-8").splitlines()[1:]]
-    return [row["scores"][token]["auc"] for row in rows]
+    return {
+        "auc": [row["scores"][token]["auc"] for row in rows],
+        "image_adds": [np.nan if (v := row["image_adds"][token]) is None else v for row in rows],
+    }
 
 
-def test_a_cell_has_the_auc_that_the_protocol_gives_its_layer_and_timestep(
-    sd: Model, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path
+def test_a_cell_has_the_scores_that_the_protocol_gives_its_layer_and_timestep(
+    sd: Model, accelerator: Accelerator, tmp_path: Path
 ) -> None:
     """One timestep at a time, since the noise depends on the number of timesteps."""
-    cells = compute_cells(sd, phantoms, CONFIG, [600], accelerator=accelerator)
-    assert cells.maps.shape == (len(cells.findings), len(cells.layers), 1, 8, 8) and len(cells.layers) > 3
+    phantoms, own = PhantomDataset("validation", 12, 0, 64), config_with(localization_images=10)
+    cells = compute_cells(sd, phantoms, own, [600], accelerator=accelerator)
+    assert cells.maps.shape == (len(cells.pairs), len(cells.layers), 1, 8, 8) and len(cells.layers) > 3
+    assert any(cells.pairs.others) and not all(cells.pairs.others)
     for place in (0, len(cells.layers) - 1):
-        config = config_with(layers=(cells.layers[place],), timesteps=(600,))
+        config = own.model_copy(update={"layers": (cells.layers[place],), "timesteps": (600,)})
         localization(sd, phantoms, config, accelerator=accelerator, arm_dir=tmp_path / str(place))
         for token, name in enumerate(TOKEN_MAPS):
-            assert cells.auc[:, token, place, 0] == pytest.approx(pair_scores(tmp_path / str(place), name), abs=1e-4)
+            expected = pair_scores(tmp_path / str(place), name)
+            for measure in MEASURES:
+                found = cells.scores[measure][:, token, place, 0]
+                assert found == pytest.approx(expected[measure], abs=1e-4, nan_ok=True)
 
 
 @pytest.mark.parametrize("truth", ["mask", "boxes"])
 def test_the_mean_of_cells_is_the_map_of_the_protocol(
-    sd: Model, phantoms: PhantomDataset, accelerator: Accelerator, tmp_path: Path, truth: Any
+    sd: Model, accelerator: Accelerator, tmp_path: Path, truth: Any
 ) -> None:
-    config = config_with(ground_truth=truth, smoothing_sigma=1.0, timesteps=(100, 600))
-    cells = compute_cells(sd, phantoms, config, [100, 600], accelerator=accelerator)
-    result = localization(sd, phantoms, config, accelerator=accelerator, arm_dir=tmp_path)
-    values = pair_auc(cells.maps.mean(dim=(1, 2)), cells.masks, config)
-    assert values == pytest.approx(pair_scores(tmp_path, "word"), abs=1e-4)
-    assert result is not None and macro_mean(values, cells.findings) == pytest.approx(result["word"]["auc"], abs=1e-4)
+    config = config_with(localization_images=6, ground_truth=truth, smoothing_sigma=1.0, timesteps=DEFAULT_TIMESTEPS)
+    dataset = PhantomDataset("validation", 8, 0, 64)
+    cells = compute_cells(sd, dataset, config, DEFAULT_TIMESTEPS, accelerator=accelerator)
+    result = localization(sd, dataset, config, accelerator=accelerator, arm_dir=tmp_path)
+    found = choose_subset(cells, config, 1).default
+    assert result is not None and found is not None
+    assert found == {m: pytest.approx(result["word"][m], abs=1e-4) for m in MEASURES}
 
 
 def test_a_region_that_fills_the_image_is_left_out(sd: Model, accelerator: Accelerator) -> None:
     whole = sample("b", "Edema.", ("edema", None))
     whole = replace(whole, regions=(replace(whole.regions[0], mask=torch.ones(64, 64, dtype=torch.bool)),))
     dataset = Listed([whole, sample("a", "Small effusion.", ("pleural effusion", None))], WORDS)
-    cells = compute_cells(sd, dataset, config_with(batch_size=1), [600], accelerator=accelerator)
-    assert cells.images.tolist() == [1] and cells.findings.tolist() == [1] and cells.numbers.tolist() == [1]
-    assert len(cells.maps) == len(cells.masks) == len(cells.auc) == 1 and np.isfinite(cells.auc).all()
+    cells = compute_cells(sd, dataset, config_with(batch_size=1), [600], accelerator=accelerator, by="auc")
+    pairs = cells.pairs
+    assert pairs.images.tolist() == [1] and pairs.findings.tolist() == [1] and pairs.queries.tolist() == [1]
+    assert cells.mine == (0,) and len(cells.maps) == len(pairs.masks) == 1 and cells.mean("image_adds") is None
+    assert all(len(values) == 1 for values in cells.scores.values()) and np.isfinite(cells.scores["auc"]).all()
+    with pytest.raises(UserError, match="no finding has a region in two of the 1 validation images"):
+        compute_cells(sd, dataset, config_with(batch_size=1), [600], accelerator=accelerator)
     with pytest.raises(UserError, match="no validation image has a region that can be scored"):
         compute_cells(sd, Listed([whole], WORDS), CONFIG, [600], accelerator=accelerator)
 
@@ -230,16 +310,18 @@ def test_a_region_that_fills_the_image_is_left_out(sd: Model, accelerator: Accel
 def _rank(rank: int, base: str, folder: str) -> None:
     accelerator = Accelerator(cpu=True)
     model = load_model(BaseConfig(name=base)).freeze()
-    found = [few_choice(model, accelerator, images) for images in (1, 3)]
+    found = [few_choice(model, accelerator, images) for images in (1, 6)]
     (Path(folder) / f"{rank}.json").write_text(json.dumps([accelerator.num_processes, *found]))
 
 
-def few_choice(model: Model, accelerator: Accelerator, images: int) -> tuple[int, tuple[str, ...], float]:
+def few_choice(model: Model, accelerator: Accelerator, images: int) -> tuple[int, tuple[str, ...], Any]:
+    """Maps that this process has, and what is chosen; of one image by AUC."""
     config = config_with(localization_images=images)
     dataset = PhantomDataset("validation", 8, 0, 64)
-    cells = compute_cells(model, dataset, config, [100, 600], accelerator=accelerator)
-    choice = choose_subset(cells, config, 2)
-    return len(cells.findings), choice.subset.layers, choice.auc
+    by: Measure = "auc" if images == 1 else "image_adds"
+    cells = compute_cells(model, dataset, config, [100, 600], accelerator=accelerator, by=by)
+    choice = choose_subset(cells, config, 2, by)
+    return len(cells.mine), choice.subset.layers, choice.scores
 
 
 def test_two_processes_choose_what_one_chooses(base: Path, sd: Model, accelerator: Accelerator, tmp_path: Path) -> None:
@@ -247,11 +329,11 @@ def test_two_processes_choose_what_one_chooses(base: Path, sd: Model, accelerato
     in_two_processes(_rank, str(base), str(tmp_path))
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2))
     assert one[0] == two[0] == 2
-    for place, images in enumerate((1, 3), start=1):
-        pairs, layers, auc = few_choice(sd, accelerator, images)
+    for place, images in enumerate((1, 6), start=1):
+        pairs, layers, scores = few_choice(sd, accelerator, images)
         assert one[place][0] + two[place][0] == pairs and (two[place][0] == 0) == (images == 1)
         for own in (one[place], two[place]):
-            assert tuple(own[1]) == layers and own[2] == pytest.approx(auc, abs=1e-6)
+            assert tuple(own[1]) == layers and own[2] == pytest.approx(scores, abs=1e-6)
 
 
 # --- the test on other images, and its words ------------------------------------------------------------------------
@@ -290,31 +372,31 @@ def test_the_difference_is_of_pairs_that_both_have_by_image() -> None:
 @pytest.mark.parametrize(
     ("value", "interval", "words"),
     [
-        (0.03, [0.01, 0.05], "raises the word AUC on test images (from .700 to .730, difference +.030 [+.010, +.050])"),
-        (
-            -0.03,
-            [-0.05, -0.01],
-            "lowers the word AUC on test images (from .700 to .670, difference -.030 [-.050, -.010])",
-        ),
-        (0.03, [-0.01, 0.05], "does not clearly change the word AUC on test images"),
+        (0.03, [0.01, 0.05], "raises {} on test images (from .700 to .730, difference +.030 [+.010, +.050])"),
+        (-0.03, [-0.05, -0.01], "lowers {} on test images (from .700 to .670, difference -.030 [-.050, -.010])"),
+        (0.03, [-0.01, 0.05], "does not clearly change {} on test images"),
         (0.03, [0.0, 0.05], "does not clearly change"),
         (0.03, None, "one image gives no interval"),
         (None, None, "could not be tested"),
     ],
 )
-def test_the_answer_follows_from_the_interval(value: float | None, interval: list[float] | None, words: str) -> None:
+@pytest.mark.parametrize(("by", "name"), [("auc", "*AUC* of the words"), ("image_adds", "*image adds* of the words")])
+def test_the_answer_follows_from_the_interval(
+    value: float | None, interval: list[float] | None, words: str, by: str, name: str
+) -> None:
     entry: dict[str, Any] = {
         "layers": ["a", "b", "c"],
         "validation": {"images": 12},
-        "chosen": {"layers": ["b"], "timesteps": [250], "is_better": value != -0.03},
+        "chosen": {"layers": ["b"], "timesteps": [250], "by": by, "is_better": value != -0.03},
         "test": {
-            "default": {"word": {"auc": 0.7}},
-            "chosen": {"word": {"auc": 0.7 + (value or 0)}},
-            "difference": {"auc": {"value": value, "ci": interval}},
+            "default": {"word": {by: 0.7}},
+            "chosen": {"word": {by: 0.7 + (value or 0)}},
+            "difference": {by: {"value": value, "ci": interval}},
         },
     }
     sentence = answer("frozen", entry)
-    assert sentence.startswith("frozen: 1 of 3 layers at 250, chosen on 12 validation images,") and words in sentence
+    assert sentence.startswith("frozen: 1 of 3 layers at 250, chosen on 12 validation images,")
+    assert words.format(name) in sentence
     assert ("holds 0" in sentence) == ("not clearly" in words)
     assert ("the model does not get it" in sentence) == (value == -0.03)
 
@@ -334,7 +416,7 @@ def work(base: Path, tmp_path: Path) -> tuple[Path, list[str]]:
     tiny_sd(seed=3).unet.save_pretrained(tmp_path / "runs" / "frozen" / "unet")
     argv = [
         "--base.name", str(tmp_path / "base"), "--runs", str(tmp_path / "runs" / "frozen"),
-        "--output_dir", str(tmp_path / "out"), "--timesteps", "600", "--validation_images", "3",
+        "--output_dir", str(tmp_path / "out"), "--timesteps", "600", "--validation_images", "5",
         "--data.resolution", "64", "--data.validation_size", "6", "--data.test_size", "6",
         "--evaluation.localization_images", "4", "--evaluation.bootstrap_samples", "10",
     ]  # fmt: skip
@@ -363,7 +445,7 @@ def test_the_recipe_writes_what_it_says_and_the_run_is_evaluated_by_its_subset(
     real = library.choose_subset
 
     def better(*args: Any, **kwargs: Any) -> Any:  # random weights may choose what is no better than the default
-        return replace(real(*args, **kwargs), default_auc=0.0)
+        return replace(real(*args, **kwargs), default={"auc": 0.0, "image_adds": -1.0})
 
     monkeypatch.setattr(library, "choose_subset", better)
     run(argv)
@@ -382,14 +464,17 @@ def test_the_recipe_writes_what_it_says_and_the_run_is_evaluated_by_its_subset(
     for entry in content["models"].values():
         shape = (len(entry["layers"]), len(entry["timesteps"]))
         assert entry["timesteps"] == [100, 250, 400, 550, 600, 700]
-        assert all(np.array(entry["validation"]["auc"][token]).shape == shape for token in TOKEN_MAPS)
+        for measure, token in itertools.product(MEASURES, TOKEN_MAPS):
+            assert np.array(entry["validation"][measure][token]).shape == shape
+        assert entry["chosen"]["by"] == "image_adds"
         assert entry["test"]["default"]["layers"] == entry["layers"]
         assert entry["test"]["default"]["timesteps"] == list(DEFAULT_TIMESTEPS)
         for key in ("layers", "timesteps"):
             assert entry["test"]["chosen"][key] == entry["chosen"][key]
-        gain = entry["test"]["chosen"]["word"]["auc"] - entry["test"]["default"]["word"]["auc"]
-        assert entry["test"]["difference"]["auc"]["value"] == pytest.approx(gain, abs=1e-9)
-        assert entry["validation"]["images"] == 3 and entry["test"]["chosen"]["word"]["images"] == 4
+        for measure in MEASURES:
+            gain = entry["test"]["chosen"]["word"][measure] - entry["test"]["default"]["word"][measure]
+            assert entry["test"]["difference"][measure]["value"] == pytest.approx(gain, abs=1e-9)
+        assert entry["validation"]["images"] == 5 and entry["test"]["chosen"]["word"]["images"] == 4
 
     chosen = content["models"]["frozen"]["chosen"]
     model = load_model(BaseConfig(name=str(folder / "base")), run=folder / "runs" / "frozen")
@@ -421,7 +506,7 @@ def test_a_subset_that_is_no_better_on_validation_is_not_stored(
     real = library.choose_subset
 
     def worse(*args: Any, **kwargs: Any) -> Any:
-        return replace(real(*args, **kwargs), default_auc=1.0)
+        return replace(real(*args, **kwargs), default={"auc": 1.0, "image_adds": 1.0})
 
     monkeypatch.setattr(library, "choose_subset", worse)
     earlier = folder / "runs" / "frozen" / "localization.json"
@@ -492,9 +577,15 @@ def test_data_without_a_validation_split_or_regions_is_refused(
     none = make_folder(tmp_path / "none", lambda i: 'Edema.,test,edema,"8,8,20,20"')
     message = refusal([*argv, *none, *columns, *no_validation[:2]], capsys)
     assert "validation or val or valid" in message
-    run([*argv, *boxed, *columns, *no_validation[:2], "--timesteps", "600", "--evaluation.bootstrap_samples", "10"])
+    last = [*argv, *boxed, *columns, *no_validation[:2], "--timesteps", "600", "--evaluation.bootstrap_samples", "10"]
+    message = refusal(last, capsys)
+    assert "no finding has a box or mask in two of the 1 validation images; set choose_by to auc" in message
+    run([*last, "--choose_by", "auc"])
     entry = json.loads((tmp_path / "out" / "atlas.json").read_text(encoding="utf-8"))["models"]["base"]
     assert (entry["validation"]["images"], entry["test"]["chosen"]["word"]["images"]) == (1, 2)
+    assert entry["chosen"]["by"] == "auc" and "image_adds" not in entry["validation"]
+    own = json.loads((tmp_path / "out" / "base" / "localization.json").read_text(encoding="utf-8"))
+    assert own["validation"]["chosen"] == {"auc": entry["chosen"]["auc"], "image_adds": None}
 
 
 def test_run_folders_of_one_name_are_told_apart(tmp_path: Path) -> None:

@@ -402,18 +402,18 @@ def test_the_gate_teaches_what_passes_and_says_by_which_numbers(tmp_path: Path) 
     layers = attention_layers(student.denoiser)
     asked, said = [], []
 
-    def layer_auc(model: Model, images: int, timesteps: Sequence[int], label: str) -> tuple[Any, Sequence[str]]:
+    def layer_scores(model: Model, images: int, timesteps: Sequence[int], label: str) -> tuple[Any, Sequence[str]]:
         asked.append((model is teacher, model is reference, images, tuple(timesteps), label))
-        auc = np.full((3, len(layers), len(timesteps)), 0.6)
+        scores = np.full((3, len(layers), len(timesteps)), 0.1)
         if model is teacher:
-            auc[:, :, 3:6] = 0.9  # words, EOS and padding
-            auc[2] = 0.4
-            auc[0, 0] = 0.5  # its first layer is worse than the reference's
-        return auc, layers
+            scores[:, :, 3:6] = 0.4  # words, EOS and padding
+            scores[2] = -0.1
+            scores[0, 0] = 0.05  # its first layer is worse than the reference's
+        return scores, layers
 
     options = AttentionDistillationOptions(teacher=TEACHER, gate_reference="base", gate_images=7, max_timestep=549)
     models = {TEACHER: teacher, "base": reference}
-    with ready(options, student, models, layer_auc=layer_auc, log_dir=tmp_path, say=said.append) as method:
+    with ready(options, student, models, layer_scores=layer_scores, log_dir=tmp_path, say=said.append) as method:
         assert method.match.layers == tuple(layers[1:]) and method.match.place_groups == ("words", "eos")
         assert (method.match.min_timestep, method.match.max_timestep) == (300, 549)
         terms = method(batch_of(student), generator())
@@ -421,12 +421,14 @@ def test_the_gate_teaches_what_passes_and_says_by_which_numbers(tmp_path: Path) 
     assert asked == [(True, False, 7, TIMESTEPS, "gate: teacher"), (False, True, 7, TIMESTEPS, "gate: reference")]
     assert set(TERMS) <= set(terms)
     written = json.loads((tmp_path / "gate.json").read_text(encoding="utf-8"))
-    assert written["layers"] == layers[1:] and written["auc"]["teacher"][layers[1]]["words"] == pytest.approx(0.9)
+    assert written["layers"] == layers[1:] and written["image_adds"]["teacher"][layers[1]]["words"] == pytest.approx(
+        0.4
+    )
     assert said[0].startswith(f"gate: {len(layers) - 1} of {len(layers)} layers and the maps of words, eos")
 
 
 def test_a_dry_run_has_no_gate(tmp_path: Path) -> None:
-    """It has no validation images to look at: layer_auc is None."""
+    """It has no validation images to look at: layer_scores is None."""
     options = AttentionDistillationOptions(teacher=TEACHER, gate_reference="base")
     with ready(options, prepared(), {TEACHER: other()}, log_dir=tmp_path) as method:
         assert method.match is options

@@ -244,7 +244,7 @@ def test_pretraining_offers_a_method_nothing_but_its_student(tmp_path: Path) -> 
         torch.randn(3, generator=context.generator), torch.randn(3, generator=pretraining.generator_at(5, 0, 0))
     )
     assert context.is_main and context.device == torch.device("cpu") and context.log_dir == tmp_path
-    assert not context.dry_run and context.layer_auc is None and context.frozen_dtype == torch.float32
+    assert not context.dry_run and context.layer_scores is None and context.frozen_dtype == torch.float32
     assert list(context.batches(8)) == [] == context.captions(8)
     with pytest.raises(UserError, match="pretraining has no model 'lora'"):
         context.load("lora")

@@ -551,7 +551,9 @@ def test_seeds_are_trained_evaluated_and_compared_in_one_report(
         assert terms <= set(log_rows(folder / f"seed-0/{name}/train_log.jsonl")[0])
     gate = json.loads((folder / "seed-0/gated/gate.json").read_text(encoding="utf-8"))
     better = [
-        n for n, groups in gate["auc"]["teacher"].items() if groups["words"] >= gate["auc"]["reference"][n]["words"]
+        n
+        for n, groups in gate["image_adds"]["teacher"].items()
+        if groups["words"] >= gate["image_adds"]["reference"][n]["words"]
     ]
     assert gate["layers"] == better and set(gate["groups"]) <= {"words", "eos", "padding"}
     looks = log_rows(folder / "seed-0/gated/validation_log.jsonl")

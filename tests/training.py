@@ -72,7 +72,7 @@ def context_of(models: Mapping[str, Model] | None = None, **options: Any) -> Con
         "load": dict(models or {}).__getitem__,
         "batches": lambda images: iter(()),
         "captions": lambda count: [phantoms().caption(i) for i in range(12)],
-        "layer_auc": None,
+        "layer_scores": None,
         "say": lambda message: None,
     }
     return Context(**(values | options))

@@ -95,6 +95,16 @@ def group_key(dataset: ImageCaptionDataset, index: int) -> str:
     return f"patient {patient}" if patient else image_key(dataset, index)
 
 
+def has_finding_twice(dataset: ImageCaptionDataset) -> bool:
+    """Whether some finding has a region in two images."""
+    seen: dict[str, str] = {}
+    for index in range(len(dataset)):
+        image = image_key(dataset, index)
+        if any(seen.setdefault(region.finding, image) != image for region in region_list(dataset, index)):
+            return True
+    return False
+
+
 def region_fingerprint(dataset: ImageCaptionDataset, index: int) -> str:
     """Hash of what decides the regions of a sample: the data set's own `region_fingerprint(index)`, or its
     `fingerprint`."""

@@ -1,8 +1,9 @@
-"""Which layers and timesteps localize? AUC of each on validation images, a subset chosen from them, and a test of it.
+"""Which layers and timesteps localize? Scores of each on validation images, a subset chosen from them, and a test of it.
 
 A cell is a cross-attention layer at a timestep. The subset is a set of layers times a set of timesteps, whose mean map
 protocol `ours` scores; it is chosen by the word maps alone, on validation images alone. The choice of layers and
 timesteps is common (Vilouras et al. 2024, arXiv 2404.12920, take four layers and a range of steps by inspection).
+Two scores can choose: what the image adds (see `distill.evaluation.image_adds`), and the AUC.
 Work is shared between the processes of `accelerate launch`; every process must call these functions.
 """
 
@@ -11,83 +12,124 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from numpy.typing import NDArray
 from tqdm.auto import tqdm
 
-from distill.attention.heat_maps import normalize, to_image
+from distill.attention.heat_maps import to_image
 from distill.attention.recording import attention_layers, record_attention
 from distill.config import FullEvaluation
-from distill.data.sample import ImageCaptionDataset, Sample, group_key, image_key
+from distill.data.sample import ImageCaptionDataset, group_key, image_key
 from distill.errors import UserError
-from distill.evaluation.image_adds import PAIR_MEASURES, Row
+from distill.evaluation.image_adds import (
+    PAIR_MEASURES,
+    Row,
+    areas_of_maps,
+    choose_others,
+    minus_others,
+    readers_of,
+)
 from distill.evaluation.localization import TOKEN_MAPS, localization
 from distill.evaluation.protocols import (
     DEFAULT_TIMESTEPS,
-    PROTOCOLS,
-    ground_truth,
-    post_process,
+    Query,
+    ground_truths,
     prepare_inputs,
     queries,
 )
 from distill.files import JsonObject, provenance
-from distill.metrics import PixelAUROC, macro_mean_interval
+from distill.metrics import macro_mean_interval
 from distill.models.family import AttentionSubset, Model
 
 MIN_GAIN = 0.0005
-"""Validation AUC that a change of the subset must gain; less is noise, and larger subsets would follow it."""
-PIXELS_AT_ONCE = 2**22
-"""Pixels whose AUC is computed at a time: 32 MiB of float64."""
+"""What a change of the subset must gain on validation images; less is noise, and larger subsets would follow it."""
 
 Indices = tuple[int, ...]
+Values = NDArray[np.float64]
+Measure = Literal["image_adds", "auc"]
+Scores = Mapping[Measure, float]
+"""What the subset is chosen by: the mean of what an image adds to its own map, or that of the AUC."""
+MEASURES: tuple[Measure, ...] = ("image_adds", "auc")
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """The (image, finding) pairs of all processes whose masks are neither empty nor full.
+
+    queries: (pairs,) number of each pair's query. places: its place among the query's findings. findings, images:
+    (pairs,) indices in the data set. masks: packed bits of each mask. shape: of the masks. others: see `choose_others`.
+    """
+
+    queries: NDArray[np.int64]
+    places: NDArray[np.int64]
+    findings: NDArray[np.int64]
+    images: NDArray[np.int64]
+    masks: Sequence[NDArray[np.uint8]]
+    shape: tuple[int, int]
+    others: Sequence[Indices]
+    readers: Sequence[Sequence[int]] = field(init=False)
+    """See `readers_of`."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "readers", readers_of(self.others))
+
+    def __len__(self) -> int:
+        return len(self.findings)
+
+    def against_masks(
+        self, maps: torch.Tensor, place: int, config: FullEvaluation
+    ) -> Iterator[tuple[tuple[int, int], torch.Tensor]]:
+        """((pair of the mask, `place`), (N,) AUC): maps (N, height, width) of a pair against all masks they are read
+        for."""
+        targets = self.readers[place]
+        table = areas_of_maps(maps, [self.masks[target] for target in targets], self.shape, config)
+        yield from (((target, place), row) for target, row in zip(targets, table, strict=True))
+
+    def scores(self, found: Mapping[tuple[int, int], torch.Tensor]) -> dict[Measure, Values]:
+        """(pairs, ...) of each measure, from this process's part of `minus_others`'s argument; the same on every
+        process. What the image adds is NaN for a pair without another image."""
+        whole = dict(gather_object(list(found.items())))
+        own = np.stack([whole[place, place].numpy() for place in range(len(self))])
+        return {"auc": own, "image_adds": minus_others(whole, self.others)}
+
+    def mean(self, values: Values, measure: Measure) -> Values | None:
+        """`macro_mean` of (pairs, ...) over the pairs that have the measure; None without any."""
+        known = np.array([measure == "auc" or bool(others) for others in self.others])
+        return macro_mean(values[known], self.findings[known]) if known.any() else None
 
 
 @dataclass(frozen=True)
 class Cells:
-    """The maps of every layer at every timestep, for the (image, finding) pairs of this process.
+    """The maps of every layer at every timestep, and their scores.
 
-    maps: (pairs, layers, timesteps, height, width) float32, attention on the finding's words, at latent size.
-    masks: (pairs, side, side) bool, neither empty nor full. findings, images: (pairs,) indices in the data set.
-    numbers: (pairs,) place of each pair among those of all processes.
-    auc: (pairs, token maps, layers, timesteps), in the order of TOKEN_MAPS.
+    mine: the pairs of this process, as positions in `pairs`. maps: (mine, layers, timesteps, height, width) float32,
+    attention on the finding's words, at latent size. scores: for each measure (pairs, token maps, layers, timesteps),
+    in the order of TOKEN_MAPS.
     """
 
     layers: tuple[str, ...]
     timesteps: Indices
+    pairs: Pairs
+    mine: Indices
     maps: torch.Tensor
-    masks: torch.Tensor
-    findings: NDArray[np.int64]
-    images: NDArray[np.int64]
-    numbers: NDArray[np.int64]
-    auc: NDArray[np.float64]
+    scores: Mapping[Measure, Values]
+
+    def mean(self, measure: Measure) -> Values | None:
+        """(token maps, layers, timesteps): mean over findings; None if no pair has the measure."""
+        return self.pairs.mean(self.scores[measure], measure)
 
 
-def pair_auc(maps: torch.Tensor, masks: torch.Tensor, config: FullEvaluation) -> NDArray[np.float64]:
-    """(N,) pixel AUC of maps (N, height, width) against masks (N, side, side), resized as by protocol `ours`.
-
-    NaN where a mask is empty or full.
-    """
-    metric, values = PixelAUROC(), [np.zeros(0)]
-    rows = max(1, PIXELS_AT_ONCE // masks[0].numel()) if len(masks) else 1
-    for start in range(0, len(maps), rows):
-        part, truth = maps[start : start + rows], masks[start : start + rows]
-        full = F.interpolate(normalize(part)[None], truth.shape[-2:], mode="bilinear", align_corners=False)[0]
-        values.append(metric.pair_scores(post_process(full, config), truth).cpu().numpy())
-    return np.concatenate(values)
-
-
-def macro_mean(values: NDArray[np.float64], findings: NDArray[np.int64]) -> NDArray[np.float64]:
+def macro_mean(values: Values, findings: NDArray[np.int64]) -> Values:
     """(pairs, ...) -> (...): mean over findings of the mean over the finding's pairs."""
-    returned: NDArray[np.float64] = np.mean([values[findings == f].mean(axis=0) for f in np.unique(findings)], axis=0)
+    returned: Values = np.mean([values[findings == f].mean(axis=0) for f in np.unique(findings)], axis=0)
     return returned
 
 
@@ -99,73 +141,95 @@ def compute_cells(
     timesteps: Sequence[int],
     *,
     accelerator: Accelerator,
+    by: Measure = "image_adds",
     label: str = "",
 ) -> Cells:
     """The cells of all cross-attention layers for the first `config.localization_images` images that have regions.
 
-    timesteps: in ascending order. The maps stay in memory: 4 bytes x pairs x layers x timesteps x latent places, shared
-    between the processes. Raises UserError if no region can be scored.
+    timesteps: in ascending order. by: the measure that is wanted. The maps stay in memory: 4 bytes x pairs x layers x
+    timesteps x latent places, shared between the processes. Raises UserError if no region can be scored, or no pair has
+    the measure.
     """
     asked = queries(dataset, model, config, accelerator)
-    starts = np.cumsum([0, *(len(query.findings) for query in asked)])
     layers = attention_layers(model.denoiser)
-    mine = list(range(len(asked)))[accelerator.process_index :: accelerator.num_processes]
+    numbers = list(range(len(asked)))[accelerator.process_index :: accelerator.num_processes]
+    pairs = find_pairs(asked, numbers, dataset, config)
+    if by == "image_adds" and not any(pairs.others):
+        raise UserError(
+            f"no finding has a region in two of the {len(set(pairs.images.tolist()))} validation images, so what an "
+            "image adds to its map cannot be measured: more validation images are needed"
+        )
+    of_query: dict[int, list[int]] = {number: [] for number in numbers}
+    for position, number in enumerate(pairs.queries.tolist()):
+        if number in of_query:
+            of_query[number].append(position)
     maps: list[torch.Tensor] = []
-    auc = [np.zeros((0, len(TOKEN_MAPS), len(layers), len(timesteps)))]
-    masks: list[torch.Tensor] = []
-    pairs: list[tuple[int, int, int]] = []
-    bar = tqdm(total=len(mine), desc=f"{label} atlas", unit="image", disable=not accelerator.is_main_process)
+    found: dict[tuple[int, int], torch.Tensor] = {}
+    mine: list[int] = []
+    bar = tqdm(total=len(numbers), desc=f"{label} atlas", unit="image", disable=not accelerator.is_main_process)
     with record_attention(model.denoiser) as recorder:
-        for start in range(0, len(mine), config.batch_size):
-            batch = [asked[n] for n in mine[start : start + config.batch_size]]
-            samples = [dataset[query.image] for query in batch]
-            rows, columns, truths = [], [], []
-            for row, (query, sample) in enumerate(zip(batch, samples, strict=True)):
-                for place, finding in enumerate(query.findings):
-                    mask = _mask(sample, dataset.findings[finding], config)
-                    if not mask.any() or mask.all():
-                        continue
-                    rows.append(row)
-                    columns.append(4 + place)
-                    truths.append(mask)
-                    pairs.append((finding, query.image, int(starts[mine[start + row]]) + place))
-            inputs = prepare_inputs(model, samples, batch, accelerator.device)
+        for start in range(0, len(numbers), config.batch_size):
+            batch = numbers[start : start + config.batch_size]
+            rows = [(row, position) for row, number in enumerate(batch) for position in of_query[number]]
+            samples = [dataset[asked[number].image] for number in batch]
+            inputs = prepare_inputs(model, samples, [asked[number] for number in batch], accelerator.device)
             recorder.reduce = partial(_chosen_columns, inputs.chosen)
-            found = torch.empty(len(rows), len(layers), len(timesteps), *inputs.size)
-            scores = np.empty((len(rows), *auc[0].shape[1:]))
-            truth = torch.stack(truths * len(TOKEN_MAPS)).to(accelerator.device) if truths else torch.zeros(0, 1, 1)
+            words = torch.empty(len(rows), len(layers), len(timesteps), *inputs.size)
+            steps: list[dict[tuple[int, int], torch.Tensor]] = []
             for step, by_layer in enumerate(inputs.renoised(timesteps, config.seed, recorder) if rows else ()):
-                for place, layer in enumerate(layers):
-                    images = to_image(by_layer[layer], recorder.sizes[layer], inputs.size)
-                    word, eos, padding = images[rows, columns], images[rows, 2], images[rows, 3]
-                    found[:, place, step] = word.cpu()
-                    own = pair_auc(torch.cat([word, eos, padding]), truth, config)
-                    scores[:, :, place, step] = own.reshape(len(TOKEN_MAPS), -1).T
-            maps.append(found)
-            auc.append(scores)
-            masks += truths
+                images = torch.stack([to_image(by_layer[n], recorder.sizes[n], inputs.size) for n in layers], dim=1)
+                scored: dict[tuple[int, int], torch.Tensor] = {}
+                for own, (row, position) in enumerate(rows):
+                    tokens = images[row][
+                        :, [4 + int(pairs.places[position]), 2, 3]
+                    ]  # as TOKEN_MAPS: word, EOS, padding
+                    words[own, :, step] = tokens[:, 0].cpu()
+                    for pair, auc in pairs.against_masks(tokens.transpose(0, 1).flatten(0, 1), position, config):
+                        scored[pair] = auc.view(len(TOKEN_MAPS), len(layers))
+                steps.append(scored)
+            for pair in steps[0] if steps else ():
+                found[pair] = torch.stack([scored[pair] for scored in steps], dim=-1)
+            maps.append(words)
+            mine += [position for _, position in rows]
             bar.update(len(batch))
     bar.close()
-    if not sum(gather_object([len(pairs)])):
-        raise UserError("no validation image has a region that can be scored: each is empty or the whole image")
-    findings, images_of, numbers = np.array(pairs, dtype=np.int64).reshape(-1, 3).T
     return Cells(
         layers=tuple(layers),
         timesteps=tuple(timesteps),
+        pairs=pairs,
+        mine=tuple(mine),
         maps=torch.cat(maps) if maps else torch.zeros(0, len(layers), len(timesteps), 1, 1),
-        masks=torch.stack(masks) if masks else torch.zeros(0, 1, 1, dtype=torch.bool),
-        findings=findings,
-        images=images_of,
-        numbers=numbers,
-        auc=np.concatenate(auc),
+        scores=pairs.scores(found),
     )
 
 
-def _mask(sample: Sample, finding: str, config: FullEvaluation) -> torch.Tensor:
-    side = sample.pixel_values.shape[-1]
-    kind = PROTOCOLS["ours"].ground_truth if config.ground_truth == "auto" else config.ground_truth
-    region = next(region for region in sample.regions if region.finding == finding)
-    return ground_truth(region, side, side, kind)[0]
+def find_pairs(
+    asked: Sequence[Query], numbers: Sequence[int], dataset: ImageCaptionDataset, config: FullEvaluation
+) -> Pairs:
+    """The pairs of the queries `asked`, of which this process reads the masks of `numbers`. Raises UserError without
+    any."""
+    own = []
+    for number in numbers:
+        query = asked[number]
+        masks, _ = ground_truths(query, dataset[query.image], dataset.findings, config)
+        for place, (finding, mask) in enumerate(zip(query.findings, masks, strict=True)):
+            if mask.any() and not mask.all():
+                row = (number, place, finding, query.image, image_key(dataset, query.image))
+                own.append((row, np.packbits(mask.numpy()), tuple(mask.shape)))
+    gathered = sorted(gather_object(own), key=lambda one: one[0])
+    if not gathered:
+        raise UserError("no validation image has a region that can be scored: each is empty or the whole image")
+    rows, bits, shapes = zip(*gathered, strict=True)
+    of_query, places, findings, images, names = zip(*rows, strict=True)
+    return Pairs(
+        queries=np.array(of_query, dtype=np.int64),
+        places=np.array(places, dtype=np.int64),
+        findings=np.array(findings, dtype=np.int64),
+        images=np.array(images, dtype=np.int64),
+        masks=bits,
+        shape=shapes[0],
+        others=choose_others([dataset.findings[finding] for finding in findings], names, of_query),
+    )
 
 
 def _chosen_columns(chosen: torch.Tensor, probabilities: torch.Tensor) -> torch.Tensor:
@@ -177,71 +241,74 @@ def _chosen_columns(chosen: torch.Tensor, probabilities: torch.Tensor) -> torch.
 
 @dataclass(frozen=True)
 class Choice:
-    """The subset, its AUC on the images that it was chosen on, that of all layers at DEFAULT_TIMESTEPS (None if those
-    are not among the cells), and the subsets on the way, each with its AUC, the last being the subset."""
+    """The subset, its scores on the images that it was chosen on, those of all layers at DEFAULT_TIMESTEPS (None if
+    those are not among the cells), and the subsets on the way, each with its scores, the last being the subset.
+
+    by: the measure that chose. Scores: measure -> mean over findings; only of measures that a pair has.
+    """
 
     subset: AttentionSubset
-    auc: float
-    default_auc: float | None
-    steps: tuple[tuple[AttentionSubset, float], ...]
+    by: Measure
+    scores: Scores
+    default: Scores | None
+    steps: tuple[tuple[AttentionSubset, Scores], ...]
 
     @property
     def is_better(self) -> bool:
-        return self.default_auc is None or self.auc > self.default_auc
-
-
-def gather_pairs(cells: Cells, values: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """(pairs, ...) values and (pairs,) findings of all processes, in the same order whatever their number."""
-    parts = gather_object([(cells.numbers, values, cells.findings)])
-    numbers, gathered, findings = (np.concatenate(part) for part in zip(*parts, strict=True))
-    order = np.argsort(numbers)
-    return gathered[order], findings[order]
+        return self.default is None or self.scores[self.by] > self.default[self.by]
 
 
 def choose_subset(
     cells: Cells,
     config: FullEvaluation,
     max_timesteps: int,
+    by: Measure = "image_adds",
     *,
     device: torch.device | None = None,
-    progress: Callable[[float], None] = lambda auc: None,
+    progress: Callable[[float], None] = lambda value: None,
 ) -> Choice:
-    """Greedy search for the layers and timesteps (at most `max_timesteps`) whose mean word map has the highest AUC.
+    """Greedy search for the layers and timesteps (at most `max_timesteps`) whose mean word map has the highest score.
 
-    From the best cell, the layer or timestep is added or dropped that raises the macro AUC most, as long as one raises
-    it by more than MIN_GAIN; so the result is never worse than the best cell. progress: called with the AUC of each
-    step.
+    From the best cell, the layer or timestep is added or dropped that raises the macro mean of the measure `by` most,
+    as long as one raises it by more than MIN_GAIN; so the result is never worse than the best cell. progress: called
+    with the value of each step. cells: computed for the measure `by`.
     """
-    known: dict[tuple[Indices, Indices], float] = {}
+    known: dict[tuple[Indices, Indices], Scores] = {}
 
-    def auc(layers: Indices, timesteps: Indices) -> float:
+    def scores(layers: Indices, timesteps: Indices) -> Scores:
         if (layers, timesteps) not in known:
-            mean = cells.maps[:, list(layers)][:, :, list(timesteps)].mean(dim=(1, 2))
-            known[layers, timesteps] = float(
-                macro_mean(*gather_pairs(cells, pair_auc(mean.to(device), cells.masks.to(device), config)))
-            )
+            mean = cells.maps[:, list(layers)][:, :, list(timesteps)].mean(dim=(1, 2)).to(device)
+            found: dict[tuple[int, int], torch.Tensor] = {}
+            for place, own in zip(cells.mine, mean, strict=True):
+                found |= cells.pairs.against_masks(own[None], place, config)
+            by_measure = cells.pairs.scores(found)
+            means = {measure: cells.pairs.mean(by_measure[measure], measure) for measure in MEASURES}
+            known[layers, timesteps] = {m: value.item() for m, value in means.items() if value is not None}
         return known[layers, timesteps]
+
+    def value(subset: tuple[Indices, Indices]) -> float:
+        return scores(*subset)[by]
 
     def named(layers: Indices, timesteps: Indices) -> AttentionSubset:
         return AttentionSubset(tuple(cells.layers[i] for i in layers), tuple(cells.timesteps[i] for i in timesteps))
 
-    words = macro_mean(*gather_pairs(cells, cells.auc))[TOKEN_MAPS.index("word")]
+    means = cells.mean(by)
+    assert means is not None, f"the cells were computed for another measure than {by}"
+    words = means[TOKEN_MAPS.index("word")]
     layer, timestep = np.unravel_index(int(words.argmax()), words.shape)
     best: tuple[Indices, Indices] = (int(layer),), (int(timestep),)
-    steps = [(named(*best), auc(*best))]
+    steps = [(named(*best), scores(*best))]
     while True:
-        progress(steps[-1][1])
-        following = max(
-            _neighbours(*best, len(cells.layers), len(cells.timesteps), max_timesteps), key=lambda s: auc(*s)
-        )
-        if auc(*following) <= steps[-1][1] + MIN_GAIN:
+        progress(value(best))
+        following = max(_neighbours(*best, len(cells.layers), len(cells.timesteps), max_timesteps), key=value)
+        if value(following) <= value(best) + MIN_GAIN:
             break
         best = following
-        steps.append((named(*best), auc(*best)))
+        steps.append((named(*best), scores(*best)))
     default = None
     if set(DEFAULT_TIMESTEPS) <= set(cells.timesteps):
-        default = auc(tuple(range(len(cells.layers))), tuple(cells.timesteps.index(t) for t in DEFAULT_TIMESTEPS))
-    return Choice(*steps[-1], default, tuple(steps))
+        default = scores(tuple(range(len(cells.layers))), tuple(cells.timesteps.index(t) for t in DEFAULT_TIMESTEPS))
+    return Choice(steps[-1][0], by, steps[-1][1], default, tuple(steps))
 
 
 def _neighbours(
@@ -340,32 +407,36 @@ def analyse(
     timesteps: Sequence[int],
     max_timesteps: int,
     validation_images: int,
+    by: Measure,
     accelerator: Accelerator,
     folder: Path,
     label: str,
 ) -> JsonObject:
-    """A model's entry of atlas.json: AUC of all cells, the subset chosen from them, and what it does on test images.
+    """A model's entry of atlas.json: scores of all cells, the subset chosen from them, and what it does on test images.
 
     timesteps: those of the cells, in addition to DEFAULT_TIMESTEPS. max_timesteps: most timesteps of the subset.
-    validation_images: how many it is chosen on; evaluation.localization_images test images check it.
+    validation_images: how many it is chosen on, by the measure `by`; evaluation.localization_images test images check
+    it.
     """
     began = time.perf_counter()
     own = evaluation.model_copy(update={"localization_images": validation_images})
     timesteps = sorted({*timesteps, *DEFAULT_TIMESTEPS})
     shared: dict[str, Any] = {"accelerator": accelerator, "label": label}
-    cells = compute_cells(model, validation, own, timesteps, **shared)
+    cells = compute_cells(model, validation, own, timesteps, by=by, **shared)
     measured = time.perf_counter()
     bar = tqdm(desc=f"{label} choice", unit="change", disable=not accelerator.is_main_process)
 
-    def progress(auc: float) -> None:
-        bar.set_postfix_str(f"AUC {auc:.4f}")
+    def progress(value: float) -> None:
+        bar.set_postfix_str(f"{by} {value:.4f}")
         bar.update()
 
-    choice = choose_subset(cells, own, max_timesteps, device=accelerator.device, progress=progress)
+    choice = choose_subset(cells, own, max_timesteps, by, device=accelerator.device, progress=progress)
     bar.close()
-    values, findings = gather_pairs(cells, cells.auc)
-    tables = macro_mean(values, findings).round(6)
-    images = len({image_key(validation, i) for part in gather_object([cells.images.tolist()]) for i in part})
+    tables: JsonObject = {
+        measure: {token: table.tolist() for token, table in zip(TOKEN_MAPS, means.round(6), strict=True)}
+        for measure in MEASURES
+        if (means := cells.mean(measure)) is not None
+    }
     chosen = time.perf_counter()
     result = compare_on_test(model, test, evaluation, choice.subset, folder=folder, **shared)
     if result is None:
@@ -374,16 +445,17 @@ def analyse(
         "layers": list(cells.layers),
         "timesteps": list(cells.timesteps),
         "validation": {
-            "images": images,
-            "pairs": len(findings),
-            "auc": {token: table.tolist() for token, table in zip(TOKEN_MAPS, tables, strict=True)},
+            "images": len({image_key(validation, image) for image in cells.pairs.images.tolist()}),
+            "pairs": len(cells.pairs),
+            **tables,
         },
-        "chosen": asdict(choice.subset)
-        | {
-            "auc": choice.auc,
-            "default_auc": choice.default_auc,
+        "chosen": {
+            **asdict(choice.subset),
+            "by": by,
+            **choice.scores,
+            "default": choice.default,
             "is_better": choice.is_better,
-            "steps": [asdict(subset) | {"auc": auc} for subset, auc in choice.steps],
+            "steps": [{**asdict(subset), **scores} for subset, scores in choice.steps],
         },
         "test": result,
         "seconds": {
@@ -403,16 +475,15 @@ def subset_file(entry: Mapping[str, Any], config: Mapping[str, Any]) -> JsonObje
         "validation": {
             "images": entry["validation"]["images"],
             "pairs": entry["validation"]["pairs"],
-            "auc": chosen["auc"],
-            "default_auc": chosen["default_auc"],
+            "chosen_by": chosen["by"],
+            "chosen": {measure: chosen.get(measure) for measure in MEASURES},
+            "default": chosen["default"],
         },
         "test": {
             "images": test["chosen"]["word"]["images"],
             "pairs": test["chosen"]["word"]["pairs"],
-            "auc": test["chosen"]["word"]["auc"],
-            "default_auc": test["default"]["word"]["auc"],
-            "difference": test["difference"]["auc"]["value"],
-            "difference_ci": test["difference"]["auc"]["ci"],
+            **{which: {m: test[which]["word"][m] for m in MEASURES} for which in ("chosen", "default")},
+            "difference": {m: test["difference"][m] for m in MEASURES},
         },
         "config": dict(config),
         "provenance": provenance(),

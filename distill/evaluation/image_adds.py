@@ -25,6 +25,8 @@ from distill.metrics import macro_mean_interval
 
 OTHER_IMAGES = 5
 """Other images with the same finding whose maps are scored against an image's mask."""
+PIXELS_AT_ONCE = 2**22
+"""Pixels that are ranked at a time: 32 MiB of float64."""
 MAP_TOKENS = ("word", "eos", "padding")
 """Attention maps of a pair, in the order in which they are stacked."""
 
@@ -131,7 +133,46 @@ def areas(twice: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
     return twice_u / (2 * count * (masks.shape[1] - count))
 
 
+def readers_of(others: Sequence[tuple[int, ...]]) -> list[list[int]]:
+    """For each pair the pairs against whose masks its map is scored: itself, and those that chose it as another."""
+    readers: list[list[int]] = [[place] for place in range(len(others))]
+    for place, chosen in enumerate(others):
+        for other in chosen:
+            readers[other].append(place)
+    return readers
+
+
 @torch.no_grad()
+def areas_of_maps(
+    maps: torch.Tensor, bits: Sequence[NDArray[np.uint8]], shape: tuple[int, int], config: FullEvaluation
+) -> torch.Tensor:
+    """(masks, maps) float64 on the CPU: AUC of each map (maps, height, width), at its device, against each mask.
+
+    The maps are resized to `shape`, that of the masks, as the protocol does. bits: packed bits of each mask. Each map
+    is ranked once for all masks.
+    """
+    unpacked_bits = np.unpackbits(np.stack(bits), axis=1, count=shape[0] * shape[1])
+    masks = torch.from_numpy(unpacked_bits).bool().to(maps.device)
+    parts = maps.split(max(1, PIXELS_AT_ONCE // masks.shape[1]))
+    tables = [areas(twice_midranks(at_size(normalize(part), shape, config).flatten(1)), masks) for part in parts]
+    return torch.cat(tables).T.cpu()
+
+
+def minus_others(found: Mapping[tuple[int, int], torch.Tensor], others: Sequence[tuple[int, ...]]) -> Array:
+    """(pairs, ...): mean over a pair's others of AUC(own map) - AUC(other's map); NaN without another.
+
+    found: (pair of the mask, pair of the map) -> AUC, each of the same shape.
+    """
+    if not others:
+        return np.zeros((0, 0))
+    nothing = torch.full_like(found[0, 0], float("nan"))
+    rows = [
+        torch.stack([found[own, own] - found[own, other] for other in chosen]).mean(dim=0) if chosen else nothing
+        for own, chosen in enumerate(others)
+    ]
+    return torch.stack(rows).numpy()
+
+
 def differences(
     maps: Sequence[torch.Tensor],
     bits: Sequence[NDArray[np.uint8]],
@@ -144,24 +185,12 @@ def differences(
 
     NaN without another image, and where the mask is empty or full. maps: for each pair (N, height, width) float32.
     bits: packed bits of its mask, whose shape is `shape`. others: see `choose_others`.
-    Each map is ranked once for all masks that it is compared with.
     """
-    readers: list[list[int]] = [[place] for place in range(len(maps))]
-    for place, chosen in enumerate(others):
-        for other in chosen:
-            readers[other].append(place)
     found: dict[tuple[int, int], torch.Tensor] = {}
-    for source, targets in enumerate(readers):
-        full = at_size(normalize(maps[source].to(device)), shape, config)
-        masks = np.unpackbits(np.stack([bits[target] for target in targets]), axis=1, count=shape[0] * shape[1])
-        table = areas(twice_midranks(full.flatten(1)), torch.from_numpy(masks).bool().to(device)).cpu()
-        found |= {(target, source): table[:, column] for column, target in enumerate(targets)}
-    nothing = torch.full((len(maps[0]) if len(maps) else 0,), float("nan"), dtype=torch.float64)
-    rows = [
-        torch.stack([found[own, own] - found[own, other] for other in chosen]).mean(dim=0) if chosen else nothing
-        for own, chosen in enumerate(others)
-    ]
-    return torch.stack(rows).numpy() if rows else np.zeros((0, 0))
+    for source, targets in enumerate(readers_of(others)):
+        table = areas_of_maps(maps[source].to(device), [bits[target] for target in targets], shape, config)
+        found |= {(target, source): row for target, row in zip(targets, table, strict=True)}
+    return minus_others(found, others)
 
 
 # --- entries of pairs.jsonl and metrics.json ---------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The atlas in words, tables and heat maps: AUC of each layer at each timestep, and the subset that was chosen."""
+"""The atlas in words, tables and heat maps: scores of each layer at each timestep, and the subset that was chosen."""
 
 from __future__ import annotations
 
@@ -28,12 +28,20 @@ def short_layer(name: str) -> str:
     return f"{block.partition('_')[0]} {'.'.join(part for part in rest if part.isdigit())}"
 
 
+Entry = Mapping[str, Any]
+"""A model's entry of atlas.json (see `distill.evaluation.atlas.analyse`)."""
+Entries = Mapping[str, Entry]
+NAMES = {"image_adds": "image adds", "auc": "AUC"}
+CHANCE = {"image_adds": 0.0, "auc": 0.5}
+"""Score of a map that does not look at the image (image adds), or that is noise (AUC)."""
+
+
 def _signed(value: float) -> str:
     text = format_number(value, 3)
     return text if text.startswith("-") else f"+{text}"
 
 
-def _difference(entry: Mapping[str, Any], key: str) -> str:
+def _difference(entry: Entry, key: str) -> str:
     """`+.031 [+.010, +.052]`; a dash where unknown."""
     found = entry["test"]["difference"][key]
     if found["value"] is None:
@@ -41,10 +49,11 @@ def _difference(entry: Mapping[str, Any], key: str) -> str:
     return _signed(found["value"]) + (f" [{', '.join(map(_signed, found['ci']))}]" if found["ci"] else "")
 
 
-def answer(name: str, entry: Mapping[str, Any]) -> str:
-    """Does the subset chosen on validation images raise the AUC on test images? One or two sentences, from the
-    numbers."""
-    chosen, test, found = entry["chosen"], entry["test"], entry["test"]["difference"]["auc"]
+def answer(name: str, entry: Entry) -> str:
+    """Does the subset chosen on validation images raise the measure that chose it on test images? One or two
+    sentences, from the numbers."""
+    chosen, test, by = entry["chosen"], entry["test"], entry["chosen"]["by"]
+    found, name_of_measure = test["difference"][by], f"*{NAMES[by]}* of the words"
     start = (
         f"{name}: {len(chosen['layers'])} of {len(entry['layers'])} layers at "
         f"{', '.join(map(str, chosen['timesteps']))}, "
@@ -54,53 +63,65 @@ def answer(name: str, entry: Mapping[str, Any]) -> str:
         "" if chosen["is_better"] else " On validation it is no better than the default, so the model does not get it."
     )
     if found["value"] is None:
-        return f"{start} could not be tested: no pair of a test image has an AUC.{end}"
-    values = [format_number(test[which]["word"]["auc"], 3) for which in ("default", "chosen")]
-    numbers = f"from {values[0]} to {values[1]}, difference {_difference(entry, 'auc')}"
+        return f"{start} could not be tested: no pair of a test image has {name_of_measure}.{end}"
+    values = [format_number(test[which]["word"][by], 3) for which in ("default", "chosen")]
+    numbers = f"from {values[0]} to {values[1]}, difference {_difference(entry, by)}"
     if found["ci"] is None:
-        return f"{start} changes the word AUC on test images {numbers}; one image gives no interval.{end}"
+        return f"{start} changes {name_of_measure} on test images {numbers}; one image gives no interval.{end}"
     low, high = found["ci"]
     if low <= 0 <= high:
         verb, numbers = "does not clearly change", f"{numbers}: the 95 % interval holds 0"
     else:
         verb = "raises" if low > 0 else "lowers"
-    return f"{start} {verb} the word AUC on test images ({numbers}).{end}"
+    return f"{start} {verb} {name_of_measure} on test images ({numbers}).{end}"
 
 
-HEAD = (
-    "model", "layers", "timesteps", "validation AUC, default", "chosen", "test AUC, default", "chosen", "difference",
-    "image adds difference", "CNR difference", "Top-1 difference",
-)  # fmt: skip
+def summary_head(by: str) -> tuple[str, ...]:
+    """Names of the columns of `summary_rows`."""
+    other = next(name for measure, name in NAMES.items() if measure != by)
+    return (
+        "model", "layers", "timesteps", f"validation {NAMES[by]}, default", "chosen", f"test {NAMES[by]}, default",
+        "chosen", "difference", f"{other} difference", "CNR difference", "Top-1 difference",
+    )  # fmt: skip
 
 
-def summary_rows(entries: Mapping[str, Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """One row a model, in the columns of HEAD; all of the word maps."""
+def summary_rows(entries: Entries, by: str) -> list[tuple[str, ...]]:
+    """One row a model, in the columns of `summary_head`; all of the word maps."""
+    keys = (by, *(measure for measure in NAMES if measure != by), "cnr", "top1")
     rows = []
     for name, entry in entries.items():
         chosen, test = entry["chosen"], entry["test"]
-        numbers = (chosen["default_auc"], chosen["auc"], test["default"]["word"]["auc"], test["chosen"]["word"]["auc"])
+        default = (chosen["default"] or {}).get(by)
+        numbers = (default, chosen[by], test["default"]["word"][by], test["chosen"]["word"][by])
         rows.append(
             (
                 name,
                 f"{len(chosen['layers'])} of {len(entry['layers'])}",
                 ", ".join(map(str, chosen["timesteps"])),
                 *(UNKNOWN if value is None else format_number(value, 3) for value in numbers),
-                *(_difference(entry, key) for key in ("auc", "image_adds", "cnr", "top1")),
+                *(_difference(entry, key) for key in keys),
             )
         )
     return rows
 
 
-def terminal_table(entries: Mapping[str, Mapping[str, object]]) -> RichTable:
+def chosen_by(entries: Entries) -> str:
+    """The measure that chose the subsets; one for all models."""
+    by: str = next(iter(entries.values()))["chosen"]["by"]
+    return by
+
+
+def terminal_table(entries: Entries) -> RichTable:
+    by = chosen_by(entries)
     table = RichTable(
         box=box.SIMPLE_HEAD,
         padding=0,
-        caption="word AUC; difference on test images with its 95 % bootstrap interval over images",
+        caption=f"{NAMES[by]} of the words; difference on test images, 95 % bootstrap interval over images",
         caption_justify="left",
     )
-    for place, name in enumerate(HEAD[:-2]):
-        table.add_column(name.replace(" AUC, ", "\n"), justify="right" if place else "left")
-    for row in summary_rows(entries):
+    for place, name in enumerate(summary_head(by)[:-2]):
+        table.add_column(name.replace(f" {NAMES[by]}, ", "\n"), justify="right" if place else "left")
+    for row in summary_rows(entries, by):
         table.add_row(*(RichText(cell) for cell in row[:-2]))  # rich would read [brackets] as markup
     return table
 
@@ -110,31 +131,33 @@ def _markdown_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
 
 
-def markdown(entries: Mapping[str, Mapping[str, Any]], evaluation: FullEvaluation) -> str:
-    """atlas.md: the answer, the comparison, and the AUC of each cell of each model."""
-    first = next(iter(entries.values()))
+def markdown(entries: Entries, evaluation: FullEvaluation) -> str:
+    """atlas.md: the answer, the comparison, and the scores of each cell of each model."""
+    first, by = next(iter(entries.values())), chosen_by(entries)
     word = first["test"]["chosen"]["word"]
     parts = [
         "# Where the attention localizes",
-        "Does choosing layers and timesteps on validation images raise the AUC on test images?",
+        f"Does choosing layers and timesteps on validation images raise *{NAMES[by]}* on test images?",
         "\n".join(f"- {answer(name, entry)}" for name, entry in entries.items()),
-        _markdown_table(HEAD, summary_rows(entries)),
+        _markdown_table(summary_head(by), summary_rows(entries, by)),
         f"The default is all layers at the timesteps {', '.join(map(str, DEFAULT_TIMESTEPS))}. Validation: "
         f"{first['validation']['images']} images, {first['validation']['pairs']} image-finding pairs; the chosen "
-        f"subset's AUC there is the best of many and so too high. Test: {word['images']} other images, {word['pairs']} "
-        f"pairs; 95 % intervals of {evaluation.bootstrap_samples:,} resamples of images; noise seed "
-        f"{evaluation.seed}. CNR, Top-1 and what the image adds are of the same maps; the subset is chosen by AUC alone.",
+        f"subset's value there is the best of many and so too high. Test: {word['images']} other images, "
+        f"{word['pairs']} pairs; 95 % intervals of {evaluation.bootstrap_samples:,} resamples of images; noise seed "
+        f"{evaluation.seed}. The other measures are of the same maps; the subset is chosen by *{NAMES[by]}* alone. What "
+        "an image adds is the AUC of its own map minus the AUC of the maps of other images with the same finding, against "
+        "its mask.",
     ]
     for name, entry in entries.items():
         chosen = entry["chosen"]
         parts += [
             f"## {name}",
-            f"![AUC of {name} by layer and timestep]({name}/atlas.png)",
+            f"![{NAMES[by]} of {name} by layer and timestep]({name}/atlas.png)",
             f"Chosen layers: {', '.join(f'`{layer}`' for layer in chosen['layers'])}",
         ]
         for token in TOKEN_MAPS:
             rows = []
-            for layer, values in zip(entry["layers"], entry["validation"]["auc"][token], strict=True):
+            for layer, values in zip(entry["layers"], entry["validation"][by][token], strict=True):
                 cells = [format_number(value, 3) for value in values]
                 if token == "word" and layer in chosen["layers"]:
                     cells = [
@@ -142,7 +165,7 @@ def markdown(entries: Mapping[str, Mapping[str, Any]], evaluation: FullEvaluatio
                         for cell, timestep in zip(cells, entry["timesteps"], strict=True)
                     ]
                 rows.append([short_layer(layer), *cells])
-            parts.append(f"AUC of the {token} maps on validation images, by layer and timestep:")
+            parts.append(f"*{NAMES[by]}* of the {token} maps on validation images, by layer and timestep:")
             parts.append(_markdown_table(["layer", *map(str, entry["timesteps"])], rows))
     return "\n\n".join(parts) + "\n"
 
@@ -152,18 +175,19 @@ def atlas_chart(
     layers: Sequence[str],
     timesteps: Sequence[int],
     chosen: tuple[Sequence[int], Sequence[int]],
+    by: str,
 ) -> Picture:
-    """A heat map a token map: AUC of each layer (rows) at each timestep (columns), .5 in white.
+    """A heat map a token map: the measure of each layer (rows) at each timestep (columns), CHANCE in white.
 
-    tables: name -> (layers, timesteps) in [0, 1]. chosen: rows and columns whose common cells get a frame.
+    tables: name -> (layers, timesteps). chosen: rows and columns whose common cells get a frame.
     """
-    count = len(layers) * len(timesteps)
-    far = max(0.05, *(float(np.abs(table - 0.5).max()) for table in tables.values()))
+    count, white = len(layers) * len(timesteps), CHANCE[by]
+    far = max(0.05, *(float(np.abs(table - white).max()) for table in tables.values()))
 
     def draw(figure: Figure) -> None:
         panels = figure.subplots(1, len(tables), squeeze=False, sharey=True)[0]
         for axes, (name, table) in zip(panels, tables.items(), strict=True):
-            image = axes.imshow(table, cmap="RdBu_r", vmin=0.5 - far, vmax=0.5 + far, aspect="auto")
+            image = axes.imshow(table, cmap="RdBu_r", vmin=white - far, vmax=white + far, aspect="auto")
             axes.set_title(f"{name}, best {format_number(float(table.max()), 3)}", loc="left")
             axes.set_xticks(range(len(timesteps)), [str(t) for t in timesteps], rotation=60, fontsize=8)
             axes.set_yticks(range(len(layers)), layers, fontsize=8)
@@ -171,15 +195,15 @@ def atlas_chart(
             axes.grid(False)
             for row, column in np.ndindex(table.shape) if count <= 400 else ():
                 value = float(table[row, column])
-                colour = "white" if abs(value - 0.5) > 0.7 * far else "black"
+                colour = "white" if abs(value - white) > 0.7 * far else "black"
                 text = format_number(value, 2)
                 axes.text(column, row, text, ha="center", va="center", fontsize=6.5, color=colour)
             for row in chosen[0]:
                 for column in chosen[1]:
                     frame = Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, edgecolor="black", linewidth=2)
                     axes.add_patch(frame)
-        figure.colorbar(image, ax=panels, label="AUC", fraction=0.02, pad=0.01)
+        figure.colorbar(image, ax=panels, label=NAMES[by], fraction=0.02, pad=0.01)
 
     width = 2.2 + len(tables) * (0.4 + 0.33 * len(timesteps))
-    alt = "AUC of attention maps by layer and timestep on validation images; the chosen cells have a frame"
+    alt = f"{NAMES[by]} of attention maps by layer and timestep on validation images; the chosen cells have a frame"
     return chart("atlas", alt, width, 1.5 + 0.28 * len(layers), draw)

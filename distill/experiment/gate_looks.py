@@ -16,7 +16,7 @@ from distill.experiment.cost import ForwardPasses
 from distill.files import JsonObject, read_json, write_json
 
 Look = tuple[NDArray[np.float64], Sequence[str]]
-"""(token groups, layers, timesteps) AUC, and the names of the layers."""
+"""(token groups, layers, timesteps) scores, and the names of the layers."""
 FILE = "gate_looks.json"
 
 
@@ -31,14 +31,14 @@ class GateLooks:
         kept = self._kept(label, inputs)
         if kept is not None:
             self.passes.images += kept["image_passes"] if self.accelerator.is_main_process else 0
-            return np.array(kept["auc"]), kept["layers"]
+            return np.array(kept["image_adds"]), kept["layers"]
         before = self.passes.images
-        auc, layers = look()
-        found = {"inputs": inputs, "auc": auc.tolist(), "layers": list(layers)}
+        values, layers = look()
+        found = {"inputs": inputs, "image_adds": values.tolist(), "layers": list(layers)}
         found["image_passes"] = sum(gather_object([self.passes.images - before]))
         if self.accelerator.is_main_process:
             write_json(self.path, self._all() | {label: found})
-        return auc, layers
+        return values, layers
 
     def _kept(self, label: str, inputs: str) -> JsonObject | None:
         """As the main process reads it, so that all processes do the same."""

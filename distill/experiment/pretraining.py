@@ -205,7 +205,7 @@ def _context(accelerator: Accelerator, work: Path, seed: int) -> Context:
         load=load,
         batches=batches,
         captions=lambda count: [],
-        layer_auc=None,
+        layer_scores=None,
         say=print,
     )
 

@@ -29,7 +29,7 @@ from distill.data.loading import load_dataset, refuse_shared_pictures
 from distill.data.readers.records import RecordDataset
 from distill.data.readers.tables import VALIDATION_SPLITS
 from distill.data.rows import check_training_text
-from distill.data.sample import group_key, hash_of, region_list
+from distill.data.sample import group_key, has_finding_twice, hash_of, region_list
 from distill.data_config import DataConfig, FolderData, PhantomData
 from distill.errors import UserError, raise_all
 from distill.evaluation.evaluate import HeldOut, evaluation_order, example_images, explained_rows, held_out
@@ -364,6 +364,11 @@ def _load_validation(config: RunConfig, arms: Mapping[str, Arm]) -> PhantomDatas
         raise UserError(
             f"{asks} needs validation images with a box or mask of a finding, and none of the {len(validation):,} has "
             f"one{_why_no_regions(validation)}"
+        )
+    if gate and not has_finding_twice(validation):
+        raise UserError(
+            f"{asks} compares the maps of validation images with the same finding, and no finding has a box or mask in "
+            f"two of the {len(validation):,}"
         )
     return validation
 

@@ -26,7 +26,7 @@ from distill.data.sample import hash_of, region_fingerprint
 from distill.devices import loader_processes
 from distill.draws import generator_at
 from distill.errors import UserError
-from distill.evaluation.atlas import compute_cells, gather_pairs, macro_mean
+from distill.evaluation.atlas import compute_cells
 from distill.evaluation.evaluate import OF_NO_NUMBER, generate
 from distill.evaluation.images import save_png
 from distill.evaluation.kept import features_key
@@ -364,10 +364,15 @@ def _context(
         hashes[f"weights of {name}"] = of_model[id(model)] = _weights_hash(run, name, model)
         return passes.watch(model)
 
-    def layer_auc(model: Model, images: int, timesteps: Sequence[int], label: str) -> Look:
-        said = [of_model[id(model)], *_validation_fingerprint(run, arm).values(), run.config.data.model_dump_json()]
+    def layer_scores(model: Model, images: int, timesteps: Sequence[int], label: str) -> Look:
+        said = [
+            "image_adds",
+            of_model[id(model)],
+            *_validation_fingerprint(run, arm).values(),
+            run.config.data.model_dump_json(),
+        ]
         said += [run.evaluation.model_dump_json(), run.config.base.frozen_dtype, str(images), str(timesteps)]
-        return looks.get(label, hash_of(said), lambda: _layer_auc(run, model, images, timesteps, label))
+        return looks.get(label, hash_of(said), lambda: _layer_scores(run, model, images, timesteps, label))
 
     return Context(
         generator=generator_at(run.seed, 0, 0),
@@ -379,7 +384,7 @@ def _context(
         load=load,
         batches=lambda images: _first_batches(run, rows, arm.trainer.batch_size, 1 if dry else images),
         captions=lambda count: _spread_captions(rows, count),
-        layer_auc=None if dry or run.validation is None else layer_auc,
+        layer_scores=None if dry or run.validation is None else layer_scores,
         say=lambda message: run.say(f"{arm.name}: {message}"),
     )
 
@@ -399,13 +404,15 @@ def _spread_captions(rows: TrainingRows, count: int) -> list[str]:
     return [rows.caption(i) for i in sorted({round(i * last / (count - 1)) for i in range(count)})]
 
 
-def _layer_auc(run: Run, model: Model, images: int, timesteps: Sequence[int], label: str) -> Look:
-    """The AUC of a model's maps on validation images."""
+def _layer_scores(run: Run, model: Model, images: int, timesteps: Sequence[int], label: str) -> Look:
+    """What images add to a model's maps, on validation images."""
     assert run.validation is not None
     few = run.evaluation.model_copy(update={"localization_images": images})
     model.to(run.accelerator.device)
     cells = compute_cells(model, run.validation, few, timesteps, accelerator=run.accelerator, label=label)
-    return macro_mean(*gather_pairs(cells, cells.auc)), cells.layers
+    scores = cells.mean("image_adds")
+    assert scores is not None, "compute_cells has refused such images"
+    return scores, cells.layers
 
 
 @torch.no_grad()

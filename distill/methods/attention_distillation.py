@@ -66,7 +66,7 @@ class AttentionDistillation(Method):
         super().setup(student, context)
         teacher = self.load_teacher(context)
         self.match: AttentionMatch = self.options
-        if self.options.gate_reference is not None and context.layer_auc is not None:
+        if self.options.gate_reference is not None and context.layer_scores is not None:
             self.match = self._gated(student, teacher, context)
         self._teacher, self._open = (teacher,), ExitStack()
         if not self.options.begin_after_steps:
@@ -130,13 +130,13 @@ class AttentionDistillation(Method):
         from distill.files import write_json
         from distill.methods.gate import choose_taught
 
-        assert context.layer_auc is not None and self.options.gate_reference is not None
+        assert context.layer_scores is not None and self.options.gate_reference is not None
         layers = attention_layers(student.denoiser, self.options.layers)
         reference = context.load(self.options.gate_reference)
         check_same_shape(reference, student)
         names = [student.family.name_in_teacher(student.denoiser, other.denoiser) for other in (teacher, reference)]
         taught = choose_taught(
-            teacher, reference, context.layer_auc, images=self.options.gate_images, layers=layers,
+            teacher, reference, context.layer_scores, images=self.options.gate_images, layers=layers,
             in_teacher=names[0], in_reference=names[1],
         )  # fmt: skip
         if context.is_main:

@@ -33,8 +33,9 @@ ParameterGroups = list[dict[str, Any]]
 """Trainable parameters as `params`, with their learning rate as `lr`."""
 
 
-class LayerAuc(Protocol):
-    """AUC of a model's maps on validation images, for each token group, layer and timestep."""
+class LayerScores(Protocol):
+    """What images add to a model's maps (see `distill.evaluation.image_adds`), on validation images, for each token
+    group, layer and timestep."""
 
     def __call__(
         self, model: Model, images: int, timesteps: Sequence[int], label: str
@@ -47,7 +48,7 @@ class Context:
 
     generator: for draws before the first step. load: a model by a name of Options.references, on the CPU. batches:
     about this many training images, in batches on the device. captions: this many training texts, spread over the data
-    set. layer_auc: see LayerAuc; None in a dry run. say: a message for the user.
+    set. layer_scores: see LayerScores; None in a dry run. say: a message for the user.
     """
 
     generator: torch.Generator
@@ -59,7 +60,7 @@ class Context:
     load: Callable[[str], Model]
     batches: Callable[[int], Iterator[Batch]]
     captions: Callable[[int], list[str]]
-    layer_auc: LayerAuc | None
+    layer_scores: LayerScores | None
     say: Callable[[str], None]
 
 

@@ -2,7 +2,9 @@
 student would.
 
 A student must never be pulled to maps worse than its own. Teacher and reference are compared on validation images,
-layer by layer. The reference stands for the student: the same training without a teacher, or the base.
+layer by layer, by what the image adds to its map (see `distill.evaluation.image_adds`): a map that only knows where a
+finding usually is teaches nothing. The reference stands for the student: the same training without a teacher, or the
+base.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ from numpy.typing import NDArray
 
 from distill.errors import UserError
 from distill.files import JsonObject
-from distill.methods.base import LayerAuc
+from distill.methods.base import LayerScores
 from distill.methods.options import AttentionMatch, Group
 
 if TYPE_CHECKING:
@@ -31,20 +33,20 @@ WIDTH = 100
 """Timesteps for which one looked at stands: those from WIDTH / 2 before it to WIDTH / 2 - 1 after it."""
 TIMESTEPS = tuple(range(WIDTH // 2, 1000, WIDTH))
 LEAD = 2 / 3
-"""Share of the best timestep's lead over chance that a timestep must have."""
+"""Share of the best timestep's score that a timestep must have."""
 
 
 @dataclass(frozen=True)
 class Taught:
-    """layers, groups, timesteps (first, last): what passes. What it was decided by, AUC on validation images: auc,
-    model -> layer -> group, at these timesteps; auc_of_timesteps, of the teacher's words in all layers, at
+    """layers, groups, timesteps (first, last): what passes. What it was decided by, on validation images: image_adds,
+    model -> layer -> group, at these timesteps; image_adds_of_timesteps, of the teacher's words in all layers, at
     TIMESTEPS."""
 
     layers: tuple[str, ...]
     groups: tuple[Group, ...]
     timesteps: tuple[int, int]
-    auc: dict[str, dict[str, dict[str, float]]]
-    auc_of_timesteps: tuple[float, ...]
+    image_adds: dict[str, dict[str, dict[str, float]]]
+    image_adds_of_timesteps: tuple[float, ...]
 
     def narrow(self, config: AttentionMatch) -> AttentionMatch:
         """Its part of what `config` asks for; all of its token groups where `config` has the default."""
@@ -69,7 +71,7 @@ class Taught:
 def choose_taught(
     teacher: Model,
     reference: Model,
-    layer_auc: LayerAuc,
+    layer_scores: LayerScores,
     *,
     images: int,
     layers: Sequence[str],
@@ -77,24 +79,24 @@ def choose_taught(
     in_reference: ModuleName = str,
 ) -> Taught:
     """What the teacher may teach. First the timesteps at which it localizes (`localizing`); then those of `layers`
-    whose word maps have at least the reference's AUC there (macro over findings, mean over timesteps); then the token
-    groups whose maps have it in these layers, and are better than chance.
+    to whose word maps the image adds at least what it adds to the reference's there (macro over findings, mean over
+    timesteps); then the token groups for which that holds in these layers, and to whose maps the image adds anything.
 
     in_teacher, in_reference: name of one of `layers` -> that in the other model, which may have more layers.
     Raises UserError if the teacher has nothing to teach.
     """
     by_cell: dict[str, NDArray[np.float64]] = {}
     for name, model, there in (("teacher", teacher, in_teacher), ("reference", reference, in_reference)):
-        found, names = layer_auc(model, images, TIMESTEPS, f"gate: {name}")  # (groups, layers, timesteps)
+        found, names = layer_scores(model, images, TIMESTEPS, f"gate: {name}")  # (groups, layers, timesteps)
         by_cell[name] = found[:, [list(names).index(there(layer)) for layer in layers]]
     words = by_cell["teacher"][0].mean(axis=0)
     first, last = localizing(words)
     table: dict[str, dict[str, dict[str, float]]] = {
         name: {
-            layer: {group: float(auc[g, k, first : last + 1].mean()) for g, group in enumerate(GROUPS)}
+            layer: {group: float(own[g, k, first : last + 1].mean()) for g, group in enumerate(GROUPS)}
             for k, layer in enumerate(layers)
         }
-        for name, auc in by_cell.items()
+        for name, own in by_cell.items()
     }
     kept, groups = decide(table, layers)
     half = WIDTH // 2
@@ -106,17 +108,17 @@ def looks_passes(images: int) -> int:
     return 2 * images * len(TIMESTEPS)
 
 
-def localizing(auc: NDArray[np.float64]) -> tuple[int, int]:
-    """First and last index of the timesteps around the best that have at least LEAD of its lead over chance; all where
-    there is no lead, of which `decide` then keeps the layers and groups that have one. auc: (timesteps,)."""
-    best = int(auc.argmax())
-    if auc[best] <= 0.5:
-        return 0, len(auc) - 1
-    enough = auc - 0.5 >= LEAD * (auc[best] - 0.5)
+def localizing(scores: NDArray[np.float64]) -> tuple[int, int]:
+    """First and last index of the timesteps around the best that have at least LEAD of its score; all where no score is
+    above 0, of which `decide` then keeps the layers and groups that have one. scores: (timesteps,)."""
+    best = int(scores.argmax())
+    if scores[best] <= 0:
+        return 0, len(scores) - 1
+    enough = scores >= LEAD * scores[best]
     first = last = best
     while first > 0 and enough[first - 1]:
         first -= 1
-    while last < len(auc) - 1 and enough[last + 1]:
+    while last < len(scores) - 1 and enough[last + 1]:
         last += 1
     return first, last
 
@@ -127,13 +129,14 @@ def decide(table: JsonObject, layers: Sequence[str]) -> tuple[tuple[str, ...], t
     kept = tuple(name for name in layers if teacher[name]["words"] >= reference[name]["words"])
     if not kept:
         raise UserError(
-            "method.gate_reference: the teacher's word maps localize worse than the reference's in every layer on "
-            "validation images; it has nothing to teach. Train it longer, or train without distillation"
+            "method.gate_reference: on validation images, the image adds less to the teacher's word maps than to the "
+            "reference's in every layer; it has nothing to teach. Train it longer, or train without distillation"
         )
     mean = {m: {g: float(np.mean([table[m][name][g] for name in kept])) for g in GROUPS} for m in table}
-    groups = tuple(g for g in GROUPS if mean["teacher"][g] >= mean["reference"][g] and mean["teacher"][g] > 0.5)
+    groups = tuple(g for g in GROUPS if mean["teacher"][g] >= mean["reference"][g] and mean["teacher"][g] > 0)
     if not groups:
         raise UserError(
-            "method.gate_reference: no token group of the teacher localizes better than chance on validation images"
+            "method.gate_reference: the image adds nothing to the maps of any token group of the teacher on validation "
+            "images"
         )
     return kept, groups
