@@ -119,7 +119,7 @@ class AttentionDistillationOptions(AttentionMatch):
     """Train by the diffusion loss alone for this many steps, without a teacher's pass. Then the distillation begins."""
     gate_reference: Text | None = None
     """Teach only timesteps, layers and token groups in which the teacher localizes at least as well as this model does,
-    on validation images: another arm, `base`, or a run folder. None teaches all."""
+    by what the image adds to its map, on validation images: another arm, `base`, or a run folder. None teaches all."""
     gate_images: Count = 100
     """Validation images that the gate looks at."""
 
