@@ -17,6 +17,7 @@ from accelerate import Accelerator
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from listed import WORDS, Listed, sample
+from matplotlib.figure import Figure
 from pair import in_two_processes
 from PIL import Image
 from recipe import config_class_of, recipe_module, refusal_of
@@ -26,8 +27,10 @@ from tiny import save_tiny, tiny_sd
 from distill.cli import parse
 from distill.config import BaseConfig, FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
+from distill.data.sample import has_finding_twice
 from distill.errors import UserError
 from distill.evaluation import atlas as library
+from distill.evaluation import image_adds
 from distill.evaluation.atlas import (
     MEASURES,
     MIN_GAIN,
@@ -39,10 +42,11 @@ from distill.evaluation.atlas import (
     macro_mean,
     paired_difference,
 )
-from distill.evaluation.image_adds import choose_others
+from distill.evaluation.image_adds import areas_of_maps, choose_others
 from distill.evaluation.localization import TOKEN_MAPS, localization
 from distill.evaluation.protocols import DEFAULT_TIMESTEPS, with_subset
-from distill.experiment.atlas import answer, short_layer
+from distill.experiment import atlas as words_of_atlas
+from distill.experiment.atlas import NAMES, answer, chosen_by, short_layer, summary_head, summary_rows, terminal_table
 from distill.metrics import macro_mean_interval
 from distill.models.family import AttentionSubset, Model
 from distill.models.loading import load_model, read_subset
@@ -250,6 +254,25 @@ def test_macro_mean_weighs_findings_alike(rows: list[tuple[int, float]]) -> None
     assert both.tolist() == pytest.approx([expected, 1 - expected])
 
 
+def test_maps_are_ranked_in_parts_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(5)
+    maps, masks = torch.rand(7, 5, 5, generator=generator), torch.rand(3, 8, 8, generator=generator) < 0.3
+    bits = [np.packbits(mask.numpy()) for mask in masks]
+    whole = areas_of_maps(maps, bits, (8, 8), CONFIG)
+    monkeypatch.setattr(image_adds, "PIXELS_AT_ONCE", 128)
+    assert whole.shape == (3, 7) and torch.equal(areas_of_maps(maps, bits, (8, 8), CONFIG), whole)
+
+
+@pytest.mark.parametrize(
+    ("findings", "keys", "expected"),
+    [(("a", "b"), "xy", False), (("a", "a"), "xy", True), (("a", "a"), "xx", False), ((), "", False)],
+)
+def test_a_finding_must_be_in_two_images(findings: tuple[str, ...], keys: str, expected: bool) -> None:
+    data = Listed([sample(str(k), "Text.", (name, None)) for k, name in enumerate(findings)], {})
+    data.image_key = lambda index: keys[index]  # type: ignore[attr-defined]
+    assert has_finding_twice(data) == expected
+
+
 # --- cells of a model -----------------------------------------------------------------------------------------------
 
 
@@ -290,6 +313,9 @@ def test_the_mean_of_cells_is_the_map_of_the_protocol(
     found = choose_subset(cells, config, 1).default
     assert result is not None and found is not None
     assert found == {m: pytest.approx(result["word"][m], abs=1e-4) for m in MEASURES}
+    for (own, place), layer, step in itertools.product(enumerate(cells.mine), range(2), range(len(DEFAULT_TIMESTEPS))):
+        scored = dict(cells.pairs.against_masks(cells.maps[own, layer, step][None], place, config))
+        assert cells.scores["auc"][place, 0, layer, step] == pytest.approx(scored[place, place].item(), abs=1e-6)
 
 
 def test_a_region_that_fills_the_image_is_left_out(sd: Model, accelerator: Accelerator) -> None:
@@ -399,6 +425,43 @@ def test_the_answer_follows_from_the_interval(
     assert words.format(name) in sentence
     assert ("holds 0" in sentence) == ("not clearly" in words)
     assert ("the model does not get it" in sentence) == (value == -0.03)
+
+
+@pytest.mark.parametrize(("by", "other"), [("auc", "image_adds"), ("image_adds", "auc")])
+def test_the_table_begins_with_the_measure_that_chose(by: str, other: str) -> None:
+    def entry_of(default: dict[str, float] | None) -> dict[str, Any]:
+        differences = {by: 0.1, other: 0.3, "cnr": 0.4, "top1": 0.5}
+        return {
+            "layers": ["a", "b"],
+            "chosen": {"layers": ["b"], "timesteps": [250], "by": by, by: 0.2, other: 0.9, "default": default},
+            "test": {
+                "default": {"word": {by: 0.11, other: 0.8}},
+                "chosen": {"word": {by: 0.21, other: 0.7}},
+                "difference": {key: {"value": value, "ci": None} for key, value in differences.items()},
+            },
+        }
+
+    entries = {"first": entry_of({by: 0.15, other: 0.6}), "second": entry_of(None)}
+    rows = summary_rows(entries, chosen_by(entries))
+    assert rows[0][3:] == (".150", ".200", ".110", ".210", "+.100", "+.300", "+.400", "+.500")
+    assert rows[1][3] == "–" and rows[1][4:] == rows[0][4:]
+    names = summary_head(by)
+    assert names[3] == f"validation {NAMES[by]}, default" and names[8] == f"{NAMES[other]} difference"
+    assert [column.header for column in terminal_table(entries).columns][3] == "validation\ndefault"
+
+
+@pytest.mark.parametrize(("by", "white"), [("auc", 0.5), ("image_adds", 0.0)])
+def test_the_heat_map_is_white_where_a_map_knows_nothing(
+    by: str, white: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Callable[[Figure], None]] = []
+    monkeypatch.setattr(words_of_atlas, "chart", lambda name, alt, width, height, draw: drawn.append(draw))
+    words_of_atlas.atlas_chart({"word": np.array([[white, white + 0.2]])}, ["a"], [1, 2], ([0], [1]), by)
+    figure = Figure()
+    drawn[0](figure)
+    low, high = figure.axes[0].images[0].get_clim()
+    assert (low, high) == pytest.approx((white - 0.2, white + 0.2))
+    assert figure.axes[-1].get_ylabel() == NAMES[by]
 
 
 def test_short_names_of_layers_differ() -> None:
@@ -521,7 +584,7 @@ def test_a_subset_that_is_no_better_on_validation_is_not_stored(
 def test_dry_run_writes_nothing(work: tuple[Path, list[str]], capsys: pytest.CaptureFixture[str]) -> None:
     folder, argv = work
     before = files_of(folder)
-    run([*argv, "--dry_run", "true"])
+    run([*argv, "--dry_run", "true", "--evaluation.batch_size", "1"])
     assert files_of(folder) == before
     printed = capsys.readouterr().out
     assert "layers at 6 timesteps" in printed and "nothing was written" in printed

@@ -232,6 +232,9 @@ def test_a_gate_that_was_decided_is_read_and_its_passes_count_again(
         assert looked == ["gate: teacher", "gate: reference"], changed
     (tmp_path / "model/gate_looks.json").write_text("{torn", encoding="utf-8")
     assert decided() == first and len(looked) == 4, "a file that cannot be read is none"
+    looks = (tmp_path / "model/gate_looks.json").read_text(encoding="utf-8")
+    (tmp_path / "model/gate_looks.json").write_text(looks.replace('"image_adds"', '"auc"'), encoding="utf-8")
+    assert decided() == first and len(looked) == 6, "looks that measured something else are none"
 
 
 def test_the_weights_of_a_model_are_hashed_once_a_run(

@@ -41,9 +41,11 @@ class GateLooks:
         return values, layers
 
     def _kept(self, label: str, inputs: str) -> JsonObject | None:
-        """As the main process reads it, so that all processes do the same."""
+        """As the main process reads it, so that all processes do the same. None for a look that measured something else,
+        as those of version 0.1.0 did."""
         entry = self._all().get(label) if self.accelerator.is_main_process else None
-        found = [entry if isinstance(entry, dict) and entry.get("inputs") == inputs else None]
+        fits = isinstance(entry, dict) and entry.get("inputs") == inputs and "image_adds" in entry
+        found = [entry if fits else None]
         return cast("JsonObject | None", broadcast_object_list(found)[0])
 
     def _all(self) -> JsonObject:

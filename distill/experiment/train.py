@@ -365,12 +365,7 @@ def _context(
         return passes.watch(model)
 
     def layer_scores(model: Model, images: int, timesteps: Sequence[int], label: str) -> Look:
-        said = [
-            "image_adds",
-            of_model[id(model)],
-            *_validation_fingerprint(run, arm).values(),
-            run.config.data.model_dump_json(),
-        ]
+        said = [of_model[id(model)], *_validation_fingerprint(run, arm).values(), run.config.data.model_dump_json()]
         said += [run.evaluation.model_dump_json(), run.config.base.frozen_dtype, str(images), str(timesteps)]
         return looks.get(label, hash_of(said), lambda: _layer_scores(run, model, images, timesteps, label))
 
