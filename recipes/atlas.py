@@ -53,7 +53,8 @@ class AtlasConfig(Settings):
     """Validation images that the subset is chosen on. evaluation.localization_images test images check it."""
     choose_by: Literal["image_adds", "auc"] = "image_adds"
     """What the subset is chosen by. image_adds: AUC of an image's own map minus that of other images' maps with the same
-    finding, which a map that does not look at the image cannot raise. auc: the AUC alone."""
+    finding, which a map that does not look at the image cannot raise; of subsets that have at least the AUC of all
+    layers. auc: the AUC alone."""
     store: bool = True
     """Write the subset as localization.json into each run folder, where evaluation finds it."""
     store_base: bool = False

@@ -39,6 +39,7 @@ from distill.evaluation.atlas import (
     Pairs,
     choose_subset,
     compute_cells,
+    is_worth_it,
     macro_mean,
     paired_difference,
 )
@@ -181,9 +182,49 @@ def test_the_default_is_compared_where_its_timesteps_are_known(by: Measure) -> N
     assert found is not None
     expected = true_score(cells, AttentionSubset(cells.layers, DEFAULT_TIMESTEPS), by)
     assert found[by] == pytest.approx(expected, abs=1e-9)
-    other = next(measure for measure in MEASURES if measure != by)
-    assert not replace(choice, scores={by: found[by], other: 9.0}).is_better
-    assert replace(choice, scores={by: 1.0, other: -9.0}).is_better
+    auc, adds = found["auc"], found["image_adds"]
+    better: list[tuple[float, float]] = [(auc, adds + 0.1)] if by == "image_adds" else [(auc + 0.1, adds - 0.1)]
+    worse = [(auc, adds), (auc - 0.1, adds + 0.1)]
+    for judged, pairs in ((True, better), (False, worse)):
+        for own in pairs:
+            assert replace(choice, scores=dict(zip(("auc", "image_adds"), own, strict=True))).is_better == judged
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "expected"),
+    [
+        ((0.0, 0.1), (0.0, 0.1 + 2 * MIN_GAIN), True),
+        ((0.0, 0.1), (0.0, 0.1 + MIN_GAIN / 2), False),
+        ((-0.1, 0.5), (-0.05, 0.1), True),
+        ((-0.1, 0.1), (-0.1 + MIN_GAIN / 2, 0.5), False),
+        ((-MIN_GAIN / 2, 0.5), (0.0, 0.1), True),
+    ],
+)
+def test_a_change_must_gain_more_than_noise(
+    before: tuple[float, float], after: tuple[float, float], expected: bool
+) -> None:
+    """The last reaches the floor, which is worth any gain."""
+    assert is_worth_it(before, after) == expected
+
+
+def test_no_subset_is_chosen_whose_auc_is_below_the_default() -> None:
+    """The layer to which the image adds most finds less than all three layers together."""
+    generator = torch.Generator().manual_seed(71)
+    masks = torch.rand(6, 6, 6, generator=generator) < 0.15
+    masks[:, 1:3, 1:4] = True
+    place = masks.float().mean(dim=0)
+    strength = torch.rand(3, 2, generator=generator)
+    maps = torch.rand(6, 3, 1, 6, 6, generator=generator)
+    for layer, (own, blind) in enumerate(strength.tolist()):
+        maps[:, layer, 0] += own * (masks.float() - place) + (2 * blind - 1) * place
+    steps = len(DEFAULT_TIMESTEPS)
+    cells = cells_of(maps.expand(6, 3, steps, 6, 6).clone(), masks, [0, 0, 0, 1, 1, 1], DEFAULT_TIMESTEPS)
+    free = choose_subset(replace(cells, timesteps=tuple(range(steps))), CONFIG, 1)
+    choice = choose_subset(cells, CONFIG, 1)
+    assert free.default is None and choice.default is not None and choice.is_better
+    assert choice.steps[0][1] == free.steps[0][1] and free.scores["auc"] < choice.default["auc"] - 0.01
+    assert choice.scores["auc"] >= choice.default["auc"]
+    assert choice.default["image_adds"] < choice.scores["image_adds"] < free.scores["image_adds"] - 0.01
 
 
 @st.composite
@@ -340,14 +381,14 @@ def _rank(rank: int, base: str, folder: str) -> None:
     (Path(folder) / f"{rank}.json").write_text(json.dumps([accelerator.num_processes, *found]))
 
 
-def few_choice(model: Model, accelerator: Accelerator, images: int) -> tuple[int, tuple[str, ...], Any]:
-    """Maps that this process has, and what is chosen; of one image by AUC."""
+def few_choice(model: Model, accelerator: Accelerator, images: int) -> tuple[list[Any], tuple[str, ...], Any]:
+    """Number of maps that this process has, all pairs, and what is chosen; of one image by AUC."""
     config = config_with(localization_images=images)
     dataset = PhantomDataset("validation", 8, 0, 64)
     by: Measure = "auc" if images == 1 else "image_adds"
     cells = compute_cells(model, dataset, config, [100, 600], accelerator=accelerator, by=by)
     choice = choose_subset(cells, config, 2, by)
-    return len(cells.mine), choice.subset.layers, choice.scores
+    return [len(cells.mine), cells.pairs.queries.tolist()], choice.subset.layers, choice.scores
 
 
 def test_two_processes_choose_what_one_chooses(base: Path, sd: Model, accelerator: Accelerator, tmp_path: Path) -> None:
@@ -356,8 +397,10 @@ def test_two_processes_choose_what_one_chooses(base: Path, sd: Model, accelerato
     one, two = (json.loads((tmp_path / f"{rank}.json").read_text(encoding="utf-8")) for rank in range(2))
     assert one[0] == two[0] == 2
     for place, images in enumerate((1, 6), start=1):
-        pairs, layers, scores = few_choice(sd, accelerator, images)
-        assert one[place][0] + two[place][0] == pairs and (two[place][0] == 0) == (images == 1)
+        (maps, pairs), layers, scores = few_choice(sd, accelerator, images)
+        counts = [own[place][0][0] for own in (one, two)]
+        assert sum(counts) == maps and (counts[1] == 0) == (images == 1)
+        assert one[place][0][1] == two[place][0][1] == pairs, "in the same order whatever the number of processes"
         for own in (one[place], two[place]):
             assert tuple(own[1]) == layers and own[2] == pytest.approx(scores, abs=1e-6)
 

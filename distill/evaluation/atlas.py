@@ -255,7 +255,10 @@ class Choice:
 
     @property
     def is_better(self) -> bool:
-        return self.default is None or self.scores[self.by] > self.default[self.by]
+        """Than the default: in the measure that chose, and not worse in AUC."""
+        if self.default is None:
+            return True
+        return self.scores["auc"] >= self.default["auc"] and self.scores[self.by] > self.default[self.by]
 
 
 def choose_subset(
@@ -270,8 +273,9 @@ def choose_subset(
     """Greedy search for the layers and timesteps (at most `max_timesteps`) whose mean word map has the highest score.
 
     From the best cell, the layer or timestep is added or dropped that raises the macro mean of the measure `by` most,
-    as long as one raises it by more than MIN_GAIN; so the result is never worse than the best cell. progress: called
-    with the value of each step. cells: computed for the measure `by`.
+    as long as one raises it by more than MIN_GAIN. Subsets whose AUC is below that of the default (where its timesteps
+    are among the cells) are left first, by the change that raises the AUC most: a map of one layer may depend most on
+    the image and yet find less. progress: called with the value of each step. cells: computed for the measure `by`.
     """
     known: dict[tuple[Indices, Indices], Scores] = {}
 
@@ -286,8 +290,15 @@ def choose_subset(
             known[layers, timesteps] = {m: value.item() for m, value in means.items() if value is not None}
         return known[layers, timesteps]
 
-    def value(subset: tuple[Indices, Indices]) -> float:
-        return scores(*subset)[by]
+    default = None
+    if set(DEFAULT_TIMESTEPS) <= set(cells.timesteps):
+        default = scores(tuple(range(len(cells.layers))), tuple(cells.timesteps.index(t) for t in DEFAULT_TIMESTEPS))
+    floor = default["auc"] if default else 0.0
+
+    def value(subset: tuple[Indices, Indices]) -> tuple[float, float]:
+        """What the AUC lacks to the floor, at most 0, and the measure: in this order, more is better."""
+        own = scores(*subset)
+        return min(0.0, own["auc"] - floor), own[by]
 
     def named(layers: Indices, timesteps: Indices) -> AttentionSubset:
         return AttentionSubset(tuple(cells.layers[i] for i in layers), tuple(cells.timesteps[i] for i in timesteps))
@@ -299,16 +310,21 @@ def choose_subset(
     best: tuple[Indices, Indices] = (int(layer),), (int(timestep),)
     steps = [(named(*best), scores(*best))]
     while True:
-        progress(value(best))
+        progress(steps[-1][1][by])
         following = max(_neighbours(*best, len(cells.layers), len(cells.timesteps), max_timesteps), key=value)
-        if value(following) <= value(best) + MIN_GAIN:
+        if not is_worth_it(value(best), value(following)):
             break
         best = following
         steps.append((named(*best), scores(*best)))
-    default = None
-    if set(DEFAULT_TIMESTEPS) <= set(cells.timesteps):
-        default = scores(tuple(range(len(cells.layers))), tuple(cells.timesteps.index(t) for t in DEFAULT_TIMESTEPS))
     return Choice(steps[-1][0], by, steps[-1][1], default, tuple(steps))
+
+
+def is_worth_it(before: tuple[float, float], after: tuple[float, float]) -> bool:
+    """Whether the search makes a change. Each is (what the AUC lacks to the floor, at most 0; the measure)."""
+    (lack, value), (next_lack, next_value) = before, after
+    if lack == next_lack:
+        return next_value - value > MIN_GAIN
+    return next_lack == 0 or next_lack - lack > MIN_GAIN
 
 
 def _neighbours(
