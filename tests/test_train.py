@@ -202,11 +202,13 @@ def test_a_gate_that_was_decided_is_read_and_its_passes_count_again(
     base: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     looked: list[str] = []
+    seen: list[Any] = []
     compute = train.compute_cells
 
     def counted(*arguments: Any, **options: Any) -> Any:
         looked.append(options["label"])
-        return compute(*arguments, **options)
+        seen.append(compute(*arguments, **options))
+        return seen[-1]
 
     def decided(*words: str) -> tuple[Any, int]:
         given: dict[str, Any] = {}
@@ -222,6 +224,8 @@ def test_a_gate_that_was_decided_is_read_and_its_passes_count_again(
     monkeypatch.setattr(train, "compute_cells", counted)
     first = decided()
     assert looked == ["gate: teacher", "gate: reference"]
+    kept = json.loads((tmp_path / "model/gate_looks.json").read_text(encoding="utf-8"))
+    assert [kept[label]["image_adds"] for label in looked] == [cells.mean("image_adds").tolist() for cells in seen]
     gate = (tmp_path / "model/gate.json").read_text(encoding="utf-8")
     assert decided() == first and len(looked) == 2, "the same command again looks at nothing"
     assert (tmp_path / "model/gate.json").read_text(encoding="utf-8") == gate
