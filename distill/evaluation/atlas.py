@@ -53,6 +53,8 @@ MIN_GAIN = 0.0005
 """What a change of the subset must gain on validation images; less is noise, and larger subsets would follow it."""
 
 Indices = tuple[int, ...]
+Subset = tuple[Indices, Indices]
+"""Layers and timesteps, as positions among those of the cells."""
 Values = NDArray[np.float64]
 Measure = Literal["image_adds", "auc"]
 Scores = Mapping[Measure, float]
@@ -275,9 +277,10 @@ def choose_subset(
     From the best cell, the layer or timestep is added or dropped that raises the macro mean of the measure `by` most,
     as long as one raises it by more than MIN_GAIN. Subsets whose AUC is below that of the default (where its timesteps
     are among the cells) are left first, by the change that raises the AUC most: a map of one layer may depend most on
-    the image and yet find less. progress: called with the value of each step. cells: computed for the measure `by`.
+    the image and yet find less. By image_adds a second search begins at the subset with the best AUC, and the better of
+    both results is taken. progress: called with the value of each step. cells: computed for the measure `by`.
     """
-    known: dict[tuple[Indices, Indices], Scores] = {}
+    known: dict[Subset, Scores] = {}
 
     def scores(layers: Indices, timesteps: Indices) -> Scores:
         if (layers, timesteps) not in known:
@@ -295,27 +298,38 @@ def choose_subset(
         default = scores(tuple(range(len(cells.layers))), tuple(cells.timesteps.index(t) for t in DEFAULT_TIMESTEPS))
     floor = default["auc"] if default else 0.0
 
-    def value(subset: tuple[Indices, Indices]) -> tuple[float, float]:
+    def value(subset: Subset, measure: Measure) -> tuple[float, float]:
         """What the AUC lacks to the floor, at most 0, and the measure: in this order, more is better."""
         own = scores(*subset)
-        return min(0.0, own["auc"] - floor), own[by]
+        return min(0.0, own["auc"] - floor), own[measure]
 
-    def named(layers: Indices, timesteps: Indices) -> AttentionSubset:
-        return AttentionSubset(tuple(cells.layers[i] for i in layers), tuple(cells.timesteps[i] for i in timesteps))
+    def best_cell(measure: Measure) -> Subset:
+        means = cells.mean(measure)
+        assert means is not None, f"the cells were computed for another measure than {by}"
+        words = means[TOKEN_MAPS.index("word")]
+        layer, timestep = np.unravel_index(int(words.argmax()), words.shape)
+        return (int(layer),), (int(timestep),)
 
-    means = cells.mean(by)
-    assert means is not None, f"the cells were computed for another measure than {by}"
-    words = means[TOKEN_MAPS.index("word")]
-    layer, timestep = np.unravel_index(int(words.argmax()), words.shape)
-    best: tuple[Indices, Indices] = (int(layer),), (int(timestep),)
-    steps = [(named(*best), scores(*best))]
-    while True:
-        progress(steps[-1][1][by])
-        following = max(_neighbours(*best, len(cells.layers), len(cells.timesteps), max_timesteps), key=value)
-        if not is_worth_it(value(best), value(following)):
-            break
-        best = following
-        steps.append((named(*best), scores(*best)))
+    def climb(start: Subset, measure: Measure) -> list[Subset]:
+        """The subsets on the way from `start`."""
+        way = [start]
+        while True:
+            progress(scores(*way[-1])[measure])
+            around = _neighbours(*way[-1], len(cells.layers), len(cells.timesteps), max_timesteps)
+            following = max(around, key=lambda subset: value(subset, measure))
+            if not is_worth_it(value(way[-1], measure), value(following, measure)):
+                return way
+            way.append(following)
+
+    ways = [climb(best_cell(by), by)]
+    if by != "auc":
+        ways.append(climb(climb(best_cell("auc"), "auc")[-1], by))
+    best = max(ways, key=lambda way: value(way[-1], by))
+    steps = [
+        (AttentionSubset(tuple(cells.layers[i] for i in layers), tuple(cells.timesteps[i] for i in timesteps)), own)
+        for layers, timesteps in best
+        for own in [scores(layers, timesteps)]
+    ]
     return Choice(steps[-1][0], by, steps[-1][1], default, tuple(steps))
 
 
@@ -329,7 +343,7 @@ def is_worth_it(before: tuple[float, float], after: tuple[float, float]) -> bool
 
 def _neighbours(
     layers: Indices, timesteps: Indices, all_layers: int, all_timesteps: int, max_timesteps: int
-) -> Iterator[tuple[Indices, Indices]]:
+) -> Iterator[Subset]:
     """Subsets with one layer or timestep more or less, none of them empty; itself where there is no other."""
     yield layers, timesteps
     for i in range(all_layers):
