@@ -313,7 +313,7 @@ def test_the_fronts_go_through_the_budgets_of_each_arm(drawn: Drawn) -> None:
 
 def test_the_atlas_is_a_panel_a_map_with_a_frame_around_the_choice(drawn: Drawn) -> None:
     tables = {"word": np.array([[0.5, 0.7], [0.6, 0.9]]), "eos": np.array([[0.4, 0.5], [0.5, 0.5]])}
-    picture = atlas.atlas_chart(tables, ["down", "up"], [100, 400], ([1], [0, 1]))
+    picture = atlas.atlas_chart(tables, ["down", "up"], [100, 400], ([1], [0, 1]), "auc")
     ((figure, about),) = drawn
     word, eos, _ = figure.axes
     assert picture.name == "atlas" and [word.get_title(loc="left"), eos.get_title(loc="left")] == [
@@ -341,8 +341,8 @@ def test_the_atlas_is_a_panel_a_map_with_a_frame_around_the_choice(drawn: Drawn)
     assert not any(line.get_visible() for line in word.get_xgridlines())
     assert (about.width, about.height) == (pytest.approx(2.2 + 2 * 1.06), pytest.approx(2.06))
     drawn.clear()
-    atlas.atlas_chart({"word": np.full((21, 20), 0.51)}, ["l"] * 21, list(range(20)), ([], []))
-    atlas.atlas_chart({"word": np.full((20, 20), 0.51)}, ["l"] * 20, list(range(20)), ([], []))
+    atlas.atlas_chart({"word": np.full((21, 20), 0.51)}, ["l"] * 21, list(range(20)), ([], []), "auc")
+    atlas.atlas_chart({"word": np.full((20, 20), 0.51)}, ["l"] * 20, list(range(20)), ([], []), "auc")
     (many, _), (fits, _) = drawn
     assert not many.axes[0].texts and len(fits.axes[0].texts) == 400
     assert many.axes[0].images[0].get_clim() == (pytest.approx(0.45), pytest.approx(0.55)), "noise is not made to glow"
