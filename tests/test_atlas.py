@@ -190,6 +190,20 @@ def test_the_default_is_compared_where_its_timesteps_are_known(by: Measure) -> N
             assert replace(choice, scores=dict(zip(("auc", "image_adds"), own, strict=True))).is_better == judged
 
 
+def test_the_search_by_image_adds_also_begins_at_the_subset_with_the_best_auc() -> None:
+    """Here it ends higher than from the best cell."""
+    generator = torch.Generator().manual_seed(26)
+    masks = torch.rand(6, 5, 5, generator=generator) < 0.3
+    masks[:, 0, 0], masks[:, 1, 1] = True, False
+    maps = torch.rand(6, 4, 2, 5, 5, generator=generator)
+    maps += torch.rand(1, 4, 2, 1, 1, generator=generator) * masks[:, None, None]
+    cells = cells_of(maps, masks, [0, 0, 0, 1, 1, 1], (10, 20))
+    choice, means = choose_subset(cells, CONFIG, 2), cells.mean("image_adds")
+    assert means is not None and choice.steps[0][1]["image_adds"] < means[0].max() - 0.01
+    assert choice.steps[0][0] == choose_subset(cells, CONFIG, 2, "auc").subset
+    assert choice.scores["image_adds"] > means[0].max() + 0.05
+
+
 @pytest.mark.parametrize(
     ("before", "after", "expected"),
     [
