@@ -198,10 +198,9 @@ def test_the_search_by_image_adds_also_begins_at_the_subset_with_the_best_auc() 
     maps = torch.rand(6, 4, 2, 5, 5, generator=generator)
     maps += torch.rand(1, 4, 2, 1, 1, generator=generator) * masks[:, None, None]
     cells = cells_of(maps, masks, [0, 0, 0, 1, 1, 1], (10, 20))
-    choice, means = choose_subset(cells, CONFIG, 2), cells.mean("image_adds")
-    assert means is not None and choice.steps[0][1]["image_adds"] < means[0].max() - 0.01
-    assert choice.steps[0][0] == choose_subset(cells, CONFIG, 2, "auc").subset
-    assert choice.scores["image_adds"] > means[0].max() + 0.05
+    choice, by_auc = choose_subset(cells, CONFIG, 2), choose_subset(cells, CONFIG, 2, "auc")
+    assert choice.steps[0][0] == by_auc.subset and len(by_auc.subset.layers) > 1
+    assert choice.scores["image_adds"] > by_auc.scores["image_adds"]
 
 
 @pytest.mark.parametrize(
