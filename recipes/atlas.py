@@ -52,9 +52,9 @@ class AtlasConfig(Settings):
     validation_images: Count = 100
     """Validation images that the subset is chosen on. evaluation.localization_images test images check it."""
     choose_by: Literal["image_adds", "auc"] = "image_adds"
-    """What the subset is chosen by. image_adds: AUC of an image's own map minus that of other images' maps with the same
-    finding, which a map that does not look at the image cannot raise; of subsets that have at least the AUC of all
-    layers. auc: the AUC alone."""
+    """Measure that chooses the subset. image_adds: AUC of an image's own map minus that of maps of other images with the
+    same finding, both against the image's own mask; 0 for a map that ignores the image. Subsets with a lower AUC than all
+    layers at 100, 250, 400, 550 and 700 are taken only if the search finds no other. auc: the AUC alone."""
     store: bool = True
     """Write the subset as localization.json into each run folder, where evaluation finds it."""
     store_base: bool = False
@@ -145,7 +145,7 @@ def dry_run(
 
     import numpy as np
 
-    from distill.evaluation.atlas import compute_cells
+    from distill.evaluation.cells import compute_cells
     from distill.evaluation.protocols import DEFAULT_TIMESTEPS
     from distill.memory import peak_memory_gb
 

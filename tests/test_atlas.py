@@ -32,17 +32,13 @@ from distill.errors import UserError
 from distill.evaluation import atlas as library
 from distill.evaluation import image_adds
 from distill.evaluation.atlas import (
-    MEASURES,
     MIN_GAIN,
-    Cells,
-    Measure,
-    Pairs,
+    Search,
     choose_subset,
-    compute_cells,
     is_worth_it,
-    macro_mean,
     paired_difference,
 )
+from distill.evaluation.cells import MEASURES, Cells, Measure, Pairs, compute_cells, macro_mean
 from distill.evaluation.image_adds import areas_of_maps, choose_others
 from distill.evaluation.localization import TOKEN_MAPS, localization
 from distill.evaluation.protocols import DEFAULT_TIMESTEPS, with_subset
@@ -238,6 +234,10 @@ def test_no_subset_is_chosen_whose_auc_is_below_the_default() -> None:
     assert choice.steps[0][1] == free.steps[0][1] and free.scores["auc"] < choice.default["auc"] - 0.01
     assert choice.scores["auc"] >= choice.default["auc"]
     assert choice.default["image_adds"] < choice.scores["image_adds"] < free.scores["image_adds"] - 0.01
+    search, start = Search(cells, CONFIG, 1), ((0,), (0,))
+    own = search.scores(start)
+    assert search.worth(start, "auc") == (0, own["auc"]), "the AUC alone chooses as if there were no default"
+    assert search.worth(start, "image_adds") == (min(0, own["auc"] - choice.default["auc"]), own["image_adds"])
 
 
 @st.composite
@@ -385,8 +385,12 @@ def test_a_region_that_fills_the_image_is_left_out(sd: Model, accelerator: Accel
     assert pairs.images.tolist() == [1] and pairs.findings.tolist() == [1] and pairs.queries.tolist() == [1]
     assert cells.mine == (0,) and len(cells.maps) == len(pairs.masks) == 1 and cells.mean("image_adds") is None
     assert all(len(values) == 1 for values in cells.scores.values()) and np.isfinite(cells.scores["auc"]).all()
-    with pytest.raises(UserError, match="no finding has a region in two of the 1 validation images"):
+    with pytest.raises(UserError, match="no finding has a region in two of the 1 validation images that were looked"):
         compute_cells(sd, dataset, config_with(batch_size=1), [600], accelerator=accelerator)
+    twice = Listed([sample(name, "Small effusion.", ("pleural effusion", None)) for name in "ab"], WORDS)
+    twice.image_key = lambda index: "one"  # type: ignore[attr-defined]
+    with pytest.raises(UserError, match="in two of the 1 validation images"):
+        compute_cells(sd, twice, CONFIG, [600], accelerator=accelerator)
     with pytest.raises(UserError, match="no validation image has a region that can be scored"):
         compute_cells(sd, Listed([whole], WORDS), CONFIG, [600], accelerator=accelerator)
 
@@ -484,7 +488,7 @@ def test_the_answer_follows_from_the_interval(
     assert sentence.startswith("frozen: 1 of 3 layers at 250, chosen on 12 validation images,")
     assert words.format(name) in sentence
     assert ("holds 0" in sentence) == ("not clearly" in words)
-    assert ("the model does not get it" in sentence) == (value == -0.03)
+    assert ("so the model does not get it" in sentence) == (value == -0.03)
 
 
 @pytest.mark.parametrize(("by", "other"), [("auc", "image_adds"), ("image_adds", "auc")])
@@ -610,6 +614,7 @@ def test_the_recipe_writes_what_it_says_and_the_run_is_evaluated_by_its_subset(
     for name, entry in content["models"].items():
         assert f"- {answer(name, entry)}\n" in text and answer(name, entry) in printed
         assert f"({name}/atlas.png)" in text
+    assert words_of_atlas.RULES["image_adds"] in text and words_of_atlas.RULES["auc"] not in text
     assert "next: accelerate launch" in printed and str(folder / "runs" / "frozen" / "localization.json") in printed
     with Image.open(folder / "out" / "frozen" / "atlas.png") as image:
         assert image.width > 600 and image.height > 100

@@ -32,6 +32,11 @@ Entry = Mapping[str, Any]
 """A model's entry of atlas.json (see `distill.evaluation.atlas.analyse`)."""
 Entries = Mapping[str, Entry]
 NAMES = {"image_adds": "image adds", "auc": "AUC"}
+RULES = {
+    "image_adds": "The subset is chosen by *image adds*; one whose AUC on validation images is below that of the default "
+    "is taken only if the search finds no other.",
+    "auc": "The subset is chosen by *AUC* alone.",
+}
 CHANCE = {"image_adds": 0.0, "auc": 0.5}
 """Score of a map that does not look at the image (image adds), or that is noise (AUC)."""
 
@@ -59,9 +64,8 @@ def answer(name: str, entry: Entry) -> str:
         f"{', '.join(map(str, chosen['timesteps']))}, "
         f"chosen on {entry['validation']['images']} validation images,"
     )
-    end = (
-        "" if chosen["is_better"] else " On validation it is no better than the default, so the model does not get it."
-    )
+    worse = " On validation it is not better than the default, or has a lower AUC, so the model does not get it."
+    end = "" if chosen["is_better"] else worse
     if found["value"] is None:
         return f"{start} could not be tested: no pair of a test image has {name_of_measure}.{end}"
     values = [format_number(test[which]["word"][by], 3) for which in ("default", "chosen")]
@@ -144,9 +148,8 @@ def markdown(entries: Entries, evaluation: FullEvaluation) -> str:
         f"{first['validation']['images']} images, {first['validation']['pairs']} image-finding pairs; the chosen "
         f"subset's value there is the best of many and so too high. Test: {word['images']} other images, "
         f"{word['pairs']} pairs; 95 % intervals of {evaluation.bootstrap_samples:,} resamples of images; noise seed "
-        f"{evaluation.seed}. The other measures are of the same maps; the subset is chosen by *{NAMES[by]}* alone. What "
-        "an image adds is the AUC of its own map minus the AUC of the maps of other images with the same finding, against "
-        "its mask.",
+        f"{evaluation.seed}. The other measures are of the same maps. {RULES[by]} What an image adds is the AUC of its own "
+        "map minus the AUC of the maps of other images with the same finding, against its mask.",
     ]
     for name, entry in entries.items():
         chosen = entry["chosen"]

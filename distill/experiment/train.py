@@ -26,7 +26,7 @@ from distill.data.sample import hash_of, region_fingerprint
 from distill.devices import loader_processes
 from distill.draws import generator_at
 from distill.errors import UserError
-from distill.evaluation.atlas import compute_cells
+from distill.evaluation.cells import compute_cells
 from distill.evaluation.evaluate import OF_NO_NUMBER, generate
 from distill.evaluation.images import save_png
 from distill.evaluation.kept import features_key

@@ -79,8 +79,9 @@ def choose_taught(
     in_reference: ModuleName = str,
 ) -> Taught:
     """What the teacher may teach. First the timesteps at which it localizes (`localizing`); then those of `layers`
-    to whose word maps the image adds at least what it adds to the reference's there (macro over findings, mean over
-    timesteps); then the token groups for which that holds in these layers, and to whose maps the image adds anything.
+    where the image adds at least as much to the teacher's word maps as to the reference's (macro over findings, mean
+    over timesteps); then the token groups for which the same holds in these layers, and to whose maps of the teacher the
+    image adds more than 0.
 
     in_teacher, in_reference: name of one of `layers` -> that in the other model, which may have more layers.
     Raises UserError if the teacher has nothing to teach.
