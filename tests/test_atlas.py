@@ -470,7 +470,9 @@ def test_the_difference_is_of_pairs_that_both_have_by_image() -> None:
         (None, None, "could not be tested"),
     ],
 )
-@pytest.mark.parametrize(("by", "name"), [("auc", "*AUC* of the words"), ("image_adds", "*image adds* of the words")])
+@pytest.mark.parametrize(
+    ("by", "name"), [("auc", "the AUC of the words"), ("image_adds", "the image adds of the words")]
+)
 def test_the_answer_follows_from_the_interval(
     value: float | None, interval: list[float] | None, words: str, by: str, name: str
 ) -> None:

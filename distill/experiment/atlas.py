@@ -58,7 +58,7 @@ def answer(name: str, entry: Entry) -> str:
     """Does the subset chosen on validation images raise the measure that chose it on test images? One or two
     sentences, from the numbers."""
     chosen, test, by = entry["chosen"], entry["test"], entry["chosen"]["by"]
-    found, name_of_measure = test["difference"][by], f"*{NAMES[by]}* of the words"
+    found, name_of_measure = test["difference"][by], f"the {NAMES[by]} of the words"
     start = (
         f"{name}: {len(chosen['layers'])} of {len(entry['layers'])} layers at "
         f"{', '.join(map(str, chosen['timesteps']))}, "

@@ -368,7 +368,7 @@ def _load_validation(config: RunConfig, arms: Mapping[str, Arm]) -> PhantomDatas
     if gate and not has_finding_twice(validation):
         raise UserError(
             f"{asks} compares the maps of validation images with the same finding, and no finding has a box or mask in "
-            f"two of the {len(validation):,}"
+            f"two of the {len(validation):,}; give more validation images"
         )
     return validation
 

@@ -137,7 +137,7 @@ def decide(table: JsonObject, layers: Sequence[str]) -> tuple[tuple[str, ...], t
     groups = tuple(g for g in GROUPS if mean["teacher"][g] >= mean["reference"][g] and mean["teacher"][g] > 0)
     if not groups:
         raise UserError(
-            "method.gate_reference: the image adds nothing to the maps of any token group of the teacher on validation "
-            "images"
+            "method.gate_reference: on validation images, the image adds nothing to the teacher's maps of any token group, "
+            "or less than to the reference's; it has nothing to teach. Train it longer, or train without distillation"
         )
     return kept, groups
