@@ -161,7 +161,7 @@ def sets_of(
     """The folders of config.images, or images drawn of the captions of `chosen`."""
     from distill.data.readers.image_folder import ImageFolder
     from distill.data.sample import group_key
-    from distill.evaluation.evaluate import generate
+    from distill.evaluation.drawing import generate
     from distill.evaluation.explanation import Pictures
 
     if config.images:

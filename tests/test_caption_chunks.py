@@ -28,7 +28,7 @@ from distill.data.batch import Batch
 from distill.data.rows import TrainingRows
 from distill.errors import UserError
 from distill.evaluation.causal import causal_maps
-from distill.evaluation.evaluate import generate
+from distill.evaluation.drawing import generate
 from distill.evaluation.localization import localization
 from distill.evaluation.protocols import open_recorder, prepare_inputs, queries
 from distill.evaluation.word_maps import read_word_maps, write_word_maps

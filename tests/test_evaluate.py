@@ -22,18 +22,12 @@ from distill.config import FullEvaluation
 from distill.data.cache import model_fingerprint
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.remembered import Remembered
+from distill.evaluation import drawing as drawing_module
 from distill.evaluation import evaluate as module
 from distill.evaluation import localization as localization_module
-from distill.evaluation.evaluate import (
-    Generated,
-    HeldOut,
-    evaluate,
-    evaluation_order,
-    finite,
-    generate,
-    held_out,
-    quality,
-)
+from distill.evaluation.drawing import evaluation_order, generate, quality
+from distill.evaluation.evaluate import HeldOut, evaluate, finite, held_out
+from distill.evaluation.fidelity import Generated
 from distill.evaluation.images import read_png, save_png
 from distill.evaluation.kept import Batches, digest, weights_of
 from distill.evaluation.protocols import RealLatents
@@ -137,7 +131,7 @@ def test_on_a_cpu_models_are_measured_with_channels_last(
         drawn.extend(weight.is_contiguous() for weight in weights)
         return generate(*arguments)
 
-    monkeypatch.setattr(module, "generate", draw)
+    monkeypatch.setattr(drawing_module, "generate", draw)
     against = held_out(phantoms, sd, CONFIG, features, accelerator=accelerator, run_dir=tmp_path)
     of_real = len(features.seen)
     evaluate(sd, against, CONFIG, resolution=64, accelerator=accelerator, arm_dir=tmp_path / "model", label="m")
@@ -212,7 +206,7 @@ def test_real_images_in_place_of_generated_ones_have_fid_0_full_finding_auc_and_
     dataset = pictures(8)
     config = CONFIG.model_copy(update=dict(generated_images=6, diversity_captions=2, diversity_samples=3, seed=0))
     against = held_out(dataset, sd, config, Means(), accelerator=accelerator, run_dir=tmp_path)
-    monkeypatch.setattr(module, "generate", draw_real(dataset))
+    monkeypatch.setattr(drawing_module, "generate", draw_real(dataset))
     result = quality(
         sd, dataset, config, resolution=64, features=against.features, real=against.real, accelerator=accelerator,
         arm_dir=tmp_path / "arm", examples=against.examples,
@@ -241,7 +235,7 @@ def test_the_seed_of_an_image_is_of_its_caption_and_not_of_its_place(
         asked.extend(zip(captions, seeds, strict=True))
         return torch.rand(len(seeds), 3, 64, 64)
 
-    monkeypatch.setattr(module, "generate", generated)
+    monkeypatch.setattr(drawing_module, "generate", generated)
     config = CONFIG.model_copy(update=dict(generated_images=3, diversity_samples=2, seed=10))
     quality(
         sd, dataset, config, resolution=64, features=None, real=Generated([], None, None), accelerator=accelerator,
@@ -405,7 +399,7 @@ class Calls:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.drawn, self.mapped = 0, 0
-        draw, inputs = module.generate, localization_module.prepare_inputs
+        draw, inputs = drawing_module.generate, localization_module.prepare_inputs
 
         def drawing(model: Any, captions: Sequence[str], *rest: Any) -> Any:
             self.drawn += len(captions)
@@ -415,7 +409,7 @@ class Calls:
             self.mapped += len(batch)
             return inputs(model, samples, batch, *rest)
 
-        monkeypatch.setattr(module, "generate", drawing)
+        monkeypatch.setattr(drawing_module, "generate", drawing)
         monkeypatch.setattr(localization_module, "prepare_inputs", preparing)
 
     def take(self) -> tuple[int, int]:

@@ -16,7 +16,8 @@ from distill.attention.recording import record_attention
 from distill.config import FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
-from distill.evaluation.evaluate import evaluate, generate, held_out
+from distill.evaluation.drawing import generate
+from distill.evaluation.evaluate import evaluate, held_out
 from distill.evaluation.protocols import prepare_inputs, queries
 from distill.models.bits import denoise_in, fewer_bits
 from distill.models.family import Model

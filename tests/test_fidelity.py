@@ -15,7 +15,8 @@ from safetensors.torch import load_file
 from test_evaluate import CONFIG, Means, pictures
 
 from distill.data.captions import negated_findings
-from distill.evaluation.evaluate import held_out, save_features
+from distill.evaluation.drawing import save_features
+from distill.evaluation.evaluate import held_out
 from distill.evaluation.fidelity import Generated, compare, of_each_finding, unknown_findings
 from distill.metrics import MANIFOLD, Manifolds, kernel_distance
 from distill.metrics.bootstrap import resample_counts

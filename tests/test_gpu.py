@@ -21,7 +21,7 @@ from torch import nn
 from distill.attention.recording import attention_layers, record_attention
 from distill.cli import parse
 from distill.config import BaseConfig, EvaluationConfig
-from distill.evaluation.evaluate import generate
+from distill.evaluation.drawing import generate
 from distill.models.bits import megabytes, quantize
 from distill.models.loading import load_model
 

@@ -21,7 +21,7 @@ from distill.cli import parse
 from distill.config import FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
-from distill.evaluation import evaluate as module
+from distill.evaluation import drawing as module
 from distill.evaluation.similarity import image_text_similarity
 from distill.metrics.bootstrap import resample_counts
 from distill.metrics.image_text import ImageText, similarity

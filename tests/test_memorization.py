@@ -22,7 +22,7 @@ from distill.cli import parse
 from distill.config import FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
-from distill.evaluation import evaluate as module
+from distill.evaluation import drawing as module
 from distill.evaluation import memorization as memorization_module
 from distill.evaluation.evaluate import evaluate, held_out
 from distill.evaluation.images import read_png, save_png

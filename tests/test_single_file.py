@@ -17,7 +17,7 @@ from training import prepared
 
 from distill.config import BaseConfig, FullEvaluation
 from distill.errors import UserError
-from distill.evaluation.evaluate import generate
+from distill.evaluation.drawing import generate
 from distill.models.export import export
 from distill.models.family import Model
 from distill.models.kohya import KOHYA_FILE, original_name

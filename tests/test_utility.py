@@ -21,7 +21,7 @@ from distill.cli import parse
 from distill.config import EvaluationConfig
 from distill.data.phantom.dataset import PhantomDataset
 from distill.errors import UserError
-from distill.evaluation import evaluate as module
+from distill.evaluation import drawing as module
 from distill.evaluation import utility as utility_module
 from distill.evaluation.claims import student_interval
 from distill.evaluation.utility import FEWEST, Labelled, Task, interval, mean_auc, train_classifier, utility

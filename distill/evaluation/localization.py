@@ -33,6 +33,7 @@ from distill.evaluation.protocols import (
     Protocol,
     Query,
     RealLatents,
+    Recorder,
     at_size,
     ground_truths,
     open_recorder,
@@ -280,34 +281,15 @@ def _scored_rows(
         scores = Scores(PROTOCOLS[config.protocol], config, accelerator.device)
         for places in missing:
             assert recorder is not None
-            numbers = [order[place] for place in places]
-            batch = [asked[n] for n in numbers]
-            samples = [dataset[query.image] for query in batch]
-            inputs = prepare_inputs(model, samples, batch, accelerator.device, latents)
-            recorder.cross.reduce = inputs.reduce
-            found, mass = PROTOCOLS[config.protocol].maps(inputs, config, recorder)
-            found = found.float().cpu()
-            check_finite(found, config.dtype, "the maps")
-            causal = causal_maps(inputs, batch, config, recorder.cross) if config.causal else [None] * len(batch)
-            # One transfer for the batch: a wait for each map would leave the device idle.
-            recorded = [
-                Recorded(*one)
-                for one in zip(
-                    numbers, batch, samples, found, mass.cpu(), [c if c is None else c.cpu() for c in causal],
-                    strict=True,
-                )
-            ]  # fmt: skip
+            recorded = _record(model, dataset, asked, [order[place] for place in places], config, recorder, latents)
             of_batch = score_rows(recorded, scores.metrics, dataset.findings, config, accelerator.device)
             for one, rows in zip(recorded, of_batch, strict=True):
-                keys = {"cluster": image_key(dataset, one.query.image)}
-                if patient_of(dataset, one.query.image):
-                    keys["group"] = group_key(dataset, one.query.image)
-                rows = [row | keys for row in rows]
+                rows = [row | _clusters(dataset, one.query.image) for row in rows]
                 kept.add({"made_of": hashes[one.number], "rows": rows} | batches.mark(places))
                 if one.number in names_of:
                     word = normalize(one.maps[4 : 4 + len(one.query.findings)])
                     drawn |= {name: m.contiguous() for name, m in zip(names_of[one.number], word, strict=False)}
-            bar.update(len(batch))
+            bar.update(len(places))
     bar.close()
     gathered = dict(gather_object(list(drawn.items())))
     accelerator.wait_for_everyone()
@@ -320,6 +302,35 @@ def _scored_rows(
     kept.merge()
     entries = kept.read()
     return [row | {"query": n} for n, made_of in enumerate(hashes) for row in entries[made_of]["rows"]]
+
+
+def _record(
+    model: Model,
+    dataset: ImageCaptionDataset,
+    asked: Sequence[Query],
+    numbers: Sequence[int],
+    config: FullEvaluation,
+    recorder: Recorder,
+    latents: RealLatents | None,
+) -> list[Recorded]:
+    """The maps of one batch of queries, `numbers` of `asked`, on the CPU. The causal ones if config.causal is set."""
+    batch = [asked[n] for n in numbers]
+    samples = [dataset[query.image] for query in batch]
+    inputs = prepare_inputs(model, samples, batch, model.denoiser.device, latents)
+    recorder.cross.reduce = inputs.reduce
+    maps, mass = PROTOCOLS[config.protocol].maps(inputs, config, recorder)
+    maps = maps.float().cpu()
+    check_finite(maps, config.dtype, "the maps")
+    causal = causal_maps(inputs, batch, config, recorder.cross) if config.causal else [None] * len(batch)
+    on_cpu = [one if one is None else one.cpu() for one in causal]
+    # One transfer of the masses for the batch: a wait for each would leave the device idle.
+    return [Recorded(*one) for one in zip(numbers, batch, samples, maps, mass.cpu(), on_cpu, strict=True)]
+
+
+def _clusters(dataset: ImageCaptionDataset, image: int) -> JsonObject:
+    """What intervals draw as one: "cluster" (see image_key), and "group" (see group_key) where there are patients."""
+    keys = {"cluster": image_key(dataset, image)}
+    return keys | ({"group": group_key(dataset, image)} if patient_of(dataset, image) else {})
 
 
 def _map_names(dataset: ImageCaptionDataset, query: Query) -> list[str]:

@@ -18,7 +18,7 @@ from accelerate.utils import broadcast_object_list, gather_object
 
 from distill.config import FullEvaluation
 from distill.data.sample import ImageCaptionDataset
-from distill.evaluation.evaluate import quality
+from distill.evaluation.drawing import quality
 from distill.evaluation.fidelity import Generated
 from distill.evaluation.localization import localization
 from distill.evaluation.protocols import Query, RealLatents, prepare_inputs

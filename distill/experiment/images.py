@@ -19,7 +19,8 @@ from distill.data.readers.records import RecordDataset
 from distill.data.sample import group_key, size_ids
 from distill.data_config import Fit, FolderData
 from distill.errors import UserError
-from distill.evaluation.evaluate import evaluation_order, explained, explained_rows, finite, real_images
+from distill.evaluation.drawing import evaluation_order, real_images
+from distill.evaluation.evaluate import explained, explained_rows, finite
 from distill.evaluation.explanation import Pictures, check_groups
 from distill.evaluation.fidelity import compare, unknown_findings
 from distill.evaluation.images import save_png

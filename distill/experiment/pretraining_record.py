@@ -13,7 +13,7 @@ from transformers import ResNetForImageClassification
 from distill.config import BaseConfig, FullEvaluation
 from distill.data.phantom.dataset import PhantomDataset
 from distill.data.pictures import PicturesDataset
-from distill.evaluation.evaluate import generate
+from distill.evaluation.drawing import generate
 from distill.evaluation.images import save_png
 from distill.evaluation.localization import localization
 from distill.files import JsonObject, provenance, write_json

@@ -13,7 +13,8 @@ from accelerate.utils import broadcast_object_list
 from distill.cli import to_yaml
 from distill.config import BaseConfig, FullEvaluation
 from distill.errors import UserError
-from distill.evaluation.evaluate import OF_DRAWN, evaluate, held_out, quality
+from distill.evaluation.drawing import quality
+from distill.evaluation.evaluate import OF_DRAWN, evaluate, held_out
 from distill.evaluation.explanation import EXPLAINED
 from distill.evaluation.kept import weights_of
 from distill.evaluation.localization import localization

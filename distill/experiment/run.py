@@ -32,7 +32,8 @@ from distill.data.rows import check_training_text
 from distill.data.sample import group_key, has_finding_twice, hash_of, region_list
 from distill.data_config import DataConfig, FolderData, PhantomData
 from distill.errors import UserError, raise_all
-from distill.evaluation.evaluate import HeldOut, evaluation_order, example_images, explained_rows, held_out
+from distill.evaluation.drawing import evaluation_order
+from distill.evaluation.evaluate import HeldOut, example_images, explained_rows, held_out
 from distill.evaluation.explanation import check_groups
 from distill.evaluation.fidelity import finding_labels, unknown_findings
 from distill.evaluation.utility import Task

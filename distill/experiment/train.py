@@ -27,7 +27,8 @@ from distill.devices import loader_processes
 from distill.draws import generator_at
 from distill.errors import UserError
 from distill.evaluation.cells import compute_cells
-from distill.evaluation.evaluate import OF_NO_NUMBER, generate
+from distill.evaluation.drawing import generate
+from distill.evaluation.evaluate import OF_NO_NUMBER
 from distill.evaluation.images import save_png
 from distill.evaluation.kept import features_key
 from distill.evaluation.results import Kept

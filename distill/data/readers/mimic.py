@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
@@ -85,6 +85,22 @@ class _Study:
     labels: list[str]
 
 
+def _without_patients(
+    chosen: list[_Study], studies: Sequence[_Study], held_out: Collection[str], held_out_patients: Collection[str]
+) -> list[_Study]:
+    """`chosen` without the images `held_out`, and without those of their patients and of `held_out_patients`."""
+    patients = {study.patient for study in studies if study.dicom_id in held_out and study.patient}
+    patients |= set(held_out_patients)
+    kept = [s for s in chosen if s.dicom_id not in held_out and not {s.patient, _patient(s.path)} & patients]
+    if len(kept) < len(chosen):
+        logger.warning(
+            "%d of %d training images are left out, because images of their patients are evaluated on",
+            len(chosen) - len(kept),
+            len(chosen),
+        )
+    return kept
+
+
 class MimicDataset(RecordDataset):
     """Images and impressions of one split of the metadata CSV, without boxes.
 
@@ -121,16 +137,7 @@ class MimicDataset(RecordDataset):
                 f"no row of {getattr(config, option)} has split {' or '.join(wanted)}; there are {there or 'no rows'}"
             )
         if held_out:
-            patients = {study.patient for study in studies if study.dicom_id in held_out and study.patient}
-            patients |= set(held_out_patients)
-            kept = [s for s in chosen if s.dicom_id not in held_out and not {s.patient, _patient(s.path)} & patients]
-            if len(kept) < len(chosen):
-                logger.warning(
-                    "%d of %d training images are left out, because images of their patients are evaluated on",
-                    len(chosen) - len(kept),
-                    len(chosen),
-                )
-            chosen = kept
+            chosen = _without_patients(chosen, studies, held_out, held_out_patients)
         labels = {key(label): label for study in studies for label in study.labels}
         named = sorted(label for label in labels.values() if key(label) != key(NO_FINDING))
         findings, problems = choose_findings(config, named, [*labels.values(), *CHEXPERT_LABELS], "row")
