@@ -26,6 +26,7 @@ from distill.data.readers.image_folder import ImageFolder
 from distill.data.sample import group_key
 from distill.errors import UserError
 from distill.evaluation import detection
+from distill.evaluation import drawing as drawing_module
 from distill.evaluation import evaluate as evaluation
 from distill.evaluation import explanation as module
 from distill.evaluation.detection import Change, Explained
@@ -420,7 +421,7 @@ def blurred(count: int) -> PhantomDataset:
 def test_evaluate_explains_and_keeps_what_it_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evaluation, "generate", drawing(blurred(40)))
+    monkeypatch.setattr(drawing_module, "generate", drawing(blurred(40)))
     recipe, out = recipe_module("evaluate"), tmp_path / "out"
     recipe.evaluate(parse(recipe.EvaluateConfig, argv_of(tmp_path)))
     printed = capsys.readouterr().out
@@ -457,7 +458,7 @@ def test_evaluate_explains_and_keeps_what_it_found(
     drawn = {path.read_bytes() for path in (out / "base/drawn").iterdir()}
     assert len(drawn) == 20 and all(path.read_bytes() in drawn for path in shown)
 
-    monkeypatch.setattr(evaluation, "generate", never)
+    monkeypatch.setattr(drawing_module, "generate", never)
     monkeypatch.setattr(evaluation, "explain", never)
     recipe.evaluate(parse(recipe.EvaluateConfig, argv_of(tmp_path)))
     assert "base: explanation is already evaluated" in capsys.readouterr().out
@@ -473,7 +474,7 @@ def test_each_generated_image_stands_beside_the_real_one_of_its_caption(
 ) -> None:
     """Else a caption could be on both sides of a split."""
     held_out = PhantomDataset("test", 40, 0, 64)
-    monkeypatch.setattr(evaluation, "generate", drawing(held_out))
+    monkeypatch.setattr(drawing_module, "generate", drawing(held_out))
     seen: list[Any] = []
 
     def explain(real: Pictures, count: int, sets: list[Pictures], **options: Any) -> None:
@@ -510,7 +511,7 @@ def test_rows_of_the_explanation_are_of_different_images() -> None:
 def test_too_few_held_out_images_are_refused_before_the_evaluation(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evaluation, "generate", never)
+    monkeypatch.setattr(drawing_module, "generate", never)
     recipe = recipe_module("evaluate")
     argv = argv_of(tmp_path)
     argv[argv.index("--data.test_size") + 1] = "19"
@@ -524,7 +525,7 @@ def test_too_few_held_out_images_are_refused_before_the_evaluation(
 def test_images_of_another_tool_are_explained_without_a_vae(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(evaluation, "generate", never)
+    monkeypatch.setattr(drawing_module, "generate", never)
     recipe = recipe_module("evaluate")
     images = image_folder(tmp_path / "images", blurred(30), 30)
     recipe.evaluate(parse(recipe.EvaluateConfig, argv_of(tmp_path, "--images", str(images))))
